@@ -1,0 +1,55 @@
+"""`unet VERB ...`: finds the verb and imports nothing else, so that `unet --help` is quick."""
+
+import difflib
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.metadata import version
+
+VERBS = {
+    "separate": "part a folder that mixes pictures and masks",
+    "pack": "pictures and masks -> WebDataset shards with a manifest",
+    "unpack": "shards -> folders of pictures and masks",
+    "train": "train a U-Net on shards, or resume",
+    "evaluate": "exact scores of a checkpoint on a split",
+    "predict": "masks for a picture, a folder, a list or shards, as shards",
+    "demo": "the whole road on sample pictures that it draws itself",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb and return its exit code."""
+    verb, *rest = [*(sys.argv[1:] if argv is None else argv)] or ["--help"]
+    if verb in ("-h", "--help"):
+        print(help_text())
+        return 0
+    if verb == "--version":
+        print(f"unet {version('unet-shards')}")
+        return 0
+    if verb not in VERBS:
+        close = difflib.get_close_matches(verb, VERBS, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"there are: {', '.join(VERBS)}"
+        print(f"unet: unknown command {verb!r}; {hint}", file=sys.stderr)
+        return 2
+    return import_module(f"pipelines.{verb}").main(rest)
+
+
+def help_text() -> str:
+    """The verbs, one line each."""
+    lines = [f"  {verb:<10}{summary}" for verb, summary in VERBS.items()]
+    return "\n".join(
+        [
+            "usage: unet VERB [FLAGS]",
+            "",
+            "U-Net segmentation on WebDataset shards, from a laptop to a cluster.",
+            "",
+            *lines,
+            "",
+            "unet VERB --help lists the flags of a verb. On several devices:",
+            "  accelerate launch --config_file accelerate_config.yaml -m pipelines.train FLAGS",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

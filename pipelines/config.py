@@ -1,0 +1,159 @@
+"""Command lines and YAML files -> frozen dataclasses, strictly; errors -> one line and an exit code.
+
+defaults <- `--config file.yaml` (repeatable, later wins) <- flags. A YAML file is turned into the
+flags that say the same, so that both go through one parser, one set of types, one set of messages.
+"""
+
+import difflib
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+import tyro
+import yaml
+
+from shards.sample import DataError
+
+REFUSED = 1
+"""Exit code: refused data or a failed run."""
+USAGE = 2
+"""Exit code: wrong command or configuration."""
+INCOMPLETE = 3
+"""Exit code: the job finished, some inputs were left out."""
+INTERRUPTED = 75
+"""Exit code: interrupted, can go on (EX_TEMPFAIL)."""
+
+T = TypeVar("T")
+
+
+class UsageError(Exception):
+    """A wrong command or configuration. Its text is one line: what, where, what to do."""
+
+
+def launched_rank() -> int:
+    """The rank that a launcher gave this process, 0 without one. For who speaks, and no more."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def run_command(
+    config_class: type[T], run: Callable[[T], int], argv: Sequence[str] | None, verb: str
+) -> int:
+    """Parse, run, and return the exit code; bad input ends in one line on stderr."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        return run(parse(config_class, argv, verb))
+    except UsageError as error:
+        return complain(verb, error, USAGE)
+    except DataError as error:
+        return complain(verb, error, REFUSED)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return complain(verb, f"{where}{error.strerror or error}", REFUSED)
+    except KeyboardInterrupt:
+        return complain(verb, "stopped; the same command goes on", 130)
+
+
+def complain(verb: str, error: object, code: int) -> int:
+    """Say it, on one rank where all have the same to say."""
+    accelerate = sys.modules.get("accelerate.state")
+    together = accelerate is not None and accelerate.is_initialized()
+    if launched_rank() == 0 or together:
+        rank = f" (rank {launched_rank()})" if launched_rank() else ""
+        print(f"unet {verb}{rank}: {error}", file=sys.stderr, flush=True)
+    return code
+
+
+def parse(config_class: type[T], argv: Sequence[str], verb: str) -> T:
+    """The configuration that the arguments describe; exits with 2 and a message if they do not."""
+    files, flags = take_config_files(argv)
+    from_files = [flag for file in files for flag in yaml_flags(config_class, file)]
+    description = (config_class.__doc__ or "").strip()
+    description += "\n\n--config FILE.yaml (repeatable, later wins) holds any of these; flags win over files."
+    with open(os.devnull, "w") as nowhere:
+        quiet = launched_rank() != 0
+        with redirect_stderr(nowhere if quiet else sys.stderr), redirect_stdout(nowhere if quiet else sys.stdout):
+            return tyro.cli(
+                config_class,
+                args=[*from_files, *flags],
+                prog=f"unet {verb}",
+                description=description,
+            )
+
+
+def take_config_files(argv: Sequence[str]) -> tuple[list[Path], list[str]]:
+    """Part `--config FILE` and `--config=FILE` from the other arguments."""
+    files: list[Path] = []
+    rest: list[str] = []
+    remaining = iter(argv)
+    for argument in remaining:
+        if argument == "--config":
+            file = next(remaining, None)
+            if file is None:
+                raise UsageError("--config needs a file")
+            files.append(Path(file))
+        elif argument.startswith("--config="):
+            files.append(Path(argument.removeprefix("--config=")))
+        else:
+            rest.append(argument)
+    return files, rest
+
+
+def yaml_flags(config_class: type, file: Path) -> list[str]:
+    """A YAML file as flags. Raises UsageError for a missing file, bad YAML or an unknown key."""
+    try:
+        plain = yaml.safe_load(file.read_text())
+    except OSError as error:
+        raise UsageError(f"--config {file}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"--config {file}: {' '.join(str(error).split())}") from error
+    if plain is None:
+        return []
+    if not isinstance(plain, dict):
+        raise UsageError(f"--config {file}: expected `key: value` lines, found {type(plain).__name__}")
+    return list(mapping_flags(config_class, plain, file, ()))
+
+
+def mapping_flags(
+    config_class: type, plain: dict[Any, Any], file: Path, path: tuple[str, ...]
+) -> Iterator[str]:
+    """The flags of one level of a YAML file."""
+    types = get_type_hints(config_class)
+    names = [field.name for field in fields(config_class)]
+    for key, value in plain.items():
+        name = str(key).replace("-", "_")
+        dotted = ".".join((*path, str(key)))
+        if name not in names:
+            close = difflib.get_close_matches(name, names, n=1)
+            hint = f"did you mean {'.'.join((*path, close[0]))}?" if close else f"there are: {', '.join(names)}"
+            raise UsageError(f"--config {file}: unknown key {dotted}; {hint}")
+        nested = types[name] if is_dataclass(types[name]) else None
+        if (nested is not None) != isinstance(value, dict):
+            expected = "a mapping" if nested is not None else "a value"
+            raise UsageError(f"--config {file}: {dotted} must be {expected}, found {value!r}")
+        flag = "--" + ".".join((*path, name)).replace("_", "-")
+        if nested is not None:
+            yield from mapping_flags(nested, value, file, (*path, name))
+        elif isinstance(value, bool):
+            yield flag if value else "--" + ".".join((*path, f"no-{name}")).replace("_", "-")
+        elif isinstance(value, list):
+            yield from (flag, *map(str, value))
+        else:
+            yield f"{flag}={value}"
+
+
+def to_plain(value: Any) -> Any:
+    """A configuration as YAML and JSON can hold it."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: to_plain(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, list | tuple):
+        return [to_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def dump_yaml(config: Any) -> str:
+    """The resolved configuration: `--config` of this file says the same again."""
+    return yaml.safe_dump(to_plain(config), sort_keys=False, allow_unicode=True)

@@ -1,0 +1,108 @@
+"""`unet separate`: a folder that mixes pictures and masks -> OUT/images and OUT/masks."""
+
+import filecmp
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+from tqdm import tqdm
+
+from pipelines.config import run_command
+from shards.pairs import Separation, separate
+from shards.sample import DataError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SeparateConfig:
+    """Part a folder that mixes pictures and masks into OUT/images and OUT/masks.
+
+    Masks are told by a suffix (`cell_mask.png` beside `cell.png`) or by their extension.
+    """
+
+    folder: tyro.conf.Positional[Path]
+    """Folder that holds both."""
+    out: Path
+    """Where `images` and `masks` are made."""
+    mask_suffix: str | None = None
+    """What a mask's name ends with before its extension; it is dropped: `_mask`."""
+    image_ext: str | None = None
+    """Extension of the pictures: `.bmp`."""
+    mask_ext: str | None = None
+    """Extension of the masks: `.png`."""
+    mode: Literal["copy", "move", "link"] = "copy"
+    """Copy the files, move them, or make symbolic links to them."""
+    dry_run: bool = False
+    """Say what would be done and do nothing."""
+
+    def __post_init__(self) -> None:
+        by_extension = self.image_ext is not None and self.mask_ext is not None
+        if (self.mask_suffix is not None) == by_extension or (
+            (self.image_ext is None) != (self.mask_ext is None)
+        ):
+            raise ValueError("give --mask-suffix, or --image-ext together with --mask-ext")
+        if self.mask_suffix == "":
+            raise ValueError("--mask-suffix must not be empty")
+        if by_extension and dotted(self.image_ext) == dotted(self.mask_ext):
+            raise ValueError("--image-ext and --mask-ext must differ; else use --mask-suffix")
+
+
+def dotted(extension: str | None) -> str | None:
+    """`PNG`, `png` and `.png` mean `.png`."""
+    return None if extension is None else "." + extension.lower().lstrip(".")
+
+
+def run(config: SeparateConfig) -> int:
+    """Place every file, or say where it would go."""
+    plan = separate(
+        config.folder,
+        config.out,
+        mask_suffix=config.mask_suffix,
+        image_ext=dotted(config.image_ext),
+        mask_ext=dotted(config.mask_ext),
+    )
+    num_masks = sum(file.is_mask for file in plan)
+    if config.dry_run:
+        for file in plan:
+            print(f"{file.source} -> {file.target}")
+        print(f"{num_masks} pairs; nothing was done (--dry-run)")
+        return 0
+    for file in tqdm(plan, desc="separate", unit="file", disable=not sys.stderr.isatty()):
+        place(file, config.mode)
+    print(f"{num_masks} pairs in {config.out / 'images'} and {config.out / 'masks'}")
+    print(f"next: unet pack --images {config.out / 'images'} --masks {config.out / 'masks'} "
+          "--mask-format ... --out SHARDS")
+    return 0
+
+
+def place(file: Separation, mode: Literal["copy", "move", "link"]) -> None:
+    """Put one file where it belongs, whole or not at all; one that is there already is left."""
+    file.target.parent.mkdir(parents=True, exist_ok=True)
+    if os.path.lexists(file.target):
+        if not file.target.exists() or not filecmp.cmp(file.source, file.target, shallow=False):
+            raise DataError(f"{file.target} exists and differs from {file.source}; choose another --out")
+        if mode == "move" and not file.source.samefile(file.target):
+            file.source.unlink()
+        return
+    temporary = file.target.with_name(f".{file.target.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    if mode == "link":
+        temporary.symlink_to(file.source.resolve())
+    else:
+        shutil.copyfile(file.source, temporary)
+    temporary.replace(file.target)
+    if mode == "move":
+        file.source.unlink()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line."""
+    return run_command(SeparateConfig, run, argv, "separate")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,187 @@
+"""The manifest of a data set (`index.json`) and the byte offsets of a shard (`.idx`)."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+from shards.sample import INFO_EXTENSION, MASK_EXTENSION, Channels, DataError, Palette
+from shards.writer import write_json
+
+MANIFEST = "index.json"
+FORMAT = "unet-shards"
+VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class ShardInfo:
+    """One shard of a split."""
+
+    name: str
+    samples: int
+    bytes: int
+    sha256: str
+    pixels: tuple[int, ...]
+    """Mask pixels of each class, then of ignore; empty where unlabelled."""
+
+
+@dataclass(frozen=True, slots=True)
+class SizeCount:
+    """How many pictures have one size and mode."""
+
+    width: int
+    height: int
+    mode: str
+    images: int
+
+
+@dataclass(frozen=True, slots=True)
+class SplitInfo:
+    """One split: `train`, `val`, `test`, `unlabelled` or `predicted`."""
+
+    shards: tuple[ShardInfo, ...]
+    sizes: tuple[SizeCount, ...]
+    """Sizes of the pictures, the commonest first."""
+
+    @property
+    def samples(self) -> int:
+        """Samples in all shards."""
+        return sum(shard.samples for shard in self.shards)
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What a folder of shards holds. Written last: a folder without it is no data set."""
+
+    classes: tuple[str, ...]
+    """Class names by index."""
+    palette: Palette
+    """RGB colour of each class."""
+    channels: Channels
+    """What every picture is converted to when it is decoded."""
+    mask_format: dict[str, Any]
+    """The declared format of the mask files, and `source_values`: the pixel value of each class."""
+    mean: tuple[float, ...]
+    """Mean of each channel over the train split (all splits where it is empty), pixels in 0-1."""
+    std: tuple[float, ...]
+    """Standard deviation of each channel, pixels in 0-1."""
+    splits: dict[str, SplitInfo]
+    duplicates: tuple[tuple[str, ...], ...] = ()
+    """Sources of pictures that are equal byte for byte, at most a thousand groups."""
+    digest: str = field(default="", compare=False)
+    """sha256 of the file that this was read from."""
+
+    def split(self, name: str, folder: Path) -> SplitInfo:
+        """A split that has samples. Raises DataError naming those there are."""
+        if name not in self.splits or not self.splits[name].samples:
+            there = ", ".join(k for k, v in self.splits.items() if v.samples)
+            raise DataError(f"{folder} has no samples in the split {name!r}, only in: {there}")
+        return self.splits[name]
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write `index.json` of a folder, whole or not at all."""
+    plain = asdict(manifest)
+    del plain["digest"]
+    for info in plain["splits"].values():
+        info["samples"] = sum(shard["samples"] for shard in info["shards"])
+    write_json(folder / MANIFEST, {"format": FORMAT, "version": VERSION, **plain})
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a folder of shards.
+
+    Raises DataError where there is none, where it is none of ours or of a newer version.
+    """
+    path = folder / MANIFEST
+    if not folder.is_dir():
+        raise DataError(f"{folder} is no folder of shards: it does not exist")
+    if not path.is_file():
+        raise DataError(f"{folder} is no data set: it has no {MANIFEST} (unet pack writes it last)")
+    data = path.read_bytes()
+    try:
+        plain = json.loads(data)
+        if plain.pop("format") != FORMAT:
+            raise DataError(f"{path} is not a manifest of shards that unet pack wrote")
+        if (version := plain.pop("version")) != VERSION:
+            raise DataError(f"{path} has version {version}, this program reads {VERSION}; update it")
+        splits = {name: read_split(info) for name, info in plain.pop("splits").items()}
+        tuples = {name: to_tuple(plain.pop(name)) for name in ("classes", "palette", "mean", "std", "duplicates")}
+        return Manifest(**plain, **tuples, splits=splits, digest=hashlib.sha256(data).hexdigest())
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DataError(f"{path} is damaged ({error}); pack the data set again") from error
+
+
+def read_split(plain: dict[str, Any]) -> SplitInfo:
+    """A split from its JSON."""
+    shards = tuple(ShardInfo(**{**shard, "pixels": tuple(shard["pixels"])}) for shard in plain["shards"])
+    return SplitInfo(shards, tuple(SizeCount(**size) for size in plain["sizes"]))
+
+
+def to_tuple(value: Any) -> Any:
+    """JSON lists become tuples, at any depth."""
+    return tuple(to_tuple(item) for item in value) if isinstance(value, list) else value
+
+
+class MemberRange(NamedTuple):
+    """Where one member's bytes lie in a shard."""
+
+    extension: str
+    offset: int
+    size: int
+    name: str
+
+
+class SampleRange(NamedTuple):
+    """Where one sample's members lie in a shard."""
+
+    key: str
+    image: MemberRange
+    mask: MemberRange | None
+    info: MemberRange
+
+
+class ShardIndex:
+    """The `.idx` of one shard, kept as text and parsed a sample at a time."""
+
+    def __init__(self, shard: Path) -> None:
+        path = shard.with_suffix(".idx")
+        try:
+            header, *lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path} cannot be read ({error}); pack the data set again") from error
+        version, _, count = header.partition(" ")
+        if version != "v1.2" or not count.isdigit() or int(count) != len(lines):
+            raise DataError(f"{path} is cut or no index of version v1.2; pack the data set again")
+        self.path, self.lines = path, lines
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    def __getitem__(self, row: int) -> SampleRange:
+        """The members of sample `row`. Raises DataError where one that is needed is missing."""
+        words = self.lines[row].split(" ")
+        members = [
+            MemberRange(words[i], int(words[i + 1]), int(words[i + 2]), words[i + 3])
+            for i in range(0, len(words), 4)
+        ]
+        images = [m for m in members if m.extension not in (MASK_EXTENSION, INFO_EXTENSION)]
+        mask = next((m for m in members if m.extension == MASK_EXTENSION), None)
+        info = next((m for m in members if m.extension == INFO_EXTENSION), None)
+        # Predictions without their pictures are samples too: the mask stands in as the picture.
+        image = images[0] if images else mask
+        if image is None or info is None or len(images) > 1:
+            raise DataError(f"{self.path}, line {row + 2}: a sample needs one picture and a {INFO_EXTENSION}")
+        return SampleRange(info.name.removesuffix(f".{INFO_EXTENSION}"), image, mask, info)
+
+
+def merge_sizes(counts: Sequence[SizeCount]) -> tuple[SizeCount, ...]:
+    """The counts of several shards added up, the commonest size first."""
+    total: dict[tuple[int, int, str], int] = {}
+    for size in counts:
+        kind = (size.width, size.height, size.mode)
+        total[kind] = total.get(kind, 0) + size.images
+    ordered = sorted(total.items(), key=lambda item: (-item[1], item[0]))
+    return tuple(SizeCount(*cast(tuple[int, int, str], kind), images) for kind, images in ordered)

@@ -1,0 +1,157 @@
+"""Which sample when: a pure function of shard sizes, seed and position.
+
+The training stream is endless. Position p = epoch * N + j; global batch s is the positions
+[s * G, (s + 1) * G); rank r of W takes the positions p = r (mod W). Within an epoch
+
+1. the shards are permuted with (seed, epoch);
+2. their samples, in that order, are cut into L lanes of consecutive samples, lane l having
+   ceil((N - l) / L) of them; cuts may fall inside a shard;
+3. each lane is shuffled inside windows (a data set of at most 16,384 samples is instead permuted
+   as a whole before the cut);
+4. j is sample j // L of lane j mod L.
+
+Nothing here depends on the number of ranks or workers, and where W divides L a rank owns whole
+lanes, so that it reads its own shards and (borders aside) no others.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+ORDER_VERSION = 1
+LANES = 96
+WINDOW = 4096
+WHOLE = 16_384
+"""Up to this many samples are permuted as a whole."""
+
+
+class Address(NamedTuple):
+    """One sample of a stream."""
+
+    position: int
+    shard: int
+    row: int
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """The order of one training stream."""
+
+    sizes: tuple[int, ...]
+    """Samples in each shard."""
+    seed: int
+    lanes: int = LANES
+    window: int = WINDOW
+    num_samples: int = field(init=False)
+    """Samples in an epoch."""
+    _epochs: dict[int, "Epoch"] = field(init=False, repr=False, compare=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "num_samples", sum(self.sizes))
+        if self.num_samples == 0:
+            raise ValueError("a stream needs at least one sample")
+        if self.lanes < 1 or self.window < 1:
+            raise ValueError(f"lanes and window must be at least 1, got {self.lanes}, {self.window}")
+
+    def locate(self, position: int) -> Address:
+        """The sample at a position of the stream."""
+        num_samples = self.num_samples
+        epoch, j = divmod(position, num_samples)
+        index, lane = divmod(j, self.lanes)
+        length, longer = divmod(num_samples, self.lanes)
+        start = lane * length + min(lane, longer)
+        if num_samples <= WHOLE:
+            place = int(permutation(num_samples, self.seed, epoch, 1)[start + index])
+        else:
+            size = length + (lane < longer)
+            window, offset = divmod(index, self.window)
+            first = window * self.window
+            width = min(self.window, size - first)
+            place = start + first + int(permutation(width, self.seed, epoch, 2, lane, window)[offset])
+        shards, starts = self.epoch(epoch)
+        slot = int(np.searchsorted(starts, place, side="right")) - 1
+        return Address(position, int(shards[slot]), place - int(starts[slot]))
+
+    def epoch(self, epoch: int) -> "Epoch":
+        """The order of the shards in an epoch; the last two are remembered."""
+        if epoch not in self._epochs:
+            shards = permutation(len(self.sizes), self.seed, epoch, 0)
+            permuted = np.asarray(self.sizes, dtype=np.int64)[shards]
+            if len(self._epochs) > 1:
+                del self._epochs[min(self._epochs)]
+            self._epochs[epoch] = Epoch(shards, np.cumsum(permuted) - permuted)
+        return self._epochs[epoch]
+
+
+class Epoch(NamedTuple):
+    """The permuted shards of an epoch."""
+
+    shards: NDArray[np.uint32]
+    starts: NDArray[np.int64]
+    """First place of each in the permuted order."""
+
+
+@lru_cache(maxsize=512)
+def permutation(size: int, *words: int) -> NDArray[np.uint32]:
+    """A permutation of range(size) drawn from the words.
+
+    PCG64's raw stream and SeedSequence are promised to stay the same in all versions of numpy;
+    `Generator.permutation` is not.
+    """
+    draws = np.random.PCG64(np.random.SeedSequence(words)).random_raw(size)
+    return np.argsort(draws, kind="stable").astype(np.uint32)
+
+
+@dataclass(frozen=True, slots=True)
+class TrainPlan:
+    """The endless batches of one rank; worker w of n yields its batches w, w + n, ..."""
+
+    order: Order
+    batch_size: int
+    """Samples in a batch of this rank."""
+    rank: int
+    world: int
+    start: int
+    """Position of the stream that the first global batch begins with."""
+
+    def batches(self, worker: int, num_workers: int) -> Iterator[list[Address]]:
+        """The addresses of this worker's batches, without end."""
+        first = self.start + (self.rank - self.start) % self.world
+        batch = worker
+        while True:
+            begin = first + batch * self.batch_size * self.world
+            yield [self.order.locate(begin + i * self.world) for i in range(self.batch_size)]
+            batch += num_workers
+
+
+@dataclass(frozen=True, slots=True)
+class EvalPlan:
+    """Every sample once, in the order of the shards.
+
+    The split is cut into chunks of consecutive samples, and rank r of W takes the chunks
+    [r M / W, (r + 1) M / W) of M. Samples that share a forward pass are so the same for any W,
+    and with them every last bit of the result. Unpadded; a rank may have none.
+    """
+
+    sizes: tuple[int, ...]
+    chunk: int
+    rank: int
+    world: int
+
+    def batches(self, worker: int, num_workers: int) -> Iterator[list[Address]]:
+        """The addresses of this worker's chunks."""
+        starts = np.cumsum((0, *self.sizes))
+        num_samples = int(starts[-1])
+        num_chunks = -(-num_samples // self.chunk)
+        first, last = (r * num_chunks // self.world for r in (self.rank, self.rank + 1))
+        for chunk in range(first + worker, last, num_workers):
+            places = range(chunk * self.chunk, min((chunk + 1) * self.chunk, num_samples))
+            shards = np.searchsorted(starts, places, side="right") - 1
+            yield [
+                Address(place, int(shard), place - int(starts[shard]))
+                for place, shard in zip(places, shards, strict=True)
+            ]

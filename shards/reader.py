@@ -1,0 +1,139 @@
+"""Samples by byte offset: the source stage of a webdataset pipeline."""
+
+import json
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch.utils.data import IterableDataset, get_worker_info
+from webdataset import DataPipeline
+
+from shards.index import SampleRange, ShardIndex, ShardInfo
+from shards.order import Address
+from shards.sample import Channels, DataError, Sample, decode_image, decode_mask
+
+MAX_OPEN = 64
+"""Shards that one process keeps open."""
+
+
+@dataclass(frozen=True, slots=True)
+class RawSample:
+    """A sample as it lies in its shard."""
+
+    key: str
+    position: int
+    """Where it stands in the stream or split that it was read for."""
+    image: bytes
+    mask: bytes | None
+    info: bytes
+    where: str
+    """Shard and member, for messages."""
+
+    def decode(self, channels: Channels) -> Sample:
+        """Decode picture and mask. Raises DataError naming shard and key."""
+        image = decode_image(self.image, channels, self.where)
+        if self.mask is None:
+            return Sample(self.key, image, None)
+        mask = decode_mask(self.mask, self.where)
+        if mask.shape != image.shape[:2]:
+            raise DataError(
+                f"{self.where}: the mask is {mask.shape[1]} x {mask.shape[0]}, the picture "
+                f"{image.shape[1]} x {image.shape[0]}; pack the data set again"
+            )
+        return Sample(self.key, image, mask)
+
+    def describe(self) -> dict[str, Any]:
+        """The content of `KEY.json`."""
+        return json.loads(self.info)
+
+
+Stage = Callable[[Iterator[Any]], Iterator[Any]]
+"""A later stage of a pipeline."""
+
+
+class Plan(Protocol):
+    """Says which samples a worker reads, batch by batch."""
+
+    def batches(self, worker: int, num_workers: int) -> Iterator[list[Address]]:
+        """Addresses of the batches of worker `worker` of `num_workers`."""
+        ...
+
+
+class ShardReader:
+    """Reads samples of one split by shard and row. Picklable; files are opened when first read."""
+
+    def __init__(self, folder: Path, shards: Sequence[ShardInfo]) -> None:
+        self.folder, self.shards = folder, tuple(shards)
+        self.opened: OrderedDict[int, tuple[int, ShardIndex]] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "opened": OrderedDict()}
+
+    def read(self, address: Address) -> RawSample:
+        """One sample, in one read. Raises DataError if the shard is missing, cut or changed."""
+        handle, index = self.open(address.shard)
+        entry = index[address.row]
+        where = f"{self.folder / self.shards[address.shard].name}: {entry.key}"
+        begin, end = extent(entry)
+        data = os.pread(handle, end - begin, begin)
+        if len(data) != end - begin:
+            raise DataError(f"{where} ends too early; the shard is cut, copy or pack it again")
+
+        def part(member: Any) -> bytes:
+            return data[member.offset - begin : member.offset - begin + member.size]
+
+        mask = None if entry.mask is None else part(entry.mask)
+        return RawSample(entry.key, address.position, part(entry.image), mask, part(entry.info), where)
+
+    def open(self, shard: int) -> tuple[int, ShardIndex]:
+        """The descriptor and the offsets of a shard, the least recently used one closed."""
+        if shard in self.opened:
+            self.opened.move_to_end(shard)
+            return self.opened[shard]
+        info = self.shards[shard]
+        path = self.folder / info.name
+        try:
+            handle = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise DataError(f"{path} cannot be opened: {error.strerror}") from error
+        size = os.fstat(handle).st_size
+        if size != info.bytes:
+            os.close(handle)
+            raise DataError(
+                f"{path} has {size:,} bytes, the manifest says {info.bytes:,}; copy or pack it again"
+            )
+        self.opened[shard] = (handle, ShardIndex(path))
+        if len(self.opened) > MAX_OPEN:
+            _, (oldest, _) = self.opened.popitem(last=False)
+            os.close(oldest)
+        return self.opened[shard]
+
+
+def extent(entry: SampleRange) -> tuple[int, int]:
+    """First byte and the one after the last of a sample's members."""
+    members = [m for m in (entry.image, entry.mask, entry.info) if m is not None]
+    return min(m.offset for m in members), max(m.offset + m.size for m in members)
+
+
+class SampleSource(IterableDataset[list[RawSample]]):
+    """The source stage of a webdataset pipeline, whose later stages map iterators to iterators.
+
+    Yields the raw samples of one planned batch at a time, those of this DataLoader worker.
+    """
+
+    def __init__(self, reader: ShardReader, plan: Plan) -> None:
+        self.reader, self.plan = reader, plan
+
+    def __iter__(self) -> Iterator[list[RawSample]]:
+        info = get_worker_info()
+        worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
+        for addresses in self.plan.batches(worker, num_workers):
+            yield [self.reader.read(address) for address in addresses]
+
+
+def read_samples(reader: ShardReader, plan: Plan, *stages: Stage) -> DataPipeline:
+    """A webdataset pipeline over the planned samples: the source, then the stages in turn."""
+    return DataPipeline(SampleSource(reader, plan), *stages)

@@ -1,0 +1,189 @@
+"""Exact scores: integers are summed over pictures and ranks, and divided once, at the end.
+
+Dice = 2 tp / (2 tp + fp + fn), IoU = tp / (tp + fp + fn).
+    global     tp, fp, fn summed over all pixels of all pictures
+    per image  the score of each picture, then the mean over the pictures that have the class in
+               mask or prediction; a picture with neither is skipped (policy "skip")
+    macro      mean over the classes that count; micro: their tp, fp, fn pooled
+A class that occurs nowhere scores None ("n/a") and enters no mean.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from unet.losses import IGNORE
+
+FIXED_POINT = 2**32
+"""Scores of single pictures are summed as integers of 1/2^32: exact in any order of summation."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClassScores:
+    """One class. None where there is nothing to divide by."""
+
+    name: str
+    dice: float | None
+    iou: float | None
+    precision: float | None
+    recall: float | None
+    tp: int
+    fp: int
+    fn: int
+    image_dice: float | None
+    """Mean of the Dice of the `images` pictures that have the class in mask or prediction."""
+    image_iou: float | None
+    images: int
+
+
+@dataclass(frozen=True, slots=True)
+class Mean:
+    """A pair of mean scores."""
+
+    dice: float | None
+    iou: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """The scores of a model over a set of pictures."""
+
+    num_images: int
+    counted: tuple[int, ...]
+    """Indices of the classes that the means are over."""
+    macro: Mean
+    micro: Mean
+    per_image: Mean
+    classes: tuple[ClassScores, ...]
+    confusion: tuple[tuple[int, ...], ...]
+    """Pixels, [true class][predicted class]."""
+
+    def to_plain(self) -> dict[str, Any]:
+        """What `scores.json` holds."""
+        plain = asdict(self)
+        plain["classes"] = {scores.pop("name"): scores for scores in plain["classes"]}
+        plain["counted"] = [self.classes[i].name for i in self.counted]
+        plain["empty_policy"] = "skip"
+        return plain
+
+
+class Counts(NamedTuple):
+    """The int64 sums that all scores follow from. K classes."""
+
+    confusion: Tensor
+    """Pixels [K, K], [true class, predicted class]."""
+    image_dice: Tensor
+    """Sums [K] over pictures of their Dice, in 1/2^32."""
+    image_iou: Tensor
+    """The same of IoU."""
+    image_count: Tensor
+    """Pictures [K] that have the class in mask or prediction."""
+    num_images: Tensor
+    """Pictures [] seen."""
+
+
+class SegmentationScores(Metric):
+    """Confusion counts as int64 sums; `compute()` and `scores()` add those of all ranks first.
+
+    A rank that saw nothing contributes zeros. Every rank must make the call.
+    """
+
+    full_state_update = False
+    confusion: Tensor
+    image_dice: Tensor
+    image_iou: Tensor
+    image_count: Tensor
+    num_images: Tensor
+
+    def __init__(self, classes: tuple[str, ...], counted: tuple[int, ...]) -> None:
+        super().__init__()
+        self.names, self.counted = classes, counted
+        k = len(classes)
+        for name, shape in (
+            ("confusion", (k, k)),
+            ("image_dice", (k,)),
+            ("image_iou", (k,)),
+            ("image_count", (k,)),
+            ("num_images", ()),
+        ):
+            self.add_state(name, torch.zeros(shape, dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, prediction: Tensor, mask: Tensor) -> None:
+        """Count class indices: prediction and mask uint8 [B, H, W]; 255 in the mask is left out."""
+        batch, k = len(mask), len(self.names)
+        valid = mask != IGNORE
+        sample = torch.arange(batch, device=mask.device).view(-1, 1, 1).expand(mask.shape)
+        cell = (sample * k + mask.long()) * k + prediction.long()
+        counts = torch.bincount(cell[valid], minlength=batch * k * k).view(batch, k, k)
+        tp = counts.diagonal(dim1=1, dim2=2)
+        both = counts.sum(dim=1) + counts.sum(dim=2)
+        seen = both > 0
+        self.confusion += counts.sum(dim=0)
+        self.image_dice += fixed_point(2 * tp, both).sum(dim=0)
+        self.image_iou += fixed_point(tp, both - tp).sum(dim=0)
+        self.image_count += seen.sum(dim=0)
+        self.num_images += batch
+
+    def compute(self) -> Counts:
+        """The sums over everything that all ranks counted."""
+        return Counts(
+            self.confusion, self.image_dice, self.image_iou, self.image_count, self.num_images
+        )
+
+    def scores(self) -> Scores:
+        """The scores over everything that all ranks counted."""
+        counts = Counts(*(tensor.cpu() for tensor in self.compute()))
+        confusion = counts.confusion
+        tp = confusion.diagonal().tolist()
+        fp = (confusion.sum(dim=0) - confusion.diagonal()).tolist()
+        fn = (confusion.sum(dim=1) - confusion.diagonal()).tolist()
+        images, image_dice, image_iou = (
+            sums.tolist() for sums in (counts.image_count, counts.image_dice, counts.image_iou)
+        )
+        classes = tuple(
+            ClassScores(
+                name=name,
+                dice=divide(2 * tp[c], 2 * tp[c] + fp[c] + fn[c]),
+                iou=divide(tp[c], tp[c] + fp[c] + fn[c]),
+                precision=divide(tp[c], tp[c] + fp[c]),
+                recall=divide(tp[c], tp[c] + fn[c]),
+                tp=tp[c],
+                fp=fp[c],
+                fn=fn[c],
+                image_dice=divide(image_dice[c], images[c] * FIXED_POINT),
+                image_iou=divide(image_iou[c], images[c] * FIXED_POINT),
+                images=images[c],
+            )
+            for c, name in enumerate(self.names)
+        )
+        pooled = [sum(values[c] for c in self.counted) for values in (tp, fp, fn)]
+        of = [classes[c] for c in self.counted]
+        return Scores(
+            num_images=int(counts.num_images),
+            counted=self.counted,
+            macro=Mean(mean([s.dice for s in of]), mean([s.iou for s in of])),
+            micro=Mean(divide(2 * pooled[0], 2 * pooled[0] + pooled[1] + pooled[2]), divide(pooled[0], sum(pooled))),
+            per_image=Mean(mean([s.image_dice for s in of]), mean([s.image_iou for s in of])),
+            classes=classes,
+            confusion=tuple(tuple(row) for row in confusion.tolist()),
+        )
+
+
+def fixed_point(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """numerator / denominator as a multiple of 1/2^32, 0 where the denominator is 0."""
+    ratio = numerator.double() / denominator.clamp(min=1).double()
+    return (ratio * FIXED_POINT).round().long()
+
+
+def divide(numerator: int, denominator: int) -> float | None:
+    """The ratio, or None where there is nothing to divide by."""
+    return numerator / denominator if denominator else None
+
+
+def mean(values: list[float | None]) -> float | None:
+    """The mean of those that are not None; None if all are."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
