@@ -34,6 +34,10 @@ class UsageError(Exception):
     """A wrong command or configuration. Its text is one line: what, where, what to do."""
 
 
+class RunError(Exception):
+    """A run that failed. Its text is one line: what, where, what to do."""
+
+
 def launched_rank() -> int:
     """The rank that a launcher gave this process, 0 without one. For who speaks, and no more."""
     return int(os.environ.get("RANK", "0"))
@@ -48,7 +52,7 @@ def run_command(
         return run(parse(config_class, argv, verb))
     except UsageError as error:
         return complain(verb, error, USAGE)
-    except DataError as error:
+    except (DataError, RunError) as error:
         return complain(verb, error, REFUSED)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
@@ -152,8 +156,3 @@ def to_plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [to_plain(item) for item in value]
     return str(value) if isinstance(value, Path) else value
-
-
-def dump_yaml(config: Any) -> str:
-    """The resolved configuration: `--config` of this file says the same again."""
-    return yaml.safe_dump(to_plain(config), sort_keys=False, allow_unicode=True)

@@ -27,6 +27,8 @@ class RawSample:
     position: int
     """Where it stands in the stream or split that it was read for."""
     image: bytes
+    extension: str
+    """Of the picture, in lower case: `jpg`, `png`, ..."""
     mask: bytes | None
     info: bytes
     where: str
@@ -85,8 +87,15 @@ class ShardReader:
         def part(member: Any) -> bytes:
             return data[member.offset - begin : member.offset - begin + member.size]
 
-        mask = None if entry.mask is None else part(entry.mask)
-        return RawSample(entry.key, address.position, part(entry.image), mask, part(entry.info), where)
+        return RawSample(
+            key=entry.key,
+            position=address.position,
+            image=part(entry.image),
+            extension=entry.image.extension,
+            mask=None if entry.mask is None else part(entry.mask),
+            info=part(entry.info),
+            where=where,
+        )
 
     def open(self, shard: int) -> tuple[int, ShardIndex]:
         """The descriptor and the offsets of a shard, the least recently used one closed."""

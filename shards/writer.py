@@ -116,14 +116,18 @@ class HashingStream:
         os.fsync(self.file.fileno())
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """A file that is there whole or not at all, whatever happens meanwhile."""
+def write_atomically(path: Path, data: bytes, *, durable: bool = True) -> None:
+    """A file that is there whole or not at all, however its writer ends.
+
+    `durable`: it is also on disk when this returns, should the power fail.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)

@@ -10,7 +10,7 @@ from huggingface_hub import ModelHubMixin
 from torch import Tensor, nn
 
 from unet import weights
-from unet.blocks import DoubleConv, Down, Norm, Padding, Up, centre_crop
+from unet.blocks import DoubleConv, Down, Norm, Padding, Up
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -162,10 +162,6 @@ class UNet(nn.Module, ModelHubMixin):
                     f"the nearest are {below} and {below + step}"
                 )
         return image
-
-    def crop_to_logits(self, mask: Tensor, logits: Tensor) -> Tensor:
-        """The part of mask [B, H, W] that logits [B, K, H', W'] speak about."""
-        return centre_crop(mask, logits.shape[-2:])
 
     def _save_pretrained(self, save_directory: Path) -> None:
         weights.save(self, save_directory)

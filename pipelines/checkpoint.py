@@ -1,0 +1,189 @@
+"""Checkpoints of a run: written aside, renamed when whole, resumed from the last one.
+
+RUN/checkpoints/step-00012000/
+    model.safetensors, config.json   the weights that are scored and used (averaged where that is on)
+    training.pt                      raw weights, optimizer, loss scaler
+    state.json                       TrainState
+RUN/checkpoints/last, best           relative links, replaced atomically
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.amp.grad_scaler import GradScaler
+
+from pipelines.config import RunError, UsageError
+from pipelines.optim import Learner
+from shards.sample import DataError
+from shards.writer import write_json
+from unet import DataSpec, UNet, weights
+
+CHECKPOINTS = "checkpoints"
+TRAINING = "training.pt"
+STATE = "state.json"
+
+
+@dataclass(frozen=True, slots=True)
+class TrainState:
+    """All that a run is besides its tensors; the same on all ranks."""
+
+    step: int
+    """Optimizer steps made."""
+    position: int
+    """Samples of the stream consumed: where the next global batch begins."""
+    seconds: float
+    """Wall-clock time trained, resumes added up."""
+    best: float | None
+    """Best validation score so far."""
+    tracking_id: str | None
+    """The tracker's run, continued on resume."""
+    fixed: dict[str, Any]
+    """What must not change on resume, by name."""
+
+
+class Checkpoints:
+    """The checkpoints of one run folder. Only the main process writes."""
+
+    def __init__(self, run_dir: Path, keep: int) -> None:
+        self.folder, self.keep = run_dir / CHECKPOINTS, keep
+
+    def save(
+        self, state: TrainState, learner: Learner, scaler: GradScaler | None, *, is_best: bool
+    ) -> None:
+        """Write one checkpoint and point `last`, and `best`, at it. Old ones go only afterwards."""
+        final = self.folder / f"step-{state.step:08d}"
+        temporary = final.with_name(f".{final.name}.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        learner.scored.save_pretrained(temporary)
+        training = {**learner.state_dict(), "scaler": scaler.state_dict() if scaler else None}
+        torch.save(training, temporary / TRAINING)
+        write_json(temporary / STATE, asdict(state))
+        for file in temporary.iterdir():
+            flush_to_disk(file)
+        if final.exists():
+            # The same step again, after a resume from it: what is there is as good.
+            shutil.rmtree(temporary)
+        else:
+            temporary.rename(final)
+        for name in ("last", "best") if is_best else ("last",):
+            point(self.folder / name, final.name)
+        self.prune()
+
+    def prune(self) -> None:
+        """Remove all but the newest `keep` and what `last` and `best` point at."""
+        pinned = {os.readlink(link) for name in ("last", "best") if (link := self.folder / name).is_symlink()}
+        steps = sorted(path for path in self.folder.glob("step-*"))
+        for path in steps[: -self.keep]:
+            if path.name not in pinned:
+                shutil.rmtree(path)
+
+    def resume(
+        self, fixed: dict[str, Any], learner: Learner, scaler: GradScaler | None
+    ) -> TrainState:
+        """Load the last checkpoint into `learner`; a fresh state where there is none.
+
+        Raises UsageError naming what differs from the run that wrote it.
+        """
+        folder = self.folder / "last"
+        if not folder.is_dir():
+            return TrainState(0, 0, 0.0, None, None, fixed)
+        state = TrainState(**json.loads((folder / STATE).read_text()))
+        now = json.loads(json.dumps(fixed))
+        differing = [name for name in sorted(now.keys() | state.fixed.keys()) if now.get(name) != state.fixed.get(name)]
+        if differing:
+            name = differing[0]
+            raise UsageError(
+                f"{self.folder.parent} was begun with {name} = {state.fixed.get(name)}, now it is "
+                f"{now.get(name)}; keep it, or begin in another --run-dir"
+                + (f" (also: {', '.join(differing[1:])})" if differing[1:] else "")
+            )
+        training = torch.load(folder / TRAINING, map_location="cpu", weights_only=True)
+        learner.load_state_dict(training)
+        if scaler is not None and training["scaler"] is not None:
+            scaler.load_state_dict(training["scaler"])
+        return state
+
+
+def point(link: Path, target: str) -> None:
+    """Make a relative symbolic link, replacing an old one in one step."""
+    temporary = link.with_name(f".{link.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target)
+    temporary.replace(link)
+
+
+def flush_to_disk(file: Path) -> None:
+    """Return when a file's bytes would survive a power cut."""
+    with file.open("rb") as handle:
+        os.fsync(handle.fileno())
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model to evaluate or predict with."""
+
+    model: UNet
+    spec: DataSpec
+    digest: str
+    """sha256 of its weights file."""
+
+
+def load_model(checkpoint: str) -> LoadedModel:
+    """The model of a run folder (its `best`, else `last`), a checkpoint folder or a hub id.
+
+    Raises DataError saying what is missing or damaged.
+    """
+    try:
+        folder = weights.find(str(find_checkpoint(checkpoint)))
+        model = UNet.from_pretrained(str(folder))
+        with (folder / weights.WEIGHTS).open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except (ValueError, FileNotFoundError) as error:
+        raise DataError(f"--checkpoint {checkpoint}: {error}") from error
+    except OSError as error:
+        raise DataError(f"--checkpoint {checkpoint} is no folder and was not found on the hub: {error}") from error
+    if model.spec is None:
+        raise DataError(f"--checkpoint {checkpoint}: config.json says nothing of classes and pixels")
+    return LoadedModel(model, model.spec, digest)
+
+
+def require_spec(model: UNet) -> DataSpec:
+    """What a model that was built for data, or loaded here, knows of its data."""
+    assert model.spec is not None
+    return model.spec
+
+
+def find_checkpoint(checkpoint: str) -> Path | str:
+    """The folder with the weights, or the hub id as it is."""
+    folder = Path(checkpoint)
+    if (folder / CHECKPOINTS).is_dir():
+        for name in ("best", "last"):
+            if (folder / CHECKPOINTS / name).is_dir():
+                return (folder / CHECKPOINTS / name).resolve()
+        raise DataError(f"--checkpoint {checkpoint}: this run has saved no checkpoint yet")
+    if not folder.is_dir() and (folder.is_absolute() or checkpoint.startswith(".") or checkpoint.count("/") > 1):
+        raise DataError(f"--checkpoint {checkpoint} does not exist")
+    if not folder.is_dir() and "/" not in checkpoint:
+        raise DataError(f"--checkpoint {checkpoint} is neither a folder here nor a hub id (owner/name)")
+    return folder if folder.is_dir() else checkpoint
+
+
+class RunLock:
+    """One run at a time in a run folder; the lock dies with its process."""
+
+    def __init__(self, run_dir: Path) -> None:
+        """Raises RunError where another process holds it."""
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self.file = (run_dir / ".lock").open("w")
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RunError(f"another process is training in {run_dir}; wait for it or choose another") from error

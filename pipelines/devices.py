@@ -1,0 +1,35 @@
+"""Starting on devices: one Accelerator, the precision, and the proof that all ranks are one job."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from pipelines.config import UsageError
+
+
+def start(
+    *, accumulate: int = 1, trackers: Sequence[str] = (), project_dir: Path | None = None
+) -> Accelerator:
+    """The Accelerator of this process.
+
+    Process count and precision are the launcher's; without one, a GPU that has bf16 uses it.
+    Raises UsageError where processes were started that do not know of each other.
+    """
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ
+    has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    accelerator = Accelerator(
+        mixed_precision=None if launched else ("bf16" if has_bf16 else "no"),
+        gradient_accumulation_steps=accumulate,
+        log_with=list(trackers) or None,
+        project_dir=project_dir,
+    )
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world != accelerator.num_processes:
+        raise UsageError(
+            f"{world} processes were launched but each runs alone, which would train {world} models "
+            "side by side; without GPUs set ACCELERATE_USE_CPU=true before accelerate launch --multi_gpu"
+        )
+    return accelerator

@@ -1,0 +1,73 @@
+"""`unet evaluate`: exact scores of a checkpoint on a split, for any number of ranks."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pipelines import scoring
+from pipelines.checkpoint import load_model
+from pipelines.config import UsageError, run_command
+from pipelines.devices import start
+from shards.index import read_manifest
+from shards.sample import DataError
+from shards.writer import write_json
+from unet import TileConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluateConfig:
+    """Score a checkpoint on every picture of a split, at its own size."""
+
+    checkpoint: str
+    """Run folder (its best, else last, checkpoint), checkpoint folder or hub id."""
+    data: Path
+    """Folder of shards."""
+    split: str = "val"
+    """Split to score on."""
+    out: Path | None = None
+    """Folder for scores.json; left out: the run folder or checkpoint folder."""
+    workers: int | None = None
+    """Decoding processes of each rank; left out: its share of the CPUs, at most 8."""
+    tiles: TileConfig = field(default_factory=TileConfig)
+
+
+def run(config: EvaluateConfig) -> int:
+    """Score, print the table, write the JSON."""
+    manifest = read_manifest(config.data)
+    manifest.split(config.split, config.data)
+    out = config.out or Path(config.checkpoint)
+    if config.out is None and not out.is_dir():
+        raise UsageError(f"--checkpoint {config.checkpoint} is no folder here: say where scores go with --out")
+    loaded = load_model(config.checkpoint)
+    if loaded.spec.classes != manifest.classes:
+        raise DataError(
+            f"{config.checkpoint} knows the classes {', '.join(loaded.spec.classes)}, {config.data} has "
+            f"{', '.join(manifest.classes) or 'none'}; they must be the same"
+        )
+    if loaded.spec.channels != manifest.channels:
+        raise DataError(
+            f"{config.checkpoint} was trained on {loaded.spec.channels} pictures, {config.data} holds "
+            f"{manifest.channels}; they must be the same"
+        )
+    accelerator = start()
+    model = loaded.model.to(accelerator.device)
+    scores = scoring.score(
+        model, accelerator, config.data, manifest, config.split, config.tiles, config.workers
+    )
+    if accelerator.is_main_process:
+        out.mkdir(parents=True, exist_ok=True)
+        about = {"split": config.split, "checkpoint": loaded.digest, "manifest": manifest.digest}
+        write_json(out / "scores.json", {**about, **scores.to_plain()})
+        print(scoring.table(scores))
+        print(f"{scores.num_images} pictures of {config.split}: {out / 'scores.json'}")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line."""
+    return run_command(EvaluateConfig, run, argv, "evaluate")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,112 @@
+"""The optimizer, the learning rate as a function of progress, and the average of the weights."""
+
+from copy import deepcopy
+from dataclasses import dataclass
+from math import cos, pi
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import AdamW, Optimizer
+
+from unet import UNet
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimConfig:
+    """AdamW with a warm-up and a cosine, and an average of the weights."""
+
+    lr: float = 2e-3
+    """Highest learning rate."""
+    weight_decay: float = 1e-4
+    """Decoupled weight decay of convolution weights (norms and biases have none)."""
+    warmup: float = 0.05
+    """Share of the run in which the learning rate rises from 0."""
+    clip_norm: float = 1.0
+    """Gradients longer than this are shortened to it; 0 is off."""
+    ema_decay: float = 0.999
+    """Decay of the averaged weights, which are scored and saved; 0 is off. Early steps use
+    (1 + n) / (10 + n), so that short runs have an average too."""
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0 or self.weight_decay < 0 or self.clip_norm < 0:
+            raise ValueError("optim.lr must be above 0, optim.weight_decay and .clip_norm not below")
+        if not 0 <= self.warmup < 1 or not 0 <= self.ema_decay < 1:
+            raise ValueError("optim.warmup and optim.ema_decay must be in [0, 1)")
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
+    """AdamW; parameters of one dimension (norms, biases) are not decayed."""
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    plain = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return AdamW(groups, lr=config.lr)
+
+
+def learning_rate(config: OptimConfig, progress: float) -> float:
+    """The learning rate at a share of the run done, 0 to 1: warm-up, then half a cosine to 0."""
+    if progress < config.warmup:
+        # Not quite 0, so that the first step is not lost.
+        return config.lr * max(progress / config.warmup, 0.01)
+    done = (progress - config.warmup) / (1 - config.warmup)
+    return config.lr * 0.5 * (1 + cos(pi * min(done, 1.0)))
+
+
+def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
+    """Of all parameters."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+class Average:
+    """An exponential moving average of a model's weights: `model`, of the same class."""
+
+    def __init__(self, model: UNet, decay: float) -> None:
+        self.model = deepcopy(model).requires_grad_(False).eval()
+        self.decay = decay
+
+    @torch.no_grad()
+    def update(self, model: UNet, step: int) -> None:
+        """Move towards the weights after optimizer step `step`, counted from 1; buffers are copied.
+
+        torch's AveragedModel does the same but asks the device for its counter at every step.
+        """
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_([*self.model.parameters()], [*model.parameters()], 1 - decay)
+        for average, current in zip(self.model.buffers(), model.buffers(), strict=True):
+            average.copy_(current)
+
+
+@dataclass(frozen=True, slots=True)
+class Learner:
+    """What changes with every step: the weights, their average, the optimizer's moments."""
+
+    model: UNet
+    average: Average | None
+    optimizer: Optimizer
+
+    @property
+    def scored(self) -> UNet:
+        """The weights that are scored and saved: the average where there is one."""
+        return self.model if self.average is None else self.average.model
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that resuming needs."""
+        return {
+            "model": self.model.state_dict(),
+            "average": None if self.average is None else self.average.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave."""
+        self.model.load_state_dict(state["model"])
+        if self.average is not None:
+            self.average.model.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
+def build_learner(model: UNet, config: OptimConfig) -> Learner:
+    """A model on its device, with a fresh optimizer and average."""
+    average = Average(model, config.ema_decay) if config.ema_decay else None
+    return Learner(model, average, build_optimizer(model, config))

@@ -1,0 +1,404 @@
+"""`unet train`: train a U-Net on shards, or go on where the run folder stands.
+
+    unet train --data D --run-dir R
+    accelerate launch --config_file accelerate_config.yaml -m pipelines.train --data D --run-dir R
+
+Devices, process count and precision are the launcher's; everything else is a TrainConfig.
+"""
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import Tensor
+from tqdm import tqdm
+
+from pipelines import scoring
+from pipelines.augment import Augment, AugmentConfig
+from pipelines.batches import Batch, default_crop_size, default_workers, train_batches
+from pipelines.budget import Budget, Limits
+from pipelines.checkpoint import Checkpoints, RunLock, TrainState, require_spec
+from pipelines.config import INTERRUPTED, RunError, UsageError, run_command, to_plain
+from pipelines.devices import start
+from pipelines.optim import Learner, OptimConfig, build_learner, learning_rate, set_learning_rate
+from pipelines.tracking import Tracker, TrackingConfig
+from shards.index import Manifest, read_manifest
+from shards.order import LANES, ORDER_VERSION, WINDOW, Order, TrainPlan
+from shards.reader import ShardReader
+from shards.writer import write_json
+from unet import DataSpec, LossConfig, Scores, SegmentationLoss, TileConfig, UNet
+
+DEFAULT_STEPS = 10_000
+CROP_SIZE = {"modern": 512, "small": 256}
+"""Largest default crop of each preset, in pixels."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """Which U-Net."""
+
+    preset: Literal["modern", "small"] = "modern"
+    """modern: 31 M parameters. small: 1.9 M, for laptops."""
+    base_channels: int | None = None
+    """Channels of the first level; left out: the preset's (64, 16)."""
+    depth: int | None = None
+    """How many times the picture is halved; left out: the preset's (4)."""
+    norm: Literal["group", "batch", "instance", "none"] | None = None
+    """Normalisation; left out: the preset's (group)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """Train a U-Net on shards. The same command, given again, goes on where it was interrupted.
+
+    --steps, --epochs and --minutes bound the run, whichever is reached first; the learning rate
+    falls to 0 just then. Without any of them it makes 10,000 steps.
+    """
+
+    data: Path
+    """Folder of shards with the splits train and val."""
+    run_dir: Path
+    """Folder of this run: config.yaml, metrics.jsonl, checkpoints."""
+    steps: int | None = None
+    """Optimizer steps of the whole run."""
+    epochs: float | None = None
+    """Passes over the training split."""
+    minutes: float | None = None
+    """Wall-clock minutes of training, validation included, added up over resumes."""
+    global_batch_size: int = 4
+    """Samples of one optimizer step, over all ranks. It belongs to the run, not to the machine."""
+    accumulate: int = 1
+    """Forward passes that a rank splits its part of a step into."""
+    crop_size: int | None = None
+    """Side of the square training crops; left out: what most pictures hold, at most 512 pixels
+    (256 with the preset small)."""
+    workers: int | None = None
+    """Decoding processes of each rank; left out: its share of the CPUs, at most 8."""
+    log_every: int = 20
+    """Steps between lines of metrics.jsonl."""
+    eval_every: int = 500
+    """Steps between validations, each followed by a checkpoint; one always ends the run."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints to keep besides the best."""
+    seed: int = 0
+    """Seed of weights, order, crops and augmentation."""
+    lanes: int = LANES
+    """Lanes of the sample order; ranks read apart from each other where they divide it."""
+    window: int = WINDOW
+    """Samples that are shuffled together within a lane."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    tiles: TileConfig = field(default_factory=TileConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "epochs", "minutes", "crop_size"):
+            if (value := getattr(self, name)) is not None and value <= 0:
+                raise ValueError(f"{name} must be above 0, got {value}")
+        for name in ("global_batch_size", "accumulate", "log_every", "eval_every", "keep_checkpoints", "lanes", "window"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.seed < 0 or (self.workers is not None and self.workers < 0):
+            raise ValueError("seed and workers must not be below 0")
+
+    def limits(self, num_samples: int) -> Limits:
+        """What ends the run, in steps and minutes."""
+        steps = [] if self.steps is None else [self.steps]
+        if self.epochs is not None:
+            steps.append(max(1, round(self.epochs * num_samples / self.global_batch_size)))
+        if not steps and self.minutes is None:
+            steps = [DEFAULT_STEPS]
+        return Limits(min(steps) if steps else None, self.minutes)
+
+
+def run(config: TrainConfig) -> int:
+    """Run or resume to the end; 75 if a signal interrupted it."""
+    manifest = read_manifest(config.data)
+    config, order = resolve(config, manifest)
+    accelerator = start(accumulate=config.accumulate, trackers=config.tracking.trackers())
+    rank, world = accelerator.process_index, accelerator.num_processes
+    batch_size = rank_batch_size(config, world)
+    lock = RunLock(config.run_dir) if accelerator.is_main_process else None
+
+    set_seed(config.seed)
+    learner = build_learner(build_model(config, manifest).to(accelerator.device), config.optim)
+    spec = require_spec(learner.model)
+    checkpoints = Checkpoints(config.run_dir, config.keep_checkpoints)
+    state = checkpoints.resume(fixed_settings(config, manifest), learner, accelerator.scaler)
+    # Only these two: a prepared loader is split or dispatched a second time.
+    model, optimizer = accelerator.prepare(learner.model, learner.optimizer)
+    model.train()
+
+    tracker = Tracker(accelerator, config.tracking, config.run_dir, to_plain(config), state)
+    state = replace(state, tracking_id=tracker.run_id)
+    criterion = SegmentationLoss(config.loss, spec.counted)
+    augment = Augment(config.augment, config.seed)
+    batches = open_batches(config, manifest, TrainPlan(order, batch_size, rank, world, state.position), accelerator)
+    budget = Budget(accelerator, config.limits(order.num_samples), step=state.step, seconds=state.seconds)
+    meter, progress, scores = Meter(criterion.names, accelerator), Progress(accelerator, budget), None
+
+    while not budget.over:
+        lr = learning_rate(config.optim, budget.progress)
+        set_learning_rate(optimizer, lr)
+        for _ in range(config.accumulate):
+            with meter.waiting():
+                batch = next(batches)
+            batch = batch.to(accelerator.device)
+            with accelerator.accumulate(model):
+                image, mask = augment(spec.normalise(batch.image), batch.mask, batch.position)
+                loss, parts = criterion(model(image), mask)
+                accelerator.backward(loss)
+                if accelerator.sync_gradients and config.optim.clip_norm:
+                    accelerator.clip_grad_norm_(model.parameters(), config.optim.clip_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+            budget.watch(loss)
+            meter.add(loss, parts)
+        if learner.average is not None:
+            learner.average.update(learner.model, budget.step + 1)
+        if bad_step := budget.advance():
+            raise RunError(not_finite(bad_step, config, manifest, order))
+        state = replace(
+            state,
+            step=budget.step,
+            position=budget.step * config.global_batch_size,
+            seconds=budget.seconds,
+        )
+
+        if budget.step % config.log_every == 0 or budget.over:
+            values = meter.read(config.global_batch_size)
+            tracker.log(budget.step, {**values, "train/lr": lr})
+            progress.show(values)
+        if budget.step % config.eval_every == 0 or (budget.over and not budget.interrupted):
+            scores = scoring.score(learner.scored, accelerator, config.data, manifest, "val", config.tiles)
+            tracker.log(budget.step, scoring.named(scores, "val"))
+            progress.say(f"step {budget.step}: val/dice {scores.macro.dice}, val/iou {scores.macro.iou}")
+            is_best = state.best is None or (scores.macro.dice or 0.0) > state.best
+            state = replace(state, best=scores.macro.dice if is_best else state.best)
+            save(checkpoints, state, learner, accelerator, is_best=is_best)
+            meter.reset()
+        elif budget.interrupted:
+            save(checkpoints, state, learner, accelerator, is_best=False)
+
+    progress.close()
+    tracker.finish()
+    code = conclude(config, budget, state, scores, accelerator)
+    del lock
+    return code
+
+
+def resolve(config: TrainConfig, manifest: Manifest) -> tuple[TrainConfig, Order]:
+    """What the data set decides. Raises DataError or UsageError before any device is touched."""
+    train_split = manifest.split("train", config.data)
+    manifest.split("val", config.data)
+    if config.crop_size is None:
+        size = default_crop_size(train_split, CROP_SIZE[config.model.preset])
+        config = replace(config, crop_size=size)
+    sizes = tuple(shard.samples for shard in train_split.shards)
+    return config, Order(sizes, config.seed, config.lanes, config.window)
+
+
+def rank_batch_size(config: TrainConfig, world: int) -> int:
+    """Samples of one forward pass of one rank. Raises UsageError where the step does not divide."""
+    size, rest = divmod(config.global_batch_size, world * config.accumulate)
+    if rest or not size:
+        passes = world * config.accumulate
+        below = config.global_batch_size // passes * passes
+        fitting = [str(number) for number in (below, below + passes) if number]
+        raise UsageError(
+            f"--global-batch-size {config.global_batch_size} does not divide among {world} ranks x "
+            f"{config.accumulate} accumulated passes; {' or '.join(fitting)} would"
+        )
+    return size
+
+
+def build_model(config: TrainConfig, manifest: Manifest) -> UNet:
+    """A fresh model that knows its data."""
+    assert config.crop_size is not None
+    spec = DataSpec(
+        classes=manifest.classes,
+        palette=manifest.palette,
+        channels=manifest.channels,
+        mean=manifest.mean,
+        std=manifest.std,
+        crop_size=config.crop_size,
+    )
+    changes = {
+        name: value
+        for name in ("base_channels", "depth", "norm")
+        if (value := getattr(config.model, name)) is not None
+    }
+    return UNet.from_preset(
+        config.model.preset,
+        in_channels=len(manifest.channels),
+        num_classes=len(manifest.classes),
+        spec=spec,
+        **changes,
+    )
+
+
+def fixed_settings(config: TrainConfig, manifest: Manifest) -> dict[str, Any]:
+    """What must not change on resume, by the name of its flag."""
+    plain = to_plain(config)
+    names = ("seed", "lanes", "window", "global_batch_size", "crop_size", "model", "loss", "optim", "augment")
+    groups = {name: plain[name] for name in names}
+    flat = {
+        f"{name}.{key}" if key else name: value
+        for name, group in groups.items()
+        for key, value in (group.items() if isinstance(group, dict) else [("", group)])
+    }
+    return {**flat, "order_version": ORDER_VERSION, "manifest": manifest.digest}
+
+
+def open_batches(
+    config: TrainConfig, manifest: Manifest, plan: TrainPlan, accelerator: Accelerator
+) -> Iterator[Batch]:
+    """This rank's endless batches."""
+    assert config.crop_size is not None
+    workers = config.workers
+    return train_batches(
+        config.data,
+        manifest,
+        plan,
+        crop_size=config.crop_size,
+        seed=config.seed,
+        workers=default_workers(accelerator) if workers is None else workers,
+        pin=accelerator.device.type == "cuda",
+    )
+
+
+class Meter:
+    """Means of the losses and rates since they were last read; nothing leaves the device before."""
+
+    def __init__(self, names: Sequence[str], accelerator: Accelerator) -> None:
+        self.names = ["train/loss", *(f"train/loss_{name}" for name in names)]
+        self.accelerator = accelerator
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin anew."""
+        self.sums = torch.zeros(len(self.names), device=self.accelerator.device)
+        self.passes, self.steps, self.waited, self.began = 0, 0, 0.0, time.perf_counter()
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the time in the block as spent waiting for data."""
+        began = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - began
+
+    def add(self, loss: Tensor, parts: Tensor) -> None:
+        """Count the losses of one forward pass."""
+        self.sums += torch.cat([loss.detach()[None], parts])
+        self.passes += 1
+
+    def read(self, global_batch_size: int) -> dict[str, float]:
+        """The means over passes and ranks, samples per second, and the share of time waited."""
+        means = self.accelerator.reduce(self.sums / max(1, self.passes), "mean").tolist()
+        seconds = max(1e-9, time.perf_counter() - self.began)
+        steps = self.passes / self.accelerator.gradient_accumulation_steps
+        values = {
+            **dict(zip(self.names, means, strict=True)),
+            "train/samples_per_second": steps * global_batch_size / seconds,
+            "train/data_wait": self.waited / seconds,
+        }
+        self.reset()
+        return values
+
+
+class Progress:
+    """What a person sees while a run goes on: a bar on a terminal, else a line now and then."""
+
+    def __init__(self, accelerator: Accelerator, budget: Budget) -> None:
+        self.speaks, self.budget = accelerator.is_main_process, budget
+        self.terminal = sys.stderr.isatty()
+        self.bar = tqdm(
+            total=1000,
+            initial=round(1000 * budget.progress),
+            desc="train",
+            bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
+            disable=not (self.speaks and self.terminal),
+        )
+
+    def show(self, values: dict[str, float]) -> None:
+        """The latest numbers."""
+        text = (
+            f"step {self.budget.step}, loss {values['train/loss']:.4f}, "
+            f"{values['train/samples_per_second']:.1f} samples/s, waited {values['train/data_wait']:.0%}"
+        )
+        self.bar.set_postfix_str(text, refresh=False)
+        self.bar.update(round(1000 * self.budget.progress) - self.bar.n)
+        if not self.terminal:
+            self.say(f"{self.budget.progress:4.0%}  {text}")
+
+    def say(self, line: str) -> None:
+        """A line that stays."""
+        if self.speaks:
+            tqdm.write(line, file=sys.stderr)
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        self.bar.close()
+
+
+def save(
+    checkpoints: Checkpoints, state: TrainState, learner: Learner, accelerator: Accelerator, *, is_best: bool
+) -> None:
+    """Write a checkpoint on the main process; the others wait, so that none runs ahead of it."""
+    if accelerator.is_main_process:
+        checkpoints.save(state, learner, accelerator.scaler, is_best=is_best)
+    accelerator.wait_for_everyone()
+
+
+def not_finite(step: int, config: TrainConfig, manifest: Manifest, order: Order) -> str:
+    """Which step, and which samples were in it."""
+    reader = ShardReader(config.data, manifest.splits["train"].shards)
+    first = (step - 1) * config.global_batch_size
+    addresses = [order.locate(first + i) for i in range(config.global_batch_size)]
+    keys = [reader.read(address).key for address in addresses[:8]]
+    more = f" and {len(addresses) - 8} more" if len(addresses) > 8 else ""
+    return (
+        f"the loss of step {step} is not finite; its samples are {', '.join(keys)}{more}; "
+        "lower --optim.lr, or look at them; the last checkpoint is whole"
+    )
+
+
+def conclude(
+    config: TrainConfig, budget: Budget, state: TrainState, scores: Scores | None, accelerator: Accelerator
+) -> int:
+    """Write RUN/state.json, say how it ended and how to go on; the exit code."""
+    finished = not budget.interrupted
+    if accelerator.is_main_process:
+        go_on = f"unet train --data {config.data} --run-dir {config.run_dir}"
+        plain = {"finished": finished, "step": state.step, "best": state.best, "seconds": state.seconds}
+        write_json(config.run_dir / "state.json", {**plain, "go_on": None if finished else f"the same command again ({go_on} ...)"})
+        if not finished:
+            print(f"interrupted at step {state.step}, checkpoint saved; the same command goes on")
+        else:
+            if scores is None:
+                print(f"{config.run_dir} has finished at step {state.step}; to train on, raise its --steps, --epochs or --minutes")
+            else:
+                print(f"finished at step {state.step}, {state.seconds:.0f} s\n{scoring.table(scores)}")
+            print(f"next: unet evaluate --checkpoint {config.run_dir} --data {config.data} --split val")
+            print(f"      unet predict --checkpoint {config.run_dir} --input PICTURES --out MASKS --png --overlay")
+    if budget.interrupted and accelerator.num_processes == 1:
+        return INTERRUPTED
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line."""
+    return run_command(TrainConfig, run, argv, "train")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
