@@ -1,1 +1,1 @@
-"""Runs: everything with a command line, a device or a tracker. One verb, one module, one command."""
+"""Runs: everything with a command line, a device or a tracker. One verb, one module."""

@@ -41,7 +41,9 @@ class AugmentConfig:
         if self.scale < 1 or self.contrast < 1:
             raise ValueError("augment.scale and augment.contrast are factors, 1 or more")
         if self.rotation < 0 or self.brightness < 0 or not 0 <= self.warp_share <= 1:
-            raise ValueError("augment.rotation and .brightness must be 0 or more, .warp_share a share")
+            raise ValueError(
+                "augment.rotation and .brightness must be 0 or more, .warp_share a share"
+            )
 
 
 class Purpose(IntEnum):
@@ -57,7 +59,9 @@ def uniform(seed: int, position: int, purpose: Purpose, count: int) -> NDArray[n
     return words / 2.0**64
 
 
-def crop(image: Uint8, mask: Uint8, size: int, fill: Uint8, draws: NDArray[np.float64]) -> tuple[Uint8, Uint8]:
+def crop(
+    image: Uint8, mask: Uint8, size: int, fill: Uint8, draws: NDArray[np.float64]
+) -> tuple[Uint8, Uint8]:
     """A square crop at a place chosen by two draws; what is missing is `fill` and 255.
 
     Args:
@@ -71,8 +75,13 @@ def crop(image: Uint8, mask: Uint8, size: int, fill: Uint8, draws: NDArray[np.fl
         [size, size, C] and [size, size].
     """
     height, width = mask.shape
-    top, left = (int(d * (max(0, side - size) + 1)) for d, side in zip(draws, (height, width), strict=True))
-    image, mask = image[top : top + size, left : left + size], mask[top : top + size, left : left + size]
+    top, left = (
+        int(d * (max(0, side - size) + 1)) for d, side in zip(draws, (height, width), strict=True)
+    )
+    image, mask = (
+        image[top : top + size, left : left + size],
+        mask[top : top + size, left : left + size],
+    )
     if mask.shape == (size, size):
         return image, mask
     y, x = ((size - side) // 2 for side in mask.shape)
@@ -122,10 +131,15 @@ class Augment:
             angle += (2 * draws[3] - 1) * c.rotation * pi / 180
             zoom = exp((2 * draws[4] - 1) * log(c.scale))
         return np.array(
-            [[mirror * cos(angle) * zoom, -sin(angle) * zoom, 0], [mirror * sin(angle) * zoom, cos(angle) * zoom, 0]]
+            [
+                [mirror * cos(angle) * zoom, -sin(angle) * zoom, 0],
+                [mirror * sin(angle) * zoom, cos(angle) * zoom, 0],
+            ]
         )
 
     def tone(self, draws: NDArray[np.float64]) -> NDArray[np.float64]:
         """Contrast factor and brightness shift of one sample."""
         c = self.config
-        return np.array([exp((2 * draws[5] - 1) * log(c.contrast)), (2 * draws[6] - 1) * c.brightness])
+        return np.array(
+            [exp((2 * draws[5] - 1) * log(c.contrast)), (2 * draws[6] - 1) * c.brightness]
+        )

@@ -135,7 +135,9 @@ def eval_batches(
 ) -> Iterator[Batch]:
     """Every sample of a split on exactly one rank, unpadded, whole."""
     plan = EvalPlan(tuple(s.samples for s in split.shards), batch_size, rank, world)
-    return iter(load(ShardReader(folder, split.shards), plan, WholeStage(manifest.channels), workers, pin))
+    return iter(
+        load(ShardReader(folder, split.shards), plan, WholeStage(manifest.channels), workers, pin)
+    )
 
 
 def load(

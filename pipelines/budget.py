@@ -47,11 +47,12 @@ class Budget:
         self.asked_to_stop = False
         self.interrupted = False
         # 1-based step of the first loss that was not finite, on the device; 0 while there is none.
-        self.bad_step = torch.zeros((), dtype=torch.float64 if accelerator.device.type != "mps" else torch.float32, device=accelerator.device)
+        # float32 counts steps exactly up to 16.7 million, and every device has it.
+        self.bad_step = torch.zeros((), device=accelerator.device)
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self.on_signal)
 
-    def on_signal(self, number: int, frame: FrameType | None) -> None:
+    def on_signal(self, _number: int, _frame: FrameType | None) -> None:
         """Remember that the run should stop."""
         self.asked_to_stop = True
 
@@ -83,7 +84,11 @@ class Budget:
         accelerator = self.accelerator
         clock = time.monotonic() - self.began if accelerator.is_main_process else 0.0
         mine = torch.stack(
-            [self.bad_step.new_tensor(self.asked_to_stop), self.bad_step.new_tensor(clock), self.bad_step]
+            [
+                self.bad_step.new_tensor(self.asked_to_stop),
+                self.bad_step.new_tensor(clock),
+                self.bad_step,
+            ]
         )
         everyone = accelerator.gather(mine[None])
         assert isinstance(everyone, torch.Tensor)

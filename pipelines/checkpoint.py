@@ -1,7 +1,7 @@
 """Checkpoints of a run: written aside, renamed when whole, resumed from the last one.
 
 RUN/checkpoints/step-00012000/
-    model.safetensors, config.json   the weights that are scored and used (averaged where that is on)
+    model.safetensors, config.json   the weights that are scored and used (averaged if that is on)
     training.pt                      raw weights, optimizer, loss scaler
     state.json                       TrainState
 RUN/checkpoints/last, best           relative links, replaced atomically
@@ -79,7 +79,11 @@ class Checkpoints:
 
     def prune(self) -> None:
         """Remove all but the newest `keep` and what `last` and `best` point at."""
-        pinned = {os.readlink(link) for name in ("last", "best") if (link := self.folder / name).is_symlink()}
+        pinned = {
+            os.readlink(link)
+            for name in ("last", "best")
+            if (link := self.folder / name).is_symlink()
+        }
         steps = sorted(path for path in self.folder.glob("step-*"))
         for path in steps[: -self.keep]:
             if path.name not in pinned:
@@ -97,7 +101,11 @@ class Checkpoints:
             return TrainState(0, 0, 0.0, None, None, fixed)
         state = TrainState(**json.loads((folder / STATE).read_text()))
         now = json.loads(json.dumps(fixed))
-        differing = [name for name in sorted(now.keys() | state.fixed.keys()) if now.get(name) != state.fixed.get(name)]
+        differing = [
+            name
+            for name in sorted(now.keys() | state.fixed.keys())
+            if now.get(name) != state.fixed.get(name)
+        ]
         if differing:
             name = differing[0]
             raise UsageError(
@@ -149,9 +157,13 @@ def load_model(checkpoint: str) -> LoadedModel:
     except (ValueError, FileNotFoundError) as error:
         raise DataError(f"--checkpoint {checkpoint}: {error}") from error
     except OSError as error:
-        raise DataError(f"--checkpoint {checkpoint} is no folder and was not found on the hub: {error}") from error
+        raise DataError(
+            f"--checkpoint {checkpoint} is no folder and was not found on the hub: {error}"
+        ) from error
     if model.spec is None:
-        raise DataError(f"--checkpoint {checkpoint}: config.json says nothing of classes and pixels")
+        raise DataError(
+            f"--checkpoint {checkpoint}: config.json says nothing of classes and pixels"
+        )
     return LoadedModel(model, model.spec, digest)
 
 
@@ -169,10 +181,14 @@ def find_checkpoint(checkpoint: str) -> Path | str:
             if (folder / CHECKPOINTS / name).is_dir():
                 return (folder / CHECKPOINTS / name).resolve()
         raise DataError(f"--checkpoint {checkpoint}: this run has saved no checkpoint yet")
-    if not folder.is_dir() and (folder.is_absolute() or checkpoint.startswith(".") or checkpoint.count("/") > 1):
+    if not folder.is_dir() and (
+        folder.is_absolute() or checkpoint.startswith(".") or checkpoint.count("/") > 1
+    ):
         raise DataError(f"--checkpoint {checkpoint} does not exist")
     if not folder.is_dir() and "/" not in checkpoint:
-        raise DataError(f"--checkpoint {checkpoint} is neither a folder here nor a hub id (owner/name)")
+        raise DataError(
+            f"--checkpoint {checkpoint} is neither a folder here nor a hub id (owner/name)"
+        )
     return folder if folder.is_dir() else checkpoint
 
 
@@ -186,4 +202,6 @@ class RunLock:
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise RunError(f"another process is training in {run_dir}; wait for it or choose another") from error
+            raise RunError(
+                f"another process is training in {run_dir}; wait for it or choose another"
+            ) from error

@@ -1,4 +1,4 @@
-"""Command lines and YAML files -> frozen dataclasses, strictly; errors -> one line and an exit code.
+"""Command lines and YAML -> frozen dataclasses, strictly; errors -> one line and an exit code.
 
 defaults <- `--config file.yaml` (repeatable, later wins) <- flags. A YAML file is turned into the
 flags that say the same, so that both go through one parser, one set of types, one set of messages.
@@ -76,10 +76,15 @@ def parse(config_class: type[T], argv: Sequence[str], verb: str) -> T:
     files, flags = take_config_files(argv)
     from_files = [flag for file in files for flag in yaml_flags(config_class, file)]
     description = (config_class.__doc__ or "").strip()
-    description += "\n\n--config FILE.yaml (repeatable, later wins) holds any of these; flags win over files."
+    description += (
+        "\n\n--config FILE.yaml (repeatable, later wins) holds any of these; flags win over files."
+    )
     with open(os.devnull, "w") as nowhere:
         quiet = launched_rank() != 0
-        with redirect_stderr(nowhere if quiet else sys.stderr), redirect_stdout(nowhere if quiet else sys.stdout):
+        with (
+            redirect_stderr(nowhere if quiet else sys.stderr),
+            redirect_stdout(nowhere if quiet else sys.stdout),
+        ):
             return tyro.cli(
                 config_class,
                 args=[*from_files, *flags],
@@ -117,7 +122,9 @@ def yaml_flags(config_class: type, file: Path) -> list[str]:
     if plain is None:
         return []
     if not isinstance(plain, dict):
-        raise UsageError(f"--config {file}: expected `key: value` lines, found {type(plain).__name__}")
+        raise UsageError(
+            f"--config {file}: expected `key: value` lines, found {type(plain).__name__}"
+        )
     return list(mapping_flags(config_class, plain, file, ()))
 
 
@@ -132,7 +139,11 @@ def mapping_flags(
         dotted = ".".join((*path, str(key)))
         if name not in names:
             close = difflib.get_close_matches(name, names, n=1)
-            hint = f"did you mean {'.'.join((*path, close[0]))}?" if close else f"there are: {', '.join(names)}"
+            hint = (
+                f"did you mean {'.'.join((*path, close[0]))}?"
+                if close
+                else f"there are: {', '.join(names)}"
+            )
             raise UsageError(f"--config {file}: unknown key {dotted}; {hint}")
         nested = types[name] if is_dataclass(types[name]) else None
         if (nested is not None) != isinstance(value, dict):

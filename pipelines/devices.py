@@ -29,7 +29,7 @@ def start(
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world != accelerator.num_processes:
         raise UsageError(
-            f"{world} processes were launched but each runs alone, which would train {world} models "
-            "side by side; without GPUs set ACCELERATE_USE_CPU=true before accelerate launch --multi_gpu"
+            f"{world} processes were launched but each runs alone, {world} jobs side by side; "
+            "without GPUs set ACCELERATE_USE_CPU=true before accelerate launch --multi_gpu"
         )
     return accelerator

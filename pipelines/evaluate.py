@@ -38,17 +38,19 @@ def run(config: EvaluateConfig) -> int:
     manifest.split(config.split, config.data)
     out = config.out or Path(config.checkpoint)
     if config.out is None and not out.is_dir():
-        raise UsageError(f"--checkpoint {config.checkpoint} is no folder here: say where scores go with --out")
+        raise UsageError(
+            f"--checkpoint {config.checkpoint} is no folder here: say where scores go with --out"
+        )
     loaded = load_model(config.checkpoint)
     if loaded.spec.classes != manifest.classes:
         raise DataError(
-            f"{config.checkpoint} knows the classes {', '.join(loaded.spec.classes)}, {config.data} has "
-            f"{', '.join(manifest.classes) or 'none'}; they must be the same"
+            f"{config.checkpoint} knows the classes {', '.join(loaded.spec.classes)}, "
+            f"{config.data} has {', '.join(manifest.classes) or 'none'}; they must be the same"
         )
     if loaded.spec.channels != manifest.channels:
         raise DataError(
-            f"{config.checkpoint} was trained on {loaded.spec.channels} pictures, {config.data} holds "
-            f"{manifest.channels}; they must be the same"
+            f"{config.checkpoint} was trained on {loaded.spec.channels} pictures, "
+            f"{config.data} holds {manifest.channels}; they must be the same"
         )
     accelerator = start()
     model = loaded.model.to(accelerator.device)

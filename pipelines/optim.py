@@ -30,7 +30,9 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         if self.lr <= 0 or self.weight_decay < 0 or self.clip_norm < 0:
-            raise ValueError("optim.lr must be above 0, optim.weight_decay and .clip_norm not below")
+            raise ValueError(
+                "optim.lr must be above 0, optim.weight_decay and .clip_norm not below"
+            )
         if not 0 <= self.warmup < 1 or not 0 <= self.ema_decay < 1:
             raise ValueError("optim.warmup and optim.ema_decay must be in [0, 1)")
 
@@ -39,7 +41,10 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
     """AdamW; parameters of one dimension (norms, biases) are not decayed."""
     decayed = [p for p in model.parameters() if p.ndim > 1]
     plain = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
     return AdamW(groups, lr=config.lr)
 
 
@@ -72,7 +77,9 @@ class Average:
         torch's AveragedModel does the same but asks the device for its counter at every step.
         """
         decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_([*self.model.parameters()], [*model.parameters()], 1 - decay)
+        torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage] - torch.optim's own
+            [*self.model.parameters()], [*model.parameters()], 1 - decay
+        )
         for average, current in zip(self.model.buffers(), model.buffers(), strict=True):
             average.copy_(current)
 

@@ -76,7 +76,7 @@ class PackConfig:
     out: Path
     """Folder for the shards; made if it does not exist."""
     masks: Path | None = None
-    """Folder of the masks: same relative paths but for the extension. Left out: unlabelled shards."""
+    """Folder of the masks: same paths but for the extension. Left out: unlabelled shards."""
     mask_format: MaskKind | None = None
     """How masks are to be read. binary: 0 and one other value. index: the value is the class.
     values: --mask-values lists them."""
@@ -119,7 +119,9 @@ class PackConfig:
         if self.val_fraction + self.test_fraction >= 1:
             raise ValueError("--val-fraction and --test-fraction leave nothing to train on")
         if self.samples_per_shard < 1 or self.shard_bytes < 1 or self.workers < 0:
-            raise ValueError("--samples-per-shard and --shard-bytes must be above 0, --workers not below")
+            raise ValueError(
+                "--samples-per-shard and --shard-bytes must be above 0, --workers not below"
+            )
         if self.masks is None and self.mask_format is not None:
             raise ValueError("--mask-format needs --masks")
         if self.masks is not None and self.mask_format is None:
@@ -327,7 +329,9 @@ def fix_plan(config: PackConfig, plan: Sequence[PlannedShard], work_dir: Path) -
             )
         return
     if strangers := sorted(path.name for path in config.out.glob("*.tar")):
-        raise DataError(f"{config.out} holds shards of something else ({strangers[0]}); choose another --out")
+        raise DataError(
+            f"{config.out} holds shards of something else ({strangers[0]}); choose another --out"
+        )
     work_dir.mkdir(exist_ok=True)
     write_json(path, planned)
 
@@ -343,7 +347,8 @@ def difference(begun: dict[str, Any], planned: dict[str, Any]) -> str:
     if begun["rule"] != planned["rule"]:
         return "other classes or another mask format"
     old, new = (
-        {s["source"]: s for shard in plan["shards"] for s in shard["samples"]} for plan in (begun, planned)
+        {s["source"]: s for shard in plan["shards"] for s in shard["samples"]}
+        for plan in (begun, planned)
     )
     if gone := sorted(old.keys() - new.keys()):
         return f"{len(gone)} pictures are gone, {gone[0]} first"
@@ -382,7 +387,9 @@ def as_done(
         for future in as_completed(futures):
             yield futures[future], future.result()
     except BrokenProcessPool as error:
-        raise DataError("a packing process was killed (out of memory?); the same command goes on") from error
+        raise DataError(
+            "a packing process was killed (out of memory?); the same command goes on"
+        ) from error
 
 
 def write_shard(
@@ -436,14 +443,26 @@ class Tally:
         image = load(opened, sample.image)
         channels = channels_of(image, sample.image)
         extension = PurePosixPath(sample.source).suffix[1:].lower()
-        info = {"source": sample.source, "width": image.width, "height": image.height, "group": sample.group}
+        info = {
+            "source": sample.source,
+            "width": image.width,
+            "height": image.height,
+            "group": sample.group,
+        }
         members = {
             **({"png": encode_png(image)} if turned else {extension: data}),
             INFO_EXTENSION: json.dumps(info).encode(),
         }
-        if sample.mask is not None and rule.mask_format is not None and sample.mask_stat is not None:
+        if (
+            sample.mask is not None
+            and rule.mask_format is not None
+            and sample.mask_stat is not None
+        ):
             mask = read_mask(
-                read_planned(sample.mask, sample.mask_stat), rule.mask_format, rule.palette, sample.mask
+                read_planned(sample.mask, sample.mask_stat),
+                rule.mask_format,
+                rule.palette,
+                sample.mask,
             )
             if mask.index.shape != (image.height, image.width):
                 raise DataError(
@@ -467,7 +486,10 @@ class Tally:
         """The sums over all samples so far."""
         pixels: tuple[int, ...] = ()
         if self.mask_format is not None:
-            pixels = (*self.pixels[: self.mask_format.num_classes].tolist(), int(self.pixels[IGNORE]))
+            pixels = (
+                *self.pixels[: self.mask_format.num_classes].tolist(),
+                int(self.pixels[IGNORE]),
+            )
         return ShardReport(
             split=self.split,
             shard=ShardInfo(file.name, file.samples, file.bytes, file.sha256, pixels),
@@ -590,12 +612,18 @@ def summary(config: PackConfig, manifest: Manifest, reports: Sequence[ShardRepor
     for name, split in manifest.splits.items():
         sizes = ", ".join(f"{s.width} x {s.height} ({s.images})" for s in split.sizes[:3])
         more = f" and {len(split.sizes) - 3} more sizes" if len(split.sizes) > 3 else ""
-        lines.append(f"  {name:<10}{split.samples:>8} samples, {len(split.shards)} shards; {sizes}{more}")
+        lines.append(
+            f"  {name:<10}{split.samples:>8} samples, {len(split.shards)} shards; {sizes}{more}"
+        )
     pixels = np.sum([r.shard.pixels for r in reports], axis=0)
     if manifest.classes:
         names = (*manifest.classes, "ignored")
         shares = pixels / pixels.sum()
-        lines += [f"  {name:<20}{share:>8.2%} of pixels" for name, share in zip(names, shares, strict=True) if share]
+        lines += [
+            f"  {name:<20}{share:>8.2%} of pixels"
+            for name, share in zip(names, shares, strict=True)
+            if share
+        ]
         for name, number in zip(manifest.classes, pixels, strict=False):
             if not number:
                 lines.append(f"  warning: no pixel of the class {name!r} anywhere")
@@ -608,7 +636,9 @@ def summary(config: PackConfig, manifest: Manifest, reports: Sequence[ShardRepor
         )
     if config.masks is not None and "train" in manifest.splits:
         if "val" not in manifest.splits:
-            lines.append("  warning: no sample fell into val; raise --val-fraction or use --split-file")
+            lines.append(
+                "  warning: no sample fell into val; raise --val-fraction or use --split-file"
+            )
         lines.append(f"next: unet train --data {config.out} --run-dir RUN")
     return "\n".join(lines)
 

@@ -73,7 +73,9 @@ def score(
     scores = metric.scores()
     model.train(was_training)
     if scores.num_images != split.samples:
-        raise DataError(f"{scores.num_images} samples of {split_name} were scored, it has {split.samples}")
+        raise DataError(
+            f"{scores.num_images} samples of {split_name} were scored, it has {split.samples}"
+        )
     return scores
 
 
@@ -90,7 +92,11 @@ def table(scores: Scores) -> str:
         lines.append(
             f"{c.name:<{width}}{show(c.dice)}{show(c.iou)}{show(c.precision)}{show(c.recall)}{mark}"
         )
-    for name, mean in (("macro", scores.macro), ("micro", scores.micro), ("per image", scores.per_image)):
+    for name, mean in (
+        ("macro", scores.macro),
+        ("micro", scores.micro),
+        ("per image", scores.per_image),
+    ):
         lines.append(f"{name:<{width}}{show(mean.dice)}{show(mean.iou)}")
     return "\n".join(lines)
 

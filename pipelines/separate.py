@@ -74,8 +74,10 @@ def run(config: SeparateConfig) -> int:
     for file in tqdm(plan, desc="separate", unit="file", disable=not sys.stderr.isatty()):
         place(file, config.mode)
     print(f"{num_masks} pairs in {config.out / 'images'} and {config.out / 'masks'}")
-    print(f"next: unet pack --images {config.out / 'images'} --masks {config.out / 'masks'} "
-          "--mask-format ... --out SHARDS")
+    print(
+        f"next: unet pack --images {config.out / 'images'} --masks {config.out / 'masks'} "
+        "--mask-format ... --out SHARDS"
+    )
     return 0
 
 
@@ -84,7 +86,9 @@ def place(file: Separation, mode: Literal["copy", "move", "link"]) -> None:
     file.target.parent.mkdir(parents=True, exist_ok=True)
     if os.path.lexists(file.target):
         if not file.target.exists() or not filecmp.cmp(file.source, file.target, shallow=False):
-            raise DataError(f"{file.target} exists and differs from {file.source}; choose another --out")
+            raise DataError(
+                f"{file.target} exists and differs from {file.source}; choose another --out"
+            )
         if mode == "move" and not file.source.samefile(file.target):
             file.source.unlink()
         return

@@ -1,4 +1,4 @@
-"""Where numbers and pictures of a run go: always metrics.jsonl, and a tracker through Accelerate."""
+"""Where the numbers of a run go: always metrics.jsonl, and a tracker through Accelerate."""
 
 import json
 import logging
@@ -48,7 +48,9 @@ class Tracker:
         self.accelerator, self.path = accelerator, run_dir / "metrics.jsonl"
         self.run_id = state.tracking_id or uuid.uuid4().hex[:8]
         if accelerator.is_main_process:
-            write_atomically(run_dir / "config.yaml", yaml.safe_dump(resolved, sort_keys=False).encode())
+            write_atomically(
+                run_dir / "config.yaml", yaml.safe_dump(resolved, sort_keys=False).encode()
+            )
             forget_after(self.path, state.step)
         self.alive = bool(config.trackers())
         if self.alive:

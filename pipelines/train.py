@@ -104,7 +104,15 @@ class TrainConfig:
         for name in ("steps", "epochs", "minutes", "crop_size"):
             if (value := getattr(self, name)) is not None and value <= 0:
                 raise ValueError(f"{name} must be above 0, got {value}")
-        for name in ("global_batch_size", "accumulate", "log_every", "eval_every", "keep_checkpoints", "lanes", "window"):
+        for name in (
+            "global_batch_size",
+            "accumulate",
+            "log_every",
+            "eval_every",
+            "keep_checkpoints",
+            "lanes",
+            "window",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.seed < 0 or (self.workers is not None and self.workers < 0):
@@ -142,9 +150,17 @@ def run(config: TrainConfig) -> int:
     state = replace(state, tracking_id=tracker.run_id)
     criterion = SegmentationLoss(config.loss, spec.counted)
     augment = Augment(config.augment, config.seed)
-    batches = open_batches(config, manifest, TrainPlan(order, batch_size, rank, world, state.position), accelerator)
-    budget = Budget(accelerator, config.limits(order.num_samples), step=state.step, seconds=state.seconds)
-    meter, progress, scores = Meter(criterion.names, accelerator), Progress(accelerator, budget), None
+    batches = open_batches(
+        config, manifest, TrainPlan(order, batch_size, rank, world, state.position), accelerator
+    )
+    budget = Budget(
+        accelerator, config.limits(order.num_samples), step=state.step, seconds=state.seconds
+    )
+    meter, progress, scores = (
+        Meter(criterion.names, accelerator),
+        Progress(accelerator, budget),
+        None,
+    )
 
     while not budget.over:
         lr = learning_rate(config.optim, budget.progress)
@@ -179,9 +195,13 @@ def run(config: TrainConfig) -> int:
             tracker.log(budget.step, {**values, "train/lr": lr})
             progress.show(values)
         if budget.step % config.eval_every == 0 or (budget.over and not budget.interrupted):
-            scores = scoring.score(learner.scored, accelerator, config.data, manifest, "val", config.tiles)
+            scores = scoring.score(
+                learner.scored, accelerator, config.data, manifest, "val", config.tiles
+            )
             tracker.log(budget.step, scoring.named(scores, "val"))
-            progress.say(f"step {budget.step}: val/dice {scores.macro.dice}, val/iou {scores.macro.iou}")
+            progress.say(
+                f"step {budget.step}: val/dice {scores.macro.dice}, val/iou {scores.macro.iou}"
+            )
             is_best = state.best is None or (scores.macro.dice or 0.0) > state.best
             state = replace(state, best=scores.macro.dice if is_best else state.best)
             save(checkpoints, state, learner, accelerator, is_best=is_best)
@@ -249,7 +269,17 @@ def build_model(config: TrainConfig, manifest: Manifest) -> UNet:
 def fixed_settings(config: TrainConfig, manifest: Manifest) -> dict[str, Any]:
     """What must not change on resume, by the name of its flag."""
     plain = to_plain(config)
-    names = ("seed", "lanes", "window", "global_batch_size", "crop_size", "model", "loss", "optim", "augment")
+    names = (
+        "seed",
+        "lanes",
+        "window",
+        "global_batch_size",
+        "crop_size",
+        "model",
+        "loss",
+        "optim",
+        "augment",
+    )
     groups = {name: plain[name] for name in names}
     flat = {
         f"{name}.{key}" if key else name: value
@@ -303,11 +333,12 @@ class Meter:
 
     def read(self, global_batch_size: int) -> dict[str, float]:
         """The means over passes and ranks, samples per second, and the share of time waited."""
-        means = self.accelerator.reduce(self.sums / max(1, self.passes), "mean").tolist()
+        mean = self.accelerator.reduce(self.sums / max(1, self.passes), "mean")
+        assert isinstance(mean, Tensor)
         seconds = max(1e-9, time.perf_counter() - self.began)
         steps = self.passes / self.accelerator.gradient_accumulation_steps
         values = {
-            **dict(zip(self.names, means, strict=True)),
+            **dict(zip(self.names, mean.tolist(), strict=True)),
             "train/samples_per_second": steps * global_batch_size / seconds,
             "train/data_wait": self.waited / seconds,
         }
@@ -333,7 +364,8 @@ class Progress:
         """The latest numbers."""
         text = (
             f"step {self.budget.step}, loss {values['train/loss']:.4f}, "
-            f"{values['train/samples_per_second']:.1f} samples/s, waited {values['train/data_wait']:.0%}"
+            f"{values['train/samples_per_second']:.1f} samples/s, "
+            f"waited {values['train/data_wait']:.0%}"
         )
         self.bar.set_postfix_str(text, refresh=False)
         self.bar.update(round(1000 * self.budget.progress) - self.bar.n)
@@ -351,7 +383,12 @@ class Progress:
 
 
 def save(
-    checkpoints: Checkpoints, state: TrainState, learner: Learner, accelerator: Accelerator, *, is_best: bool
+    checkpoints: Checkpoints,
+    state: TrainState,
+    learner: Learner,
+    accelerator: Accelerator,
+    *,
+    is_best: bool,
 ) -> None:
     """Write a checkpoint on the main process; the others wait, so that none runs ahead of it."""
     if accelerator.is_main_process:
@@ -373,23 +410,39 @@ def not_finite(step: int, config: TrainConfig, manifest: Manifest, order: Order)
 
 
 def conclude(
-    config: TrainConfig, budget: Budget, state: TrainState, scores: Scores | None, accelerator: Accelerator
+    config: TrainConfig,
+    budget: Budget,
+    state: TrainState,
+    scores: Scores | None,
+    accelerator: Accelerator,
 ) -> int:
     """Write RUN/state.json, say how it ended and how to go on; the exit code."""
     finished = not budget.interrupted
     if accelerator.is_main_process:
         go_on = f"unet train --data {config.data} --run-dir {config.run_dir}"
-        plain = {"finished": finished, "step": state.step, "best": state.best, "seconds": state.seconds}
-        write_json(config.run_dir / "state.json", {**plain, "go_on": None if finished else f"the same command again ({go_on} ...)"})
+        plain = {
+            "finished": finished,
+            "step": state.step,
+            "best": state.best,
+            "seconds": state.seconds,
+        }
+        write_json(
+            config.run_dir / "state.json",
+            {**plain, "go_on": None if finished else f"the same command again ({go_on} ...)"},
+        )
         if not finished:
             print(f"interrupted at step {state.step}, checkpoint saved; the same command goes on")
         else:
             if scores is None:
-                print(f"{config.run_dir} has finished at step {state.step}; to train on, raise its --steps, --epochs or --minutes")
+                print(f"{config.run_dir} had finished at step {state.step}")
+                print("to train on, raise its --steps, --epochs or --minutes")
             else:
-                print(f"finished at step {state.step}, {state.seconds:.0f} s\n{scoring.table(scores)}")
-            print(f"next: unet evaluate --checkpoint {config.run_dir} --data {config.data} --split val")
-            print(f"      unet predict --checkpoint {config.run_dir} --input PICTURES --out MASKS --png --overlay")
+                print(
+                    f"finished at step {state.step}, {state.seconds:.0f} s\n{scoring.table(scores)}"
+                )
+            checkpoint = f"--checkpoint {config.run_dir}"
+            print(f"next: unet evaluate {checkpoint} --data {config.data} --split val")
+            print(f"      unet predict {checkpoint} --input PICTURES --out MASKS --png --overlay")
     if budget.interrupted and accelerator.num_processes == 1:
         return INTERRUPTED
     return 0

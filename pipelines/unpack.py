@@ -80,11 +80,15 @@ def unpack_sample(
     """Write the files of one sample. Raises DataError for a path that would leave the folder."""
     source = raw.describe().get("source")
     if not isinstance(source, str) or not is_safe_path(source):
-        raise DataError(f"{raw.where} names {source!r} as its source, a path that leaves the folder")
+        raise DataError(
+            f"{raw.where} names {source!r} as its source, a path that leaves the folder"
+        )
     path = PurePosixPath(source)
     # A picture that was stored upright is a PNG now, whatever it was.
     same = path.suffix[1:].lower() == raw.extension
-    write(config.out / "images" / (path if same else path.with_suffix(f".{raw.extension}")), raw.image)
+    write(
+        config.out / "images" / (path if same else path.with_suffix(f".{raw.extension}")), raw.image
+    )
     if raw.mask is not None:
         mask_path = path.with_suffix(".png")
         sample = raw.decode(manifest.channels)

@@ -106,9 +106,14 @@ def read_manifest(folder: Path) -> Manifest:
         if plain.pop("format") != FORMAT:
             raise DataError(f"{path} is not a manifest of shards that unet pack wrote")
         if (version := plain.pop("version")) != VERSION:
-            raise DataError(f"{path} has version {version}, this program reads {VERSION}; update it")
+            raise DataError(
+                f"{path} has version {version}, this program reads {VERSION}; update it"
+            )
         splits = {name: read_split(info) for name, info in plain.pop("splits").items()}
-        tuples = {name: to_tuple(plain.pop(name)) for name in ("classes", "palette", "mean", "std", "duplicates")}
+        tuples = {
+            name: to_tuple(plain.pop(name))
+            for name in ("classes", "palette", "mean", "std", "duplicates")
+        }
         return Manifest(**plain, **tuples, splits=splits, digest=hashlib.sha256(data).hexdigest())
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(f"{path} is damaged ({error}); pack the data set again") from error
@@ -116,7 +121,9 @@ def read_manifest(folder: Path) -> Manifest:
 
 def read_split(plain: dict[str, Any]) -> SplitInfo:
     """A split from its JSON."""
-    shards = tuple(ShardInfo(**{**shard, "pixels": tuple(shard["pixels"])}) for shard in plain["shards"])
+    shards = tuple(
+        ShardInfo(**{**shard, "pixels": tuple(shard["pixels"])}) for shard in plain["shards"]
+    )
     return SplitInfo(shards, tuple(SizeCount(**size) for size in plain["sizes"]))
 
 
@@ -173,7 +180,9 @@ class ShardIndex:
         # Predictions without their pictures are samples too: the mask stands in as the picture.
         image = images[0] if images else mask
         if image is None or info is None or len(images) > 1:
-            raise DataError(f"{self.path}, line {row + 2}: a sample needs one picture and a {INFO_EXTENSION}")
+            raise DataError(
+                f"{self.path}, line {row + 2}: a sample needs one picture and a {INFO_EXTENSION}"
+            )
         return SampleRange(info.name.removesuffix(f".{INFO_EXTENSION}"), image, mask, info)
 
 

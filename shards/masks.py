@@ -6,7 +6,16 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from shards.sample import IGNORE, DataError, Palette, Uint8, encode_mask, load, open_image, palette_bytes
+from shards.sample import (
+    IGNORE,
+    DataError,
+    Palette,
+    Uint8,
+    encode_mask,
+    load,
+    open_image,
+    palette_bytes,
+)
 
 MaskKind = Literal["binary", "index", "values"]
 
@@ -42,7 +51,9 @@ class MaskFormat:
         if self.kind != "values" and self.values:
             raise ValueError(f"mask values belong to the format `values`, not to `{self.kind}`")
         if self.kind != "binary" and (self.invert or self.threshold is not None):
-            raise ValueError(f"--invert and --mask-threshold belong to `binary`, not to `{self.kind}`")
+            raise ValueError(
+                f"--invert and --mask-threshold belong to `binary`, not to `{self.kind}`"
+            )
 
     def to_index(self, pixels: Uint8, where: str) -> Uint8:
         """Pixel values uint8 [H, W] -> class indices uint8 [H, W].
@@ -63,7 +74,8 @@ class MaskFormat:
         unknown = np.flatnonzero((table < 0) & (counts > 0))
         if len(unknown):
             raise DataError(
-                f"{where} holds values without a class: {tally(counts, unknown)}; {self.remedy(unknown)}"
+                f"{where} holds values without a class: {tally(counts, unknown)}; "
+                + self.remedy(unknown)
             )
         return table.astype(np.uint8)[pixels]
 

@@ -55,7 +55,9 @@ class Order:
         if self.num_samples == 0:
             raise ValueError("a stream needs at least one sample")
         if self.lanes < 1 or self.window < 1:
-            raise ValueError(f"lanes and window must be at least 1, got {self.lanes}, {self.window}")
+            raise ValueError(
+                f"lanes and window must be at least 1, got {self.lanes}, {self.window}"
+            )
 
     def locate(self, position: int) -> Address:
         """The sample at a position of the stream."""
@@ -71,7 +73,9 @@ class Order:
             window, offset = divmod(index, self.window)
             first = window * self.window
             width = min(self.window, size - first)
-            place = start + first + int(permutation(width, self.seed, epoch, 2, lane, window)[offset])
+            place = (
+                start + first + int(permutation(width, self.seed, epoch, 2, lane, window)[offset])
+            )
         shards, starts = self.epoch(epoch)
         slot = int(np.searchsorted(starts, place, side="right")) - 1
         return Address(position, int(shards[slot]), place - int(starts[slot]))

@@ -1,4 +1,4 @@
-"""Which picture belongs to which mask, which split a pair is in, and how a mixed folder is parted."""
+"""Which picture belongs to which mask, which split a pair is in, how a mixed folder is parted."""
 
 import csv
 import hashlib
@@ -49,8 +49,14 @@ def find_pairs(
         raise DataError(f"pictures and masks share the folder {images}; part them: unet separate")
     drawn = by_stem(list_images(masks), mask_suffix, masks)
     problems = [
-        *(f"{pictures[stem]} has no mask in {masks}" for stem in sorted(pictures.keys() - drawn.keys())),
-        *(f"{drawn[stem]} has no picture in {images}" for stem in sorted(drawn.keys() - pictures.keys())),
+        *(
+            f"{pictures[stem]} has no mask in {masks}"
+            for stem in sorted(pictures.keys() - drawn.keys())
+        ),
+        *(
+            f"{drawn[stem]} has no picture in {images}"
+            for stem in sorted(drawn.keys() - pictures.keys())
+        ),
     ]
     if problems and not skip_unpaired:
         raise DataError(listing(problems, "--skip-unpaired leaves them out"))
@@ -166,7 +172,7 @@ def read_split_file(path: Path, pairs: Sequence[Pair]) -> list[Split]:
         if not {"path", "split"} <= set(rows.fieldnames or ()):
             raise DataError(f"{path} must begin with the line path,split")
         for row in rows:
-            split = next((known for known in SPLITS if known == row["split"]), None)
+            split: Split | None = next((s for s in SPLITS if s == row["split"]), None)
             if split is None:
                 raise DataError(
                     f"{path}, line {rows.line_num}: {row['split']!r} is none of {', '.join(SPLITS)}"

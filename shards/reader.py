@@ -6,10 +6,10 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from torch.utils.data import IterableDataset, get_worker_info
-from webdataset import DataPipeline
+from webdataset.pipeline import DataPipeline
 
 from shards.index import SampleRange, ShardIndex, ShardInfo
 from shards.order import Address
@@ -112,7 +112,8 @@ class ShardReader:
         if size != info.bytes:
             os.close(handle)
             raise DataError(
-                f"{path} has {size:,} bytes, the manifest says {info.bytes:,}; copy or pack it again"
+                f"{path} has {size:,} bytes, the manifest says {info.bytes:,}; "
+                "copy or pack it again"
             )
         self.opened[shard] = (handle, ShardIndex(path))
         if len(self.opened) > MAX_OPEN:
@@ -143,6 +144,7 @@ class SampleSource(IterableDataset[list[RawSample]]):
             yield [self.reader.read(address) for address in addresses]
 
 
-def read_samples(reader: ShardReader, plan: Plan, *stages: Stage) -> DataPipeline:
+def read_samples(reader: ShardReader, plan: Plan, *stages: Stage) -> IterableDataset[Any]:
     """A webdataset pipeline over the planned samples: the source, then the stages in turn."""
-    return DataPipeline(SampleSource(reader, plan), *stages)
+    # webdataset's hand-kept type stubs do not say that a DataPipeline is an IterableDataset.
+    return cast(IterableDataset[Any], DataPipeline(SampleSource(reader, plan), *stages))

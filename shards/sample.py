@@ -25,9 +25,7 @@ MAX_KEY_BYTES = 90
 MAX_PIXELS = 1_000_000_000
 """Pictures with more pixels are refused unopened: a small file can claim any size."""
 
-IMAGE_EXTENSIONS = frozenset(
-    {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
-)
+IMAGE_EXTENSIONS = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 """Endings, in lower case, of files that are taken for pictures or masks."""
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
@@ -93,9 +91,9 @@ def open_image(data: bytes, where: str, max_pixels: int = MAX_PIXELS) -> Image.I
             f"{where} claims {image.width} x {image.height} pixels, more than {max_pixels:,}; "
             "cut it into smaller pictures"
         )
-    if getattr(image, "n_frames", 1) > 1:
+    if (num_frames := getattr(image, "n_frames", 1)) > 1:
         raise DataError(
-            f"{where} holds {image.n_frames} frames; write the one that is meant to a file of its own"
+            f"{where} holds {num_frames} frames; write the one that is meant to a file of its own"
         )
     return image
 
@@ -118,8 +116,8 @@ def channels_of(image: Image.Image, where: str) -> Channels:
     """What a decoded picture holds. Raises DataError for what would lose something unsaid."""
     if image.mode in ("I;16", "I;16B", "I;16L", "I", "F"):
         raise DataError(
-            f"{where} has more than 8 bits a pixel (mode {image.mode}), which is not supported yet; "
-            "scale it to 8 bits"
+            f"{where} has more than 8 bits a pixel (mode {image.mode}), which is not supported "
+            "yet; scale it to 8 bits"
         )
     if image.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA"):
         raise DataError(f"{where} has mode {image.mode}, which is not supported; convert it to RGB")

@@ -50,10 +50,12 @@ class ShardWriter:
                 raise FileNotFoundError(self.temporary)
         except (BlockingIOError, FileNotFoundError) as error:
             os.close(handle)
-            raise DataError(f"another process is writing {self.path}; wait for it or stop it") from error
+            raise DataError(
+                f"another process is writing {self.path}; wait for it or stop it"
+            ) from error
         os.ftruncate(handle, 0)
         self.stream = HashingStream(os.fdopen(handle, "wb"))
-        self.tar = tarfile.open(fileobj=self.stream, mode="w|", format=tarfile.USTAR_FORMAT)  # noqa: SIM115 - closed in __exit__
+        self.tar = tarfile.open(fileobj=self.stream, mode="w|", format=tarfile.USTAR_FORMAT)
         return self
 
     def add(self, key: str, members: Mapping[str, bytes]) -> None:
@@ -98,13 +100,13 @@ class ShardWriter:
             self.stream.file.close()
 
 
-class HashingStream:
+class HashingStream(io.RawIOBase):
     """A file that knows the sha256 and the size of what was written to it."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file, self.size, self.digest = file, 0, hashlib.sha256()
 
-    def write(self, data: bytes) -> int:
+    def write(self, data: Any) -> int:
         """Write and count."""
         self.digest.update(data)
         self.size += len(data)

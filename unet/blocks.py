@@ -39,7 +39,9 @@ class DoubleConv(nn.Sequential):
     [B, in_channels, H, W] -> [B, out_channels, H, W], or H-4, W-4 with `valid` padding.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, *, padding: Padding, norm: Norm) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, *, padding: Padding, norm: Norm
+    ) -> None:
         pad = 1 if padding == "same" else 0
         # A convolution's bias is removed again by the mean that a norm subtracts.
         bias = norm == "none"
@@ -56,7 +58,9 @@ class DoubleConv(nn.Sequential):
 class Down(nn.Module):
     """One step of the contracting path: the double convolution, then its map at half the size."""
 
-    def __init__(self, in_channels: int, out_channels: int, *, padding: Padding, norm: Norm) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, *, padding: Padding, norm: Norm
+    ) -> None:
         super().__init__()
         self.conv = DoubleConv(in_channels, out_channels, padding=padding, norm=norm)
         self.pool = nn.MaxPool2d(2)
@@ -68,15 +72,17 @@ class Down(nn.Module):
 
 
 class Up(nn.Module):
-    """One step of the expanding path: a 2x2 up-convolution, the skip beside it, double convolution."""
+    """One step of the expanding path: up-convolution, the skip beside it, double convolution."""
 
-    def __init__(self, in_channels: int, out_channels: int, *, padding: Padding, norm: Norm) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, *, padding: Padding, norm: Norm
+    ) -> None:
         super().__init__()
         self.up = nn.ConvTranspose2d(in_channels, out_channels, 2, stride=2)
         self.conv = DoubleConv(2 * out_channels, out_channels, padding=padding, norm=norm)
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
-        """[B, in, H, W] and the skip [B, out, >=2H, >=2W] -> [B, out, 2H, 2W] (less 4 if `valid`)."""
+        """[B, in, H, W], skip [B, out, 2H, 2W] or larger -> [B, out, 2H, 2W] (`valid`: 4 less)."""
         x = self.up(x)
         return self.conv(torch.cat([centre_crop(skip, x.shape[-2:]), x], dim=1))
 

@@ -165,7 +165,10 @@ class SegmentationScores(Metric):
             num_images=int(counts.num_images),
             counted=self.counted,
             macro=Mean(mean([s.dice for s in of]), mean([s.iou for s in of])),
-            micro=Mean(divide(2 * pooled[0], 2 * pooled[0] + pooled[1] + pooled[2]), divide(pooled[0], sum(pooled))),
+            micro=Mean(
+                divide(2 * pooled[0], 2 * pooled[0] + pooled[1] + pooled[2]),
+                divide(pooled[0], sum(pooled)),
+            ),
             per_image=Mean(mean([s.image_dice for s in of]), mean([s.image_iou for s in of])),
             classes=classes,
             confusion=tuple(tuple(row) for row in confusion.tolist()),
@@ -173,7 +176,7 @@ class SegmentationScores(Metric):
 
 
 def fixed_point(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """numerator / denominator as a multiple of 1/2^32, 0 where the denominator is 0."""
+    """Numerator / denominator as a multiple of 1/2^32, 0 where the denominator is 0."""
     ratio = numerator.double() / denominator.clamp(min=1).double()
     return (ratio * FIXED_POINT).round().long()
 

@@ -33,7 +33,12 @@ class UNetConfig:
     """Share of channels dropped at the end of the contracting path while training."""
 
     def __post_init__(self) -> None:
-        for name, least in (("in_channels", 1), ("num_classes", 2), ("base_channels", 1), ("depth", 1)):
+        for name, least in (
+            ("in_channels", 1),
+            ("num_classes", 2),
+            ("base_channels", 1),
+            ("depth", 1),
+        ):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if self.num_classes > 255:
@@ -47,7 +52,7 @@ PRESETS: dict[str, UNetConfig] = {
     "paper": UNetConfig(padding="valid", norm="none", dropout=0.5),
     "small": UNetConfig(base_channels=16),
 }
-"""`modern`: 31 M parameters, padded, group norm. `paper`: the network of 2015. `small`: for laptops."""
+"""`modern`: 31 M parameters, padded, group norm. `paper`: that of 2015. `small`: for laptops."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -49,7 +49,10 @@ def predict_mask(
         device of the logits.
     """
     if max(image.shape[-2:]) <= config.tile:
-        whole = [classes_of(forward(part).float().softmax(dim=1)) for part in image.split(config.batch_size)]
+        whole = [
+            classes_of(forward(part).float().softmax(dim=1))
+            for part in image.split(config.batch_size)
+        ]
         return torch.cat([c for c, _ in whole]), torch.cat([p for _, p in whole])
     tiled = [predict_tiled(forward, single, config) for single in image]
     return torch.stack([c for c, _ in tiled]), torch.stack([p for _, p in tiled])
@@ -66,8 +69,12 @@ def predict_tiled(
     finished: list[tuple[Tensor, Tensor]] = []
     stripe = total = window = None
     for row, top in enumerate(tops):
-        for some in (lefts[i : i + config.batch_size] for i in range(0, len(lefts), config.batch_size)):
-            tiles = torch.stack([image[:, top : top + tile_height, x : x + tile_width] for x in some])
+        for some in (
+            lefts[i : i + config.batch_size] for i in range(0, len(lefts), config.batch_size)
+        ):
+            tiles = torch.stack(
+                [image[:, top : top + tile_height, x : x + tile_width] for x in some]
+            )
             probability = forward(tiles).float().softmax(dim=1)
             if stripe is None or total is None or window is None:
                 window = gaussian_window(tile_height, tile_width).to(probability.device)
@@ -76,7 +83,8 @@ def predict_tiled(
             for x, p in zip(some, probability, strict=True):
                 stripe[:, :, x : x + tile_width] += p * window
                 total[:, x : x + tile_width] += window
-        assert stripe is not None and total is not None
+        assert stripe is not None
+        assert total is not None
         rows = tops[row + 1] - top if row + 1 < len(tops) else tile_height
         finished.append(classes_of((stripe[:, :rows] / total[:rows])[None]))
         # The rows left over move up; those below them are fresh.

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Lint, types and all tests, on a fresh clone or a used one.
+#
+#   ./tests/run.sh [FLAGS OF pytest]
+#
+# Expect: under ten minutes on two cores; tests marked gpu are skipped where there is none.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. launch/install.sh dev
+ruff check .
+ruff format --check .
+pyright
+# One thread each: two test processes share the cores with the ranks that they start.
+OMP_NUM_THREADS=1 exec python -m pytest -n 2 --dist loadfile "$@"
