@@ -36,12 +36,12 @@ def run(config: EvaluateConfig) -> int:
     """Score, print the table, write the JSON."""
     manifest = read_manifest(config.data)
     manifest.split(config.split, config.data)
+    loaded = load_model(config.checkpoint)
     out = config.out or Path(config.checkpoint)
     if config.out is None and not out.is_dir():
         raise UsageError(
             f"--checkpoint {config.checkpoint} is no folder here: say where scores go with --out"
         )
-    loaded = load_model(config.checkpoint)
     if loaded.spec.classes != manifest.classes:
         raise DataError(
             f"{config.checkpoint} knows the classes {', '.join(loaded.spec.classes)}, "
@@ -63,6 +63,7 @@ def run(config: EvaluateConfig) -> int:
         write_json(out / "scores.json", {**about, **scores.to_plain()})
         print(scoring.table(scores))
         print(f"{scores.num_images} pictures of {config.split}: {out / 'scores.json'}")
+    accelerator.end_training()
     return 0
 
 

@@ -320,7 +320,8 @@ def fix_plan(config: PackConfig, plan: Sequence[PlannedShard], work_dir: Path) -
         raise DataError(f"{config.out} is a finished data set; choose another --out or remove it")
     planned = json.loads(json.dumps({"rule": rule_of(config), "shards": [asdict(s) for s in plan]}))
     path = work_dir / "plan.json"
-    if path.exists():
+    packed = sorted(shard.name for shard in config.out.glob("*.tar"))
+    if path.exists() and packed:
         begun = json.loads(path.read_text())
         if begun != planned:
             raise DataError(
@@ -328,9 +329,9 @@ def fix_plan(config: PackConfig, plan: Sequence[PlannedShard], work_dir: Path) -
                 f"restore that, or remove {config.out} and pack anew"
             )
         return
-    if strangers := sorted(path.name for path in config.out.glob("*.tar")):
+    if packed:
         raise DataError(
-            f"{config.out} holds shards of something else ({strangers[0]}); choose another --out"
+            f"{config.out} holds shards of something else ({packed[0]}); choose another --out"
         )
     work_dir.mkdir(exist_ok=True)
     write_json(path, planned)
@@ -373,7 +374,7 @@ def write_shards(shards: Sequence[PlannedShard], rule: PackRule, workers: int) -
                     problems += found
                     bar.update(len(shard.samples))
     if problems:
-        raise DataError(listing(problems, "nothing was packed from their shards"))
+        raise DataError(listing(sorted(problems), "their shards were not written"))
 
 
 def as_done(

@@ -145,17 +145,16 @@ def run(config: PredictConfig) -> int:
         for number in range(accelerator.process_index, num_shards, accelerator.num_processes)
         if not (config.out / shard_name(number)).exists()
     ]
+    speaks = accelerator.is_main_process
     if not (config.out / MANIFEST).exists():
         model = loaded.model.to(accelerator.device)
         workers = default_workers(accelerator) if config.workers is None else config.workers
         forward = make_forward(model, accelerator)
-        predict_shards(
-            config, inputs, loaded, forward, mine, workers, quiet=not accelerator.is_main_process
-        )
-        finish_job(config, loaded, num_shards)
-    return conclude(
-        config, alone=accelerator.num_processes == 1, speaks=accelerator.is_main_process
-    )
+        predict_shards(config, inputs, loaded, forward, mine, workers, quiet=not speaks)
+        # The rank that ends last has something to say.
+        speaks = finish_job(config, loaded, num_shards)
+    accelerator.end_training()
+    return conclude(config, alone=accelerator.num_processes == 1, speaks=speaks)
 
 
 def shard_name(number: int) -> str:
@@ -376,14 +375,14 @@ def write_shard(
         write_json(config.out / WORK_DIR / f"{name}.json", report)
 
 
-def finish_job(config: PredictConfig, loaded: LoadedModel, num_shards: int) -> None:
+def finish_job(config: PredictConfig, loaded: LoadedModel, num_shards: int) -> bool:
     """If all shards are there, write errors.jsonl, state.json and last the manifest.
 
-    Every rank that finds them all does this, with the same bytes.
+    Every rank that finds them all does this, with the same bytes. Returns whether they were.
     """
     names = [shard_name(number) for number in range(num_shards)]
     if not all((config.out / name).exists() for name in names):
-        return
+        return False
     try:
         reports = [
             json.loads((config.out / WORK_DIR / f"{name}.json").read_text()) for name in names
@@ -392,7 +391,7 @@ def finish_job(config: PredictConfig, loaded: LoadedModel, num_shards: int) -> N
         errors = "".join(part.read_text() for part in parts if part.exists())
     except FileNotFoundError:
         if (config.out / MANIFEST).exists():
-            return  # another rank was quicker and has cleared up
+            return False  # another rank was quicker and has cleared up
         raise
     num_errors = sum(report["errors"] for report in reports)
     if errors:
@@ -402,6 +401,7 @@ def finish_job(config: PredictConfig, loaded: LoadedModel, num_shards: int) -> N
     write_json(config.out / "state.json", state)
     write_manifest(config.out, predicted_manifest(loaded.spec, reports))
     shutil.rmtree(config.out / WORK_DIR, ignore_errors=True)
+    return True
 
 
 def predicted_manifest(spec: DataSpec, reports: Sequence[dict[str, Any]]) -> Manifest:

@@ -79,12 +79,18 @@ def score(
     return scores
 
 
+def show(value: float | None) -> str:
+    """A score in eight characters."""
+    return "     n/a" if value is None else f"{value:8.4f}"
+
+
+def headline(scores: Scores, split: str) -> str:
+    """The mean scores in a line."""
+    return f"{split}/dice{show(scores.macro.dice)}, {split}/iou{show(scores.macro.iou)}"
+
+
 def table(scores: Scores) -> str:
     """The scores for people: a line for each class, then the means."""
-
-    def show(value: float | None) -> str:
-        return "     n/a" if value is None else f"{value:8.4f}"
-
     width = max(12, *(len(c.name) for c in scores.classes)) + 2
     lines = [f"{'class':<{width}}    Dice     IoU    prec.  recall"]
     for c in scores.classes:

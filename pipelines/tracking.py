@@ -78,8 +78,11 @@ class Tracker:
         self.attempt(lambda: self.accelerator.log(known, step=step))
 
     def finish(self) -> None:
-        """Close the tracker."""
-        self.attempt(self.accelerator.end_training)
+        """Close the tracker; the process group goes with it. The last thing that a rank does."""
+        try:
+            self.accelerator.end_training()
+        except Exception as error:  # as in attempt
+            logger.warning("the tracker did not end well, the run did: %s", error)
 
     def attempt(self, action: Callable[[], object]) -> None:
         """Do it if the tracker still works; say once if it does not."""

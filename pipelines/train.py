@@ -135,7 +135,7 @@ def run(config: TrainConfig) -> int:
     accelerator = start(accumulate=config.accumulate, trackers=config.tracking.trackers())
     rank, world = accelerator.process_index, accelerator.num_processes
     batch_size = rank_batch_size(config, world)
-    lock = RunLock(config.run_dir) if accelerator.is_main_process else None
+    _lock = RunLock(config.run_dir) if accelerator.is_main_process else None
 
     set_seed(config.seed)
     learner = build_learner(build_model(config, manifest).to(accelerator.device), config.optim)
@@ -146,21 +146,20 @@ def run(config: TrainConfig) -> int:
     model, optimizer = accelerator.prepare(learner.model, learner.optimizer)
     model.train()
 
+    budget = Budget(
+        accelerator, config.limits(order.num_samples), step=state.step, seconds=state.seconds
+    )
+    if budget.over:
+        return conclude(config, budget, state, None, accelerator)
+
     tracker = Tracker(accelerator, config.tracking, config.run_dir, to_plain(config), state)
     state = replace(state, tracking_id=tracker.run_id)
     criterion = SegmentationLoss(config.loss, spec.counted)
     augment = Augment(config.augment, config.seed)
-    batches = open_batches(
-        config, manifest, TrainPlan(order, batch_size, rank, world, state.position), accelerator
-    )
-    budget = Budget(
-        accelerator, config.limits(order.num_samples), step=state.step, seconds=state.seconds
-    )
-    meter, progress, scores = (
-        Meter(criterion.names, accelerator),
-        Progress(accelerator, budget),
-        None,
-    )
+    plan = TrainPlan(order, batch_size, rank, world, start=state.position)
+    batches = open_batches(config, manifest, plan, accelerator)
+    progress, meter = Progress(accelerator, budget), Meter(criterion.names, accelerator)
+    scores = None
 
     while not budget.over:
         lr = learning_rate(config.optim, budget.progress)
@@ -199,9 +198,7 @@ def run(config: TrainConfig) -> int:
                 learner.scored, accelerator, config.data, manifest, "val", config.tiles
             )
             tracker.log(budget.step, scoring.named(scores, "val"))
-            progress.say(
-                f"step {budget.step}: val/dice {scores.macro.dice}, val/iou {scores.macro.iou}"
-            )
+            progress.say(f"step {budget.step}: {scoring.headline(scores, 'val')}")
             is_best = state.best is None or (scores.macro.dice or 0.0) > state.best
             state = replace(state, best=scores.macro.dice if is_best else state.best)
             save(checkpoints, state, learner, accelerator, is_best=is_best)
@@ -211,9 +208,7 @@ def run(config: TrainConfig) -> int:
 
     progress.close()
     tracker.finish()
-    code = conclude(config, budget, state, scores, accelerator)
-    del lock
-    return code
+    return conclude(config, budget, state, scores, accelerator)
 
 
 def resolve(config: TrainConfig, manifest: Manifest) -> tuple[TrainConfig, Order]:

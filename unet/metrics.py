@@ -8,6 +8,7 @@ Dice = 2 tp / (2 tp + fp + fn), IoU = tp / (tp + fp + fn).
 A class that occurs nowhere scores None ("n/a") and enters no mean.
 """
 
+import warnings
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -135,7 +136,10 @@ class SegmentationScores(Metric):
 
     def scores(self) -> Scores:
         """The scores over everything that all ranks counted."""
-        counts = Counts(*(tensor.cpu() for tensor in self.compute()))
+        with warnings.catch_warnings():
+            # A rank without a picture is no mistake here.
+            warnings.filterwarnings("ignore", message="The ``compute`` method of metric")
+            counts = Counts(*(tensor.cpu() for tensor in self.compute()))
         confusion = counts.confusion
         tp = confusion.diagonal().tolist()
         fp = (confusion.sum(dim=0) - confusion.diagonal()).tolist()
