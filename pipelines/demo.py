@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
 from pipelines.config import RunError, run_command
+from shards.index import MANIFEST
 from shards.sample import encode_png
 from shards.writer import write_atomically
 
@@ -37,7 +38,7 @@ class DemoConfig:
     """Folder for everything that is made."""
     size: int = 256
     """Side of the sample pictures in pixels."""
-    steps: int = 120
+    steps: int = 280
     """Optimizer steps of the training."""
     seed: int = 0
     """Seed of the pictures and the training."""
@@ -50,46 +51,19 @@ class DemoConfig:
 def run(config: DemoConfig) -> int:
     """Draw, pack, train, evaluate, predict; then say where to look."""
     out = config.out
-    draw_all(out / "pictures", config)
-    shards, run_dir, masks = out / "shards", out / "run", out / "predicted"
-    if not (shards / "index.json").exists():
-        step(
-            "pipelines.pack",
-            *("--images", out / "pictures" / "images", "--masks", out / "pictures" / "masks"),
-            *("--mask-format", "binary", "--classes", "background", "cell"),
-            *("--val-fraction", 0.2, "--out", shards),
-        )
-    step(
-        "pipelines.train",
-        *(
-            "--data",
-            shards,
-            "--run-dir",
-            run_dir,
-            "--model.preset",
-            "small",
-            "--model.base-channels",
-            12,
-        ),
-        *(
-            "--crop-size",
-            128,
-            "--global-batch-size",
-            8,
-            "--steps",
-            config.steps,
-            "--eval-every",
-            60,
-        ),
-        *("--log-every", 10, "--seed", config.seed),
-        launch=True,
-    )
-    step("pipelines.evaluate", "--checkpoint", run_dir, "--data", shards, "--split", "val")
-    step(
-        "pipelines.predict",
-        *("--checkpoint", run_dir, "--input", out / "pictures" / "unseen", "--out", masks),
-        *("--png", "--overlay"),
-    )
+    pictures, shards, run_dir, masks = out / "pictures", out / "shards", out / "run", out / "masks"
+    draw_all(pictures, config)
+    if not (shards / MANIFEST).exists():
+        folders = words("--images", pictures / "images", "--masks", pictures / "masks")
+        rule = "--mask-format binary --classes background cell --val-fraction 0.2"
+        step("pack", f"{folders} {rule} {words('--out', shards)}")
+    where = words("--data", shards, "--run-dir", run_dir)
+    size = "--model.preset small --model.base-channels 12 --crop-size 128"
+    length = f"--steps {config.steps} --eval-every 140 --seed {config.seed}"
+    step("train", f"{where} {size} {length}", launch=True)
+    step("evaluate", words("--checkpoint", run_dir, "--data", shards, "--split", "val"))
+    what = words("--checkpoint", run_dir, "--input", pictures / "unseen", "--out", masks)
+    step("predict", f"{what} --png --overlay")
     scores = json.loads((run_dir / "scores.json").read_text())
     print(
         f"\nDice of the cells on {scores['num_images']} held-back pictures: "
@@ -101,20 +75,25 @@ def run(config: DemoConfig) -> int:
     return 0
 
 
-def step(module: str, *flags: object, launch: bool = False) -> None:
+def words(*parts: object) -> str:
+    """Parts of a command line, quoted where the shell needs it."""
+    return shlex.join(str(part) for part in parts)
+
+
+def step(verb: str, flags: str, *, launch: bool = False) -> None:
     """Show a command and run it. Raises RunError if it fails."""
-    arguments = [str(flag) for flag in flags]
-    verb = module.removeprefix("pipelines.")
+    module = f"pipelines.{verb}"
     environment = dict(os.environ)
     if launch:
         command, extra, shown = launch_command(module)
         environment.update(extra)
-        variables = [f"{name}={value}" for name, value in extra.items()]
-        print("\n$", *variables, *shown, shlex.join(arguments), flush=True)
+        print(
+            "\n$", *(f"{name}={value}" for name, value in extra.items()), *shown, flags, flush=True
+        )
     else:
         command = [sys.executable, "-m", module]
-        print(f"\n$ unet {verb} {shlex.join(arguments)}", flush=True)
-    code = subprocess.run([*command, *arguments], env=environment).returncode
+        print(f"\n$ unet {verb} {flags}", flush=True)
+    code = subprocess.run([*command, *shlex.split(flags)], env=environment).returncode
     if code:
         raise RunError(f"unet {verb} ended with exit code {code}; its own message stands above")
 
@@ -170,7 +149,7 @@ def draw_cells(rng: np.random.Generator, size: int) -> tuple[Image.Image, Image.
         x, y = rng.uniform(0, size, 2)
         box = (x - width, y - height, x + width, y + height)
         ImageDraw.Draw(mask).ellipse(box, fill=255)
-        ImageDraw.Draw(cells).ellipse(box, fill=int(rng.integers(55, 120)))
+        ImageDraw.Draw(cells).ellipse(box, fill=int(rng.integers(70, 130)))
     ground = sum(texture(rng, size, cell) for cell in (8, 32))
     light = np.asarray(cells.filter(ImageFilter.GaussianBlur(1.2)), dtype=np.float64)
     pixels = 70 + 22 * ground + light + rng.normal(0, 9, (size, size))

@@ -86,7 +86,8 @@ def show(value: float | None) -> str:
 
 def headline(scores: Scores, split: str) -> str:
     """The mean scores in a line."""
-    return f"{split}/dice{show(scores.macro.dice)}, {split}/iou{show(scores.macro.iou)}"
+    dice, iou = show(scores.macro.dice).strip(), show(scores.macro.iou).strip()
+    return f"{split}/dice {dice}, {split}/iou {iou}"
 
 
 def table(scores: Scores) -> str:

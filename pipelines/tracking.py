@@ -61,6 +61,7 @@ class Tracker:
                 "name": run_dir.resolve().name,
                 "resume": "allow",
                 "mode": mode,
+                "settings": {"quiet": True},
             }
             self.attempt(
                 lambda: accelerator.init_trackers(
