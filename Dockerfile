@@ -19,8 +19,8 @@ COPY shards shards
 COPY pipelines pipelines
 RUN /opt/venv/bin/pip install --no-cache-dir --no-deps --force-reinstall .
 
-RUN useradd --create-home unet && mkdir /data && chown unet /data
-USER unet
+RUN useradd --uid 10001 --create-home unet && mkdir /data && chown unet /data
+USER 10001
 WORKDIR /data
 ENV PATH=/opt/venv/bin:$PATH
 ENTRYPOINT ["unet"]

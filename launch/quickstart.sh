@@ -8,5 +8,6 @@
 # and the folder demo/ with pictures, shards, run and masks. Given again, it goes on or is done.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-. launch/install.sh
+# shellcheck source=launch/install.sh
+. launch/install.sh core
 exec unet demo "$@"

@@ -6,6 +6,7 @@
 # Expect: under ten minutes on two cores; tests marked gpu are skipped where there is none.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+# shellcheck source=launch/install.sh
 . launch/install.sh dev
 ruff check .
 ruff format --check .
