@@ -55,7 +55,7 @@ class ShardWriter:
             ) from error
         os.ftruncate(handle, 0)
         self.stream = HashingStream(os.fdopen(handle, "wb"))
-        self.tar = tarfile.open(fileobj=self.stream, mode="w|", format=tarfile.USTAR_FORMAT)
+        self.tar = tarfile.open(fileobj=self.stream, mode="w", format=tarfile.USTAR_FORMAT)
         return self
 
     def add(self, key: str, members: Mapping[str, bytes]) -> None:
@@ -111,6 +111,10 @@ class HashingStream(io.RawIOBase):
         self.digest.update(data)
         self.size += len(data)
         return self.file.write(data)
+
+    def tell(self) -> int:
+        """Bytes written so far."""
+        return self.size
 
     def flush_to_disk(self) -> None:
         """Return when the bytes would survive a power cut."""

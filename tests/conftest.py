@@ -1,0 +1,310 @@
+"""What tests share: drawn pictures, verbs in this process or in their own, a tiny trained run."""
+
+import io
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr, redirect_stdout, suppress
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+from PIL import Image
+
+# Before torch is imported, and for every process that a test starts.
+os.environ.update(
+    OMP_NUM_THREADS="1",
+    WANDB_MODE="offline",
+    WANDB_SILENT="true",
+    HF_HUB_OFFLINE="1",
+    COLUMNS="120",
+)
+for launched in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "ACCELERATE_USE_CPU"):
+    os.environ.pop(launched, None)
+
+REPO = Path(__file__).resolve().parents[1]
+TINY_TRAINING = (
+    *("--model.preset", "small", "--model.base-channels", "2", "--model.depth", "2"),
+    *("--crop-size", "32", "--global-batch-size", "4", "--tracking.backend", "none"),
+)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def said(self) -> str:
+        """What stands on stderr, without the frames and line breaks that tyro adds."""
+        return " ".join(re.sub("[\u2500-\u257f]", " ", self.err).split())
+
+
+def plain(arguments: Sequence[object]) -> list[str]:
+    return [str(argument) for argument in arguments]
+
+
+def forget_accelerator() -> None:
+    """Accelerate keeps one state a process; each command expects a fresh one."""
+    state = sys.modules.get("accelerate.state")
+    if state is not None:
+        state.AcceleratorState._reset_state(True)
+        state.GradientState._reset_state()
+
+
+@pytest.fixture(scope="session")
+def call() -> Callable[..., Ended]:
+    """`unet VERB ARGUMENTS` in this process."""
+
+    def run(verb: str, *arguments: object) -> Ended:
+        handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1)}
+        out, err = io.StringIO(), io.StringIO()
+        forget_accelerator()
+        try:
+            with redirect_stdout(out), redirect_stderr(err):
+                code = import_module(f"pipelines.{verb}").main(plain(arguments))
+        except SystemExit as end:
+            code = end.code
+        finally:
+            forget_accelerator()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        return Ended(code, out.getvalue(), err.getvalue())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def spawn() -> Callable[..., subprocess.Popen[str]]:
+    """`python -m pipelines.VERB ARGUMENTS` in a process group of its own, not waited for."""
+
+    def start(verb: str, *arguments: object, **environment: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", f"pipelines.{verb}", *plain(arguments)],
+            cwd=REPO,
+            env={**os.environ, **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def launch() -> Callable[..., Ended]:
+    """`accelerate launch` of a verb on several CPU ranks."""
+
+    def run(ranks: int, verb: str, *arguments: object, use_cpu: bool = True) -> Ended:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        command = [
+            *(sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"),
+            *("--multi_gpu", "--num_processes", ranks, "--num_machines", 1),
+            *("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", port),
+            *("-m", f"pipelines.{verb}", *arguments),
+        ]
+        environment = {**os.environ, **({"ACCELERATE_USE_CPU": "true"} if use_cpu else {})}
+        ended = subprocess.run(
+            plain(command), cwd=REPO, env=environment, capture_output=True, text=True, timeout=200
+        )
+        return Ended(ended.returncode, ended.stdout, ended.stderr)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def wait_for() -> Callable[..., Any]:
+    """Polls until a condition holds and returns its value; fails at the deadline."""
+
+    def wait(condition: Callable[[], Any], what: str, seconds: float = 120) -> Any:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            if value := condition():
+                return value
+            time.sleep(0.002)
+        raise AssertionError(f"{what} did not happen within {seconds} s")
+
+    return wait
+
+
+@pytest.fixture(scope="session")
+def kill() -> Callable[[subprocess.Popen[str]], None]:
+    """SIGKILL for a spawned command and all that it started, as a power cut would."""
+
+    def kill_group(process: subprocess.Popen[str]) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+    return kill_group
+
+
+@pytest.fixture(scope="session")
+def draw() -> Callable[..., Path]:
+    """Draws `images` and `masks` into a folder: a bright disc on noise, and where it is."""
+
+    def draw_into(
+        folder: Path,
+        count: int = 8,
+        *,
+        size: tuple[int, int] = (48, 48),
+        values: Sequence[int] = (0, 255),
+        mode: str = "RGB",
+        seed: int = 0,
+        name: str = "p{:03d}",
+    ) -> Path:
+        for part in ("images", "masks"):
+            (folder / part).mkdir(parents=True, exist_ok=True)
+        for number in range(count):
+            rng = np.random.default_rng([seed, number])
+            height, width = size
+            y, x = np.mgrid[:height, :width]
+            radius = rng.uniform(0.2, 0.4) * min(size)
+            centre = rng.uniform(0.3, 0.7, 2) * size
+            distance = np.hypot(y - centre[0], x - centre[1]) / radius
+            index = np.minimum((distance < 1) * (len(values) - 1 - (distance * 2).astype(int)), 255)
+            index = np.clip(index, 0, len(values) - 1)
+            picture = rng.integers(0, 90, (height, width, 3)) + (index > 0)[..., None] * 120
+            picture = Image.fromarray(picture.astype(np.uint8)).convert(mode)
+            path = folder / "images" / f"{name.format(number)}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            picture.save(path)
+            mask = folder / "masks" / f"{name.format(number)}.png"
+            mask.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.array(values, dtype=np.uint8)[index]).save(mask)
+        return folder
+
+    return draw_into
+
+
+@pytest.fixture(scope="session")
+def content() -> Callable[[Path], dict[str, bytes]]:
+    """{relative path: bytes} of all files below a folder, hidden ones too."""
+
+    def read(folder: Path) -> dict[str, bytes]:
+        return {
+            str(path.relative_to(folder)): path.read_bytes()
+            for path in sorted(folder.rglob("*"))
+            if path.is_file()
+        }
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def metrics() -> Callable[[Path], list[dict[str, Any]]]:
+    """The lines of a run's metrics.jsonl."""
+
+    def read(run_dir: Path) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def cells(tmp_path_factory: pytest.TempPathFactory, draw: Callable[..., Path]) -> Path:
+    """Folders of 12 pictures and binary masks."""
+    return draw(tmp_path_factory.mktemp("cells"), 12)
+
+
+@pytest.fixture(scope="session")
+def split_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first four of the cells are for validation."""
+    path = tmp_path_factory.mktemp("split") / "split.csv"
+    lines = [f"p{i:03d}.png,{'val' if i < 4 else 'train'}" for i in range(12)]
+    path.write_text("\n".join(["path,split", *lines]) + "\n")
+    return path
+
+
+@pytest.fixture(scope="session")
+def shards(
+    tmp_path_factory: pytest.TempPathFactory,
+    call: Callable[..., Ended],
+    cells: Path,
+    split_file: Path,
+) -> Path:
+    """The cells as shards: 8 for training in 3 shards, 4 for validation in 2."""
+    out = tmp_path_factory.mktemp("data") / "shards"
+    ended = call(
+        "pack",
+        *("--images", cells / "images", "--masks", cells / "masks", "--mask-format", "binary"),
+        *("--split-file", split_file, "--samples-per-shard", 3, "--workers", 1, "--out", out),
+    )
+    assert ended.code == 0, ended.err
+    return out
+
+
+@pytest.fixture(scope="session")
+def tiny() -> tuple[str, ...]:
+    """Flags of a training that takes a moment."""
+    return TINY_TRAINING
+
+
+@pytest.fixture(scope="session")
+def trained(
+    tmp_path_factory: pytest.TempPathFactory, call: Callable[..., Ended], shards: Path
+) -> Path:
+    """The run folder of a tiny training of six steps."""
+    run_dir = tmp_path_factory.mktemp("runs") / "trained"
+    ended = call(
+        "train",
+        *("--data", shards, "--run-dir", run_dir, *TINY_TRAINING, "--workers", 0),
+        *("--steps", 6, "--log-every", 2, "--eval-every", 3),
+    )
+    assert ended.code == 0, ended.err
+    return run_dir
+
+
+@pytest.fixture(scope="session")
+def by_hand(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Checkpoints whose model is made by hand: class 1 where the first channel is above 127."""
+
+    def make(
+        channels: Literal["L", "RGB"] = "RGB",
+        classes: tuple[str, ...] = ("background", "foreground"),
+    ) -> Path:
+        import torch
+
+        from unet import DataSpec, UNet, UNetConfig
+
+        count = len(channels)
+        spec = DataSpec(
+            classes=classes,
+            palette=((0, 0, 0), (255, 51, 51), (9, 99, 200))[: len(classes)],
+            channels=channels,
+            mean=(0.0,) * count,
+            std=(1.0,) * count,
+            crop_size=32,
+        )
+        config = UNetConfig(
+            in_channels=count, num_classes=len(classes), base_channels=1, depth=1, norm="none"
+        )
+        model = UNet(config, spec)
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                weight.zero_()
+                if weight.shape[-2:] == (3, 3) and not name.startswith("bottom"):
+                    weight[0, 0, 1, 1] = 1
+            model.head.weight[1] = 1000
+            model.head.bias[1] = -1000 * 127.5 / 255
+            model.head.bias[2:] = -1e6
+        folder = tmp_path_factory.mktemp("by_hand") / "checkpoint"
+        model.save_pretrained(folder)
+        return folder
+
+    return make

@@ -1,0 +1,257 @@
+"""Holds the contract of batches: three tensors, the same for any number of workers and ranks."""
+
+import io
+import json
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipelines.batches import (
+    Batch,
+    CropStage,
+    WholeStage,
+    default_crop_size,
+    eval_batches,
+    train_batches,
+)
+from shards.index import Manifest, ShardInfo, SizeCount, SplitInfo
+from shards.order import Order, TrainPlan
+from shards.reader import RawSample
+from shards.sample import DataError, default_palette, encode_mask
+from shards.writer import ShardWriter
+
+CLASSES = ("background", "a", "b")
+
+
+def png(pixels):
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "PNG")
+    return out.getvalue()
+
+
+def drawn(seed, height, width, channels=3):
+    """Picture and mask that belong together: the mask is the first channel modulo 3."""
+    rng = np.random.default_rng(seed)
+    image = rng.integers(0, 256, (height, width, channels), dtype=np.uint8)
+    return image if channels == 3 else image[..., 0], image[..., 0] % 3
+
+
+def raw(position, height=8, width=8, *, channels=3, masked=True):
+    image, mask = drawn(position, height, width, channels)
+    encoded = encode_mask(mask, default_palette(CLASSES)) if masked else None
+    return RawSample(
+        f"k{position}", position, png(image), "png", encoded, b"{}", f"s.tar: k{position}"
+    )
+
+
+def check(batch, count, size, channels=3):
+    assert (batch.image.dtype, batch.image.shape) == (torch.uint8, (count, channels, *size))
+    assert (batch.mask.dtype, batch.mask.shape) == (torch.uint8, (count, *size))
+    assert (batch.position.dtype, batch.position.shape) == (torch.int64, (count,))
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    """A folder of shards with pictures of two sizes, and its manifest."""
+    monkeypatch.setattr("os.fsync", lambda handle: None)
+    splits = {}
+    for split, sizes in (("train", [4, 3]), ("val", [3, 4])):
+        infos, number = [], 0
+        for shard, samples in enumerate(sizes):
+            with ShardWriter(tmp_path / f"{split}-{shard:06}.tar") as writer:
+                for _ in range(samples):
+                    image, mask = drawn(number, *((12, 10) if number < 5 else (7, 9)))
+                    number += 1
+                    members = {
+                        "png": png(image),
+                        "mask.png": encode_mask(mask, default_palette(CLASSES)),
+                        "json": json.dumps({"source": f"p{number}.png"}).encode(),
+                    }
+                    writer.add(f"p{number}", members)
+                file = writer.seal()
+            infos.append(ShardInfo(file.name, file.samples, file.bytes, file.sha256, ()))
+        counts = (SizeCount(10, 12, "RGB", 5), SizeCount(9, 7, "RGB", 2))
+        splits[split] = SplitInfo(tuple(infos), counts)
+    manifest = Manifest(
+        classes=CLASSES,
+        palette=default_palette(CLASSES),
+        channels="RGB",
+        mask_format={},
+        mean=(0.2, 0.4, 0.6),
+        std=(0.1, 0.1, 0.1),
+        splits=splits,
+    )
+    return tmp_path, manifest
+
+
+# ---------------------------------------------------------------------------------------- stages
+
+
+@pytest.mark.parametrize(("channels", "kind"), [(1, "L"), (3, "RGB")])
+def test_crops_of_any_picture_stack_to_three_tensors_of_bytes(channels, kind):
+    stage = CropStage(kind, 6, (1, 2, 3)[:channels], seed=0)
+    raws = [raw(5, 8, 8, channels=channels), raw(9, 20, 3, channels=channels)]
+    (batch,) = stage(iter([raws]))
+    check(batch, 2, (6, 6), channels)
+    assert batch.position.tolist() == [5, 9]
+
+
+def test_a_crop_shows_picture_and_mask_of_one_place():
+    (batch,) = CropStage("RGB", 6, (0, 0, 0), seed=0)(iter([[raw(i) for i in range(8)]]))
+    assert torch.equal(batch.mask, batch.image[:, 0] % 3)
+
+
+def test_a_smaller_picture_is_padded_with_the_mean_and_255():
+    (batch,) = CropStage("RGB", 6, (11, 12, 13), seed=0)(iter([[raw(0, 4, 4)]]))
+    padding = batch.mask[0] == 255
+    assert padding.sum() == 36 - 16
+    assert batch.image[0][:, padding].T.unique(dim=0).tolist() == [[11, 12, 13]]
+
+
+def test_a_crop_depends_on_seed_and_position_and_not_on_its_batch():
+    stage = CropStage("RGB", 4, (0, 0, 0), seed=3)
+    together = next(stage(iter([[raw(i) for i in range(6)]])))
+    alone = [next(stage(iter([[raw(i)]]))) for i in range(6)]
+    assert torch.equal(together.image, torch.cat([b.image for b in alone]))
+    other = next(CropStage("RGB", 4, (0, 0, 0), seed=4)(iter([[raw(i) for i in range(6)]])))
+    assert not torch.equal(together.image, other.image)
+
+
+def test_whole_pictures_of_one_size_that_follow_each_other_share_a_batch():
+    sizes = [(8, 8), (8, 8), (8, 6), (8, 8), (5, 5), (5, 5)]
+    raws = [raw(i, *size) for i, size in enumerate(sizes)]
+    batches = list(WholeStage("RGB")(iter([raws, raws[:1]])))
+    assert [b.position.tolist() for b in batches] == [[0, 1], [2], [3], [4, 5], [0]]
+    for batch, size in zip(batches, [(8, 8), (8, 6), (8, 8), (5, 5), (8, 8)], strict=True):
+        check(batch, len(batch.position), size)
+        assert torch.equal(batch.mask, batch.image[:, 0] % 3)
+
+
+def test_pictures_are_converted_to_the_channels_of_the_data_set():
+    (batch,) = WholeStage("RGB")(iter([[raw(0), raw(1, channels=1)]]))
+    check(batch, 2, (8, 8))
+    assert torch.equal(batch.image[1, 0], batch.image[1, 2])
+
+
+@pytest.mark.parametrize("stage", [CropStage("RGB", 4, (0, 0, 0), 0), WholeStage("RGB")])
+def test_a_sample_without_mask_is_refused_with_the_remedy(stage):
+    with pytest.raises(DataError, match=r"s\.tar: k1 has no mask; pack the pictures with --masks"):
+        list(stage(iter([[raw(0), raw(1, masked=False)]])))
+
+
+def test_a_batch_moves_as_a_whole_but_its_positions_stay_on_the_cpu():
+    (batch,) = WholeStage("RGB")(iter([[raw(0)]]))
+    moved = batch.to(torch.device("meta"))
+    assert (moved.image.device.type, moved.mask.device.type) == ("meta", "meta")
+    assert moved.position is batch.position
+
+
+# --------------------------------------------------------------------------------------- loaders
+
+
+def train(data, *, rank=0, world=1, start=0, workers=0, count=6, batch_size=4):
+    folder, manifest = data
+    order = Order(tuple(s.samples for s in manifest.splits["train"].shards), 0)
+    plan = TrainPlan(order, batch_size, rank, world, start)
+    options = {"crop_size": 8, "seed": 0, "workers": workers, "pin": False}
+    return list(islice(train_batches(folder, manifest, plan, **options), count))
+
+
+def joined(batches):
+    """All samples of some batches by position."""
+    rows = {}
+    for b in batches:
+        for image, mask, position in zip(b.image, b.mask, b.position.tolist(), strict=True):
+            assert position not in rows
+            rows[position] = (image.numpy().tobytes(), mask.numpy().tobytes())
+    return rows
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_training_batches_are_the_same_for_any_number_of_workers(data, workers):
+    expected, found = train(data), train(data, workers=workers)
+    for one, other in zip(expected, found, strict=True):
+        assert isinstance(other, Batch)
+        check(other, 4, (8, 8))
+        assert torch.equal(one.position, other.position)
+        assert torch.equal(one.image, other.image)
+        assert torch.equal(one.mask, other.mask)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_together_draw_the_samples_and_crops_of_one(data, world):
+    ranks = [
+        b for r in range(world) for b in train(data, rank=r, world=world, batch_size=4 // world)
+    ]
+    assert joined(ranks) == joined(train(data))
+
+
+def test_training_goes_on_where_the_plan_starts(data):
+    whole, rest = joined(train(data)), joined(train(data, start=8, count=4))
+    assert rest == {p: sample for p, sample in whole.items() if p >= 8}
+
+
+def test_small_pictures_are_padded_with_the_mean_of_the_data_set(data):
+    padded = [
+        b.image[i][:, b.mask[i] == 255].T.unique(dim=0).tolist()
+        for b in train(data)
+        for i in range(4)
+        if (b.mask[i] == 255).any()
+    ]
+    assert padded
+    assert all(colours == [[51, 102, 153]] for colours in padded)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("world", [1, 2, 9])
+def test_evaluation_sees_every_picture_whole_and_once(data, workers, world):
+    folder, manifest = data
+    options = {"batch_size": 2, "world": world, "workers": workers, "pin": False}
+    batches = [
+        batch
+        for rank in range(world)
+        for batch in eval_batches(folder, manifest, manifest.splits["val"], rank=rank, **options)
+    ]
+    assert sorted(p for b in batches for p in b.position.tolist()) == list(range(7))
+    for batch in batches:
+        for image, mask, position in zip(batch.image, batch.mask, batch.position, strict=True):
+            expected, expected_mask = drawn(int(position), *((12, 10) if position < 5 else (7, 9)))
+            assert np.array_equal(image.permute(1, 2, 0).numpy(), expected)
+            assert np.array_equal(mask.numpy(), expected_mask)
+
+
+def test_a_manifest_without_a_train_split_is_refused(data):
+    folder, manifest = data
+    del manifest.splits["train"]
+    plan = TrainPlan(Order((1,), 0), 1, 0, 1, 0)
+    with pytest.raises(DataError, match="has no samples in the split 'train', only in: val"):
+        train_batches(folder, manifest, plan, crop_size=8, seed=0, workers=0, pin=False)
+
+
+# ------------------------------------------------------------------------------------- crop size
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ([(512, 512, 1)], 512),
+        ([(2000, 3000, 1)], 512),
+        ([(1000, 400, 1)], 384),
+        ([(95, 500, 1)], 64),
+        ([(20, 20, 1)], 32),
+        ([(640, 480, 6), (64, 64, 4)], 480),
+        ([(640, 480, 4), (64, 64, 6)], 64),
+        ([(640, 480, 5), (64, 64, 5)], 480),
+        ([(64, 64, 3), (300, 300, 3), (100, 100, 3)], 96),
+    ],
+)
+def test_the_default_crop_is_what_most_pictures_hold_in_steps_of_32(sizes, expected):
+    counts = tuple(SizeCount(w, h, "RGB", n) for w, h, n in sizes)
+    assert default_crop_size(SplitInfo((), counts), 512) == expected
+
+
+def test_the_default_crop_has_a_bound():
+    assert default_crop_size(SplitInfo((), (SizeCount(900, 900, "L", 1),)), 256) == 256

@@ -1,0 +1,174 @@
+"""Evaluation: the scores that can be worked out by hand, and refusals that say what is there."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipelines import evaluate
+from pipelines.checkpoint import load_model
+
+
+@pytest.fixture
+def hand(tmp_path: Path, by_hand, call) -> tuple[Path, Path]:
+    """A model that finds what is bright, and three pictures of which it gets some pixels wrong."""
+    for part in ("images", "masks"):
+        (tmp_path / part).mkdir()
+    #   predicted   11..   mask   1...   ..11   ....   value 9 is ignored
+    for name, bright, mask in (
+        ("a", [1, 1, 0, 0, 0, 0], [1, 0, 0, 1, 9, 0]),
+        ("b", [1, 1, 1, 1, 0, 0], [1, 1, 1, 0, 0, 9]),
+        ("c", [0, 0, 0, 0, 0, 1], [0, 0, 0, 0, 0, 9]),
+    ):
+        pixels = np.repeat(np.array([bright], np.uint8)[..., None] * 200, 3, axis=2)
+        Image.fromarray(pixels).save(tmp_path / "images" / f"{name}.png")
+        Image.fromarray(np.array([mask], np.uint8)).save(tmp_path / "masks" / f"{name}.png")
+    classes = ("background", "cell", "ghost")
+    lines = ["path,split", "a.png,val", "b.png,val", "c.png,val"]
+    (tmp_path / "split.csv").write_text("\n".join(lines))
+    ended = call(
+        "pack",
+        *("--images", tmp_path / "images", "--masks", tmp_path / "masks", "--workers", 1),
+        *("--mask-format", "index", "--classes", *classes, "--ignore-value", 9),
+        *("--split-file", tmp_path / "split.csv", "--out", tmp_path / "shards"),
+    )
+    assert ended.code == 0, ended.err
+    return by_hand(classes=classes), tmp_path / "shards"
+
+
+def test_the_scores_are_those_worked_out_by_hand(hand, call, tmp_path: Path) -> None:
+    checkpoint, data = hand
+    told = ("--checkpoint", checkpoint, "--data", data, "--out", tmp_path / "out", "--workers", 0)
+    ended = call("evaluate", *told)
+    assert ended.code == 0, ended.err
+    scores = json.loads((tmp_path / "out" / "scores.json").read_text())
+    # cell: a has tp 1, fp 1, fn 1; b has tp 3, fp 1, fn 0; c has none in what counts.
+    cell = scores["classes"]["cell"]
+    assert (cell["tp"], cell["fp"], cell["fn"]) == (4, 2, 1)
+    assert cell["dice"] == 8 / 11
+    assert cell["iou"] == 4 / 7
+    assert cell["precision"] == 4 / 6
+    assert cell["recall"] == 4 / 5
+    assert cell["images"] == 2
+    assert cell["image_dice"] == pytest.approx((2 / 4 + 6 / 7) / 2, abs=1e-9)
+    assert cell["image_iou"] == pytest.approx((1 / 3 + 3 / 4) / 2, abs=1e-9)
+    assert scores["confusion"] == [[8, 2, 0], [1, 4, 0], [0, 0, 0]]
+    # A class that occurs nowhere has no score and enters no mean; nor does the background.
+    ghost = scores["classes"]["ghost"]
+    assert [ghost[name] for name in ("dice", "iou", "precision", "recall")] == [None] * 4
+    assert scores["macro"] == {"dice": 8 / 11, "iou": 4 / 7}
+    assert scores["micro"] == {"dice": 8 / 11, "iou": 4 / 7}
+    assert scores["per_image"]["dice"] == cell["image_dice"]
+    assert scores["counted"] == ["cell", "ghost"]
+    assert scores["classes"]["background"]["dice"] == 16 / 19
+    assert (scores["num_images"], scores["split"]) == (3, "val")
+    assert scores["empty_policy"] == "skip"
+    weights = (checkpoint / "model.safetensors").read_bytes()
+    assert scores["checkpoint"] == hashlib.sha256(weights).hexdigest()
+    assert scores["manifest"] == hashlib.sha256((data / "index.json").read_bytes()).hexdigest()
+    assert "0.7273" in ended.out
+    assert "n/a" in ended.out
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_neither_workers_nor_batches_change_a_digit(
+    batch_size: int, workers: int, hand, call, tmp_path: Path
+) -> None:
+    checkpoint, data = hand
+    told = ("--checkpoint", checkpoint, "--data", data)
+    assert call("evaluate", *told, "--out", tmp_path / "1", "--workers", 0).code == 0
+    more = ("--tiles.batch-size", batch_size, "--workers", workers)
+    assert call("evaluate", *told, "--out", tmp_path / "2", *more).code == 0
+    one, two = ((tmp_path / name / "scores.json").read_bytes() for name in "12")
+    assert one == two
+
+
+def test_perfect_predictions_score_one(by_hand, draw, call, tmp_path: Path) -> None:
+    folder = draw(tmp_path / "in", 4)
+    for path in (folder / "masks").iterdir():
+        mask = Image.open(path)
+        Image.merge("RGB", [mask] * 3).save(folder / "images" / path.name)
+    folders = ("--images", folder / "images", "--masks", folder / "masks", "--workers", 1)
+    packed = ("--mask-format", "binary", "--val-fraction", 0, "--out", tmp_path / "data")
+    assert call("pack", *folders, *packed).code == 0
+    told = ("--checkpoint", by_hand(), "--data", tmp_path / "data", "--split", "train")
+    # Also in tiles.
+    for tile in (1024, 32):
+        more = ("--out", tmp_path / "out", "--workers", 0, "--tiles.tile", tile)
+        assert call("evaluate", *told, *more).code == 0
+        scores = json.loads((tmp_path / "out" / "scores.json").read_text())
+        assert scores["macro"] == scores["micro"] == scores["per_image"] == {"dice": 1, "iou": 1}
+
+
+def test_the_scores_of_a_run_lie_in_its_folder_and_are_those_of_its_best(
+    trained: Path, shards: Path, call, metrics, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained, run, symlinks=True)
+    ended = call("evaluate", "--checkpoint", run, "--data", shards, "--workers", 0)
+    assert ended.code == 0
+    scores = json.loads((run / "scores.json").read_text())
+    best = max(line["val/dice"] for line in metrics(run) if "val/dice" in line)
+    assert scores["macro"]["dice"] == best
+
+
+def test_a_split_that_is_missing_names_those_there_are(trained, shards, call) -> None:
+    ended = call("evaluate", "--checkpoint", trained, "--data", shards, "--split", "test")
+    assert ended.code == 1
+    assert "has no samples in the split 'test', only in: train, val" in ended.err
+
+
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [
+        ({"classes": ("background", "nucleus")}, "knows the classes background, nucleus, "),
+        ({"classes": ("background", "a", "b")}, "they must be the same"),
+        ({"channels": "L"}, "was trained on L pictures, "),
+    ],
+)
+def test_a_model_of_something_else_is_refused(
+    made: dict, said: str, by_hand, shards: Path, call, tmp_path: Path
+) -> None:
+    told = ("--checkpoint", by_hand(**made), "--data", shards, "--out", tmp_path / "out")
+    ended = call("evaluate", *told)
+    assert ended.code == 1
+    assert said in ended.err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_pictures_without_masks_cannot_be_scored(
+    workers: int, by_hand, cells: Path, call, tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    assert call("pack", "--images", cells / "images", "--out", data, "--workers", 1).code == 0
+    manifest = json.loads((data / "index.json").read_text())
+    manifest.update(classes=["background", "foreground"], palette=[[0, 0, 0], [1, 1, 1]])
+    (data / "index.json").write_text(json.dumps(manifest))
+    told = ("--checkpoint", by_hand(), "--data", data, "--split", "unlabelled")
+    ended = call("evaluate", *told, "--out", tmp_path / "out", "--workers", workers)
+    assert ended.code == 1
+    assert "has no mask; pack the pictures with --masks" in ended.err
+    assert "Traceback" not in ended.err
+
+
+def test_a_checkpoint_that_is_no_folder_needs_a_place_for_its_scores(
+    by_hand, shards: Path, call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = load_model(str(by_hand()))
+    monkeypatch.setattr(evaluate, "load_model", lambda _: loaded)
+    ended = call("evaluate", "--checkpoint", "owner/name", "--data", shards)
+    assert ended.code == 2
+    assert "say where scores go with --out" in ended.err
+
+
+def test_a_folder_that_is_no_data_set_is_refused(trained: Path, call, tmp_path: Path) -> None:
+    ended = call("evaluate", "--checkpoint", trained, "--data", tmp_path / "nowhere")
+    assert (ended.code, "is no folder of shards: it does not exist" in ended.err) == (1, True)
+    ended = call("evaluate", "--checkpoint", trained, "--data", tmp_path)
+    assert (ended.code, "is no data set: it has no index.json" in ended.err) == (1, True)

@@ -1,0 +1,143 @@
+"""Parting a mixed folder: every file to its side, whole, once, and nothing lost."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+FILES = {
+    "a.bmp": b"picture a",
+    "a.png": b"mask a",
+    "deep/b.BMP": b"picture b",
+    "deep/b.png": b"mask b",
+}
+BY_EXTENSION = ("--image-ext", ".bmp", "--mask-ext", "png")
+
+
+@pytest.fixture
+def mixed(tmp_path: Path) -> Path:
+    for name, data in FILES.items():
+        path = tmp_path / "mixed" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    return tmp_path / "mixed"
+
+
+@pytest.mark.parametrize("mode", ["copy", "move", "link"])
+def test_by_extension(mode: str, mixed: Path, call, content, tmp_path: Path) -> None:
+    ended = call("separate", mixed, "--out", tmp_path / "out", *BY_EXTENSION, "--mode", mode)
+    assert ended.code == 0, ended.err
+    assert "2 pairs" in ended.out
+    assert content(tmp_path / "out") == {
+        "images/a.bmp": b"picture a",
+        "images/deep/b.BMP": b"picture b",
+        "masks/a.png": b"mask a",
+        "masks/deep/b.png": b"mask b",
+    }
+    assert content(mixed) == ({} if mode == "move" else FILES)
+    assert (tmp_path / "out" / "images" / "a.bmp").is_symlink() == (mode == "link")
+
+
+def test_by_suffix_which_the_masks_lose(call, content, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for name in ("a.jpg", "a_mask.png", "b_1.png", "b_1_mask.png"):
+        (tmp_path / "in" / name).write_bytes(name.encode())
+    ended = call("separate", tmp_path / "in", "--out", tmp_path / "out", "--mask-suffix", "_mask")
+    assert ended.code == 0, ended.err
+    assert content(tmp_path / "out") == {
+        "images/a.jpg": b"a.jpg",
+        "images/b_1.png": b"b_1.png",
+        "masks/a.png": b"a_mask.png",
+        "masks/b_1.png": b"b_1_mask.png",
+    }
+
+
+def test_a_dry_run_says_everything_and_does_nothing(
+    mixed: Path, call, content, tmp_path: Path
+) -> None:
+    ended = call("separate", mixed, "--out", tmp_path / "out", *BY_EXTENSION, "--dry-run")
+    assert ended.code == 0
+    assert f"{mixed / 'a.png'} -> {tmp_path / 'out' / 'masks' / 'a.png'}" in ended.out
+    assert len(ended.out.splitlines()) == 5
+    assert "nothing was done" in ended.out
+    assert not (tmp_path / "out").exists()
+    assert content(mixed) == FILES
+
+
+@pytest.mark.parametrize("mode", ["copy", "link"])
+def test_given_again_it_changes_nothing(mode: str, mixed, call, content, tmp_path: Path) -> None:
+    given = (mixed, "--out", tmp_path / "out", *BY_EXTENSION, "--mode", mode)
+    assert call("separate", *given).code == 0
+    before = {path: os.lstat(path).st_mtime_ns for path in (tmp_path / "out").rglob("*.*")}
+    assert call("separate", *given).code == 0
+    assert {path: os.lstat(path).st_mtime_ns for path in before} == before
+
+
+def test_a_move_that_was_stopped_halfway_goes_on(mixed, call, content, tmp_path: Path) -> None:
+    # Copied but not yet taken away, and a temporary file that was cut.
+    (tmp_path / "out" / "masks").mkdir(parents=True)
+    (tmp_path / "out" / "masks" / "a.png").write_bytes(FILES["a.png"])
+    (tmp_path / "out" / "masks" / ".a.png.tmp").write_bytes(b"ma")
+    ended = call("separate", mixed, "--out", tmp_path / "out", *BY_EXTENSION, "--mode", "move")
+    assert ended.code == 0, ended.err
+    assert content(mixed) == {}
+    assert (tmp_path / "out" / "masks" / "a.png").read_bytes() == FILES["a.png"]
+
+
+def test_a_target_that_differs_is_not_overwritten(mixed, call, content, tmp_path: Path) -> None:
+    target = tmp_path / "out" / "masks" / "a.png"
+    target.parent.mkdir(parents=True)
+    target.write_bytes(b"precious")
+    ended = call("separate", mixed, "--out", tmp_path / "out", *BY_EXTENSION)
+    assert ended.code == 1
+    assert f"{target} exists and differs from {mixed / 'a.png'}; choose another" in ended.err
+    assert target.read_bytes() == b"precious"
+    assert content(mixed) == FILES
+
+
+@pytest.mark.parametrize(
+    ("name", "rule", "said"),
+    [
+        ("c.bmp", BY_EXTENSION, "c.bmp has no mask"),
+        ("c.png", BY_EXTENSION, "c.png has no picture"),
+        ("c.tif", BY_EXTENSION, "c.tif ends neither in .bmp nor in .png"),
+        ("a.bmp", ("--mask-suffix", "_mask"), "a.bmp and a.png have one name"),
+    ],
+)
+def test_what_fits_no_rule_is_named_and_nothing_is_done(
+    name: str, rule: tuple[str, ...], said: str, mixed: Path, call, tmp_path: Path
+) -> None:
+    (mixed / name).write_bytes(b"")
+    ended = call("separate", mixed, "--out", tmp_path / "out", *rule)
+    assert ended.code == 1
+    assert said in ended.err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("rule", "said"),
+    [
+        ((), "give --mask-suffix, or --image-ext together with --mask-ext"),
+        (("--image-ext", ".bmp"), "give --mask-suffix, or --image-ext together with"),
+        ((*BY_EXTENSION, "--mask-suffix", "_m"), "give --mask-suffix, or --image-ext"),
+        (("--mask-suffix", ""), "--mask-suffix must not be empty"),
+        (("--image-ext", "PNG", "--mask-ext", ".png"), "must differ; else use --mask-suffix"),
+        ((*BY_EXTENSION, "--mode", "burn"), "burn"),
+    ],
+)
+def test_a_rule_that_makes_no_sense_is_refused(
+    rule: tuple[str, ...], said: str, mixed: Path, call, tmp_path: Path
+) -> None:
+    ended = call("separate", mixed, "--out", tmp_path / "out", *rule)
+    assert ended.code == 2
+    assert said in ended.said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_folder_without_pictures_is_refused(there: bool, call, tmp_path: Path) -> None:
+    if there:
+        (tmp_path / "in").mkdir()
+    ended = call("separate", tmp_path / "in", "--out", tmp_path / "out", *BY_EXTENSION)
+    assert ended.code == 1
+    assert ("holds no picture" if there else "is no folder") in ended.err

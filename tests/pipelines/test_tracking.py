@@ -1,0 +1,177 @@
+"""Tracking: metrics.jsonl always, wandb where it is wanted, and no tracker ends a training."""
+
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from accelerate import Accelerator
+
+from pipelines import tracking
+from pipelines.tracking import forget_after, has_wandb_key
+
+WANDB = Path(sys.executable).parent / "wandb"
+
+
+def inspect(run: Path) -> list[dict[str, Any]]:
+    """The records of a wandb run, as wandb itself reads them."""
+    command = [WANDB, "leet", "inspect", "--json", run]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    return [json.loads(line) for line in ended.stdout.splitlines()]
+
+
+def told(data: Path, run_dir: Path, tiny: tuple[str, ...], *more: object) -> list[object]:
+    given = ["--data", data, "--run-dir", run_dir, *tiny, "--workers", 0, "--log-every", 1]
+    return [*given, "--tracking.backend", "wandb", *more]
+
+
+def test_without_a_key_wandb_writes_the_same_numbers_offline_and_a_resume_goes_on_with_the_run(
+    shards: Path, tiny, call, metrics, tmp_path: Path
+) -> None:
+    assert call("train", *told(shards, tmp_path, tiny, "--steps", 2)).code == 0
+    assert call("train", *told(shards, tmp_path, tiny, "--steps", 3)).code == 0
+    runs = sorted((tmp_path / "wandb").glob("offline-run-*"))
+    assert len(runs) == 2
+    # One curve: both parts have one id.
+    assert len({run.name.split("-")[-1] for run in runs}) == 1
+    history: dict[int, dict[str, Any]] = {}
+    for run in runs:
+        records = inspect(run)
+        (config,) = (r["config"]["update"] for r in records if "steps" in str(r.get("config")))
+        assert config["global_batch_size"] == 4
+        for record in (r["history"] for r in records if r["type"] == "history"):
+            values = record["values"] if "values" in record else record["item"]
+            history.setdefault(values["_step"], {}).update(values)
+    lines: dict[int, dict[str, Any]] = {}
+    for line in metrics(tmp_path):
+        lines.setdefault(line["step"], {}).update(line)
+    assert set(lines) == set(history) == {1, 2, 3}
+    for step, line in lines.items():
+        for name in set(line) - {"step"}:
+            assert history[step][name] == pytest.approx(line[name])
+
+
+class Broken:
+    """Stands for a tracker that fails from some call on."""
+
+    def __init__(self, *fails: str) -> None:
+        self.fails = fails
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def fail(*_: Any, **__: Any) -> None:
+            raise ConnectionError("the tracker is down")
+
+        for name in ("init_trackers", "log", "end_training"):
+            monkeypatch.setattr(
+                Accelerator, name, fail if name in self.fails else lambda *_, **__: None
+            )
+
+
+@pytest.mark.parametrize(
+    "fails", [("init_trackers",), ("log",), ("end_training",), ("init_trackers", "log")]
+)
+def test_a_tracker_that_fails_ends_nothing_and_is_said_once(
+    fails: tuple[str, ...],
+    shards: Path,
+    tiny,
+    call,
+    metrics,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
+) -> None:
+    Broken(*fails).install(monkeypatch)
+    with caplog.at_level(logging.WARNING):
+        ended = call("train", *told(shards, tmp_path, tiny, "--steps", 3))
+    assert ended.code == 0
+    assert len([r for r in caplog.records if "the tracker is down" in r.getMessage()]) == 1
+    assert [line["step"] for line in metrics(tmp_path) if "train/loss" in line] == [1, 2, 3]
+
+
+def test_without_a_tracker_nothing_of_it_is_made(trained: Path) -> None:
+    assert not (trained / "wandb").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ('{"step": 1}\n{"step": 2}\n{"step": 2}\n{"step": 3}\n', 3),
+        ('{"step": 1}\n{"step": 2, "train/lo', 1),
+        ('{"step": 1}\nnull\n', 1),
+        ("", 0),
+    ],
+)
+def test_lines_of_steps_that_will_be_made_again_are_dropped(
+    text: str, kept: int, tmp_path: Path
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(text)
+    forget_after(path, 2)
+    assert path.read_text() == "".join(text.splitlines(keepends=True)[:kept])
+    assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_file_that_is_not_there_is_not_made(tmp_path: Path) -> None:
+    forget_after(tmp_path / "metrics.jsonl", 2)
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize(
+    ("key", "file", "known"),
+    [
+        ("abc", None, True),
+        ("", None, False),
+        ("", "machine api.wandb.ai login user password secret\n", True),
+        ("", "machine example.org login user password secret\n", False),
+        ("", "this is no netrc", False),
+    ],
+)
+def test_wandb_is_online_only_where_it_has_a_key(
+    key: str, file: str | None, known: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", key)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    if file is not None:
+        (tmp_path / ".netrc").write_text(file)
+        (tmp_path / ".netrc").chmod(0o600)
+    assert has_wandb_key() == known
+
+
+@pytest.mark.parametrize(
+    ("environment", "mode"),
+    [
+        ({}, "offline"),
+        ({"WANDB_API_KEY": "k"}, "online"),
+        ({"WANDB_API_KEY": "k", "WANDB_MODE": "disabled"}, "disabled"),
+    ],
+)
+def test_the_mode_follows_the_key_unless_it_is_said(
+    environment: dict[str, str],
+    mode: str,
+    shards: Path,
+    tiny,
+    call,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    given: list[dict[str, Any]] = []
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    Broken().install(monkeypatch)
+    monkeypatch.setattr(
+        Accelerator,
+        "init_trackers",
+        lambda _, project, config, init_kwargs: given.append(init_kwargs["wandb"]),
+    )
+    run_dir = tmp_path / "run"
+    assert call("train", *told(shards, run_dir, tiny, "--steps", 1)).code == 0
+    ((arguments),) = given
+    assert arguments["mode"] == mode
+    assert (arguments["dir"], arguments["name"]) == (str(run_dir), "run")
+    assert tracking.TrackingConfig(backend="none").trackers() == []

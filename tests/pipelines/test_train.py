@@ -1,0 +1,470 @@
+"""A training run: what it writes, how it is bounded, interrupted, resumed and refused."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from pipelines import scoring, train
+from pipelines.budget import Budget
+from shards.index import read_manifest
+from shards.reader import ShardReader
+from unet import UNet
+
+Values = dict[str, Any]
+
+
+def told(data: Path, run_dir: Path, tiny: tuple[str, ...], *more: object) -> list[object]:
+    return ["--data", data, "--run-dir", run_dir, *tiny, "--workers", 0, *more]
+
+
+def tensors(run_dir: Path) -> dict[str, torch.Tensor]:
+    """All that a run has learned: weights, their average, the optimizer's moments."""
+    folder = run_dir / "checkpoints" / "last"
+    found: dict[str, torch.Tensor] = {}
+
+    def collect(prefix: str, value: object) -> None:
+        if isinstance(value, torch.Tensor):
+            found[prefix] = value
+        elif isinstance(value, dict):
+            for name, part in value.items():
+                collect(f"{prefix}.{name}", part)
+
+    collect("", torch.load(folder / "training.pt", weights_only=True))
+    return found
+
+
+def assert_equal(run_dir: Path, expected: Path) -> None:
+    ours, theirs = tensors(run_dir), tensors(expected)
+    assert len(theirs) > 50
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert torch.equal(ours[name], tensor), name
+
+
+@pytest.fixture
+def interrupt(monkeypatch: pytest.MonkeyPatch):
+    """Sends this process SIGTERM once a step is done."""
+
+    def at(step: int) -> None:
+        advance = Budget.advance
+
+        def told_to_stop(self: Budget) -> int | None:
+            if self.step + 1 == step:
+                os.kill(os.getpid(), signal.SIGTERM)
+                self.next_agreement = self.step + 1
+            return advance(self)
+
+        monkeypatch.setattr(Budget, "advance", told_to_stop)
+
+    yield at
+    monkeypatch.undo()
+
+
+# ---- what a run writes
+
+
+def test_metrics_have_the_names_that_are_promised(trained: Path, metrics) -> None:
+    lines = metrics(trained)
+    losses = [line for line in lines if "train/loss" in line]
+    scores = [line for line in lines if "val/dice" in line]
+    assert [line["step"] for line in losses] == [2, 4, 6]
+    assert [line["step"] for line in scores] == [3, 6]
+    for line in losses:
+        assert set(line) == {
+            *("step", "train/loss", "train/loss_cross_entropy", "train/loss_dice"),
+            *("train/lr", "train/samples_per_second", "train/data_wait"),
+        }
+        parts = line["train/loss_cross_entropy"] + line["train/loss_dice"]
+        assert math.isclose(line["train/loss"], parts, rel_tol=1e-5)
+        assert 0 <= line["train/data_wait"] <= 1
+        assert line["train/samples_per_second"] > 0
+    names = ("background", "foreground")
+    for line in scores:
+        assert set(line) == {
+            *("step", "val/dice", "val/iou"),
+            *(f"val/{score}/{name}" for score in ("dice", "iou") for name in names),
+        }
+        # `background` enters no mean.
+        assert line["val/dice"] == line["val/dice/foreground"]
+
+
+def test_the_run_folder_says_what_the_run_was_and_how_it_ended(trained: Path) -> None:
+    config = yaml.safe_load((trained / "config.yaml").read_text())
+    assert config["steps"] == 6
+    assert config["crop_size"] == 32
+    assert config["model"]["base_channels"] == 2
+    state = json.loads((trained / "state.json").read_text())
+    assert (state["finished"], state["step"], state["go_on"]) == (True, 6, None)
+
+
+def test_the_written_configuration_gives_the_same_run_again(
+    trained: Path, call, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "again"
+    assert call("train", "--config", trained / "config.yaml", "--run-dir", run_dir).code == 0
+    assert_equal(run_dir, trained)
+
+
+def test_the_model_is_rebuilt_from_its_checkpoint_alone(trained: Path, shards: Path) -> None:
+    model = UNet.from_pretrained(str(trained / "checkpoints" / "best"))
+    manifest = read_manifest(shards)
+    assert model.spec is not None
+    assert model.spec.classes == manifest.classes
+    assert model.spec.mean == manifest.mean
+    assert model.spec.crop_size == 32
+    assert not model.training
+    with torch.inference_mode():
+        logits = model(model.spec.normalise(torch.zeros(1, 3, 40, 33, dtype=torch.uint8)))
+    assert logits.shape == (1, 2, 40, 33)
+
+
+def test_the_links_are_relative_and_point_at_whole_checkpoints(trained: Path) -> None:
+    for name in ("best", "last"):
+        link = trained / "checkpoints" / name
+        assert link.is_symlink()
+        assert "/" not in os.readlink(link)
+        assert {"model.safetensors", "config.json", "training.pt", "state.json"} <= {
+            path.name for path in link.iterdir()
+        }
+    assert os.readlink(trained / "checkpoints" / "last") == "step-00000006"
+
+
+def test_a_run_can_be_moved(trained: Path, shards: Path, call, content, tmp_path: Path) -> None:
+    moved = tmp_path / "moved"
+    subprocess.run(["cp", "-a", trained, moved], check=True)
+    ended = call("evaluate", "--checkpoint", moved, "--data", shards, "--workers", 0)
+    assert ended.code == 0
+    assert (moved / "scores.json").exists()
+
+
+def test_old_checkpoints_go_and_the_best_stays(
+    shards: Path, tiny, call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    dice = iter([0.1, 0.9, 0.3, 0.4, 0.5])
+    score = scoring.score
+
+    def graded(*arguments: Any, **named: Any) -> Any:
+        scores = score(*arguments, **named)
+        object.__setattr__(scores.macro, "dice", next(dice))
+        return scores
+
+    monkeypatch.setattr(scoring, "score", graded)
+    more = ("--steps", 5, "--eval-every", 1, "--keep-checkpoints", 2)
+    assert call("train", *told(shards, tmp_path, tiny, *more)).code == 0
+    folder = tmp_path / "checkpoints"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        *("best", "last", "step-00000002", "step-00000004", "step-00000005"),
+    ]
+    assert os.readlink(folder / "best") == "step-00000002"
+    assert json.loads((tmp_path / "state.json").read_text())["best"] == 0.9
+
+
+# ---- how it is bounded
+
+
+def test_epochs_are_counted_in_steps_of_the_global_batch(
+    shards: Path, tiny, call, metrics, tmp_path: Path
+) -> None:
+    # 8 training samples, 4 a step.
+    assert call("train", *told(shards, tmp_path, tiny, "--epochs", 1.5)).code == 0
+    assert json.loads((tmp_path / "state.json").read_text())["step"] == 3
+
+
+def test_minutes_end_a_run_with_a_learning_rate_of_almost_nothing(
+    shards: Path, tiny, call, metrics, tmp_path: Path
+) -> None:
+    more = ("--minutes", 0.02, "--log-every", 1, "--eval-every", 100_000)
+    assert call("train", *told(shards, tmp_path, tiny, *more)).code == 0
+    state = json.loads((tmp_path / "state.json").read_text())
+    assert state["finished"]
+    assert state["seconds"] >= 1.2
+    lines = metrics(tmp_path)
+    assert "val/dice" in lines[-1]
+    rates = [line["train/lr"] for line in lines if "train/lr" in line]
+    assert rates[-1] < max(rates)
+    # Given again, the time is up.
+    ended = call("train", *told(shards, tmp_path, tiny, *more))
+    assert (ended.code, "had finished" in ended.out) == (0, True)
+
+
+# ---- interrupted and resumed
+
+
+def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(
+    shards: Path, tiny, call, interrupt, metrics, tmp_path: Path
+) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    more = ("--steps", 8, "--log-every", 1, "--eval-every", 3)
+    assert call("train", *told(shards, whole, tiny, *more)).code == 0
+    interrupt(4)
+    ended = call("train", *told(shards, parts, tiny, *more))
+    assert ended.code == 75
+    assert "interrupted at step 4, checkpoint saved; the same command goes on" in ended.out
+    state = json.loads((parts / "state.json").read_text())
+    assert (state["finished"], state["step"]) == (False, 4)
+    assert "the same command again" in state["go_on"]
+    assert os.readlink(parts / "checkpoints" / "last") == "step-00000004"
+    assert call("train", *told(shards, parts, tiny, *more)).code == 0
+    assert json.loads((parts / "state.json").read_text())["finished"]
+    assert_equal(parts, whole)
+
+    def losses(run_dir: Path) -> list[Values]:
+        timed = ("train/samples_per_second", "train/data_wait")
+        return [{k: v for k, v in line.items() if k not in timed} for line in metrics(run_dir)]
+
+    assert losses(parts) == losses(whole)
+
+
+@pytest.mark.parametrize("step", [3, 5])
+def test_a_run_interrupted_at_its_last_step_is_scored_when_it_is_given_again(
+    step: int, shards: Path, tiny, call, interrupt, metrics, tmp_path: Path
+) -> None:
+    # Step 3 is followed by a validation, step 5 is the last.
+    interrupt(step)
+    more = ("--steps", 5, "--eval-every", 3)
+    assert call("train", *told(shards, tmp_path, tiny, *more)).code == 75
+    assert call("train", *told(shards, tmp_path, tiny, *more)).code == 0
+    assert [line["step"] for line in metrics(tmp_path) if "val/dice" in line] == [3, 5]
+    state = json.loads((tmp_path / "state.json").read_text())
+    assert (state["finished"], state["step"]) == (True, 5)
+
+
+def test_what_was_consumed_is_not_read_again(
+    shards: Path, tiny, call, interrupt, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    positions: list[int] = []
+    read = ShardReader.read
+
+    def noting(self: ShardReader, address: Any) -> Any:
+        positions.append(address.position)
+        return read(self, address)
+
+    monkeypatch.setattr(scoring, "score", lambda *_, **__: pytest.fail("nothing is scored here"))
+    monkeypatch.setattr(ShardReader, "read", noting)
+    interrupt(3)
+    more = ("--steps", 100, "--eval-every", 1000)
+    assert call("train", *told(shards, tmp_path, tiny, *more)).code == 75
+    assert positions == [*range(12)]
+    positions.clear()
+    monkeypatch.undo()
+    monkeypatch.setattr(ShardReader, "read", noting)
+    advance = Budget.advance
+
+    def stop(self: Budget) -> int | None:
+        self.asked_to_stop, self.next_agreement = self.step == 5, self.step + 1
+        return advance(self)
+
+    monkeypatch.setattr(Budget, "advance", stop)
+    assert call("train", *told(shards, tmp_path, tiny, *more)).code == 75
+    assert positions == [*range(12, 24)]
+
+
+def test_a_process_that_gets_sigterm_saves_and_says_so(
+    shards: Path, tiny, spawn, wait_for, call, metrics, tmp_path: Path
+) -> None:
+    more = ("--steps", 1_000_000, "--log-every", 1, "--eval-every", 1_000_000)
+    process = spawn("train", *told(shards, tmp_path, tiny, *more))
+    log = tmp_path / "metrics.jsonl"
+    wait_for(lambda: log.exists() and log.read_text().count("\n") > 3, "the fourth step")
+    # The run folder is taken as long as its process lives.
+    second = call("train", *told(shards, tmp_path, tiny, *more))
+    assert second.code == 1
+    assert "another process is training in" in second.err
+    process.send_signal(signal.SIGTERM)
+    said, complaint = process.communicate(timeout=60)
+    assert process.returncode == 75, complaint
+    assert "the same command goes on" in said
+    state = json.loads((tmp_path / "state.json").read_text())
+    assert not state["finished"]
+    assert (tmp_path / "checkpoints" / f"step-{state['step']:08d}" / "training.pt").exists()
+    ended = call("train", *told(shards, tmp_path, tiny, "--steps", state["step"] + 2))
+    assert ended.code == 0
+    assert metrics(tmp_path)[-1]["step"] == state["step"] + 2
+
+
+def test_after_sigkill_the_run_goes_on_from_its_last_checkpoint(
+    shards: Path, tiny, spawn, wait_for, kill, call, metrics, tmp_path: Path
+) -> None:
+    more = ("--log-every", 1, "--eval-every", 5)
+    process = spawn("train", *told(shards, tmp_path, tiny, "--steps", 1_000_000, *more))
+    wait_for((tmp_path / "checkpoints" / "last" / "state.json").exists, "the first checkpoint")
+    kill(process)
+    step = json.loads((tmp_path / "checkpoints" / "last" / "state.json").read_text())["step"]
+    ended = call("train", *told(shards, tmp_path, tiny, "--steps", step + 2, *more))
+    assert ended.code == 0, ended.err
+    steps = [line["step"] for line in metrics(tmp_path) if "train/loss" in line]
+    assert steps == [*range(1, step + 3)]
+    assert not [path for path in (tmp_path / "checkpoints").iterdir() if path.name[0] == "."]
+
+
+def test_a_finished_run_is_left_as_it_is(trained: Path, shards: Path, tiny, call, content) -> None:
+    before = content(trained)
+    more = ("--steps", 6, "--log-every", 2, "--eval-every", 3)
+    ended = call("train", *told(shards, trained, tiny, *more))
+    assert ended.code == 0
+    assert "had finished at step 6" in ended.out
+    after = content(trained)
+    assert before.keys() == after.keys()
+    assert not [n for n in before if n.startswith("checkpoints") and before[n] != after[n]]
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (("--seed", 1), "seed = 0, now it is 1"),
+        (("--lanes", 4), "lanes = 96, now it is 4"),
+        (("--window", 4), "window = 4096, now it is 4"),
+        (("--global-batch-size", 8), "global_batch_size = 4, now it is 8"),
+        (("--crop-size", 48), "crop_size = 32, now it is 48"),
+        (("--model.norm", "batch"), "model.norm = None, now it is batch"),
+        (("--loss.dice", 0.5), "loss.dice = 1.0, now it is 0.5"),
+        (("--optim.lr", 0.1), "optim.lr = 0.002, now it is 0.1"),
+        (("--augment.rotation", 3), "augment.rotation = 15.0, now it is 3"),
+    ],
+)
+def test_a_setting_that_must_not_change_is_refused_by_name(
+    change: tuple[object, ...], name: str, trained: Path, shards: Path, tiny, call, content
+) -> None:
+    before = content(trained)
+    ended = call("train", *told(shards, trained, tiny, "--steps", 9, *change))
+    assert ended.code == 2
+    assert f"was begun with {name}" in ended.err
+    assert "begin in another --run-dir" in ended.err
+    assert content(trained) == before
+
+
+def test_other_data_are_refused(
+    trained: Path, cells: Path, split_file: Path, tiny, call, tmp_path: Path
+) -> None:
+    folders = ("--images", cells / "images", "--masks", cells / "masks", "--mask-format", "binary")
+    more = ("--split-file", split_file, "--seed", 7, "--workers", 1, "--out", tmp_path / "other")
+    assert call("pack", *folders, *more).code == 0
+    ended = call("train", *told(tmp_path / "other", trained, tiny, "--steps", 9))
+    assert ended.code == 2
+    assert "was begun with manifest = " in ended.err
+
+
+# ---- what goes wrong
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_and_keys(
+    shards: Path, tiny, call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    criterion = train.SegmentationLoss.forward
+    calls = 0
+
+    def spoiled(self: Any, logits: torch.Tensor, mask: torch.Tensor) -> Any:
+        nonlocal calls
+        calls += 1
+        return criterion(self, logits * (float("nan") if calls == 3 else 1), mask)
+
+    monkeypatch.setattr(train.SegmentationLoss, "forward", spoiled)
+    positions: list[tuple[int, str]] = []
+    read = ShardReader.read
+
+    def noting(self: ShardReader, address: Any) -> Any:
+        raw = read(self, address)
+        positions.append((address.position, raw.key))
+        return raw
+
+    monkeypatch.setattr(ShardReader, "read", noting)
+    ended = call("train", *told(shards, tmp_path, tiny, "--steps", 2000, "--eval-every", 2000))
+    assert ended.code == 1
+    keys = dict(positions)
+    assert "the loss of step 3 is not finite" in ended.err
+    assert f"its samples are {', '.join(keys[p] for p in range(8, 12))};" in ended.err
+    assert "Traceback" not in ended.err
+
+
+@pytest.mark.parametrize(
+    ("given", "remedy"),
+    [
+        (("--global-batch-size", 5, "--accumulate", 2), "1 ranks x 2 accumulated passes; 4 or 6"),
+        (("--global-batch-size", 1, "--accumulate", 3), "1 ranks x 3 accumulated passes; 3 would"),
+    ],
+)
+def test_a_global_batch_that_does_not_divide_is_refused_with_those_that_do(
+    given: tuple[object, ...], remedy: str, shards: Path, tiny, call, tmp_path: Path
+) -> None:
+    ended = call("train", *told(shards, tmp_path / "run", tiny, *given))
+    assert ended.code == 2
+    assert remedy in ended.err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("missing", ["train", "val"])
+def test_a_split_that_is_missing_is_named_with_those_there_are(
+    missing: str, draw, tiny, call, tmp_path: Path
+) -> None:
+    folder = draw(tmp_path / "in", 2)
+    split = "val" if missing == "train" else "train"
+    lines = [f"p{i:03d}.png,{split}" for i in range(2)]
+    (tmp_path / "split.csv").write_text("\n".join(["path,split", *lines]))
+    folders = ("--images", folder / "images", "--masks", folder / "masks")
+    more = ("--mask-format", "binary", "--split-file", tmp_path / "split.csv", "--workers", 1)
+    assert call("pack", *folders, *more, "--out", tmp_path / "data").code == 0
+    ended = call("train", *told(tmp_path / "data", tmp_path / "run", tiny))
+    assert ended.code == 1
+    assert f"has no samples in the split '{missing}', only in: {split}" in ended.err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_shard_that_was_cut_is_named_in_one_line(
+    workers: int, shards: Path, tiny, call, tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    subprocess.run(["cp", "-r", shards, data], check=True)
+    for path in data.glob("train-*.tar"):
+        path.write_bytes(path.read_bytes()[:-512])
+    given = told(data, tmp_path / "run", tiny, "--steps", 2)
+    ended = call("train", *given, "--workers", workers)
+    assert ended.code == 1
+    assert "bytes, the manifest says" in ended.err
+    assert "Traceback" not in ended.err
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (("--steps", 0), "steps must be above 0, got 0"),
+        (("--minutes", -1), "minutes must be above 0, got -1"),
+        (("--epochs", 0), "epochs must be above 0, got 0"),
+        (("--crop-size", 0), "crop_size must be above 0, got 0"),
+        (("--global-batch-size", 0), "global_batch_size must be at least 1, got 0"),
+        (("--log-every", 0), "log_every must be at least 1, got 0"),
+        (("--keep-checkpoints", 0), "keep_checkpoints must be at least 1, got 0"),
+        (("--seed", -1), "seed and workers must not be below 0"),
+        (("--optim.lr", 0), "optim.lr must be above 0"),
+        (("--optim.warmup", 1), "optim.warmup and optim.ema_decay must be in [0, 1)"),
+        (("--augment.scale", 0.5), "are factors, 1 or more"),
+        (("--loss.dice", -1), "loss weights must be 0 or more"),
+        (("--tiles.tile", 4), "tile must be at least 16 pixels, got 4"),
+        (("--model.preset", "paper"), "paper"),
+        (("--model.depth", 0), "depth must be at least 1, got 0"),
+        (("--tracking.backend", "tensorboard"), "tensorboard"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(
+    given: tuple[object, ...], said: str, shards: Path, tiny, call, tmp_path: Path
+) -> None:
+    ended = call("train", *told(shards, tmp_path / "run", tiny, *given))
+    assert ended.code == 2
+    assert said in ended.said
+    assert "Traceback" not in ended.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_folder_that_is_a_file_is_refused(shards: Path, tiny, call, tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("")
+    ended = call("train", *told(shards, tmp_path / "run", tiny, "--steps", 1))
+    assert ended.code in (1, 2)
+    assert "Traceback" not in ended.err

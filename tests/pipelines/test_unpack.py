@@ -1,0 +1,195 @@
+"""Unpacking: what went in comes out, byte for byte and value for value, and never elsewhere."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from shards.writer import ShardWriter
+
+
+def round_trip(folder: Path, out: Path, call, *rule: object) -> Path:
+    """Packs a folder of pictures and masks, unpacks it, and returns where to."""
+    folders = ("--images", folder / "images", "--masks", folder / "masks", "--workers", 1)
+    ended = call("pack", *folders, *rule, "--val-fraction", 0.3, "--out", out / "shards")
+    assert ended.code == 0, ended.err
+    ended = call("unpack", "--data", out / "shards", "--out", out / "folders", "--overlay")
+    assert ended.code == 0, ended.err
+    return out / "folders"
+
+
+RULES = {
+    "binary 255": ((0, 255), ("--mask-format", "binary")),
+    "binary 1": ((0, 1), ("--mask-format", "binary")),
+    "binary 90": ((0, 90), ("--mask-format", "binary")),
+    "inverted": ((255, 0), ("--mask-format", "binary", "--invert")),
+    "index": ((0, 1, 2), ("--mask-format", "index", "--classes", "a", "b", "c")),
+    "index, ignored": (
+        (0, 1, 77),
+        ("--mask-format", "index", "--classes", "a", "b", "--ignore-value", 77),
+    ),
+    "index, ignored 255": (
+        (0, 1, 255),
+        ("--mask-format", "index", "--classes", "a", "b", "--ignore-value", 255),
+    ),
+    "values": ((0, 128, 255), ("--mask-format", "values", "--mask-values", 0, 128, 255)),
+    "values, ignored": (
+        (200, 9, 1),
+        ("--mask-format", "values", "--mask-values", 200, 9, "--ignore-value", 1),
+    ),
+    "binary, ignored": ((0, 255, 128), ("--mask-format", "binary", "--ignore-value", 128)),
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_pictures_and_mask_values_are_what_they_were(
+    rule: str, draw, call, content, tmp_path: Path
+) -> None:
+    values, flags = RULES[rule]
+    folder = draw(tmp_path / "in", 6, values=values, name="sub.d/p {}")
+    out = round_trip(folder, tmp_path, call, *flags)
+    assert content(out / "images") == content(folder / "images")
+    masks = sorted((folder / "masks").rglob("*.png"))
+    assert len(masks) == 6
+    for path in masks:
+        found = np.asarray(Image.open(out / "masks" / path.relative_to(folder / "masks")))
+        np.testing.assert_array_equal(found, np.asarray(Image.open(path)))
+    everything = np.concatenate([np.asarray(Image.open(path)).ravel() for path in masks])
+    assert set(np.unique(everything)) == set(values)
+
+
+def test_packing_what_was_unpacked_gives_the_same_shards(draw, call, content, tmp_path) -> None:
+    folder = draw(tmp_path / "in", 6)
+    out = round_trip(folder, tmp_path / "1", call, "--mask-format", "binary")
+    round_trip(out, tmp_path / "2", call, "--mask-format", "binary")
+    assert content(tmp_path / "1" / "shards") == content(tmp_path / "2" / "shards")
+
+
+def test_every_kind_of_picture_keeps_its_own_bytes(call, content, tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    for part in ("images", "masks"):
+        (folder / part).mkdir(parents=True)
+    pixels = np.random.default_rng(0).integers(0, 255, (12, 14, 3)).astype(np.uint8)
+    for name in ("a.jpg", "b.JPEG", "c.bmp", "d.tif", "e.webp", "f.gif", "g.png"):
+        Image.fromarray(pixels).save(folder / "images" / name)
+        Image.new("L", (14, 12), 255).save(folder / "masks" / f"{name[0]}.png")
+    out = round_trip(folder, tmp_path, call, "--mask-format", "binary")
+    assert content(out / "images") == content(folder / "images")
+
+
+def test_overlays_show_the_mask_in_its_colour(draw, call, tmp_path: Path) -> None:
+    folder = draw(tmp_path / "in", 6)
+    out = round_trip(folder, tmp_path, call, "--mask-format", "binary")
+    overlays = sorted((out / "overlay").iterdir())
+    assert len(overlays) == 6
+    for path in overlays:
+        picture = np.asarray(Image.open(folder / "images" / path.name)).astype(int)
+        drawn = np.asarray(Image.open(path)).astype(int)
+        mask = np.asarray(Image.open(folder / "masks" / path.name)) == 255
+        assert (drawn[mask] != picture[mask]).any()
+        far = ~mask
+        far[1:] &= ~mask[:-1]
+        far[:-1] &= ~mask[1:]
+        far[:, 1:] &= ~mask[:, :-1]
+        far[:, :-1] &= ~mask[:, 1:]
+        np.testing.assert_array_equal(drawn[far], picture[far])
+
+
+def test_one_split_alone(shards: Path, call, tmp_path: Path) -> None:
+    ended = call("unpack", "--data", shards, "--out", tmp_path, "--split", "val")
+    assert ended.code == 0
+    assert f"4 samples in {tmp_path}" in ended.out
+    assert sorted(path.name for path in (tmp_path / "images").iterdir()) == [
+        f"p{i:03d}.png" for i in range(4)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda data: "--split=test", "has no samples in the split 'test', only in: train, val"),
+        (lambda data: (data / "index.json").unlink(), "it has no index.json"),
+        (lambda data: (data / "index.json").write_text("{"), "index.json is damaged"),
+        (
+            lambda data: (data / "index.json").write_text('{"format": "x"}'),
+            "is not a manifest of shards that unet pack wrote",
+        ),
+        (
+            lambda data: (data / "index.json").write_text('{"format": "unet-shards","version": 9}'),
+            "has version 9, this program reads 1; update it",
+        ),
+        (lambda data: (data / "train-000000.tar").unlink(), "cannot be opened: No such file"),
+        (lambda data: (data / "train-000000.tar").write_bytes(b"cut"), "has 3 bytes, the manifest"),
+        (lambda data: (data / "train-000000.idx").unlink(), "train-000000.idx cannot be read"),
+        (lambda data: (data / "train-000000.idx").write_text("v1.2 3\n"), "is cut or no index"),
+        (
+            lambda data: (data / "train-000000.idx").write_text("v1.2 3\na b c\na b c\na b c\n"),
+            "train-000000.idx",
+        ),
+    ],
+)
+def test_what_is_no_data_set_is_refused_in_one_line(
+    spoil, said: str, shards: Path, call, tmp_path: Path
+) -> None:
+    import shutil
+
+    shutil.copytree(shards, tmp_path / "data")
+    flag = spoil(tmp_path / "data")
+    more = (flag,) if isinstance(flag, str) else ()
+    ended = call("unpack", "--data", tmp_path / "data", "--out", tmp_path / "out", *more)
+    assert ended.code == 1
+    assert said in ended.err
+    assert len(ended.err.splitlines()) == 1
+
+
+def hostile(tmp_path: Path, draw, call, key: str, members: dict[str, bytes]) -> Path:
+    """A data set of one sample that was not made by packing."""
+    folder = draw(tmp_path / "in", 1, size=(16, 16))
+    data = tmp_path / "data"
+    packed = ("--images", folder / "images", "--out", data, "--workers", 1)
+    assert call("pack", *packed).code == 0
+    manifest = json.loads((data / "index.json").read_text())
+    image = (folder / "images" / "p000.png").read_bytes()
+    with ShardWriter(data / "unlabelled-000000.tar") as writer:
+        writer.add(key, {name: value or image for name, value in members.items()})
+        file = writer.seal()
+    manifest["splits"]["unlabelled"]["shards"][0].update(bytes=file.bytes, sha256=file.sha256)
+    (data / "index.json").write_text(json.dumps(manifest))
+    return data
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["../../escaped.png", "/tmp/escaped.png", "a/../../escaped.png", "", "a\\b.png", "a\0.png", 5],
+)
+def test_a_source_that_leaves_the_folder_is_refused(
+    source: object, draw, call, tmp_path: Path
+) -> None:
+    info = json.dumps({"source": source}).encode()
+    data = hostile(tmp_path, draw, call, "k", {"png": b"", "json": info})
+    ended = call("unpack", "--data", data, "--out", tmp_path / "deep" / "er" / "out")
+    assert ended.code == 1
+    assert "as its source, a path that leaves the folder" in ended.err
+    assert not [*tmp_path.rglob("*escaped*")]
+    assert not (tmp_path / "deep").exists()
+
+
+@pytest.mark.parametrize("extension", ["x/../../../escaped", "../escaped", "a b"])
+def test_an_extension_that_is_a_path_is_refused(extension: str, draw, call, tmp_path: Path) -> None:
+    members = {extension: b"", "json": b'{"source": "a.jpg"}'}
+    data = hostile(tmp_path, draw, call, "k", members)
+    ended = call("unpack", "--data", data, "--out", tmp_path / "deep" / "out")
+    assert ended.code == 1
+    assert len(ended.err.splitlines()) == 1
+    assert not [*tmp_path.rglob("*escaped*")]
+
+
+@pytest.mark.parametrize("info", [b"[]", b"{", b"\xff"])
+def test_a_description_that_is_none_is_refused(info: bytes, draw, call, tmp_path: Path) -> None:
+    data = hostile(tmp_path, draw, call, "k", {"png": b"", "json": info})
+    ended = call("unpack", "--data", data, "--out", tmp_path / "out")
+    assert ended.code == 1
+    assert "unlabelled-000000.tar" in ended.err
+    assert len(ended.err.splitlines()) == 1

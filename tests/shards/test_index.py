@@ -1,0 +1,208 @@
+"""Holds the manifest's and the index's contract: what is written is read, damage is named."""
+
+import hashlib
+import json
+
+import pytest
+
+from shards.index import (
+    Manifest,
+    MemberRange,
+    ShardIndex,
+    ShardInfo,
+    SizeCount,
+    SplitInfo,
+    merge_sizes,
+    read_manifest,
+    write_manifest,
+)
+from shards.sample import DataError
+
+MANIFEST = Manifest(
+    classes=("background", "zelle", "wand"),
+    palette=((0, 0, 0), (1, 2, 3), (4, 5, 6)),
+    channels="L",
+    mask_format={"kind": "values", "source_values": [0, 128, 255]},
+    mean=(0.123456789012345,),
+    std=(0.25,),
+    splits={
+        "train": SplitInfo(
+            (
+                ShardInfo("train-000000.tar", 3, 10_240, "ab", (1, 2, 3, 4)),
+                ShardInfo("train-000001.tar", 2, 20_480, "cd", (0, 0, 0, 9)),
+            ),
+            (SizeCount(64, 48, "RGB", 4), SizeCount(10, 10, "L", 1)),
+        ),
+        "val": SplitInfo((), ()),
+    },
+    duplicates=(("train:a.png", "train:b.png"),),
+)
+
+
+def refusal(function, *arguments):
+    with pytest.raises(DataError) as caught:
+        function(*arguments)
+    return str(caught.value)
+
+
+def test_a_manifest_comes_back_as_it_was_written(tmp_path):
+    write_manifest(tmp_path, MANIFEST)
+    again = read_manifest(tmp_path)
+    assert again == MANIFEST
+    assert again.digest == hashlib.sha256((tmp_path / "index.json").read_bytes()).hexdigest()
+
+
+def test_a_manifest_read_and_written_again_has_the_same_bytes(tmp_path):
+    write_manifest(tmp_path, MANIFEST)
+    before = (tmp_path / "index.json").read_bytes()
+    write_manifest(tmp_path, read_manifest(tmp_path))
+    assert (tmp_path / "index.json").read_bytes() == before
+
+
+def test_the_file_says_format_version_and_samples(tmp_path):
+    write_manifest(tmp_path, MANIFEST)
+    plain = json.loads((tmp_path / "index.json").read_text())
+    assert (plain["format"], plain["version"]) == ("unet-shards", 1)
+    assert (plain["splits"]["train"]["samples"], plain["splits"]["val"]["samples"]) == (5, 0)
+    assert "digest" not in plain
+
+
+def test_a_split_without_samples_is_refused_naming_those_there_are(tmp_path):
+    assert MANIFEST.split("train", tmp_path).samples == 5
+    for name in ("val", "test"):
+        assert refusal(MANIFEST.split, name, tmp_path) == (
+            f"{tmp_path} has no samples in the split '{name}', only in: train"
+        )
+
+
+def test_a_missing_folder_or_manifest_is_named(tmp_path):
+    assert refusal(read_manifest, tmp_path / "x") == (
+        f"{tmp_path / 'x'} is no folder of shards: it does not exist"
+    )
+    assert refusal(read_manifest, tmp_path) == (
+        f"{tmp_path} is no data set: it has no index.json (unet pack writes it last)"
+    )
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text[: len(text) // 2],
+        lambda text: "",
+        lambda text: "[]",
+        lambda text: "null",
+        lambda text: text.replace('"classes"', '"klassen"'),
+        lambda text: text.replace('"sha256"', '"md5"', 1),
+        lambda text: text.replace('"mean"', '"extra": 1, "mean"'),
+    ],
+)
+def test_a_damaged_manifest_is_named(tmp_path, damage):
+    write_manifest(tmp_path, MANIFEST)
+    path = tmp_path / "index.json"
+    path.write_text(damage(path.read_text()))
+    text = refusal(read_manifest, tmp_path)
+    assert text.startswith(f"{path} is damaged (")
+    assert text.endswith("; pack the data set again")
+    assert "\n" not in text
+
+
+def test_a_manifest_that_is_no_text_is_named(tmp_path):
+    (tmp_path / "index.json").write_bytes(b"\xff\xfe\x00")
+    assert "index.json is damaged (" in refusal(read_manifest, tmp_path)
+
+
+def test_a_foreign_manifest_is_named(tmp_path):
+    path = tmp_path / "index.json"
+    path.write_text('{"format": "litdata", "version": 1}')
+    assert refusal(read_manifest, tmp_path) == (
+        f"{path} is not a manifest of shards that unet pack wrote"
+    )
+
+
+def test_a_newer_manifest_is_named(tmp_path):
+    write_manifest(tmp_path, MANIFEST)
+    path = tmp_path / "index.json"
+    path.write_text(path.read_text().replace('"version": 1', '"version": 2'))
+    assert refusal(read_manifest, tmp_path) == (
+        f"{path} has version 2, this program reads 1; update it"
+    )
+
+
+def test_sizes_of_shards_add_up_the_commonest_first():
+    counts = [SizeCount(4, 4, "L", 1), SizeCount(8, 6, "RGB", 2), SizeCount(8, 6, "RGB", 3)]
+    more = [SizeCount(8, 6, "L", 1), SizeCount(2, 9, "RGB", 1)]
+    assert merge_sizes([*counts, *more]) == (
+        SizeCount(8, 6, "RGB", 5),
+        SizeCount(2, 9, "RGB", 1),
+        SizeCount(4, 4, "L", 1),
+        SizeCount(8, 6, "L", 1),
+    )
+
+
+# ------------------------------------------------------------------------------- byte offsets
+
+LINES = (
+    "v1.2 3\n"
+    "jpg 512 100 a/b%2Ec.jpg json 1536 2 a/b%2Ec.json mask.png 2560 70 a/b%2Ec.mask.png\n"
+    "json 3584 2 u.json png 4608 9 u.png\n"
+    "json 5632 2 p.json mask.png 6656 70 p.mask.png\n"
+)
+
+
+def index_of(tmp_path, text):
+    (tmp_path / "s.idx").write_text(text)
+    return ShardIndex(tmp_path / "s.tar")
+
+
+def test_an_index_gives_the_members_of_each_sample(tmp_path):
+    index = index_of(tmp_path, LINES)
+    assert len(index) == 3
+    labelled, unlabelled, predicted = index[0], index[1], index[2]
+    assert labelled.key == "a/b%2Ec"
+    assert labelled.image == MemberRange("jpg", 512, 100, "a/b%2Ec.jpg")
+    assert labelled.mask == MemberRange("mask.png", 2560, 70, "a/b%2Ec.mask.png")
+    assert labelled.info == MemberRange("json", 1536, 2, "a/b%2Ec.json")
+    assert (unlabelled.key, unlabelled.mask) == ("u", None)
+    assert unlabelled.image.extension == "png"
+    # a prediction without its picture: the mask stands in
+    assert predicted.image == predicted.mask == MemberRange("mask.png", 6656, 70, "p.mask.png")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "".join(LINES.splitlines(keepends=True)[:-1]),
+        LINES + "json 9216 2 q.json png 10240 9 q.png\n",
+        LINES.replace("v1.2", "v1.1"),
+        LINES.replace("v1.2 3", "v1.2"),
+        "PK\x03\x04",
+    ],
+)
+def test_a_cut_or_foreign_index_is_named(tmp_path, text):
+    assert refusal(index_of, tmp_path, text) == (
+        f"{tmp_path / 's.idx'} is cut or no index of version v1.2; pack the data set again"
+    )
+
+
+def test_a_missing_empty_or_binary_index_is_named(tmp_path):
+    path = tmp_path / "s.idx"
+    assert refusal(ShardIndex, tmp_path / "s.tar").startswith(f"{path} cannot be read (")
+    for data in (b"", b"\xff\xfe"):
+        path.write_bytes(data)
+        text = refusal(ShardIndex, tmp_path / "s.tar")
+        assert text.startswith(f"{path} cannot be read (")
+        assert text.endswith("; pack the data set again")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "jpg 512 1 a.jpg mask.png 1536 1 a.mask.png",
+        "json 512 1 a.json",
+        "jpg 512 1 a.jpg json 1536 1 a.json png 2560 1 a.png",
+    ],
+)
+def test_a_sample_without_exactly_one_picture_and_a_json_is_named(tmp_path, line):
+    index = index_of(tmp_path, f"v1.2 2\njson 0 1 b.json png 0 1 b.png\n{line}\n")
+    with pytest.raises(DataError, match=r"s\.idx, line 3: a sample needs one picture and a json"):
+        index[1]

@@ -1,0 +1,257 @@
+"""Holds the reader's contract: the right bytes by offset, named errors, stock webdataset agrees."""
+
+import json
+import os
+import pickle
+from dataclasses import replace
+from itertools import islice
+
+import numpy as np
+import pytest
+import webdataset
+from PIL import Image
+from torch.utils.data import DataLoader
+
+import shards.reader
+from shards.index import ShardInfo
+from shards.order import Address, EvalPlan, Order, TrainPlan
+from shards.reader import SampleSource, ShardReader, read_samples
+from shards.sample import DataError, decode_image, decode_mask, encode_mask
+from shards.writer import ShardWriter
+
+
+@pytest.fixture
+def opened(request):
+    """opened(folder, infos) -> a reader whose descriptors are closed after the test."""
+    readers = []
+
+    def make(folder, infos):
+        readers.append(ShardReader(folder, infos))
+        return readers[-1]
+
+    yield make
+    for reader in readers:
+        for handle, _ in reader.opened.values():
+            os.close(handle)
+
+
+def infos_of(manifest):
+    return manifest.splits["train"].shards
+
+
+def addresses(infos):
+    return [
+        Address(0, shard, row) for shard, info in enumerate(infos) for row in range(info.samples)
+    ]
+
+
+def num_open(folder):
+    """Descriptors of this process that point into a folder."""
+    inside = {(s.st_dev, s.st_ino) for s in (os.stat(p) for p in folder.glob("*.tar"))}
+    count = 0
+    for name in os.listdir("/dev/fd"):
+        try:
+            status = os.fstat(int(name))
+        except OSError:
+            continue
+        count += (status.st_dev, status.st_ino) in inside
+    return count
+
+
+def test_samples_are_read_as_they_were_written(make_shards, opened):
+    folder, manifest, content = make_shards([3, 1, 2])
+    infos = infos_of(manifest)
+    reader = opened(folder, infos)
+    for position, address in enumerate(reversed(addresses(infos))):
+        raw = reader.read(address._replace(position=position))
+        assert raw.key == f"folder/pic_{address.shard}-{address.row}%2Ex"
+        assert (raw.image, raw.mask) == content[raw.key]
+        assert (raw.extension, raw.position) == ("png", position)
+        assert raw.describe() == {"source": f"folder/pic_{address.shard}-{address.row}.x.png"}
+        assert raw.where == f"{folder / infos[address.shard].name}: {raw.key}"
+
+
+def test_a_sample_is_one_read(make_shards, opened, monkeypatch):
+    folder, manifest, _ = make_shards([4])
+    reader = opened(folder, infos_of(manifest))
+    reader.read(Address(0, 0, 0))
+    pread, reads = os.pread, []
+    monkeypatch.setattr(os, "pread", lambda *a: reads.append(a) or pread(*a))
+    reader.read(Address(0, 0, 3))
+    assert len(reads) == 1
+
+
+def test_raw_samples_decode_to_picture_and_mask(make_shards, opened, noise):
+    folder, manifest, _ = make_shards([1])
+    sample = opened(folder, infos_of(manifest)).read(Address(0, 0, 0)).decode("RGB")
+    assert np.array_equal(sample.image, noise(seed=0))
+    assert np.array_equal(sample.mask, noise((6, 8), seed=1) % 2)
+
+
+def test_unlabelled_samples_have_no_mask(make_shards, opened):
+    folder, manifest, _ = make_shards([1], masks=False)
+    raw = opened(folder, infos_of(manifest)).read(Address(0, 0, 0))
+    assert raw.mask is None
+    assert raw.decode("RGB").mask is None
+
+
+def test_stock_webdataset_yields_the_same_keys_and_bytes(make_shards):
+    folder, manifest, content = make_shards([3, 2])
+    urls = [str(folder / info.name) for info in infos_of(manifest)]
+    found = list(webdataset.WebDataset(urls, shardshuffle=False))
+    assert [sample["__key__"] for sample in found] == list(content)
+    for sample in found:
+        picture, mask = content[sample["__key__"]]
+        assert (sample["png"], sample["mask.png"]) == (picture, mask)
+        assert decode_mask(sample["mask.png"], "x").max() == 1
+        assert decode_image(sample["png"], "RGB", "x").shape == (6, 8, 3)
+        assert json.loads(sample["json"])["source"].startswith("folder/pic_")
+
+
+# ---------------------------------------------------------------------------------- what is wrong
+
+
+def refusal(reader, address=None):
+    with pytest.raises(DataError) as caught:
+        reader.read(address or Address(0, 0, 0))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_missing_shard_is_named(make_shards, opened):
+    folder, manifest, _ = make_shards([1])
+    (folder / "train-000000.tar").unlink()
+    assert refusal(opened(folder, infos_of(manifest))) == (
+        f"{folder / 'train-000000.tar'} cannot be opened: No such file or directory"
+    )
+
+
+@pytest.mark.parametrize("change", [-512, 512])
+def test_a_shard_of_another_size_is_named_before_it_is_read(make_shards, opened, change):
+    folder, manifest, _ = make_shards([2])
+    path = folder / "train-000000.tar"
+    size = path.stat().st_size
+    os.truncate(path, size + change)
+    reader = opened(folder, infos_of(manifest))
+    assert refusal(reader) == (
+        f"{path} has {size + change:,} bytes, the manifest says {size:,}; copy or pack it again"
+    )
+    assert num_open(folder) == 0
+
+
+def test_a_missing_or_cut_index_is_named(make_shards, opened):
+    folder, manifest, _ = make_shards([2])
+    path = folder / "train-000000.idx"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:-1]))
+    assert refusal(opened(folder, infos_of(manifest))) == (
+        f"{path} is cut or no index of version v1.2; pack the data set again"
+    )
+    path.unlink()
+    assert f"{path} cannot be read (" in refusal(opened(folder, infos_of(manifest)))
+
+
+def test_an_index_that_points_behind_the_end_is_named(make_shards, opened):
+    folder, manifest, _ = make_shards([1])
+    path = folder / "train-000000.idx"
+    *words, _, name = path.read_text().split(" ")
+    path.write_text(" ".join([*words, "1000000", name]))
+    assert "train-000000.tar: folder/pic_0-0%2Ex ends too early; the shard is cut" in refusal(
+        opened(folder, infos_of(manifest))
+    )
+
+
+def test_a_mask_of_another_size_than_its_picture_is_named(tmp_path, opened, to_bytes, noise):
+    with ShardWriter(tmp_path / "s.tar") as writer:
+        mask = encode_mask(np.zeros((8, 6), np.uint8), ((0, 0, 0),))
+        picture = to_bytes(Image.fromarray(noise()))
+        writer.add("k", {"png": picture, "mask.png": mask, "json": b"{}"})
+        file = writer.seal()
+    info = ShardInfo(file.name, file.samples, file.bytes, "", ())
+    raw = opened(tmp_path, [info]).read(Address(0, 0, 0))
+    with pytest.raises(DataError, match=r"s\.tar: k: the mask is 6 x 8, the picture 8 x 6; pack"):
+        raw.decode("RGB")
+
+
+def test_a_damaged_picture_is_named_by_shard_and_key(make_shards, opened):
+    folder, manifest, _ = make_shards([2])
+    raw = opened(folder, infos_of(manifest)).read(Address(0, 0, 1))
+    cut = replace(raw, image=raw.image[:60])
+    with pytest.raises(DataError, match=r"train-000000\.tar: folder/pic_0-1%2Ex .*; repair"):
+        cut.decode("RGB")
+
+
+# ------------------------------------------------------------------------- descriptors, processes
+
+
+def test_at_most_so_many_shards_are_open_the_least_recently_used_closed(
+    make_shards, opened, monkeypatch
+):
+    monkeypatch.setattr(shards.reader, "MAX_OPEN", 3)
+    folder, manifest, content = make_shards([1] * 6)
+    reader = opened(folder, infos_of(manifest))
+    for shard in (0, 1, 2, 0, 3, 4, 0, 5, 1, 2, 0):
+        raw = reader.read(Address(0, shard, 0))
+        assert raw.image == content[raw.key][0]
+        assert num_open(folder) == len(reader.opened) <= 3
+    assert set(reader.opened) == {1, 2, 0}
+
+
+def test_the_promised_number_of_descriptors_is_modest():
+    assert 1 < shards.reader.MAX_OPEN <= 64
+
+
+def test_a_reader_is_picklable_and_opens_its_own_files(make_shards, opened):
+    folder, manifest, _ = make_shards([2])
+    reader = opened(folder, infos_of(manifest))
+    expected = reader.read(Address(0, 0, 1))
+    copy = pickle.loads(pickle.dumps(reader))
+    assert (copy.opened, len(reader.opened)) == ({}, 1)
+    assert copy.read(Address(0, 0, 1)) == expected
+    for handle, _ in copy.opened.values():
+        os.close(handle)
+
+
+class KeepKeys:
+    """A later stage, as users of webdataset write them; a class, since lambdas do not pickle."""
+
+    def __call__(self, source):
+        for batch in source:
+            # a list, since DataLoader would make one of a tuple
+            yield [[raw.key, raw.position] for raw in batch]
+
+
+def test_the_reader_is_the_first_stage_of_a_webdataset_pipeline(make_shards, opened):
+    folder, manifest, _ = make_shards([3, 2])
+    infos = infos_of(manifest)
+    plan = EvalPlan((3, 2), 2, 0, 1)
+    source = SampleSource(opened(folder, infos), plan)
+    pipeline = webdataset.DataPipeline(source, webdataset.map(len))
+    assert list(pipeline) == [2, 2, 1]
+    ours = read_samples(opened(folder, infos), plan, KeepKeys())
+    assert isinstance(ours, webdataset.DataPipeline)
+    assert [position for batch in ours for _, position in batch] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_any_number_of_loader_workers_reads_the_same_order(make_shards, opened, workers):
+    folder, manifest, _ = make_shards([3, 2, 4])
+    infos = infos_of(manifest)
+    order = Order((3, 2, 4), 1)
+    plan = TrainPlan(order, 2, 1, 2, 0)
+    expected = [
+        [[f"folder/pic_{a.shard}-{a.row}%2Ex", a.position] for a in some]
+        for some in islice(plan.batches(0, 1), 7)
+    ]
+    pipeline = read_samples(opened(folder, infos), plan, KeepKeys())
+    loader = DataLoader(pipeline, batch_size=None, num_workers=workers)
+    assert list(islice(loader, 7)) == expected
+
+
+def test_an_error_in_a_worker_arrives_as_it_was_raised(make_shards, opened):
+    folder, manifest, _ = make_shards([1])
+    (folder / "train-000000.idx").unlink()
+    plan = EvalPlan((1,), 1, 0, 1)
+    pipeline = read_samples(opened(folder, infos_of(manifest)), plan, KeepKeys())
+    with pytest.raises(DataError, match=r"train-000000\.idx cannot be read"):
+        list(DataLoader(pipeline, batch_size=None, num_workers=1))

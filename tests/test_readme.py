@@ -1,0 +1,109 @@
+"""The documentation: every command in it parses, and every file that it names is there."""
+
+import re
+import shlex
+import subprocess
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from pipelines.cli import VERBS
+from pipelines.config import parse
+
+REPO = Path(__file__).resolve().parents[1]
+PAGES = ("README.md", "launch/README.md")
+FENCE = re.compile(r"^```[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
+INLINE = re.compile(r"`([^`]+)`")
+
+
+def commands() -> list[tuple[str, str, list[str]]]:
+    """(page, verb, arguments) of every command of ours, fenced or in a line of text."""
+    found = []
+    for page in PAGES:
+        text = (REPO / page).read_text()
+        lines = [
+            line
+            for block in FENCE.findall(text)
+            for line in re.sub(r"\\\n\s*", " ", block).splitlines()
+        ]
+        prose = re.sub(r"\s+", " ", FENCE.sub("", text))
+        for line in (*lines, *(match for match in INLINE.findall(prose) if " --" in match)):
+            words = shlex.split(line, comments=True)
+            module = next((w for w in words if w.startswith("pipelines.")), None)
+            if words[:1] == ["unet"] and len(words) > 2:
+                found.append((page, words[1], words[2:]))
+            elif module is not None and words[words.index(module) - 1] == "-m":
+                verb = module.removeprefix("pipelines.")
+                found.append((page, verb, words[words.index(module) + 1 :]))
+    return found
+
+
+COMMANDS = commands()
+
+
+def test_the_pages_hold_commands_of_every_verb_that_has_flags() -> None:
+    assert len(COMMANDS) >= 14
+    assert {verb for _, verb, _ in COMMANDS} >= set(VERBS) - {"demo"}
+    assert {page for page, _, _ in COMMANDS} == set(PAGES)
+
+
+@pytest.mark.parametrize(
+    ("page", "verb", "arguments"), COMMANDS, ids=[" ".join(c[2])[:60] for c in COMMANDS]
+)
+def test_every_command_parses(
+    page: str, verb: str, arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("run.yaml").write_text("data: SHARDS\nrun_dir: RUN\n")
+    config = getattr(import_module(f"pipelines.{verb}"), f"{verb.capitalize()}Config")
+    if arguments[-1:] == ["..."]:
+        # A command of which the flags are left open.
+        arguments = [*arguments[:-1], "--data", "SHARDS", "--run-dir", "RUN"]
+    parse(config, arguments, verb)
+
+
+def test_the_accelerate_flags_are_accelerates() -> None:
+    from accelerate.commands.launch import launch_command_parser
+
+    text = (REPO / "README.md").read_text()
+    lines = re.sub(r"\\\n\s*", " ", "\n".join(FENCE.findall(text))).splitlines()
+    launches = [line for line in lines if "accelerate launch" in line]
+    assert len(launches) >= 3
+    for line in launches:
+        words = shlex.split(line)
+        given = words[words.index("launch") + 1 :]
+        known = launch_command_parser().parse_args(given)
+        assert known.module
+        assert known.training_script.startswith("pipelines.")
+
+
+def test_the_named_tests_and_files_are_there() -> None:
+    text = "\n".join((REPO / page).read_text() for page in PAGES)
+    named = set(re.findall(r"`((?:tests|launch|shards|unet|pipelines)/[\w./]+\.\w+)`", text))
+    assert len(named) >= 7
+    missing = [name for name in named if not (REPO / name).exists()]
+    assert not missing
+    for script in set(re.findall(r"\./((?:launch|tests)/\w+\.sh)", text)):
+        assert (REPO / script).stat().st_mode & 0o100, f"{script} cannot be run"
+
+
+def test_no_page_has_a_gap_left_to_fill() -> None:
+    pages = subprocess.run(
+        ["git", "ls-files", "*.md"], cwd=REPO, capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert len(pages) >= 4
+    for page in pages:
+        gaps = re.findall(r"^[A-Z]+_[A-Z_]+$|TODO|FIXME", (REPO / page).read_text(), re.MULTILINE)
+        assert not gaps, page
+
+
+def test_the_python_example_runs(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    text = (REPO / "README.md").read_text()
+    (example,) = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    example = example.replace("RUN/", f"{trained}/")
+    names = {"image": torch.zeros(2, 3, 20, 30, dtype=torch.uint8)}
+    exec(example, names)
+    assert names["logits"].shape == (2, 2, 20, 30)

@@ -1,0 +1,137 @@
+"""Recipes: what accelerate, the shell and a container builder are given is what they take."""
+
+import fnmatch
+import re
+import shlex
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+REPO = Path(__file__).resolve().parents[1]
+
+
+def tracked(*patterns: str) -> list[Path]:
+    command = ["git", "ls-files", *patterns]
+    lines = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=True).stdout
+    return [REPO / line for line in lines.splitlines()]
+
+
+def test_accelerates_own_parser_takes_the_configuration() -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(REPO / "accelerate_config.yaml"))
+    assert config.mixed_precision == "bf16"
+    assert config.num_machines == 1
+    assert config.num_processes >= 1
+    assert not config.use_cpu
+    assert str(config.distributed_type).endswith("MULTI_GPU")
+
+
+def test_the_configuration_says_how_it_is_used() -> None:
+    header = (REPO / "accelerate_config.yaml").read_text().split("compute_environment")[0]
+    assert "accelerate launch --config_file accelerate_config.yaml --num_processes" in header
+    assert "ACCELERATE_USE_CPU=true" in header
+
+
+CONSTRAINTS = [
+    line
+    for line in (REPO / "launch" / "constraints.txt").read_text().splitlines()
+    if line and not line.startswith("#")
+]
+
+
+def test_constraints_pin_versions_and_hold_no_address() -> None:
+    text = (REPO / "launch" / "constraints.txt").read_text()
+    assert not re.search(r"https?:|://|@|--(extra-)?index|find-links|-f ", text)
+    assert "torch==2.13.0" in CONSTRAINTS
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.!+]+", line) for line in CONSTRAINTS)
+    assert not [line for line in CONSTRAINTS if "+cpu" in line or "+cu" in line]
+
+
+def test_every_dependency_is_pinned_to_a_version_that_it_allows() -> None:
+    project = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
+    wanted = [
+        Requirement(text)
+        for text in (
+            *project["dependencies"],
+            *(text for extra in project["optional-dependencies"].values() for text in extra),
+        )
+    ]
+    assert len(wanted) > 14
+
+    def plain(name: str) -> str:
+        return re.sub(r"[-_.]+", "-", name).lower()
+
+    pins = {plain(name): version for name, version in (line.split("==") for line in CONSTRAINTS)}
+    for requirement in wanted:
+        assert plain(requirement.name) in pins, requirement.name
+        assert requirement.specifier.contains(Version(pins[plain(requirement.name)]))
+
+
+SCRIPTS = [*tracked("launch/*.sh", "tests/*.sh"), REPO / ".ci" / "run"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_shell_scripts_are_shell_and_stop_at_errors(script: Path) -> None:
+    subprocess.run(["bash", "-n", script], check=True, timeout=20)
+    text = script.read_text()
+    if text.startswith("#!"):
+        assert "set -euo pipefail" in text
+        assert script.stat().st_mode & 0o100
+
+
+def test_all_recipes_have_a_header() -> None:
+    for path in (*SCRIPTS[:-1], REPO / "Dockerfile", REPO / "accelerate_config.yaml"):
+        lines = [line for line in path.read_text().splitlines() if not line.startswith("#!")]
+        assert lines[0].startswith("# "), path
+
+
+DOCKERFILE = re.sub(r"\\\n\s*", " ", (REPO / "Dockerfile").read_text())
+
+
+def instructions(name: str) -> list[str]:
+    return re.findall(rf"^{name} (.*)$", DOCKERFILE, re.MULTILINE)
+
+
+def test_the_container_can_be_built_on_another_base_and_is_not_root() -> None:
+    (base,) = instructions("ARG")
+    assert base.startswith("BASE=")
+    assert instructions("FROM") == ["${BASE}"]
+    assert instructions("USER")
+    assert instructions("USER")[-1] not in ("root", "0")
+    assert instructions("ENTRYPOINT") == ['["unet"]']
+
+
+def ignored(name: str) -> bool:
+    """Whether .dockerignore leaves a file out: the last rule that matches decides."""
+    decision = False
+    for line in (REPO / ".dockerignore").read_text().splitlines():
+        if not line or line.startswith("#"):
+            continue
+        rule = line.removeprefix("!").removeprefix("**/")
+        parts = Path(name).parts
+        above = ["/".join(parts[: i + 1]) for i in range(len(parts))]
+        if any(fnmatch.fnmatch(path, rule) for path in (*above, *parts * line.startswith("**/"))):
+            decision = not line.startswith("!")
+    return decision
+
+
+def test_everything_that_the_container_copies_reaches_the_builder() -> None:
+    copied = [words[:-1] for words in map(shlex.split, instructions("COPY"))]
+    names = {name for names in copied for name in names}
+    assert {"pyproject.toml", "unet", "shards", "pipelines"} <= names
+    for name in names:
+        files = [str(path.relative_to(REPO)) for path in tracked(name)]
+        assert files, f"{name} is not in the checkout"
+        assert not [file for file in files if ignored(file)]
+
+
+def test_nothing_private_reaches_the_builder() -> None:
+    for name in (".git/config", ".venv/bin/python", "demo/run/metrics.jsonl", "wandb/x", ".env"):
+        assert ignored(name)
+    assert ignored("unet/__pycache__/model.cpython-311.pyc")
+    assert not ignored("unet/model.py")

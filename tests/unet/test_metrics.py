@@ -1,0 +1,175 @@
+"""Holds the scores' contract: exact integers in any order, 255 left out, absent classes None."""
+
+import json
+
+import pytest
+import torch
+
+from unet import SegmentationScores
+
+CLASSES = ("background", "cell", "wall")
+
+
+def metric(classes=CLASSES, counted=(1, 2)):
+    return SegmentationScores(classes, counted)
+
+
+def draw(batch, seed=0, side=6, classes=3):
+    torch.manual_seed(seed)
+    prediction = torch.randint(0, classes, (batch, side, side), dtype=torch.uint8)
+    mask = torch.randint(0, classes, (batch, side, side), dtype=torch.uint8)
+    mask[torch.rand(mask.shape) < 0.2] = 255
+    return prediction, mask
+
+
+def counts(m):
+    return {name: value.tolist() for name, value in m.compute()._asdict().items()}
+
+
+@pytest.fixture
+def by_hand():
+    # picture 1: truth 0 0 1 1 2 255, predicted 0 1 1 1 0 2; picture 2: truth and prediction 0
+    m = metric()
+    m.update(
+        torch.tensor([[[0, 1, 1], [1, 0, 2]], [[0, 0, 0], [0, 0, 0]]], dtype=torch.uint8),
+        torch.tensor([[[0, 0, 1], [1, 2, 255]], [[0, 0, 0], [0, 0, 0]]], dtype=torch.uint8),
+    )
+    return m.scores()
+
+
+def test_scores_are_those_computed_by_hand(by_hand):
+    assert by_hand.confusion == ((7, 1, 0), (0, 2, 0), (1, 0, 0))
+    background, cell, wall = by_hand.classes
+    assert (cell.tp, cell.fp, cell.fn) == (2, 1, 0)
+    assert (cell.dice, cell.iou, cell.precision, cell.recall) == (4 / 5, 2 / 3, 2 / 3, 1.0)
+    assert (wall.tp, wall.fp, wall.fn) == (0, 0, 1)
+    assert (wall.dice, wall.iou, wall.precision, wall.recall) == (0.0, 0.0, None, 0.0)
+    assert (background.tp, background.fp, background.fn) == (7, 1, 1)
+    assert by_hand.num_images == 2
+
+
+def test_background_is_scored_but_in_no_mean(by_hand):
+    assert by_hand.classes[0].dice == 14 / 16
+    assert by_hand.macro.dice == pytest.approx((4 / 5 + 0) / 2)
+    assert by_hand.macro.iou == pytest.approx((2 / 3 + 0) / 2)
+    # tp 2, fp 1, fn 1 pooled over cell and wall
+    assert by_hand.micro.dice == 4 / 6
+    assert by_hand.micro.iou == 2 / 4
+
+
+def test_pictures_without_a_class_in_mask_and_prediction_are_skipped(by_hand):
+    background, cell, wall = by_hand.classes
+    assert (background.images, cell.images, wall.images) == (2, 1, 1)
+    assert cell.image_dice == pytest.approx(4 / 5, abs=1e-9)
+    assert wall.image_dice == 0.0
+    assert background.image_dice == pytest.approx((2 / 4 + 1) / 2, abs=1e-9)
+    assert background.image_iou == pytest.approx((1 / 3 + 1) / 2, abs=1e-9)
+    assert by_hand.per_image.dice == pytest.approx((4 / 5 + 0) / 2, abs=1e-9)
+
+
+def test_ignored_pixels_count_nowhere():
+    prediction, mask = draw(4)
+    one, other = metric(), metric()
+    one.update(prediction, mask)
+    other.update(torch.where(mask == 255, (prediction + 1) % 3, prediction), mask)
+    assert counts(one) == counts(other)
+    assert sum(map(sum, counts(one)["confusion"])) == (mask != 255).sum()
+
+
+def test_a_picture_of_255_alone_is_seen_but_scores_nothing():
+    m = metric()
+    m.update(torch.ones(1, 4, 4, dtype=torch.uint8), torch.full((1, 4, 4), 255, dtype=torch.uint8))
+    scores = m.scores()
+    assert scores.num_images == 1
+    assert scores.macro.dice is scores.micro.dice is scores.per_image.dice is None
+
+
+def test_an_absent_class_is_none_and_in_no_mean():
+    m = metric()
+    mask = torch.tensor([[[0, 1, 1, 1]]], dtype=torch.uint8)
+    m.update(torch.tensor([[[0, 1, 1, 0]]], dtype=torch.uint8), mask)
+    scores = m.scores()
+    wall = scores.classes[2]
+    absent = (wall.dice, wall.iou, wall.precision, wall.recall, wall.image_dice, wall.image_iou)
+    assert absent == (None,) * 6
+    assert wall.images == 0
+    assert scores.macro.dice == scores.classes[1].dice == 4 / 5
+
+
+@pytest.mark.parametrize("sizes", [(8,), (1,) * 8, (3, 5), (5, 3), (1, 6, 1)])
+def test_order_and_batching_change_no_integer(sizes):
+    prediction, mask = draw(8)
+    whole = metric()
+    whole.update(prediction, mask)
+    shuffled = torch.randperm(8, generator=torch.Generator().manual_seed(len(sizes)))
+    parts = metric()
+    for some in shuffled.split(sizes):
+        parts.update(prediction[some], mask[some])
+    assert counts(parts) == counts(whole)
+    assert parts.scores() == whole.scores()
+
+
+def test_pictures_of_different_sizes_add_up():
+    small, large = draw(2, side=3), draw(3, seed=1, side=9)
+    one, other = metric(), metric()
+    for pair in (small, large):
+        one.update(*pair)
+    for pair in (large, small):
+        other.update(*pair)
+    assert counts(one) == counts(other)
+    assert one.scores().num_images == 5
+
+
+def test_the_states_of_two_ranks_sum_to_those_of_one():
+    prediction, mask = draw(7)
+    whole, first, second = metric(), metric(), metric()
+    whole.update(prediction, mask)
+    first.update(prediction[:2], mask[:2])
+    second.update(prediction[2:], mask[2:])
+    for name, value in whole.compute()._asdict().items():
+        assert value.dtype == torch.int64
+        assert torch.equal(value, getattr(first, name) + getattr(second, name)), name
+
+
+@pytest.mark.filterwarnings("ignore:The ``compute`` method")
+def test_a_rank_that_saw_nothing_contributes_zeros():
+    empty = metric().compute()
+    assert not any(value.any() for value in empty)
+    assert metric().scores().num_images == 0
+    assert metric().scores().macro.dice is None
+
+
+def test_every_state_is_reduced_by_summation():
+    m = metric()
+    assert len(m._reductions) == 5
+    assert all(reduce(torch.tensor([1, 2])) == 3 for reduce in m._reductions.values())
+
+
+@pytest.mark.filterwarnings("ignore:The ``compute`` method")
+def test_reset_forgets_everything():
+    m = metric()
+    m.update(*draw(3))
+    m.reset()
+    assert not any(value.any() for value in m.compute())
+
+
+def test_the_plain_form_is_json_with_classes_by_name(by_hand):
+    plain = json.loads(json.dumps(by_hand.to_plain(), allow_nan=False))
+    assert list(plain["classes"]) == list(CLASSES)
+    assert plain["counted"] == ["cell", "wall"]
+    assert plain["empty_policy"] == "skip"
+    assert plain["num_images"] == 2
+    assert plain["macro"] == {"dice": pytest.approx(0.4), "iou": pytest.approx(1 / 3)}
+    assert plain["classes"]["wall"]["precision"] is None
+    assert plain["classes"]["cell"]["tp"] == 2
+    assert plain["confusion"][0] == [7, 1, 0]
+
+
+def test_per_image_sums_stay_exact_over_many_pictures():
+    prediction, mask = draw(64, side=3)
+    forwards, backwards = metric(), metric()
+    for i in range(64):
+        forwards.update(prediction[i : i + 1], mask[i : i + 1])
+        backwards.update(prediction[63 - i :][:1], mask[63 - i :][:1])
+    assert counts(forwards)["image_dice"] == counts(backwards)["image_dice"]
+    assert counts(forwards)["image_iou"] == counts(backwards)["image_iou"]

@@ -1,0 +1,302 @@
+"""Holds the U-Net's contract: presets, sizes, independence of the batch, and weights on disk."""
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from unet import PRESETS, DataSpec, UNet, UNetConfig
+
+SPEC = DataSpec(
+    classes=("background", "cell"),
+    palette=((0, 0, 0), (10, 200, 30)),
+    channels="RGB",
+    mean=(0.5, 0.25, 0.125),
+    std=(0.1, 0.2, 0.3),
+    crop_size=64,
+)
+
+
+@pytest.fixture
+def paper():
+    return UNet.from_preset("paper", in_channels=1, num_classes=2)
+
+
+def tiny(**changes):
+    fields = {"base_channels": 2, "depth": 2, "in_channels": 3, "num_classes": 2, **changes}
+    return UNet(UNetConfig(**fields), SPEC).eval()
+
+
+def tiny_valid(depth):
+    return tiny(depth=depth, padding="valid", norm="none", in_channels=1)
+
+
+def test_the_paper_preset_has_the_31030658_parameters_of_2015(paper):
+    assert sum(p.numel() for p in paper.parameters()) == 31_030_658
+
+
+def test_the_paper_preset_has_23_convolution_layers(paper):
+    kinds = (nn.Conv2d, nn.ConvTranspose2d)
+    assert sum(isinstance(m, kinds) for m in paper.modules()) == 23
+    assert not any(isinstance(m, nn.GroupNorm | nn.BatchNorm2d) for m in paper.modules())
+
+
+def test_the_paper_preset_drops_channels_at_the_end_of_the_contracting_path(paper):
+    assert paper.dropout.p == 0.5
+
+
+def test_the_paper_preset_maps_572_to_388_through_the_sizes_of_figure_1():
+    # One channel a level instead of 64: the sizes do not depend on it.
+    model = UNet.from_preset("paper", in_channels=1, num_classes=2, base_channels=1).eval()
+    sizes = []
+
+    def note(module, inputs, output):
+        sizes.append(output.shape[-1])
+
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.MaxPool2d):
+            module.register_forward_hook(note)
+    with torch.inference_mode():
+        assert model(torch.zeros(1, 1, 572, 572)).shape == (1, 2, 388, 388)
+    down = [570, 568, 284, 282, 280, 140, 138, 136, 68, 66, 64, 32, 30, 28]
+    up = [56, 54, 52, 104, 102, 100, 200, 198, 196, 392, 390, 388, 388]
+    assert sizes == down + up
+
+
+@pytest.mark.parametrize(("depth", "least", "out"), [(1, 18, 2), (2, 44, 4), (3, 92, 4)])
+def test_the_smallest_valid_size_works_and_one_step_less_is_refused(depth, least, out):
+    model = tiny_valid(depth)
+    with torch.inference_mode():
+        assert model(torch.zeros(1, 1, least, least)).shape[-2:] == (out, out)
+        step = 2**depth
+        with pytest.raises(ValueError, match=f"nearest are {least} and {least + step}"):
+            model(torch.zeros(1, 1, least, least - step))
+
+
+def test_188_to_4_is_the_smallest_of_depth_4():
+    model = tiny_valid(4)
+    with torch.inference_mode():
+        assert model(torch.zeros(1, 1, 188, 204)).shape == (1, 2, 4, 20)
+        with pytest.raises(ValueError, match="got 172; the nearest are 188 and 204"):
+            model(torch.zeros(1, 1, 172, 188))
+
+
+@pytest.mark.parametrize(("side", "near"), [(573, "572 and 588"), (571, "556 and 572")])
+def test_an_invalid_size_names_the_two_nearest(side, near):
+    with pytest.raises(ValueError, match=rf"124 \+ 16b pixels, got {side}; the nearest are {near}"):
+        tiny_valid(4)(torch.zeros(1, 1, 572, side))
+
+
+@settings(max_examples=40)
+@given(
+    height=st.integers(1, 21),
+    width=st.integers(1, 21),
+    depth=st.integers(1, 3),
+    norm=st.sampled_from(["group", "batch", "none"]),
+)
+def test_padded_presets_take_any_size_from_one_pixel(height, width, depth, norm):
+    model = tiny(depth=depth, norm=norm)
+    with torch.inference_mode():
+        logits = model(torch.randn(2, 3, height, width))
+    assert logits.shape == (2, 2, height, width)
+    assert logits.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["modern", "small"])
+def test_the_padded_presets_are_padded_and_group_normed(name):
+    assert (PRESETS[name].padding, PRESETS[name].norm) == ("same", "group")
+    model = UNet.from_preset(name, in_channels=3, num_classes=4, base_channels=2).eval()
+    with torch.inference_mode():
+        assert model(torch.zeros(1, 3, 33, 17)).shape == (1, 4, 33, 17)
+
+
+@pytest.mark.parametrize("norm", ["group", "batch", "instance", "none"])
+def test_gradients_reach_every_parameter(norm):
+    torch.manual_seed(0)
+    model = tiny(norm=norm, base_channels=4).train()
+    model(torch.randn(2, 3, 16, 16)).square().sum().backward()
+    silent = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert silent == []
+
+
+def test_gradients_reach_every_parameter_of_a_valid_net():
+    torch.manual_seed(0)
+    model = tiny(padding="valid", norm="none", base_channels=4)
+    model(torch.randn(1, 3, 60, 60)).square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters())
+
+
+def test_a_sample_under_group_norm_does_not_depend_on_its_batch():
+    torch.manual_seed(0)
+    model = tiny(base_channels=16).train()
+    image, other = torch.randn(1, 3, 16, 16), 100 * torch.randn(1, 3, 16, 16)
+    with torch.no_grad():
+        alone, beside = model(image), model(torch.cat([image, other]))[:1]
+    torch.testing.assert_close(alone, beside, rtol=1e-4, atol=1e-5)
+
+
+def test_weights_start_as_he_et_al_say():
+    torch.manual_seed(0)
+    model = UNet(UNetConfig(base_channels=32, depth=1, norm="none"))
+    weight = model.bottom[3].weight
+    assert weight.std().item() == pytest.approx((2 / (9 * 64)) ** 0.5, rel=0.05)
+    assert weight.mean().abs().item() < 1e-3
+    up = model.ups[0].up.weight
+    assert up.std().item() == pytest.approx((2 / 64) ** 0.5, rel=0.05)
+    assert not any(p.any() for n, p in model.named_parameters() if n.endswith("bias"))
+
+
+def test_an_unknown_preset_names_those_there_are():
+    with pytest.raises(ValueError, match="no preset 'papre'; there are modern, paper, small"):
+        UNet.from_preset("papre", in_channels=1, num_classes=2)
+
+
+def test_a_preset_is_changed_by_fields_of_the_config_only():
+    model = UNet.from_preset("small", in_channels=1, num_classes=3, depth=1, base_channels=2)
+    assert model.config == UNetConfig(in_channels=1, num_classes=3, depth=1, base_channels=2)
+    with pytest.raises(TypeError, match="basechannels"):
+        UNet.from_preset("small", in_channels=1, num_classes=2, basechannels=2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"depth": 0}, "depth must be at least 1, got 0"),
+        ({"num_classes": 1}, "num_classes must be at least 2, got 1"),
+        ({"num_classes": 256}, "num_classes must be at most 255, got 256"),
+        ({"in_channels": 0}, "in_channels must be at least 1, got 0"),
+        ({"base_channels": 0}, "base_channels must be at least 1, got 0"),
+        ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
+    ],
+)
+def test_impossible_configs_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        UNetConfig(**changes)
+
+
+def test_all_classes_but_background_are_counted():
+    assert SPEC.counted == (1,)
+    spec = DataSpec(
+        classes=("sky", "Background", "road"),
+        palette=(),
+        channels="L",
+        mean=(0.0,),
+        std=(1.0,),
+        crop_size=32,
+    )
+    assert spec.counted == (0, 2)
+
+
+def test_normalised_pictures_have_the_mean_and_deviation_of_the_data_set():
+    image = torch.tensor([255 // 2, 64, 32], dtype=torch.uint8).view(1, 3, 1, 1)
+    expected = [(127 / 255 - 0.5) / 0.1, (64 / 255 - 0.25) / 0.2, (32 / 255 - 0.125) / 0.3]
+    result = SPEC.normalise(image)
+    assert result.dtype == torch.float32
+    torch.testing.assert_close(result.flatten(), torch.tensor(expected), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("norm", ["group", "batch"])
+def test_what_is_saved_comes_back_with_equal_logits_config_and_spec(tmp_path, norm):
+    torch.manual_seed(1)
+    model = tiny(norm=norm).train()
+    model(torch.randn(4, 3, 16, 16))  # moves the running statistics of batch norm
+    model.eval().save_pretrained(tmp_path / "saved")
+    again = UNet.from_pretrained(tmp_path / "saved")
+    assert (again.config, again.spec) == (model.config, SPEC)
+    assert not again.training
+    image = torch.randn(2, 3, 9, 11)
+    with torch.inference_mode():
+        assert torch.equal(again(image), model(image))
+
+
+def test_a_model_without_spec_comes_back_without_one(tmp_path):
+    UNet(UNetConfig(base_channels=2, depth=1)).save_pretrained(tmp_path)
+    assert UNet.from_pretrained(str(tmp_path)).spec is None
+
+
+@pytest.fixture
+def saved(tmp_path) -> Path:
+    tiny().save_pretrained(tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+def test_loading_never_unpickles(saved):
+    class Bomb:
+        def __reduce__(self):
+            return (pytest.fail, ("a pickle was opened",))
+
+    (saved / "model.safetensors").unlink()
+    (saved / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(FileNotFoundError, match=r"is no checkpoint: it has no model\.safetensors"):
+        UNet.from_pretrained(saved)
+    (saved / "model.safetensors").write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged or no safetensors file"):
+        UNet.from_pretrained(saved)
+
+
+def test_a_folder_without_config_is_no_checkpoint(saved):
+    (saved / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"is no checkpoint: it has no config\.json"):
+        UNet.from_pretrained(saved)
+
+
+def test_cut_weights_are_named(saved):
+    path = saved / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged or no safetensors file"):
+        UNet.from_pretrained(saved)
+
+
+def test_weights_of_another_model_are_named_tensor_by_tensor(saved):
+    path = saved / "model.safetensors"
+    tensors = load_file(path)
+    save_file({n: t for n, t in tensors.items() if n != "head.bias"}, path)
+    with pytest.raises(ValueError, match=r"head\.bias is missing from the file"):
+        UNet.from_pretrained(saved)
+    save_file({**tensors, "tail": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match="tail is missing from the model"):
+        UNet.from_pretrained(saved)
+    save_file({**tensors, "head.bias": torch.zeros(3)}, path)
+    with pytest.raises(ValueError, match=r"head\.bias is \(3,\), the model needs \(2,\)"):
+        UNet.from_pretrained(saved)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda h: {"architectures": ["Bert"]}, "does not describe a U-Net: it has no 'model'"),
+        (
+            lambda h: {**h, "model": {**h["model"], "heads": 8}},
+            r"UNetConfig has no field 'heads' \(written by a newer version\?\)",
+        ),
+        (
+            lambda h: {**h, "data": {**h["data"], "bands": 5}},
+            "DataSpec has no field 'bands'",
+        ),
+        (
+            lambda h: {**h, "data": {"classes": ["a", "b"]}},
+            "missing 5 required keyword-only arguments: 'palette'",
+        ),
+        (lambda h: {**h, "model": {**h["model"], "depth": "2"}}, "not supported between"),
+    ],
+)
+def test_a_foreign_config_is_named(saved, change, message):
+    path = saved / "config.json"
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    with pytest.raises(ValueError, match=rf"config\.json.*{message}"):
+        UNet.from_pretrained(saved)
+
+
+def test_a_config_of_another_size_does_not_fit_the_weights(saved):
+    path = saved / "config.json"
+    header = json.loads(path.read_text())
+    header["model"]["base_channels"] = 4
+    path.write_text(json.dumps(header))
+    with pytest.raises(ValueError, match=r"is \(8, 4, 3, 3\), the model needs \(16, 8, 3, 3\)"):
+        UNet.from_pretrained(saved)
