@@ -62,9 +62,9 @@ class Budget:
         return self.limits.progress(self.step, self.seconds)
 
     @property
-    def over(self) -> bool:
-        """Whether the run ends here."""
-        return self.interrupted or self.progress >= 1
+    def spent(self) -> bool:
+        """Whether what was asked for is done; the same on all ranks."""
+        return self.progress >= 1
 
     def watch(self, loss: torch.Tensor) -> None:
         """Remember the step of a loss that is not finite, without asking the device for it."""

@@ -40,6 +40,8 @@ class TrainState:
     """Samples of the stream consumed: where the next global batch begins."""
     seconds: float
     """Wall-clock time trained, resumes added up."""
+    validated: int
+    """Step of the last validation."""
     best: float | None
     """Best validation score so far."""
     tracking_id: str | None
@@ -69,7 +71,8 @@ class Checkpoints:
         for file in temporary.iterdir():
             flush_to_disk(file)
         if final.exists():
-            # The same step again, after a resume from it: what is there is as good.
+            # The same step again: the same weights, perhaps validated by now.
+            write_json(final / STATE, asdict(state))
             shutil.rmtree(temporary)
         else:
             temporary.rename(final)
@@ -98,8 +101,25 @@ class Checkpoints:
         """
         folder = self.folder / "last"
         if not folder.is_dir():
-            return TrainState(0, 0, 0.0, None, None, fixed)
-        state = TrainState(**json.loads((folder / STATE).read_text()))
+            return TrainState(
+                step=0,
+                position=0,
+                seconds=0.0,
+                validated=0,
+                best=None,
+                tracking_id=None,
+                fixed=fixed,
+            )
+        try:
+            state = TrainState(**json.loads((folder / STATE).read_text()))
+            training = torch.load(folder / TRAINING, map_location="cpu", weights_only=True)
+        except OSError as error:
+            raise DataError(f"{folder} is no whole checkpoint: {error}") from error
+        except Exception as error:  # torch's reader raises whatever the bytes provoke
+            what = " ".join(str(error).split())[:200]
+            raise DataError(
+                f"{folder.resolve()} is damaged ({what}); point {folder} at an older checkpoint"
+            ) from error
         now = json.loads(json.dumps(fixed))
         differing = [
             name
@@ -113,7 +133,6 @@ class Checkpoints:
                 f"{now.get(name)}; keep it, or begin in another --run-dir"
                 + (f" (also: {', '.join(differing[1:])})" if differing[1:] else "")
             )
-        training = torch.load(folder / TRAINING, map_location="cpu", weights_only=True)
         learner.load_state_dict(training)
         if scaler is not None and training["scaler"] is not None:
             scaler.load_state_dict(training["scaler"])
@@ -151,6 +170,7 @@ def load_model(checkpoint: str) -> LoadedModel:
     """
     try:
         folder = weights.find(str(find_checkpoint(checkpoint)))
+        weights.read_header(folder)
         model = UNet.from_pretrained(str(folder))
         with (folder / weights.WEIGHTS).open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()

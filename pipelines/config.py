@@ -53,7 +53,7 @@ def run_command(
     except UsageError as error:
         return complain(verb, error, USAGE)
     except (DataError, RunError) as error:
-        return complain(verb, error, REFUSED)
+        return complain(verb, own_words(error), REFUSED)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         return complain(verb, f"{where}{error.strerror or error}", REFUSED)
@@ -61,11 +61,18 @@ def run_command(
         return complain(verb, "stopped; the same command goes on", 130)
 
 
+def own_words(error: Exception) -> str:
+    """The error's own line, without the traceback that a DataLoader wraps its worker's into."""
+    text = str(error)
+    name = f"{type(error).__name__}: "
+    return text.rpartition(name)[2].strip() if text.startswith("Caught ") and name in text else text
+
+
 def complain(verb: str, error: object, code: int) -> int:
     """Say it, on one rank where all have the same to say."""
     accelerate = sys.modules.get("accelerate.state")
-    together = accelerate is not None and accelerate.is_initialized()
-    if launched_rank() == 0 or together:
+    alone = code != USAGE and accelerate is not None and accelerate.is_initialized()
+    if launched_rank() == 0 or alone:
         rank = f" (rank {launched_rank()})" if launched_rank() else ""
         print(f"unet {verb}{rank}: {error}", file=sys.stderr, flush=True)
     return code
@@ -133,6 +140,7 @@ def mapping_flags(
 ) -> Iterator[str]:
     """The flags of one level of a YAML file."""
     types = get_type_hints(config_class)
+    marked = get_type_hints(config_class, include_extras=True)
     names = [field.name for field in fields(config_class)]
     for key, value in plain.items():
         name = str(key).replace("-", "_")
@@ -156,6 +164,8 @@ def mapping_flags(
             yield flag if value else "--" + ".".join((*path, f"no-{name}")).replace("_", "-")
         elif isinstance(value, list):
             yield from (flag, *map(str, value))
+        elif marked[name] == tyro.conf.Positional[types[name]]:
+            yield str(value)
         else:
             yield f"{flag}={value}"
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipelines import scoring
-from pipelines.checkpoint import load_model
+from pipelines.checkpoint import find_checkpoint, load_model
 from pipelines.config import UsageError, run_command
 from pipelines.devices import start
 from shards.index import read_manifest
@@ -36,12 +36,12 @@ def run(config: EvaluateConfig) -> int:
     """Score, print the table, write the JSON."""
     manifest = read_manifest(config.data)
     manifest.split(config.split, config.data)
-    loaded = load_model(config.checkpoint)
-    out = config.out or Path(config.checkpoint)
-    if config.out is None and not out.is_dir():
+    if config.out is None and not isinstance(find_checkpoint(config.checkpoint), Path):
         raise UsageError(
             f"--checkpoint {config.checkpoint} is no folder here: say where scores go with --out"
         )
+    loaded = load_model(config.checkpoint)
+    out = config.out or Path(config.checkpoint)
     if loaded.spec.classes != manifest.classes:
         raise DataError(
             f"{config.checkpoint} knows the classes {', '.join(loaded.spec.classes)}, "

@@ -148,7 +148,10 @@ def first_magic(path: Path) -> int:
 
 def listed_inputs(path: Path) -> FileInputs:
     """A file with one path a line; relative ones start at the file's folder."""
-    lines = [line.strip() for line in path.read_text().splitlines()]
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is no list of paths: it is not UTF-8 text") from error
     names = [line for line in lines if line and not line.startswith("#")]
     if not names:
         raise DataError(f"{path} lists no picture")

@@ -9,6 +9,7 @@ shard; when the manifest is written, it goes.
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 from collections import Counter, defaultdict
@@ -51,7 +52,6 @@ from shards.sample import (
     channels_of,
     default_palette,
     encode_png,
-    is_turned,
     load,
     open_image,
 )
@@ -122,6 +122,13 @@ class PackConfig:
             raise ValueError(
                 "--samples-per-shard and --shard-bytes must be above 0, --workers not below"
             )
+        if self.masks is None and self.classes:
+            raise ValueError("--classes needs --masks: unlabelled pictures have none")
+        if self.group_by is not None:
+            try:
+                re.compile(self.group_by)
+            except re.error as error:
+                raise ValueError(f"--group-by {self.group_by!r} is no pattern: {error}") from error
         if self.masks is None and self.mask_format is not None:
             raise ValueError("--mask-format needs --masks")
         if self.masks is not None and self.mask_format is None:
@@ -242,7 +249,7 @@ def run(config: PackConfig) -> int:
     write_shards(todo, rule, config.workers or len(os.sched_getaffinity(0)))
     reports = [read_report(work_dir, shard) for shard in plan]
     manifest = make_manifest(config, plan, reports, rule)
-    write_manifest(config.out, manifest)
+    write_manifest(config.out, manifest, within=work_dir)
     shutil.rmtree(work_dir)
     print(summary(config, manifest, reports))
     return 0
@@ -317,6 +324,8 @@ def fix_plan(config: PackConfig, plan: Sequence[PlannedShard], work_dir: Path) -
     Raises DataError if the folder is finished, holds another data set, or the input has changed.
     """
     if (config.out / MANIFEST).exists():
+        # Left by a kill between the manifest and the end.
+        shutil.rmtree(work_dir, ignore_errors=True)
         raise DataError(f"{config.out} is a finished data set; choose another --out or remove it")
     planned = json.loads(json.dumps({"rule": rule_of(config), "shards": [asdict(s) for s in plan]}))
     path = work_dir / "plan.json"
@@ -408,7 +417,7 @@ def write_shard(
                 except DataError as error:
                     problems.append(str(error))
                 except OSError as error:
-                    problems.append(f"{error.filename}: {error.strerror}")
+                    problems.append(f"{sample.image} cannot be read: {error.strerror or error}")
                 advance(1)
             if problems:
                 raise DataError("refused")
@@ -439,9 +448,7 @@ class Tally:
     def members(self, sample: PlannedSample, rule: PackRule) -> dict[str, bytes]:
         """{extension: bytes} of a sample. Raises DataError if anything about it is wrong."""
         data = read_planned(sample.image, sample.image_stat)
-        opened = open_image(data, sample.image)
-        turned = is_turned(opened)
-        image = load(opened, sample.image)
+        image, turned = load(open_image(data, sample.image), sample.image)
         channels = channels_of(image, sample.image)
         extension = PurePosixPath(sample.source).suffix[1:].lower()
         info = {

@@ -153,6 +153,9 @@ def run(config: PredictConfig) -> int:
         predict_shards(config, inputs, loaded, forward, mine, workers, quiet=not speaks)
         # The rank that ends last has something to say.
         speaks = finish_job(config, loaded, num_shards)
+    else:
+        # Left by a kill between the manifest and the end.
+        shutil.rmtree(config.out / WORK_DIR, ignore_errors=True)
     accelerator.end_training()
     return conclude(config, alone=accelerator.num_processes == 1, speaks=speaks)
 
@@ -187,10 +190,10 @@ def begin_job(config: PredictConfig, inputs: Inputs, loaded: LoadedModel) -> Non
                     f"{job[name]}; keep it, or predict into another --out"
                 )
         return
-    if config.out.exists() and any(config.out.glob("*.tar")):
+    if any(config.out.glob("*.tar")):
         raise UsageError(f"{config.out} holds shards of something else; predict into another --out")
     (config.out / WORK_DIR).mkdir(parents=True, exist_ok=True)
-    write_json(path, job)
+    write_json(path, job, within=config.out / WORK_DIR)
 
 
 @torch.inference_mode()
@@ -327,18 +330,18 @@ class Encoder:
         }
         name = PurePosixPath(item.source).with_suffix(".png")
         if self.config.png:
-            write_picture(self.config.out / "png" / name, png)
+            self.write_picture(Path("png", name), png)
         if self.config.overlay:
             drawn = draw_overlay(item.image.numpy(), mask, spec.palette)
-            write_picture(self.config.out / "overlay" / name, encode_png(drawn))
+            self.write_picture(Path("overlay", name), encode_png(drawn))
         members = {MASK_EXTENSION: png, INFO_EXTENSION: json.dumps(info).encode()}
         return Prediction(item.key, members, mask.shape[1], mask.shape[0], tuple(pixels.tolist()))
 
-
-def write_picture(path: Path, data: bytes) -> None:
-    """A picture for people, whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, data, durable=False)
+    def write_picture(self, name: Path, data: bytes) -> None:
+        """A picture for people, whole."""
+        path = self.config.out / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, data, durable=False, within=self.config.out / WORK_DIR)
 
 
 def write_shard(
@@ -363,7 +366,7 @@ def write_shard(
         file = writer.seal()
         if errors:
             path = config.out / f"{name.removesuffix('.tar')}.errors.jsonl"
-            write_atomically(path, "".join(errors).encode())
+            write_atomically(path, "".join(errors).encode(), within=config.out / WORK_DIR)
         info = ShardInfo(file.name, file.samples, file.bytes, file.sha256, tuple(pixels.tolist()))
         counts = [SizeCount(w, h, spec.channels, n) for (w, h), n in sorted(sizes.items())]
         report = {
@@ -371,7 +374,6 @@ def write_shard(
             "sizes": [asdict(c) for c in counts],
             "errors": len(errors),
         }
-        (config.out / WORK_DIR).mkdir(exist_ok=True)
         write_json(config.out / WORK_DIR / f"{name}.json", report)
 
 
@@ -380,27 +382,26 @@ def finish_job(config: PredictConfig, loaded: LoadedModel, num_shards: int) -> b
 
     Every rank that finds them all does this, with the same bytes. Returns whether they were.
     """
+    work_dir = config.out / WORK_DIR
     names = [shard_name(number) for number in range(num_shards)]
     if not all((config.out / name).exists() for name in names):
         return False
     try:
-        reports = [
-            json.loads((config.out / WORK_DIR / f"{name}.json").read_text()) for name in names
-        ]
+        reports = [json.loads((work_dir / f"{name}.json").read_text()) for name in names]
         parts = [config.out / f"{name.removesuffix('.tar')}.errors.jsonl" for name in names]
         errors = "".join(part.read_text() for part in parts if part.exists())
+        num_errors = sum(report["errors"] for report in reports)
+        if errors:
+            write_atomically(config.out / "errors.jsonl", errors.encode(), within=work_dir)
+        samples = sum(report["shard"]["samples"] for report in reports)
+        state = {"finished": True, "images": samples, "errors": num_errors}
+        write_json(config.out / "state.json", state, within=work_dir)
+        write_manifest(config.out, predicted_manifest(loaded.spec, reports), within=work_dir)
     except FileNotFoundError:
         if (config.out / MANIFEST).exists():
             return False  # another rank was quicker and has cleared up
         raise
-    num_errors = sum(report["errors"] for report in reports)
-    if errors:
-        write_atomically(config.out / "errors.jsonl", errors.encode())
-    samples = sum(report["shard"]["samples"] for report in reports)
-    state = {"finished": True, "images": samples, "errors": num_errors}
-    write_json(config.out / "state.json", state)
-    write_manifest(config.out, predicted_manifest(loaded.spec, reports))
-    shutil.rmtree(config.out / WORK_DIR, ignore_errors=True)
+    shutil.rmtree(work_dir, ignore_errors=True)
     return True
 
 

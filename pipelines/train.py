@@ -33,7 +33,7 @@ from shards.index import Manifest, read_manifest
 from shards.order import LANES, ORDER_VERSION, WINDOW, Order, TrainPlan
 from shards.reader import ShardReader
 from shards.writer import write_json
-from unet import DataSpec, LossConfig, Scores, SegmentationLoss, TileConfig, UNet
+from unet import PRESETS, DataSpec, LossConfig, Scores, SegmentationLoss, TileConfig, UNet
 
 DEFAULT_STEPS = 10_000
 CROP_SIZE = {"modern": 512, "small": 256}
@@ -52,6 +52,14 @@ class ModelConfig:
     """How many times the picture is halved; left out: the preset's (4)."""
     norm: Literal["group", "batch", "instance", "none"] | None = None
     """Normalisation; left out: the preset's (group)."""
+
+    def __post_init__(self) -> None:
+        replace(PRESETS[self.preset], **self.changes())
+
+    def changes(self) -> dict[str, Any]:
+        """What differs from the preset."""
+        given = {name: getattr(self, name) for name in ("base_channels", "depth", "norm")}
+        return {name: value for name, value in given.items() if value is not None}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -149,7 +157,8 @@ def run(config: TrainConfig) -> int:
     budget = Budget(
         accelerator, config.limits(order.num_samples), step=state.step, seconds=state.seconds
     )
-    if budget.over:
+    if budget.spent and state.validated == state.step:
+        accelerator.end_training()
         return conclude(config, budget, state, None, accelerator)
 
     tracker = Tracker(accelerator, config.tracking, config.run_dir, to_plain(config), state)
@@ -161,7 +170,21 @@ def run(config: TrainConfig) -> int:
     progress, meter = Progress(accelerator, budget), Meter(criterion.names, accelerator)
     scores = None
 
-    while not budget.over:
+    while not budget.interrupted:
+        if validation_due(config, budget, state):
+            scores = scoring.score(
+                learner.scored, accelerator, config.data, manifest, "val", config.tiles
+            )
+            tracker.log(budget.step, scoring.named(scores, "val"))
+            progress.say(f"step {budget.step}: {scoring.headline(scores, 'val')}")
+            dice = scores.macro.dice or 0.0
+            is_best = state.best is None or dice > state.best
+            state = replace(state, validated=budget.step, best=dice if is_best else state.best)
+            save(checkpoints, state, learner, accelerator, is_best=is_best)
+            meter.reset()
+        if budget.spent:
+            break
+
         lr = learning_rate(config.optim, budget.progress)
         set_learning_rate(optimizer, lr)
         for _ in range(config.accumulate):
@@ -182,33 +205,26 @@ def run(config: TrainConfig) -> int:
             learner.average.update(learner.model, budget.step + 1)
         if bad_step := budget.advance():
             raise RunError(not_finite(bad_step, config, manifest, order))
-        state = replace(
-            state,
-            step=budget.step,
-            position=budget.step * config.global_batch_size,
-            seconds=budget.seconds,
-        )
 
-        if budget.step % config.log_every == 0 or budget.over:
+        position = budget.step * config.global_batch_size
+        state = replace(state, step=budget.step, position=position, seconds=budget.seconds)
+        if budget.step % config.log_every == 0 or budget.spent or budget.interrupted:
             values = meter.read(config.global_batch_size)
             tracker.log(budget.step, {**values, "train/lr": lr})
             progress.show(values)
-        if budget.step % config.eval_every == 0 or (budget.over and not budget.interrupted):
-            scores = scoring.score(
-                learner.scored, accelerator, config.data, manifest, "val", config.tiles
-            )
-            tracker.log(budget.step, scoring.named(scores, "val"))
-            progress.say(f"step {budget.step}: {scoring.headline(scores, 'val')}")
-            is_best = state.best is None or (scores.macro.dice or 0.0) > state.best
-            state = replace(state, best=scores.macro.dice if is_best else state.best)
-            save(checkpoints, state, learner, accelerator, is_best=is_best)
-            meter.reset()
-        elif budget.interrupted:
-            save(checkpoints, state, learner, accelerator, is_best=False)
+    else:
+        save(checkpoints, state, learner, accelerator, is_best=False)
 
     progress.close()
     tracker.finish()
     return conclude(config, budget, state, scores, accelerator)
+
+
+def validation_due(config: TrainConfig, budget: Budget, state: TrainState) -> bool:
+    """Whether these weights are to be scored now: every so often and at the end, but once."""
+    if state.validated == budget.step:
+        return False
+    return budget.spent or budget.step % config.eval_every == 0
 
 
 def resolve(config: TrainConfig, manifest: Manifest) -> tuple[TrainConfig, Order]:
@@ -247,17 +263,12 @@ def build_model(config: TrainConfig, manifest: Manifest) -> UNet:
         std=manifest.std,
         crop_size=config.crop_size,
     )
-    changes = {
-        name: value
-        for name in ("base_channels", "depth", "norm")
-        if (value := getattr(config.model, name)) is not None
-    }
     return UNet.from_preset(
         config.model.preset,
         in_channels=len(manifest.channels),
         num_classes=len(manifest.classes),
         spec=spec,
-        **changes,
+        **config.model.changes(),
     )
 
 

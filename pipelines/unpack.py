@@ -14,7 +14,14 @@ from pipelines.overlay import draw_overlay
 from shards.index import Manifest, read_manifest
 from shards.order import EvalPlan
 from shards.reader import RawSample, SampleSource, ShardReader
-from shards.sample import IGNORE, DataError, encode_png, is_safe_path
+from shards.sample import (
+    IGNORE,
+    IMAGE_EXTENSIONS,
+    MASK_EXTENSION,
+    DataError,
+    encode_png,
+    is_safe_path,
+)
 from shards.writer import write_atomically
 
 
@@ -84,11 +91,10 @@ def unpack_sample(
             f"{raw.where} names {source!r} as its source, a path that leaves the folder"
         )
     path = PurePosixPath(source)
-    # A picture that was stored upright is a PNG now, whatever it was.
-    same = path.suffix[1:].lower() == raw.extension
-    write(
-        config.out / "images" / (path if same else path.with_suffix(f".{raw.extension}")), raw.image
-    )
+    # Predictions may come without their pictures; the mask then stands in.
+    has_image = raw.extension != MASK_EXTENSION
+    if has_image:
+        unpack_image(raw, config.out / "images", path)
     if raw.mask is not None:
         mask_path = path.with_suffix(".png")
         sample = raw.decode(manifest.channels)
@@ -98,9 +104,19 @@ def unpack_sample(
             write(mask_file, raw.mask)
         else:
             write(mask_file, encode_png(Image.fromarray(table[sample.mask])))
-        if config.overlay:
+        if config.overlay and has_image:
             drawn = draw_overlay(sample.image, sample.mask, manifest.palette)
             write(config.out / "overlay" / mask_path, encode_png(drawn))
+
+
+def unpack_image(raw: RawSample, folder: Path, path: PurePosixPath) -> None:
+    """Write the picture's own bytes. Raises DataError for a kind that is no picture."""
+    extension = f".{raw.extension}"
+    if extension not in IMAGE_EXTENSIONS:
+        raise DataError(f"{raw.where} has a picture of the unknown kind {extension}")
+    # A picture that was stored upright is a PNG now, whatever it was.
+    kept = path.suffix.lower() == extension
+    write(folder / (path if kept else path.with_suffix(extension)), raw.image)
 
 
 def write(path: Path, data: bytes) -> None:

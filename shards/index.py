@@ -81,13 +81,13 @@ class Manifest:
         return self.splits[name]
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write `index.json` of a folder, whole or not at all."""
+def write_manifest(folder: Path, manifest: Manifest, within: Path | None = None) -> None:
+    """Write `index.json` of a folder, whole or not at all; `within`: see `write_atomically`."""
     plain = asdict(manifest)
     del plain["digest"]
     for info in plain["splits"].values():
         info["samples"] = sum(shard["samples"] for shard in info["shards"])
-    write_json(folder / MANIFEST, {"format": FORMAT, "version": VERSION, **plain})
+    write_json(folder / MANIFEST, {"format": FORMAT, "version": VERSION, **plain}, within)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -170,10 +170,13 @@ class ShardIndex:
     def __getitem__(self, row: int) -> SampleRange:
         """The members of sample `row`. Raises DataError where one that is needed is missing."""
         words = self.lines[row].split(" ")
-        members = [
-            MemberRange(words[i], int(words[i + 1]), int(words[i + 2]), words[i + 3])
-            for i in range(0, len(words), 4)
-        ]
+        try:
+            members = [
+                MemberRange(words[i], int(words[i + 1]), int(words[i + 2]), words[i + 3])
+                for i in range(0, len(words), 4)
+            ]
+        except (ValueError, IndexError) as error:
+            raise DataError(f"{self.path}, line {row + 2} is damaged; pack it again") from error
         images = [m for m in members if m.extension not in (MASK_EXTENSION, INFO_EXTENSION)]
         mask = next((m for m in members if m.extension == MASK_EXTENSION), None)
         info = next((m for m in members if m.extension == INFO_EXTENSION), None)

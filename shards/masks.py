@@ -136,11 +136,11 @@ def read_mask(data: bytes, rule: MaskFormat, palette: Palette, where: str) -> Ca
 
     Raises DataError for what the declared format does not cover.
     """
-    image = load(open_image(data, where), where)
+    image, _ = load(opened := open_image(data, where), where)
     pixels = mask_pixels(image, where)
     index = rule.to_index(pixels, where)
     canonical = (
-        image.format == "PNG"
+        opened.format == "PNG"
         and image.mode == "P"
         and np.array_equal(index, pixels)
         and bytes(image.getpalette("RGB") or ()) == palette_bytes(palette)

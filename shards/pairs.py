@@ -167,8 +167,9 @@ def read_split_file(path: Path, pairs: Sequence[Pair]) -> list[Split]:
     not in the file, lines without a picture, doubles and unknown splits.
     """
     listed: dict[str, Split] = {}
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        rows = csv.DictReader(file)
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        rows = csv.DictReader(lines, strict=True)
         if not {"path", "split"} <= set(rows.fieldnames or ()):
             raise DataError(f"{path} must begin with the line path,split")
         for row in rows:
@@ -180,6 +181,8 @@ def read_split_file(path: Path, pairs: Sequence[Pair]) -> list[Split]:
             if row["path"] in listed:
                 raise DataError(f"{path}, line {rows.line_num}: {row['path']} stands there twice")
             listed[row["path"]] = split
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise DataError(f"{path} is no CSV in UTF-8: {error}") from error
     sources = {p.source for p in pairs}
     problems = [
         *(f"{name} is not in {path}" for name in sorted(sources - listed.keys())),

@@ -48,8 +48,14 @@ class RawSample:
         return Sample(self.key, image, mask)
 
     def describe(self) -> dict[str, Any]:
-        """The content of `KEY.json`."""
-        return json.loads(self.info)
+        """The content of `KEY.json`. Raises DataError where that is no JSON object."""
+        try:
+            info = json.loads(self.info)
+        except ValueError as error:
+            raise DataError(f"{self.where}: its json is damaged; pack it again") from error
+        if not isinstance(info, dict):
+            raise DataError(f"{self.where}: its json is no object; pack it again")
+        return info
 
 
 Stage = Callable[[Iterator[Any]], Iterator[Any]]

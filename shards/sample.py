@@ -10,7 +10,7 @@ from urllib.parse import quote, unquote
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 Channels = Literal["L", "RGB"]
 Palette = tuple[tuple[int, int, int], ...]
@@ -83,7 +83,8 @@ def open_image(data: bytes, where: str, max_pixels: int = MAX_PIXELS) -> Image.I
     """
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
+        num_frames = getattr(image, "n_frames", 1)
+    except Exception as error:  # Pillow's decoders raise whatever the bytes provoke
         what = "is empty" if not data else "is no picture that can be read"
         raise DataError(f"{where} {what}; repair or remove it") from error
     if image.width * image.height > max_pixels:
@@ -91,25 +92,24 @@ def open_image(data: bytes, where: str, max_pixels: int = MAX_PIXELS) -> Image.I
             f"{where} claims {image.width} x {image.height} pixels, more than {max_pixels:,}; "
             "cut it into smaller pictures"
         )
-    if (num_frames := getattr(image, "n_frames", 1)) > 1:
+    if num_frames > 1:
         raise DataError(
             f"{where} holds {num_frames} frames; write the one that is meant to a file of its own"
         )
     return image
 
 
-def load(image: Image.Image, where: str) -> Image.Image:
-    """Decode all pixels, upright as its EXIF orientation says. Raises DataError on a cut file."""
+def load(image: Image.Image, where: str) -> tuple[Image.Image, bool]:
+    """All pixels decoded, and upright as the EXIF orientation says; and whether it said so.
+
+    Raises DataError on a damaged file.
+    """
     try:
         image.load()
-        return ImageOps.exif_transpose(image) if is_turned(image) else image
-    except (OSError, ValueError, SyntaxError, EOFError) as error:
+        is_turned = image.getexif().get(EXIF_ORIENTATION, 1) not in (0, 1)
+        return (ImageOps.exif_transpose(image) if is_turned else image), is_turned
+    except Exception as error:  # Pillow's decoders raise whatever the bytes provoke
         raise DataError(f"{where} is damaged ({error}); repair or remove it") from error
-
-
-def is_turned(image: Image.Image) -> bool:
-    """Whether a viewer turns or mirrors the stored pixels."""
-    return image.getexif().get(EXIF_ORIENTATION, 1) not in (0, 1)
 
 
 def channels_of(image: Image.Image, where: str) -> Channels:
@@ -133,7 +133,7 @@ def channels_of(image: Image.Image, where: str) -> Channels:
 
 def decode_image(data: bytes, channels: Channels, where: str) -> Uint8:
     """Picture bytes -> uint8 [H, W, C] in the data set's channels (L: C = 1, RGB: C = 3)."""
-    image = load(open_image(data, where), where)
+    image, _ = load(open_image(data, where), where)
     channels_of(image, where)
     pixels = np.asarray(image if image.mode == channels else image.convert(channels))
     return pixels[:, :, None] if channels == "L" else pixels
@@ -141,7 +141,7 @@ def decode_image(data: bytes, channels: Channels, where: str) -> Uint8:
 
 def decode_mask(data: bytes, where: str) -> Uint8:
     """Bytes of a canonical mask (PNG, mode P or L) -> class indices uint8 [H, W]."""
-    image = load(open_image(data, where), where)
+    image, _ = load(open_image(data, where), where)
     if image.mode not in ("P", "L"):
         raise DataError(f"{where} is no canonical mask: mode {image.mode}, not P; pack it again")
     return np.asarray(image)

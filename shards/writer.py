@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import os
+import secrets
 import tarfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -76,7 +77,8 @@ class ShardWriter:
         self.tar.close()
         self.stream.flush_to_disk()
         index = "\n".join([f"v1.2 {len(self.lines)}", *self.lines]) + "\n"
-        write_atomically(self.path.with_suffix(".idx"), index.encode())
+        # Its temporary name needs no more than the shard's: one lock guards both.
+        write_atomically(self.path.with_suffix(".idx"), index.encode(), unique="")
         self.sealed = True
         return ShardFile(
             self.path.name, len(self.lines), self.stream.size, self.stream.digest.hexdigest()
@@ -122,12 +124,26 @@ class HashingStream(io.RawIOBase):
         os.fsync(self.file.fileno())
 
 
-def write_atomically(path: Path, data: bytes, *, durable: bool = True) -> None:
+def write_atomically(
+    path: Path,
+    data: bytes,
+    *,
+    durable: bool = True,
+    within: Path | None = None,
+    unique: str | None = None,
+) -> None:
     """A file that is there whole or not at all, however its writer ends.
 
-    `durable`: it is also on disk when this returns, should the power fail.
+    Args:
+        path: its final name.
+        data: its content.
+        durable: it is also on disk when this returns, should the power fail.
+        within: folder on the same disk for the temporary file, which a kill leaves behind; a
+            folder that is removed at the end of a job removes it too.
+        unique: what keeps the temporary files of several writers apart; by default random.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    unique = secrets.token_hex(4) if unique is None else unique
+    temporary = (within or path.parent) / f".{path.name}.{unique}.tmp"
     try:
         with temporary.open("wb") as file:
             file.write(data)
@@ -140,6 +156,6 @@ def write_atomically(path: Path, data: bytes, *, durable: bool = True) -> None:
         raise
 
 
-def write_json(path: Path, plain: Any) -> None:
+def write_json(path: Path, plain: Any, within: Path | None = None) -> None:
     """JSON for people and machines, whole or not at all, the same bytes for the same content."""
-    write_atomically(path, (json.dumps(plain, indent=1) + "\n").encode())
+    write_atomically(path, (json.dumps(plain, indent=1) + "\n").encode(), within=within)

@@ -54,6 +54,8 @@ def read_header(folder: Path) -> dict[str, Any]:
 
 def from_plain(cls: type[T], plain: dict[str, Any], folder: Path) -> T:
     """A frozen dataclass from its JSON. Raises ValueError on an unknown or missing field."""
+    if not isinstance(plain, dict):
+        raise ValueError(f"{folder / HEADER}: {cls.__name__} is no JSON object")
     known = {field.name for field in fields(cls)}  # type: ignore[arg-type]
     if unknown := sorted(set(plain) - known):
         raise ValueError(

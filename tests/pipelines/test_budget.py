@@ -65,7 +65,7 @@ def test_whatever_is_reached_first_counts(
 def test_steps_end_a_run_after_exactly_so_many(clock) -> None:
     budget = make(Ranks(), Limits(7, None))
     count = 0
-    while not budget.over:
+    while not budget.spent:
         clock.seconds += 0.001
         assert budget.advance() is None
         count += 1
@@ -76,7 +76,7 @@ def test_a_resumed_run_makes_the_rest(clock) -> None:
     budget = make(Ranks(), Limits(7, None), step=4, seconds=100.0)
     assert budget.progress == 4 / 7
     count = 0
-    while not budget.over:
+    while not budget.spent:
         budget.advance()
         count += 1
     assert count == 3
@@ -84,7 +84,7 @@ def test_a_resumed_run_makes_the_rest(clock) -> None:
 
 def test_minutes_end_a_run_and_add_up_over_resumes(clock) -> None:
     budget = make(Ranks(), Limits(None, 1), step=5, seconds=50.0)
-    while not budget.over:
+    while not budget.spent:
         clock.seconds += 0.5
         budget.advance()
     assert 60 <= budget.seconds <= 62
@@ -119,12 +119,12 @@ def test_a_signal_ends_the_run_at_the_next_agreement(number: signal.Signals, clo
     assert budget.next_agreement == 11
     os.kill(os.getpid(), number)
     while budget.step < 10:
-        assert not budget.over
+        assert not budget.interrupted
         budget.advance()
-    assert not budget.over
+    assert not budget.interrupted
     budget.advance()
-    assert budget.over
     assert budget.interrupted
+    assert not budget.spent
 
 
 def test_a_signal_to_one_rank_ends_all(clock) -> None:

@@ -25,7 +25,7 @@ from pipelines.optim import Learner, OptimConfig, build_learner
 from shards.sample import DataError
 from unet import UNet, UNetConfig, weights
 
-STATE = TrainState(0, 0, 0.0, None, None, {"seed": 0, "optim.lr": 0.1})
+STATE = TrainState(0, 0, 0.0, 0, None, None, {"seed": 0, "optim.lr": 0.1})
 
 
 @pytest.fixture
