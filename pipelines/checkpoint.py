@@ -118,7 +118,8 @@ class Checkpoints:
         except Exception as error:  # torch's reader raises whatever the bytes provoke
             what = " ".join(str(error).split())[:200]
             raise DataError(
-                f"{folder.resolve()} is damaged ({what}); point {folder} at an older checkpoint"
+                f"{folder.resolve()}: {STATE} or {TRAINING} is damaged ({what}); "
+                f"point {folder} at an older checkpoint"
             ) from error
         now = json.loads(json.dumps(fixed))
         differing = [
@@ -170,7 +171,6 @@ def load_model(checkpoint: str) -> LoadedModel:
     """
     try:
         folder = weights.find(str(find_checkpoint(checkpoint)))
-        weights.read_header(folder)
         model = UNet.from_pretrained(str(folder))
         with (folder / weights.WEIGHTS).open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()

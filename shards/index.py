@@ -103,7 +103,7 @@ def read_manifest(folder: Path) -> Manifest:
     data = path.read_bytes()
     try:
         plain = json.loads(data)
-        if plain.pop("format") != FORMAT:
+        if plain.pop("format", None) != FORMAT:
             raise DataError(f"{path} is not a manifest of shards that unet pack wrote")
         if (version := plain.pop("version")) != VERSION:
             raise DataError(
@@ -115,7 +115,7 @@ def read_manifest(folder: Path) -> Manifest:
             for name in ("classes", "palette", "mean", "std", "duplicates")
         }
         return Manifest(**plain, **tuples, splits=splits, digest=hashlib.sha256(data).hexdigest())
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise DataError(f"{path} is damaged ({error}); pack the data set again") from error
 
 
@@ -156,11 +156,13 @@ class ShardIndex:
     def __init__(self, shard: Path) -> None:
         path = shard.with_suffix(".idx")
         try:
-            header, *lines = path.read_text(encoding="utf-8").splitlines()
+            text = path.read_text(encoding="utf-8")
+            header, *lines = text.splitlines()
         except (OSError, ValueError) as error:
             raise DataError(f"{path} cannot be read ({error}); pack the data set again") from error
         version, _, count = header.partition(" ")
-        if version != "v1.2" or not count.isdigit() or int(count) != len(lines):
+        whole = text.endswith("\n") and count.isdigit() and int(count) == len(lines)
+        if version != "v1.2" or not whole:
             raise DataError(f"{path} is cut or no index of version v1.2; pack the data set again")
         self.path, self.lines = path, lines
 

@@ -48,6 +48,12 @@ class MaskFormat:
             )
         if self.kind == "values" and len(set(self.values)) != len(self.values):
             raise ValueError(f"a mask value stands for two classes: {self.values}")
+        for value in (*self.values, self.threshold, self.ignore_value):
+            if value is not None and not 0 <= value <= 255:
+                raise ValueError(f"mask values are 0 to 255, got {value}")
+        of_classes = range(self.num_classes) if self.kind == "index" else self.values
+        if self.ignore_value in of_classes:
+            raise ValueError(f"--ignore-value {self.ignore_value} is also the value of a class")
         if self.kind != "values" and self.values:
             raise ValueError(f"mask values belong to the format `values`, not to `{self.kind}`")
         if self.kind != "binary" and (self.invert or self.threshold is not None):
@@ -139,6 +145,8 @@ def read_mask(data: bytes, rule: MaskFormat, palette: Palette, where: str) -> Ca
     image, _ = load(opened := open_image(data, where), where)
     pixels = mask_pixels(image, where)
     index = rule.to_index(pixels, where)
+    if rule.kind == "binary" and opened.mode == "P" and not rule.invert:
+        refuse_inverted(image, pixels, where)
     canonical = (
         opened.format == "PNG"
         and image.mode == "P"
@@ -147,6 +155,22 @@ def read_mask(data: bytes, rule: MaskFormat, palette: Palette, where: str) -> Ca
     )
     values = tuple(np.flatnonzero(np.bincount(pixels.ravel(), minlength=256)).tolist())
     return CanonicalMask(data if canonical else encode_mask(index, palette), index, values)
+
+
+def refuse_inverted(image: Image.Image, pixels: Uint8, where: str) -> None:
+    """Raise DataError where a black and white palette has white as its index 0.
+
+    Programs that save a black and white picture as GIF may number the colours so; read as it
+    stands, such a mask has foreground and background swapped.
+    """
+    colours = bytes(image.getpalette("RGB") or ())
+    foreground = int(pixels.max())
+    shown = colours[3 * foreground : 3 * foreground + 3]
+    if foreground and colours[:3] == b"\xff\xff\xff" and shown == b"\0\0\0":
+        raise DataError(
+            f"{where} has white as its index 0, so background and foreground may be swapped; "
+            "add --invert if white is the foreground, else save it without a palette"
+        )
 
 
 def mask_pixels(image: Image.Image, where: str) -> Uint8:

@@ -5,6 +5,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -75,18 +76,18 @@ class ShardReader:
 
     def __init__(self, folder: Path, shards: Sequence[ShardInfo]) -> None:
         self.folder, self.shards = folder, tuple(shards)
-        self.opened: OrderedDict[int, tuple[int, ShardIndex]] = OrderedDict()
+        self.opened: OrderedDict[int, tuple[FileIO, ShardIndex]] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "opened": OrderedDict()}
 
     def read(self, address: Address) -> RawSample:
         """One sample, in one read. Raises DataError if the shard is missing, cut or changed."""
-        handle, index = self.open(address.shard)
+        file, index = self.open(address.shard)
         entry = index[address.row]
         where = f"{self.folder / self.shards[address.shard].name}: {entry.key}"
         begin, end = extent(entry)
-        data = os.pread(handle, end - begin, begin)
+        data = os.pread(file.fileno(), end - begin, begin)
         if len(data) != end - begin:
             raise DataError(f"{where} ends too early; the shard is cut, copy or pack it again")
 
@@ -103,28 +104,35 @@ class ShardReader:
             where=where,
         )
 
-    def open(self, shard: int) -> tuple[int, ShardIndex]:
-        """The descriptor and the offsets of a shard, the least recently used one closed."""
+    def open(self, shard: int) -> tuple[FileIO, ShardIndex]:
+        """The file and the offsets of a shard, the least recently used one closed."""
         if shard in self.opened:
             self.opened.move_to_end(shard)
             return self.opened[shard]
         info = self.shards[shard]
         path = self.folder / info.name
+        index = ShardIndex(path)
+        if len(index) != info.samples:
+            raise DataError(
+                f"{index.path} lists {len(index)} samples, the manifest says {info.samples}; "
+                "copy or pack it again"
+            )
         try:
-            handle = os.open(path, os.O_RDONLY)
+            # Unbuffered; closes itself when nobody holds it any more.
+            file = FileIO(path)
         except OSError as error:
             raise DataError(f"{path} cannot be opened: {error.strerror}") from error
-        size = os.fstat(handle).st_size
+        size = os.fstat(file.fileno()).st_size
         if size != info.bytes:
-            os.close(handle)
+            file.close()
             raise DataError(
                 f"{path} has {size:,} bytes, the manifest says {info.bytes:,}; "
                 "copy or pack it again"
             )
-        self.opened[shard] = (handle, ShardIndex(path))
+        self.opened[shard] = (file, index)
         if len(self.opened) > MAX_OPEN:
             _, (oldest, _) = self.opened.popitem(last=False)
-            os.close(oldest)
+            oldest.close()
         return self.opened[shard]
 
 

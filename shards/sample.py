@@ -105,9 +105,12 @@ def load(image: Image.Image, where: str) -> tuple[Image.Image, bool]:
     Raises DataError on a damaged file.
     """
     try:
+        # A PNG's orientation may follow its pixels; a TIFF is turned, and it forgotten, by load().
+        before = 1 if image.format == "PNG" else image.getexif().get(EXIF_ORIENTATION, 1)
         image.load()
-        is_turned = image.getexif().get(EXIF_ORIENTATION, 1) not in (0, 1)
-        return (ImageOps.exif_transpose(image) if is_turned else image), is_turned
+        after = image.getexif().get(EXIF_ORIENTATION, 1)
+        upright = ImageOps.exif_transpose(image) if after not in (0, 1) else image
+        return upright, before not in (0, 1) or after not in (0, 1)
     except Exception as error:  # Pillow's decoders raise whatever the bytes provoke
         raise DataError(f"{where} is damaged ({error}); repair or remove it") from error
 

@@ -115,6 +115,10 @@ class SegmentationScores(Metric):
     def update(self, prediction: Tensor, mask: Tensor) -> None:
         """Count class indices: prediction and mask uint8 [B, H, W]; 255 in the mask is left out."""
         batch, k = len(mask), len(self.names)
+        # On the device, since asking for the answer would wait for it; an error surfaces later.
+        torch._assert_async(  # pyright: ignore[reportPrivateImportUsage]
+            ((mask < k) | (mask == IGNORE)).all(), "a mask value is no class"
+        )
         valid = mask != IGNORE
         sample = torch.arange(batch, device=mask.device).view(-1, 1, 1).expand(mask.shape)
         cell = (sample * k + mask.long()) * k + prediction.long()
@@ -181,8 +185,10 @@ class SegmentationScores(Metric):
 
 def fixed_point(numerator: Tensor, denominator: Tensor) -> Tensor:
     """Numerator / denominator as a multiple of 1/2^32, 0 where the denominator is 0."""
-    ratio = numerator.double() / denominator.clamp(min=1).double()
-    return (ratio * FIXED_POINT).round().long()
+    # Apple's GPUs have no float64; everywhere else nothing leaves the device.
+    device = "cpu" if numerator.device.type == "mps" else numerator.device
+    ratio = numerator.to(device).double() / denominator.to(device).clamp(min=1).double()
+    return (ratio * FIXED_POINT).round().long().to(numerator.device)
 
 
 def divide(numerator: int, denominator: int) -> float | None:

@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 from unet import weights
 from unet.blocks import DoubleConv, Down, Norm, Padding, Up
+
+MAX_CHANNELS = 65_536
+"""A config.json from elsewhere may not ask for more at the bottom than any machine holds."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,16 +36,27 @@ class UNetConfig:
     """Share of channels dropped at the end of the contracting path while training."""
 
     def __post_init__(self) -> None:
+        for name, known in (("padding", Padding), ("norm", Norm)):
+            if getattr(self, name) not in get_args(known):
+                raise ValueError(f"{name} must be one of {', '.join(get_args(known))}")
         for name, least in (
             ("in_channels", 1),
             ("num_classes", 2),
             ("base_channels", 1),
             ("depth", 1),
         ):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+            got = getattr(self, name)
+            if not isinstance(got, int):
+                raise ValueError(f"{name} must be a whole number, got {got!r}")
+            if got < least:
+                raise ValueError(f"{name} must be at least {least}, got {got}")
         if self.num_classes > 255:
             raise ValueError(f"num_classes must be at most 255, got {self.num_classes}")
+        if self.base_channels * 2**self.depth > MAX_CHANNELS:
+            raise ValueError(
+                f"base_channels {self.base_channels} and depth {self.depth} make more than "
+                f"{MAX_CHANNELS:,} channels"
+            )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
 
@@ -172,7 +186,20 @@ class UNet(nn.Module, ModelHubMixin):
         weights.save(self, save_directory)
 
     @classmethod
-    def _from_pretrained(cls, *, model_id: str, **download: Any) -> "UNet":
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> "UNet":
+        """The model of a folder (`save_pretrained`) or hub repository, in evaluation mode.
+
+        Raises FileNotFoundError for a folder without the two files, ValueError for damaged ones.
+        """
+        if Path(pretrained_model_name_or_path).is_dir():
+            # First, since the mixin's own reading of config.json does not name the file.
+            weights.read_header(weights.find(str(pretrained_model_name_or_path)))
+        return super().from_pretrained(pretrained_model_name_or_path, **options)
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id: str, config: Any = None, **download: Any) -> "UNet":
+        # `config` is the hub mixin's own, lenient reading of config.json; ours names what is wrong.
+        del config
         folder = weights.find(model_id, **download)
         header = weights.read_header(folder)
         config = weights.from_plain(UNetConfig, header["model"], folder)

@@ -45,7 +45,7 @@ def read_header(folder: Path) -> dict[str, Any]:
     path = folder / HEADER
     try:
         header = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(header, dict) or "model" not in header:
         raise ValueError(f"{path} does not describe a U-Net: it has no 'model'")
@@ -64,7 +64,7 @@ def from_plain(cls: type[T], plain: dict[str, Any], folder: Path) -> T:
         )
     try:
         return cls(**{name: to_tuple(value) for name, value in plain.items()})
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{folder / HEADER}: {error}") from error
 
 

@@ -122,7 +122,7 @@ def test_nothing_in_a_checkpoint_is_executed(learner: Learner, tmp_path: Path) -
     checkpoints.save(STATE, learner, None, is_best=False)
     trace = tmp_path / "trace"
     torch.save({"model": Payload(trace)}, tmp_path / "checkpoints" / "last" / "training.pt")
-    with pytest.raises(pickle.UnpicklingError):
+    with pytest.raises(DataError, match=r"training\.pt is damaged"):
         checkpoints.resume(STATE.fixed, learner, None)
     assert not trace.exists()
 

@@ -31,8 +31,8 @@ def opened(request):
 
     yield make
     for reader in readers:
-        for handle, _ in reader.opened.values():
-            os.close(handle)
+        for file, _ in reader.opened.values():
+            file.close()
 
 
 def infos_of(manifest):
@@ -208,8 +208,6 @@ def test_a_reader_is_picklable_and_opens_its_own_files(make_shards, opened):
     copy = pickle.loads(pickle.dumps(reader))
     assert (copy.opened, len(reader.opened)) == ({}, 1)
     assert copy.read(Address(0, 0, 1)) == expected
-    for handle, _ in copy.opened.values():
-        os.close(handle)
 
 
 class KeepKeys:

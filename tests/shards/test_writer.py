@@ -216,8 +216,6 @@ def test_what_is_written_is_read_back(tmp_path, contents, name):
         assert (raw.key, raw.position, raw.extension) == (key, 7, "tif")
         assert (raw.image, raw.mask) == (picture, mask)
         assert raw.describe() == {"source": key}
-    for handle, _ in reader.opened.values():
-        os.close(handle)
 
 
 def test_write_atomically_replaces_or_leaves_the_old_file(tmp_path, monkeypatch):

@@ -283,7 +283,7 @@ def test_weights_of_another_model_are_named_tensor_by_tensor(saved):
             lambda h: {**h, "data": {"classes": ["a", "b"]}},
             "missing 5 required keyword-only arguments: 'palette'",
         ),
-        (lambda h: {**h, "model": {**h["model"], "depth": "2"}}, "not supported between"),
+        (lambda h: {**h, "model": {**h["model"], "depth": "2"}}, "depth must be a whole number"),
     ],
 )
 def test_a_foreign_config_is_named(saved, change, message):
