@@ -30,7 +30,7 @@ class AugmentConfig:
     """Most degrees that a crop is turned beyond that, either way; 0 is off."""
     scale: float = 1.25
     """Most that a crop is enlarged or reduced, as a factor; 1 is off."""
-    warp_share: float = 0.5
+    warp_share: float = 0.25
     """Share of the crops that are turned and scaled; the others keep their pixels as they are."""
     contrast: float = 1.25
     """Most that contrast is raised or lowered, as a factor; 1 is off."""

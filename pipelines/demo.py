@@ -38,7 +38,7 @@ class DemoConfig:
     """Folder for everything that is made."""
     size: int = 256
     """Side of the sample pictures in pixels."""
-    steps: int = 280
+    steps: int = 200
     """Optimizer steps of the training."""
     seed: int = 0
     """Seed of the pictures and the training."""
@@ -58,8 +58,8 @@ def run(config: DemoConfig) -> int:
         rule = "--mask-format binary --classes background cell --val-fraction 0.2"
         step("pack", f"{folders} {rule} {words('--out', shards)}")
     where = words("--data", shards, "--run-dir", run_dir)
-    size = "--model.preset small --model.base-channels 12 --crop-size 128"
-    length = f"--steps {config.steps} --eval-every 140 --seed {config.seed}"
+    size = "--model.preset small --model.base-channels 12 --crop-size 128 --global-batch-size 4"
+    length = f"--steps {config.steps} --eval-every 100 --seed {config.seed}"
     step("train", f"{where} {size} {length}", launch=True)
     step("evaluate", words("--checkpoint", run_dir, "--data", shards, "--split", "val"))
     what = words("--checkpoint", run_dir, "--input", pictures / "unseen", "--out", masks)

@@ -38,6 +38,8 @@ from unet import PRESETS, DataSpec, LossConfig, Scores, SegmentationLoss, TileCo
 DEFAULT_STEPS = 10_000
 CROP_SIZE = {"modern": 512, "small": 256}
 """Largest default crop of each preset, in pixels."""
+GLOBAL_BATCH_SIZE = {"modern": 8, "small": 2}
+"""Default of each preset. Where a step takes long, more and smaller steps learn faster."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,7 +53,7 @@ class ModelConfig:
     depth: int | None = None
     """How many times the picture is halved; left out: the preset's (4)."""
     norm: Literal["group", "batch", "instance", "none"] | None = None
-    """Normalisation; left out: the preset's (group)."""
+    """Normalisation; left out: the preset's (instance)."""
 
     def __post_init__(self) -> None:
         replace(PRESETS[self.preset], **self.changes())
@@ -80,8 +82,9 @@ class TrainConfig:
     """Passes over the training split."""
     minutes: float | None = None
     """Wall-clock minutes of training, validation included, added up over resumes."""
-    global_batch_size: int = 4
-    """Samples of one optimizer step, over all ranks. It belongs to the run, not to the machine."""
+    global_batch_size: int | None = None
+    """Samples of one optimizer step, over all ranks. It belongs to the run, not to the machine.
+    Left out: 8 (2 with the preset small)."""
     accumulate: int = 1
     """Forward passes that a rank splits its part of a step into."""
     crop_size: int | None = None
@@ -109,11 +112,10 @@ class TrainConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
-        for name in ("steps", "epochs", "minutes", "crop_size"):
+        for name in ("steps", "epochs", "minutes", "crop_size", "global_batch_size"):
             if (value := getattr(self, name)) is not None and value <= 0:
                 raise ValueError(f"{name} must be above 0, got {value}")
         for name in (
-            "global_batch_size",
             "accumulate",
             "log_every",
             "eval_every",
@@ -130,10 +132,14 @@ class TrainConfig:
         """What ends the run, in steps and minutes."""
         steps = [] if self.steps is None else [self.steps]
         if self.epochs is not None:
-            steps.append(max(1, round(self.epochs * num_samples / self.global_batch_size)))
+            steps.append(max(1, round(self.epochs * num_samples / self.step_samples())))
         if not steps and self.minutes is None:
             steps = [DEFAULT_STEPS]
         return Limits(min(steps) if steps else None, self.minutes)
+
+    def step_samples(self) -> int:
+        """Samples of one optimizer step, over all ranks."""
+        return self.global_batch_size or GLOBAL_BATCH_SIZE[self.model.preset]
 
 
 def run(config: TrainConfig) -> int:
@@ -206,10 +212,10 @@ def run(config: TrainConfig) -> int:
         if bad_step := budget.advance():
             raise RunError(not_finite(bad_step, config, manifest, order))
 
-        position = budget.step * config.global_batch_size
+        position = budget.step * config.step_samples()
         state = replace(state, step=budget.step, position=position, seconds=budget.seconds)
         if budget.step % config.log_every == 0 or budget.spent or budget.interrupted:
-            values = meter.read(config.global_batch_size)
+            values = meter.read(config.step_samples())
             tracker.log(budget.step, {**values, "train/lr": lr})
             progress.show(values)
     else:
@@ -231,6 +237,7 @@ def resolve(config: TrainConfig, manifest: Manifest) -> tuple[TrainConfig, Order
     """What the data set decides. Raises DataError or UsageError before any device is touched."""
     train_split = manifest.split("train", config.data)
     manifest.split("val", config.data)
+    config = replace(config, global_batch_size=config.step_samples())
     if config.crop_size is None:
         size = default_crop_size(train_split, CROP_SIZE[config.model.preset])
         config = replace(config, crop_size=size)
@@ -240,13 +247,14 @@ def resolve(config: TrainConfig, manifest: Manifest) -> tuple[TrainConfig, Order
 
 def rank_batch_size(config: TrainConfig, world: int) -> int:
     """Samples of one forward pass of one rank. Raises UsageError where the step does not divide."""
-    size, rest = divmod(config.global_batch_size, world * config.accumulate)
+    samples = config.step_samples()
+    size, rest = divmod(samples, world * config.accumulate)
     if rest or not size:
         passes = world * config.accumulate
-        below = config.global_batch_size // passes * passes
+        below = samples // passes * passes
         fitting = [str(number) for number in (below, below + passes) if number]
         raise UsageError(
-            f"--global-batch-size {config.global_batch_size} does not divide among {world} ranks x "
+            f"--global-batch-size {samples} does not divide among {world} ranks x "
             f"{config.accumulate} accumulated passes; {' or '.join(fitting)} would"
         )
     return size
@@ -405,8 +413,8 @@ def save(
 def not_finite(step: int, config: TrainConfig, manifest: Manifest, order: Order) -> str:
     """Which step, and which samples were in it."""
     reader = ShardReader(config.data, manifest.splits["train"].shards)
-    first = (step - 1) * config.global_batch_size
-    addresses = [order.locate(first + i) for i in range(config.global_batch_size)]
+    samples = config.step_samples()
+    addresses = [order.locate((step - 1) * samples + i) for i in range(samples)]
     keys = [reader.read(address).key for address in addresses[:8]]
     more = f" and {len(addresses) - 8} more" if len(addresses) > 8 else ""
     return (

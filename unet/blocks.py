@@ -19,8 +19,8 @@ GROUP_CHANNELS = 8
 def make_norm(norm: Norm, channels: int) -> nn.Module:
     """Normalisation of a map [B, channels, H, W].
 
-    Group norm depends on neither the batch nor the rank, which is why it is the default: the same
-    sample gives the same gradient on one GPU and on sixty-four.
+    Instance and group norm depend on neither the batch nor the rank: the same sample gives the same
+    gradient on one GPU and on sixty-four.
     """
     match norm:
         case "group":

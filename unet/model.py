@@ -30,8 +30,9 @@ class UNetConfig:
     """How many times the picture is halved."""
     padding: Padding = "same"
     """`same`: logits as large as the picture. `valid`: convolutions without padding, as in 2015."""
-    norm: Norm = "group"
-    """Normalisation after each 3x3 convolution."""
+    norm: Norm = "instance"
+    """Normalisation after each 3x3 convolution. Instance and group norm depend on neither the batch
+    nor the rank; instance norm learns faster (tests/benchmarks)."""
     dropout: float = 0.0
     """Share of channels dropped at the end of the contracting path while training."""
 
@@ -66,7 +67,7 @@ PRESETS: dict[str, UNetConfig] = {
     "paper": UNetConfig(padding="valid", norm="none", dropout=0.5),
     "small": UNetConfig(base_channels=16),
 }
-"""`modern`: 31 M parameters, padded, group norm. `paper`: that of 2015. `small`: for laptops."""
+"""`modern`: 31 M parameters, padded, normed. `paper`: that of 2015. `small`: for laptops."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -164,7 +165,11 @@ class UNet(nn.Module, ModelHubMixin):
     def pad(self, image: Tensor) -> Tensor:
         """Repeat the last row and column up to the next multiple of 2^depth."""
         multiple = 2**self.config.depth
-        bottom, right = (-image.shape[-2] % multiple, -image.shape[-1] % multiple)
+        # One pixel at the bottom has no deviation to divide by.
+        least = 2 * multiple if self.config.norm == "instance" else multiple
+        bottom, right = (
+            max(least - side, -side % multiple) for side in (image.shape[-2], image.shape[-1])
+        )
         return F.pad(image, (0, right, 0, bottom), mode="replicate") if bottom or right else image
 
     def require_valid_size(self, image: Tensor) -> Tensor:

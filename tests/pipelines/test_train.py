@@ -439,7 +439,7 @@ def test_a_shard_that_was_cut_is_named_in_one_line(
         (("--minutes", -1), "minutes must be above 0, got -1"),
         (("--epochs", 0), "epochs must be above 0, got 0"),
         (("--crop-size", 0), "crop_size must be above 0, got 0"),
-        (("--global-batch-size", 0), "global_batch_size must be at least 1, got 0"),
+        (("--global-batch-size", 0), "global_batch_size must be above 0, got 0"),
         (("--log-every", 0), "log_every must be at least 1, got 0"),
         (("--keep-checkpoints", 0), "keep_checkpoints must be at least 1, got 0"),
         (("--seed", -1), "seed and workers must not be below 0"),
