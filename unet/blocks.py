@@ -13,7 +13,7 @@ Padding = Literal["same", "valid"]
 Norm = Literal["group", "batch", "instance", "none"]
 
 GROUP_CHANNELS = 8
-"""Channels that group norm averages together; a narrower layer is one group."""
+"""Channels that group norm averages together, or the next number that divides the layer."""
 
 
 def make_norm(norm: Norm, channels: int) -> nn.Module:
@@ -24,7 +24,9 @@ def make_norm(norm: Norm, channels: int) -> nn.Module:
     """
     match norm:
         case "group":
-            return nn.GroupNorm(max(1, channels // GROUP_CHANNELS), channels)
+            most = max(1, channels // GROUP_CHANNELS)
+            num_groups = next(n for n in range(most, 0, -1) if channels % n == 0)
+            return nn.GroupNorm(num_groups, channels)
         case "batch":
             return nn.BatchNorm2d(channels)
         case "instance":

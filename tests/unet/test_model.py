@@ -98,7 +98,7 @@ def test_an_invalid_size_names_the_two_nearest(side, near):
     height=st.integers(1, 21),
     width=st.integers(1, 21),
     depth=st.integers(1, 3),
-    norm=st.sampled_from(["group", "batch", "none"]),
+    norm=st.sampled_from(["group", "batch", "instance", "none"]),
 )
 def test_padded_presets_take_any_size_from_one_pixel(height, width, depth, norm):
     model = tiny(depth=depth, norm=norm)
@@ -109,8 +109,8 @@ def test_padded_presets_take_any_size_from_one_pixel(height, width, depth, norm)
 
 
 @pytest.mark.parametrize("name", ["modern", "small"])
-def test_the_padded_presets_are_padded_and_group_normed(name):
-    assert (PRESETS[name].padding, PRESETS[name].norm) == ("same", "group")
+def test_the_padded_presets_are_padded_and_instance_normed(name):
+    assert (PRESETS[name].padding, PRESETS[name].norm) == ("same", "instance")
     model = UNet.from_preset(name, in_channels=3, num_classes=4, base_channels=2).eval()
     with torch.inference_mode():
         assert model(torch.zeros(1, 3, 33, 17)).shape == (1, 4, 33, 17)
