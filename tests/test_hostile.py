@@ -128,7 +128,7 @@ def saved(tmp_path):
         lambda t: json.dumps({**json.loads(t), "data": 3}),
         lambda t: t.replace('"depth": 1', '"depth": 0'),
         lambda t: t.replace('"depth": 1', '"depth": 1.5'),
-        lambda t: t.replace('"group"', '"layer"'),
+        lambda t: t.replace('"instance"', '"layer"'),
         lambda t: t.replace('"same"', '"reflect"'),
         lambda t: t.replace('"base_channels": 2', '"base_channels": 100000000'),
     ],
