@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from pipelines import scoring
@@ -16,7 +16,7 @@ from unet import TileConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class EvaluateConfig:
+class EvaluateConfig(TileConfig):
     """Score a checkpoint on every picture of a split, at its own size."""
 
     checkpoint: str
@@ -29,7 +29,6 @@ class EvaluateConfig:
     """Folder for scores.json; left out: the run folder or checkpoint folder."""
     workers: int | None = None
     """Decoding processes of each rank; left out: its share of the CPUs, at most 8."""
-    tiles: TileConfig = field(default_factory=TileConfig)
 
 
 def run(config: EvaluateConfig) -> int:
@@ -55,7 +54,7 @@ def run(config: EvaluateConfig) -> int:
     accelerator = start()
     model = loaded.model.to(accelerator.device)
     scores = scoring.score(
-        model, accelerator, config.data, manifest, config.split, config.tiles, config.workers
+        model, accelerator, config.data, manifest, config.split, config, config.workers
     )
     if accelerator.is_main_process:
         out.mkdir(parents=True, exist_ok=True)

@@ -82,7 +82,7 @@ def test_neither_workers_nor_batches_change_a_digit(
     checkpoint, data = hand
     told = ("--checkpoint", checkpoint, "--data", data)
     assert call("evaluate", *told, "--out", tmp_path / "1", "--workers", 0).code == 0
-    more = ("--tiles.batch-size", batch_size, "--workers", workers)
+    more = ("--batch-size", batch_size, "--workers", workers)
     assert call("evaluate", *told, "--out", tmp_path / "2", *more).code == 0
     one, two = ((tmp_path / name / "scores.json").read_bytes() for name in "12")
     assert one == two
@@ -99,7 +99,7 @@ def test_perfect_predictions_score_one(by_hand, draw, call, tmp_path: Path) -> N
     told = ("--checkpoint", by_hand(), "--data", tmp_path / "data", "--split", "train")
     # Also in tiles.
     for tile in (1024, 32):
-        more = ("--out", tmp_path / "out", "--workers", 0, "--tiles.tile", tile)
+        more = ("--out", tmp_path / "out", "--workers", 0, "--tile", tile)
         assert call("evaluate", *told, *more).code == 0
         scores = json.loads((tmp_path / "out" / "scores.json").read_text())
         assert scores["macro"] == scores["micro"] == scores["per_image"] == {"dice": 1, "iou": 1}
