@@ -13,10 +13,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from pipelines.augment import Purpose, crop, uniform
+from shards.images import ImageFormat
 from shards.index import Manifest, SplitInfo
 from shards.order import EvalPlan, TrainPlan
 from shards.reader import RawSample, ShardReader, Stage, read_samples
-from shards.sample import Channels, DataError, Sample
+from shards.sample import DataError, Sample
 
 MOST_WORKERS = 8
 """Decoding processes of a rank unless said otherwise; a GPU's training step needs no more."""
@@ -50,7 +51,8 @@ class Batch:
 class CropStage:
     """Raw samples -> one batch of crops, filled in place."""
 
-    channels: Channels
+    form: ImageFormat
+    num_classes: int
     size: int
     fill: tuple[int, ...]
     seed: int
@@ -63,7 +65,7 @@ class CropStage:
             image = torch.empty(len(raws), self.size, self.size, len(fill), dtype=torch.uint8)
             mask = torch.empty(len(raws), self.size, self.size, dtype=torch.uint8)
             for i, raw in enumerate(raws):
-                sample = raw.decode(self.channels)
+                sample = raw.decode(self.form, self.num_classes)
                 draws = uniform(self.seed, raw.position, Purpose.CROP, 2)
                 image_crop, mask_crop = crop(
                     sample.image, require_mask(sample, raw), self.size, fill, draws
@@ -76,12 +78,13 @@ class CropStage:
 class WholeStage:
     """Raw samples -> batches of whole pictures, those of one size that follow each other."""
 
-    channels: Channels
+    form: ImageFormat
+    num_classes: int
 
     def __call__(self, source: Iterator[list[RawSample]]) -> Iterator[Batch]:
         """One or more batches for each list of raw samples."""
         for raws in source:
-            decoded = [(raw, raw.decode(self.channels)) for raw in raws]
+            decoded = [(raw, raw.decode(self.form, self.num_classes)) for raw in raws]
             for _, group in groupby(decoded, key=lambda item: item[1].image.shape):
                 same = list(group)
                 image = torch.from_numpy(np.stack([sample.image for _, sample in same]))
@@ -117,7 +120,7 @@ def train_batches(
 ) -> Iterator[Batch]:
     """The endless training batches of one rank, beginning where the plan does."""
     fill = tuple(round(m * 255) for m in manifest.mean)
-    stage = CropStage(manifest.channels, crop_size, fill, seed)
+    stage = CropStage(manifest.image_format, len(manifest.classes), crop_size, fill, seed)
     reader = ShardReader(folder, manifest.split("train", folder).shards)
     return iter(load(reader, plan, stage, workers, pin))
 
@@ -135,9 +138,8 @@ def eval_batches(
 ) -> Iterator[Batch]:
     """Every sample of a split on exactly one rank, unpadded, whole."""
     plan = EvalPlan(tuple(s.samples for s in split.shards), batch_size, rank, world)
-    return iter(
-        load(ShardReader(folder, split.shards), plan, WholeStage(manifest.channels), workers, pin)
-    )
+    stage = WholeStage(manifest.image_format, len(manifest.classes))
+    return iter(load(ShardReader(folder, split.shards), plan, stage, workers, pin))
 
 
 def load(

@@ -21,6 +21,7 @@ from torch.amp.grad_scaler import GradScaler
 
 from pipelines.config import RunError, UsageError
 from pipelines.optim import Learner
+from shards.images import ImageFormat
 from shards.sample import DataError
 from shards.writer import write_json
 from unet import DataSpec, UNet, weights
@@ -162,6 +163,11 @@ class LoadedModel:
     spec: DataSpec
     digest: str
     """sha256 of its weights file."""
+
+    @property
+    def image_format(self) -> ImageFormat:
+        """How pictures are decoded for it."""
+        return ImageFormat(self.spec.channels, self.spec.alpha, self.spec.image_range)
 
 
 def load_model(checkpoint: str) -> LoadedModel:

@@ -8,7 +8,9 @@ from importlib.metadata import version
 
 VERBS = {
     "separate": "part a folder that mixes pictures and masks",
+    "check": "what packing would refuse, what the masks hold, and a sheet to look at",
     "pack": "pictures and masks -> WebDataset shards with a manifest",
+    "index": "shards that others wrote -> a data set, without rewriting them",
     "unpack": "shards -> folders of pictures and masks",
     "train": "train a U-Net on shards, or resume",
     "evaluate": "exact scores of a checkpoint on a split",

@@ -18,8 +18,8 @@ from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
 from pipelines.config import RunError, run_command
+from shards.images import encode_png
 from shards.index import MANIFEST
-from shards.sample import encode_png
 from shards.writer import write_atomically
 
 CPU_RANKS = 2

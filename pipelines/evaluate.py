@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipelines import scoring
@@ -46,11 +46,13 @@ def run(config: EvaluateConfig) -> int:
             f"{config.checkpoint} knows the classes {', '.join(loaded.spec.classes)}, "
             f"{config.data} has {', '.join(manifest.classes) or 'none'}; they must be the same"
         )
-    if loaded.spec.channels != manifest.channels:
+    if loaded.spec.channels != manifest.image_format.channels:
         raise DataError(
             f"{config.checkpoint} was trained on {loaded.spec.channels} pictures, "
-            f"{config.data} holds {manifest.channels}; they must be the same"
+            f"{config.data} holds {manifest.image_format.channels}; they must be the same"
         )
+    # The range of 16-bit pictures is part of what the model has learned.
+    manifest = replace(manifest, image_format=loaded.image_format)
     accelerator = start()
     model = loaded.model.to(accelerator.device)
     scores = scoring.score(

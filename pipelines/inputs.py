@@ -14,7 +14,7 @@ from typing import Protocol
 from pipelines.config import UsageError
 from shards.index import MANIFEST, ShardInfo, read_manifest
 from shards.order import Address
-from shards.pairs import list_images, listing
+from shards.pairs import ProblemsError, list_images
 from shards.reader import ShardReader
 from shards.sample import DataError, encode_key
 
@@ -69,7 +69,7 @@ class FileInputs:
     def read(self, number: int) -> Picture:
         """Read the file."""
         source = self.sources[number]
-        return Picture(encode_key(PurePosixPath(source)), source, (self.root / source).read_bytes())
+        return Picture(encode_key(source), source, (self.root / source).read_bytes())
 
     def digest(self) -> str:
         """Of the names; two runs over one list are one job even if a picture has vanished."""
@@ -104,7 +104,8 @@ class ShardInputs:
     def read(self, number: int) -> Picture:
         """Read the sample's picture."""
         raw = self.reader.read(self.address(number))
-        return Picture(raw.key, str(raw.describe().get("source", raw.key)), raw.image)
+        source = str(raw.describe().get("source", f"{raw.key}.{raw.extension}"))
+        return Picture(encode_key(source), source, raw.image)
 
     def digest(self) -> str:
         """Of the manifest, which holds every shard's own."""
@@ -171,7 +172,7 @@ def file_inputs(root: Path, sources: Sequence[str]) -> FileInputs:
             problems.append(f"{root / stems[stem]} and {source} would have one result")
         stems[stem] = source
     if problems:
-        raise DataError(listing(problems, "rename one of each, or predict them into two folders"))
+        raise ProblemsError(problems, "rename one of each, or predict them into two folders")
     return FileInputs(root, ordered)
 
 

@@ -1,7 +1,11 @@
 """Masks drawn over pictures, for people to look at."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from shards.sample import IGNORE, Palette, Uint8
 
@@ -34,3 +38,77 @@ def outline(mask: Uint8) -> np.ndarray:
     edge[1:] |= along
     edge[:-1] |= along
     return edge
+
+
+CELL = 200
+"""Side of a picture on a contact sheet, in pixels."""
+COLUMNS = 6
+CAPTION = 16
+"""Height of a line of text, in pixels."""
+INK, PAPER = (230, 230, 230), (24, 24, 24)
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One picture of a contact sheet."""
+
+    caption: str
+    image: Image.Image
+    """Mode RGB."""
+    mask: Uint8 | None
+    """Class indices [H, W]."""
+
+
+def contact_sheet(cells: Sequence[Cell], palette: Palette, legend: Sequence[str]) -> Image.Image:
+    """Pictures side by side with their masks drawn over them, and what the colours mean.
+
+    Args:
+        cells: at least one.
+        palette: RGB colour of each class.
+        legend: a line for each class, then perhaps one for ignored pixels.
+    """
+    columns = max(2, min(COLUMNS, len(cells)))
+    drawn = [thumbnail(cell, palette) for cell in cells]
+    rows = [
+        range(start, min(start + columns, len(cells))) for start in range(0, len(cells), columns)
+    ]
+    heights = [max(drawn[number].height for number in row) + CAPTION + 4 for row in rows]
+    legend_top = sum(heights) + CAPTION // 2
+    height = legend_top + -(-len(legend) // columns) * CAPTION
+    sheet = Image.new("RGB", (columns * CELL, height), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for row, top in zip(rows, accumulate(heights, initial=0), strict=False):
+        for column, number in enumerate(row):
+            sheet.paste(drawn[number], (column * CELL + 2, top + 2))
+            caption = text_line(cells[number].caption, CELL - 3)
+            sheet.paste(caption, (column * CELL + 3, top + 3 + drawn[number].height))
+    for number, line in enumerate(legend):
+        left, top = number % columns * CELL + 3, legend_top + number // columns * CAPTION
+        swatch = palette[number] if number < len(palette) else (128, 128, 128)
+        draw.rectangle((left, top, left + 12, top + 12), fill=swatch, outline=INK)
+        sheet.paste(text_line(line, CELL - 21), (left + 18, top))
+    return sheet
+
+
+def thumbnail(cell: Cell, palette: Palette) -> Image.Image:
+    """A picture with its mask, no larger than a cell."""
+    factor = min(1.0, (CELL - 4) / max(cell.image.size))
+    size = (max(1, round(cell.image.width * factor)), max(1, round(cell.image.height * factor)))
+    small = cell.image.resize(size, Image.Resampling.BOX)
+    if cell.mask is None:
+        return small
+    mask = np.asarray(Image.fromarray(cell.mask).resize(size, Image.Resampling.NEAREST))
+    return draw_overlay(np.asarray(small), mask, palette)
+
+
+def text_line(text: str, width: int) -> Image.Image:
+    """A line of text, cut where it would run into its neighbour."""
+    line = Image.new("RGB", (width, CAPTION), PAPER)
+    ImageDraw.Draw(line).text((0, 0), shorten(text), fill=INK)
+    return line
+
+
+def shorten(caption: str, most: int = CELL // 7) -> str:
+    """The end of a long name, in characters that the built-in font has."""
+    text = caption if len(caption) <= most else "..." + caption[-most + 3 :]
+    return text.encode("latin-1", "replace").decode("latin-1")

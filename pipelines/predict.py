@@ -32,6 +32,7 @@ from pipelines.devices import start
 from pipelines.inputs import Inputs, find_inputs
 from pipelines.overlay import draw_overlay
 from pipelines.scoring import make_forward
+from shards.images import ImageFormat, decode_image, encode_png
 from shards.index import (
     MANIFEST,
     Manifest,
@@ -41,17 +42,9 @@ from shards.index import (
     merge_sizes,
     write_manifest,
 )
-from shards.sample import (
-    INFO_EXTENSION,
-    MASK_EXTENSION,
-    Channels,
-    DataError,
-    Uint8,
-    decode_image,
-    encode_mask,
-    encode_png,
-    is_safe_path,
-)
+from shards.masks import encode_mask
+from shards.sample import INFO_EXTENSION, MASK_EXTENSION, DataError, Uint8, is_safe_path
+from shards.store import Store
 from shards.writer import ShardWriter, write_atomically, write_json
 from unet import DataSpec, TileConfig, predict_mask
 
@@ -210,7 +203,7 @@ def predict_shards(
     """Decode in processes, predict here, encode in threads, write in one more: all at once."""
     chunks = [chunk for shard in shards for chunk in cut(shard, len(inputs), config)]
     loader = DataLoader(
-        DecodeSource(inputs, chunks, loaded.spec.channels),
+        DecodeSource(inputs, chunks, loaded.image_format),
         batch_size=None,
         num_workers=workers,
         prefetch_factor=4 if workers else None,
@@ -253,9 +246,9 @@ def cut(shard: int, num_inputs: int, config: PredictConfig) -> Iterator[Chunk]:
 class DecodeSource(IterableDataset[list[Decoded]]):
     """Decodes chunks in a DataLoader's workers; what cannot be read becomes an error record."""
 
-    def __init__(self, inputs: Inputs, chunks: Sequence[Chunk], channels: Channels) -> None:
+    def __init__(self, inputs: Inputs, chunks: Sequence[Chunk], form: ImageFormat) -> None:
         self.inputs, self.chunks = inputs, chunks
-        self.channels: Channels = channels
+        self.form = form
 
     def __iter__(self) -> Iterator[list[Decoded]]:
         info = get_worker_info()
@@ -272,7 +265,7 @@ class DecodeSource(IterableDataset[list[Decoded]]):
                 raise DataError(
                     f"{name} names {picture.source!r} as its source, a path that leaves the folder"
                 )
-            image = torch.from_numpy(np.array(decode_image(picture.data, self.channels, name)))
+            image = torch.from_numpy(np.array(decode_image(picture.data, self.form, name)))
             return Decoded(number, picture.key, picture.source, image, None)
         except DataError as error:
             return Decoded(number, "", name, None, str(error))
@@ -396,7 +389,8 @@ def finish_job(config: PredictConfig, loaded: LoadedModel, num_shards: int) -> b
         samples = sum(report["shard"]["samples"] for report in reports)
         state = {"finished": True, "images": samples, "errors": num_errors}
         write_json(config.out / "state.json", state, within=work_dir)
-        write_manifest(config.out, predicted_manifest(loaded.spec, reports), within=work_dir)
+        manifest = predicted_manifest(loaded.spec, reports)
+        write_manifest(Store(str(config.out)), manifest, within=WORK_DIR)
     except FileNotFoundError:
         if (config.out / MANIFEST).exists():
             return False  # another rank was quicker and has cleared up
@@ -415,7 +409,7 @@ def predicted_manifest(spec: DataSpec, reports: Sequence[dict[str, Any]]) -> Man
     return Manifest(
         classes=spec.classes,
         palette=spec.palette,
-        channels=spec.channels,
+        image_format=ImageFormat(spec.channels, spec.alpha, spec.image_range),
         mask_format={
             "kind": "index",
             "num_classes": num_classes,

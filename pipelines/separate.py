@@ -13,7 +13,7 @@ import tyro
 from tqdm import tqdm
 
 from pipelines.config import run_command
-from shards.pairs import Separation, separate
+from shards.pairs import Separation, check_regex, dotted, separate
 from shards.sample import DataError
 
 
@@ -21,7 +21,7 @@ from shards.sample import DataError
 class SeparateConfig:
     """Part a folder that mixes pictures and masks into OUT/images and OUT/masks.
 
-    Masks are told by a suffix (`cell_mask.png` beside `cell.png`) or by their extension.
+    Masks are told by a suffix (`cell_mask.png` beside `cell.png`), a pattern, or their extension.
     """
 
     folder: tyro.conf.Positional[Path]
@@ -30,6 +30,10 @@ class SeparateConfig:
     """Where `images` and `masks` are made."""
     mask_suffix: str | None = None
     """What a mask's name ends with before its extension; it is dropped: `_mask`."""
+    mask_pattern: str | None = None
+    """Regular expression that is found in a mask's path (without extension) and in no picture's.
+    The mask is called what is left without the match, `_(?:seg|gt)$`, or what the pattern's groups
+    hold, `^seg_(.*)$`."""
     image_ext: str | None = None
     """Extension of the pictures: `.bmp`."""
     mask_ext: str | None = None
@@ -40,20 +44,18 @@ class SeparateConfig:
     """Say what would be done and do nothing."""
 
     def __post_init__(self) -> None:
-        by_extension = self.image_ext is not None and self.mask_ext is not None
-        if (self.mask_suffix is not None) == by_extension or (
-            (self.image_ext is None) != (self.mask_ext is None)
-        ):
-            raise ValueError("give --mask-suffix, or --image-ext together with --mask-ext")
+        by_extension = (self.image_ext is not None, self.mask_ext is not None)
+        ways = [self.mask_suffix is not None, self.mask_pattern is not None, any(by_extension)]
+        if sum(ways) != 1 or (any(by_extension) and not all(by_extension)):
+            raise ValueError(
+                "give --mask-suffix, or --mask-pattern, or --image-ext together with --mask-ext"
+            )
         if self.mask_suffix == "":
             raise ValueError("--mask-suffix must not be empty")
-        if by_extension and dotted(self.image_ext) == dotted(self.mask_ext):
+        if self.mask_pattern is not None:
+            check_regex("--mask-pattern", self.mask_pattern)
+        if all(by_extension) and dotted(self.image_ext) == dotted(self.mask_ext):
             raise ValueError("--image-ext and --mask-ext must differ; else use --mask-suffix")
-
-
-def dotted(extension: str | None) -> str | None:
-    """`PNG`, `png` and `.png` mean `.png`."""
-    return None if extension is None else "." + extension.lower().lstrip(".")
 
 
 def run(config: SeparateConfig) -> int:
@@ -62,6 +64,7 @@ def run(config: SeparateConfig) -> int:
         config.folder,
         config.out,
         mask_suffix=config.mask_suffix,
+        mask_pattern=config.mask_pattern,
         image_ext=dotted(config.image_ext),
         mask_ext=dotted(config.mask_ext),
     )

@@ -266,14 +266,16 @@ def build_model(config: TrainConfig, manifest: Manifest) -> UNet:
     spec = DataSpec(
         classes=manifest.classes,
         palette=manifest.palette,
-        channels=manifest.channels,
+        channels=manifest.image_format.channels,
         mean=manifest.mean,
         std=manifest.std,
         crop_size=config.crop_size,
+        image_range=manifest.image_format.range,
+        alpha=manifest.image_format.alpha,
     )
     return UNet.from_preset(
         config.model.preset,
-        in_channels=len(manifest.channels),
+        in_channels=len(manifest.image_format.channels),
         num_classes=len(manifest.classes),
         spec=spec,
         **config.model.changes(),

@@ -1,7 +1,7 @@
 """`unet unpack`: shards -> folders of pictures and masks, as they were before packing."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -11,17 +11,12 @@ from tqdm import tqdm
 
 from pipelines.config import run_command
 from pipelines.overlay import draw_overlay
+from shards.images import IMAGE_EXTENSIONS, decode_image, encode_png
 from shards.index import Manifest, read_manifest
+from shards.masks import decode_mask
 from shards.order import EvalPlan
 from shards.reader import RawSample, SampleSource, ShardReader
-from shards.sample import (
-    IGNORE,
-    IMAGE_EXTENSIONS,
-    MASK_EXTENSION,
-    DataError,
-    encode_png,
-    is_safe_path,
-)
+from shards.sample import IGNORE, DataError, Uint8, is_safe_path
 from shards.writer import write_atomically
 
 
@@ -48,8 +43,8 @@ def run(config: UnpackConfig) -> int:
     manifest = read_manifest(config.data)
     names = list(manifest.splits) if config.split is None else [config.split]
     splits = [manifest.split(name, config.data) for name in names]
-    table = source_table(manifest)
-    written = 0
+    paint = mask_painter(manifest)
+    seen: set[str] = set()
     with tqdm(
         total=sum(split.samples for split in splits),
         desc="unpack",
@@ -59,54 +54,85 @@ def run(config: UnpackConfig) -> int:
         for split in splits:
             plan = EvalPlan(tuple(s.samples for s in split.shards), chunk=1, rank=0, world=1)
             for (raw,) in SampleSource(ShardReader(config.data, split.shards), plan):
-                unpack_sample(raw, config, manifest, table)
-                written += 1
+                path = source_path(raw)
+                if str(path) in seen:
+                    raise DataError(
+                        f"{raw.where}: a sample called {path} was unpacked before; "
+                        "unpack one split at a time with --split, or rename it"
+                    )
+                seen.add(str(path))
+                unpack_sample(raw, path, config, manifest, paint)
                 bar.update()
-    print(f"{written} samples in {config.out}")
+    print(f"{len(seen)} samples in {config.out}")
     return 0
 
 
-def source_table(manifest: Manifest) -> np.ndarray | None:
-    """The mask file's pixel value of each class index [256]; None where they are the same."""
-    values = manifest.mask_format.get("source_values")
-    if values is None or (
-        list(values) == list(range(len(values)))
-        and manifest.mask_format.get("ignore_value") in (None, IGNORE)
-    ):
+def mask_painter(manifest: Manifest) -> Callable[[Uint8], Image.Image] | None:
+    """What turns class indices [H, W] into the mask files' own values or colours.
+
+    None where these are the indices, so that the stored bytes serve.
+    """
+    form = manifest.mask_format
+    if form.get("kind") == "rgb":
+        colours = [tuple(colour) for colour in form["colours"]]
+        ignored = [tuple(colour) for colour in form["ignore_colours"]] or [free_colour(colours)]
+        table = np.zeros((256, len(colours[0])), dtype=np.uint8)
+        table[: len(colours)] = colours
+        table[IGNORE] = ignored[0]
+        return lambda mask: Image.fromarray(table[mask])
+    values = form.get("source_values", ())
+    ignore_value = form.get("ignore_value")
+    if list(values) == list(range(len(values))) and ignore_value in (None, IGNORE):
         return None
-    table = np.arange(256, dtype=np.uint8)
-    table[: len(values)] = values
-    ignore_value = manifest.mask_format.get("ignore_value")
-    table[IGNORE] = IGNORE if ignore_value is None else ignore_value
-    return table
+    levels = np.arange(256, dtype=np.uint16)
+    levels[: len(values)] = values
+    # Without a value of their own, ignored pixels take one that no class has.
+    free = next(value for value in range(IGNORE, -1, -1) if value not in values)
+    levels[IGNORE] = free if ignore_value is None else ignore_value
+    if levels.max() < 256:
+        return lambda mask: Image.fromarray(levels.astype(np.uint8)[mask])
+    return lambda mask: Image.fromarray(levels[mask])
+
+
+def free_colour(colours: list[tuple[int, ...]]) -> tuple[int, ...]:
+    """White, or the first grey below it that no class has."""
+    greys = ((level,) * len(colours[0]) for level in range(255, -1, -1))
+    return next(grey for grey in greys if grey not in colours)
+
+
+def source_path(raw: RawSample) -> PurePosixPath:
+    """Where a sample's picture lay. Raises DataError for a path that would leave the folder."""
+    source = raw.describe().get("source", f"{raw.key}.{raw.extension}")
+    if not isinstance(source, str) or not is_safe_path(source):
+        raise DataError(
+            f"{raw.where} names {source!r} as its source, a path that leaves the folder; "
+            "it is not unpacked"
+        )
+    return PurePosixPath(source)
 
 
 def unpack_sample(
-    raw: RawSample, config: UnpackConfig, manifest: Manifest, table: np.ndarray | None
+    raw: RawSample,
+    path: PurePosixPath,
+    config: UnpackConfig,
+    manifest: Manifest,
+    paint: Callable[[Uint8], Image.Image] | None,
 ) -> None:
-    """Write the files of one sample. Raises DataError for a path that would leave the folder."""
-    source = raw.describe().get("source")
-    if not isinstance(source, str) or not is_safe_path(source):
-        raise DataError(
-            f"{raw.where} names {source!r} as its source, a path that leaves the folder"
-        )
-    path = PurePosixPath(source)
+    """Write the files of one sample."""
     # Predictions may come without their pictures; the mask then stands in.
-    has_image = raw.extension != MASK_EXTENSION
+    has_image = not raw.is_mask
     if has_image:
         unpack_image(raw, config.out / "images", path)
-    if raw.mask is not None:
-        mask_path = path.with_suffix(".png")
-        sample = raw.decode(manifest.channels)
-        assert sample.mask is not None
-        mask_file = config.out / "masks" / mask_path
-        if table is None:
-            write(mask_file, raw.mask)
-        else:
-            write(mask_file, encode_png(Image.fromarray(table[sample.mask])))
-        if config.overlay and has_image:
-            drawn = draw_overlay(sample.image, sample.mask, manifest.palette)
-            write(config.out / "overlay" / mask_path, encode_png(drawn))
+    if raw.mask is None:
+        return
+    mask_path = path.with_suffix(".png")
+    mask = decode_mask(raw.mask, len(manifest.classes), raw.where)
+    data = raw.mask if paint is None else encode_png(paint(mask))
+    write(config.out / "masks" / mask_path, data)
+    if config.overlay and has_image:
+        image = decode_image(raw.image, manifest.image_format, raw.where)
+        drawn = draw_overlay(image, mask, manifest.palette)
+        write(config.out / "overlay" / mask_path, encode_png(drawn))
 
 
 def unpack_image(raw: RawSample, folder: Path, path: PurePosixPath) -> None:

@@ -4,6 +4,7 @@
 `shards.reader`, which brings webdataset and with it torch, is imported by those who read.
 """
 
+from shards.images import ImageFormat
 from shards.index import Manifest, ShardInfo, read_manifest
 from shards.masks import MaskFormat
 from shards.pairs import Pair, find_pairs
@@ -12,6 +13,7 @@ from shards.sample import IGNORE, DataError, Sample
 __all__ = [
     "IGNORE",
     "DataError",
+    "ImageFormat",
     "Manifest",
     "MaskFormat",
     "Pair",

@@ -2,17 +2,22 @@
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
-from shards.sample import INFO_EXTENSION, MASK_EXTENSION, Channels, DataError, Palette
-from shards.writer import write_json
+from shards.images import ImageFormat
+from shards.sample import INFO_EXTENSION, MASK_EXTENSION, DataError, Palette
+from shards.store import Store
 
 MANIFEST = "index.json"
 FORMAT = "unet-shards"
-VERSION = 1
+VERSION = 2
+
+MOST_SIZES = 4096
+"""Sizes of pictures that a manifest tells apart; beyond, they are rounded down together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +64,8 @@ class Manifest:
     """Class names by index."""
     palette: Palette
     """RGB colour of each class."""
-    channels: Channels
-    """What every picture is converted to when it is decoded."""
+    image_format: ImageFormat
+    """How every picture is decoded."""
     mask_format: dict[str, Any]
     """The declared format of the mask files, and `source_values`: the pixel value of each class."""
     mean: tuple[float, ...]
@@ -69,7 +74,9 @@ class Manifest:
     """Standard deviation of each channel, pixels in 0-1."""
     splits: dict[str, SplitInfo]
     duplicates: tuple[tuple[str, ...], ...] = ()
-    """Sources of pictures that are equal byte for byte, at most a thousand groups."""
+    """Sources of pictures that are equal byte for byte, at most a thousand groups of twenty."""
+    verified: Literal["full", "headers"] = "full"
+    """Whether every pixel was looked at; with `headers`, mean and std come from a sample."""
     digest: str = field(default="", compare=False)
     """sha256 of the file that this was read from."""
 
@@ -81,13 +88,14 @@ class Manifest:
         return self.splits[name]
 
 
-def write_manifest(folder: Path, manifest: Manifest, within: Path | None = None) -> None:
-    """Write `index.json` of a folder, whole or not at all; `within`: see `write_atomically`."""
+def write_manifest(store: Store, manifest: Manifest, within: str | None = None) -> None:
+    """Write `index.json` into a folder, whole or not at all; `within`: see `Store.write`."""
     plain = asdict(manifest)
     del plain["digest"]
     for info in plain["splits"].values():
         info["samples"] = sum(shard["samples"] for shard in info["shards"])
-    write_json(folder / MANIFEST, {"format": FORMAT, "version": VERSION, **plain}, within)
+    text = json.dumps({"format": FORMAT, "version": VERSION, **plain}, indent=1) + "\n"
+    store.write(MANIFEST, text.encode(), within)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -106,15 +114,21 @@ def read_manifest(folder: Path) -> Manifest:
         if plain.pop("format", None) != FORMAT:
             raise DataError(f"{path} is not a manifest of shards that unet pack wrote")
         if (version := plain.pop("version")) != VERSION:
-            raise DataError(
-                f"{path} has version {version}, this program reads {VERSION}; update it"
-            )
+            remedy = "update it" if version > VERSION else "pack the data set again"
+            raise DataError(f"{path} has version {version}, this program reads {VERSION}; {remedy}")
         splits = {name: read_split(info) for name, info in plain.pop("splits").items()}
         tuples = {
             name: to_tuple(plain.pop(name))
             for name in ("classes", "palette", "mean", "std", "duplicates")
         }
-        return Manifest(**plain, **tuples, splits=splits, digest=hashlib.sha256(data).hexdigest())
+        form = plain.pop("image_format")
+        return Manifest(
+            **plain,
+            **tuples,
+            image_format=ImageFormat(**{**form, "range": to_tuple(form["range"])}),
+            splits=splits,
+            digest=hashlib.sha256(data).hexdigest(),
+        )
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise DataError(f"{path} is damaged ({error}); pack the data set again") from error
 
@@ -147,7 +161,8 @@ class SampleRange(NamedTuple):
     key: str
     image: MemberRange
     mask: MemberRange | None
-    info: MemberRange
+    info: MemberRange | None
+    """None in shards that others wrote."""
 
 
 class ShardIndex:
@@ -184,18 +199,32 @@ class ShardIndex:
         info = next((m for m in members if m.extension == INFO_EXTENSION), None)
         # Predictions without their pictures are samples too: the mask stands in as the picture.
         image = images[0] if images else mask
-        if image is None or info is None or len(images) > 1:
+        if image is None or len(images) > 1:
             raise DataError(
-                f"{self.path}, line {row + 2}: a sample needs one picture and a {INFO_EXTENSION}"
+                f"{self.path}, line {row + 2}: a sample has {len(images)} pictures, not one; "
+                "pack it again"
             )
-        return SampleRange(info.name.removesuffix(f".{INFO_EXTENSION}"), image, mask, info)
+        key = image.name.removesuffix(f".{image.extension}")
+        return SampleRange(key, image, mask, info)
 
 
 def merge_sizes(counts: Sequence[SizeCount]) -> tuple[SizeCount, ...]:
-    """The counts of several shards added up, the commonest size first."""
-    total: dict[tuple[int, int, str], int] = {}
+    """The counts of several shards added up, the commonest size first.
+
+    More than `MOST_SIZES` are rounded down to multiples of 2, 4, 8, ... until few enough are left:
+    a manifest stays small however odd its pictures are.
+    """
+    total: Counter[tuple[int, int, str]] = Counter()
     for size in counts:
-        kind = (size.width, size.height, size.mode)
-        total[kind] = total.get(kind, 0) + size.images
+        total[size.width, size.height, size.mode] += size.images
+    step = 1
+    while len(total) > MOST_SIZES:
+        step *= 2
+        coarse: Counter[tuple[int, int, str]] = Counter()
+        for (width, height, mode), images in total.items():
+            # A side below the step stays 1, so that no picture vanishes.
+            rounded = (max(1, width // step * step), max(1, height // step * step), mode)
+            coarse[rounded] += images
+        total = coarse
     ordered = sorted(total.items(), key=lambda item: (-item[1], item[0]))
-    return tuple(SizeCount(*cast(tuple[int, int, str], kind), images) for kind, images in ordered)
+    return tuple(SizeCount(*kind, images) for kind, images in ordered)

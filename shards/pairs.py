@@ -4,15 +4,29 @@ import csv
 import hashlib
 import os
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import Literal
+from heapq import heappop, heappush
+from pathlib import Path
+from typing import Any, Literal
 
-from shards.sample import IMAGE_EXTENSIONS, DataError, encode_key
+from shards.images import IMAGE_EXTENSIONS, OTHER_EXTENSIONS
+from shards.sample import DataError, encode_key
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
+
+SPLIT_NAMES: dict[str, Split] = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "test": "test",
+    "testing": "test",
+}
+"""What folders and lists of a split are called."""
 
 MOST_SHOWN = 20
 """Names listed in one message; the rest is counted."""
@@ -20,99 +34,315 @@ MOST_SHOWN = 20
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A picture on disk and, where there is one, its mask."""
+    """A picture and, where there is one, its mask. A million of them fit into memory."""
 
-    key: str
-    image: Path
-    mask: Path | None
     source: str
-    """Path of the picture relative to its folder, with extension, `/` between parts."""
+    """Path of the picture below the folder of pictures, with extension, `/` between parts."""
+    mask: str | None
+    """Path of the mask below the folder of masks."""
+
+    @property
+    def key(self) -> str:
+        """Its key in a shard."""
+        return encode_key(self.source)
 
 
-def find_pairs(
-    images: Path,
-    masks: Path | None,
-    *,
-    image_suffix: str = "",
-    mask_suffix: str = "",
-    skip_unpaired: bool = False,
-) -> list[Pair]:
-    """Pairs with the same relative path but for extension and suffix, sorted by key.
+@dataclass(frozen=True, slots=True)
+class Pairing:
+    """Pairs, and what is none."""
 
-    Raises DataError listing pictures without mask, masks without picture and names that two files
-    share; `skip_unpaired` leaves the first two out instead.
+    images: Path
+    """Folder below which the pictures lie."""
+    masks: Path | None
+    """Folder below which the masks lie."""
+    pairs: list[Pair]
+    """Sorted by path."""
+    unpaired: list[str]
+    """Pictures without mask and masks without picture, a line each."""
+    refused: list[str]
+    """Files with a name that two share, or of a kind that is not read, a line each."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PairRule:
+    """How a mask is found for a picture: by the path without extension, unless said otherwise."""
+
+    image_suffix: str = ""
+    """What a picture's name ends with, before the extension, that its mask's does not."""
+    mask_suffix: str = ""
+    """What a mask's name ends with, before the extension, that its picture's does not."""
+    image_ext: str | None = None
+    """Only files with this ending are pictures."""
+    mask_ext: str | None = None
+    """Only files with this ending are masks."""
+    regex: str | None = None
+    """What it finds in both paths (its groups, else the whole match) must be equal."""
+
+    def __post_init__(self) -> None:
+        if self.regex is not None:
+            check_regex("--pair-regex", self.regex)
+
+    @property
+    def tells_masks(self) -> bool:
+        """Whether it tells masks from pictures that lie in one folder."""
+        return self.image_suffix != self.mask_suffix or dotted(self.image_ext) != dotted(
+            self.mask_ext
+        )
+
+    def stem(self, name: str, *, mask: bool) -> str | None:
+        """What is equal for a picture and its mask; None where `name` is not of that side."""
+        stem, found_ext = os.path.splitext(name)
+        ext = dotted(self.mask_ext if mask else self.image_ext)
+        suffix = self.mask_suffix if mask else self.image_suffix
+        if not stem.endswith(suffix) or (ext is not None and found_ext.lower() != ext):
+            return None
+        if self.regex is None:
+            return stem.removesuffix(suffix)
+        match = re.search(self.regex, name)
+        if match is None:
+            return None
+        return "\0".join(match.groups("")) if match.re.groups else match.group()
+
+
+def check_regex(flag: str, expression: str) -> None:
+    """Raise ValueError where a regular expression is none."""
+    try:
+        re.compile(expression)
+    except re.error as error:
+        raise ValueError(f"{flag} {expression!r} is no pattern: {error}") from error
+
+
+def dotted(extension: str | None) -> str | None:
+    """`PNG`, `png` and `.png` mean `.png`."""
+    return None if extension is None else "." + extension.lower().lstrip(".")
+
+
+def find_pairs(images: Path, masks: Path | None, rule: PairRule) -> Pairing:
+    """Pairs of the files of two folders, searched recursively; the two may be one.
+
+    Raises DataError where a folder is missing or empty, or nothing belongs together.
     """
-    pictures = by_stem(list_images(images), image_suffix, images)
+    refused: list[str] = []
+    names = list_images(images, refused)
     if masks is None:
-        return [pair(images, None, name) for _, name in sorted(pictures.items())]
-    if masks.resolve() == images.resolve() and image_suffix == mask_suffix:
-        raise DataError(f"pictures and masks share the folder {images}; part them: unet separate")
-    drawn = by_stem(list_images(masks), mask_suffix, masks)
-    problems = [
-        *(
-            f"{pictures[stem]} has no mask in {masks}"
-            for stem in sorted(pictures.keys() - drawn.keys())
-        ),
-        *(
-            f"{drawn[stem]} has no picture in {images}"
-            for stem in sorted(drawn.keys() - pictures.keys())
-        ),
+        pictures, _ = by_stem(names, rule, images, refused, mask=False)
+        pairs = [Pair(name, None) for name in pictures.values()]
+        return Pairing(images, None, unique_keys(pairs, images, refused), [], refused)
+    unpaired: list[str] = []
+    if masks.resolve() == images.resolve():
+        if not rule.tells_masks:
+            raise DataError(
+                f"pictures and masks share the folder {images}; tell them apart with --mask-suffix "
+                "or --image-ext and --mask-ext, or part them: unet separate"
+            )
+        # The side with the narrower rule chooses first; the other takes what is left.
+        masks_first = bool(rule.mask_suffix or rule.mask_ext)
+        one, others = by_stem(names, rule, images, refused, mask=masks_first)
+        other, strange = by_stem(others, rule, images, refused, mask=not masks_first)
+        drawn, pictures = (one, other) if masks_first else (other, one)
+        unpaired += [f"{images / name} is neither picture nor mask by the rule" for name in strange]
+    else:
+        pictures, strange = by_stem(names, rule, images, refused, mask=False)
+        drawn, odd = by_stem(list_images(masks, refused), rule, masks, refused, mask=True)
+        unpaired += [f"{images / name} is no picture by the rule" for name in strange]
+        unpaired += [f"{masks / name} is no mask by the rule" for name in odd]
+    unpaired += [
+        f"{images / pictures[stem]} has no mask in {masks}"
+        for stem in sorted(pictures.keys() - drawn.keys())
     ]
-    if problems and not skip_unpaired:
-        raise DataError(listing(problems, "--skip-unpaired leaves them out"))
-    both = sorted(pictures.keys() & drawn.keys())
-    if not both:
-        raise DataError(f"no picture in {images} has a mask of the same name in {masks}")
-    return [pair(images, masks / drawn[stem], pictures[stem]) for stem in both]
+    unpaired += [
+        f"{masks / drawn[stem]} has no picture in {images}"
+        for stem in sorted(drawn.keys() - pictures.keys())
+    ]
+    both = pictures.keys() & drawn.keys()
+    if not both and not refused:
+        raise DataError(
+            f"no picture in {images} has a mask of the same name in {masks}: "
+            f"{first(pictures)} and {first(drawn)}, for example; "
+            "see --mask-suffix, --pair-regex and --pairs"
+        )
+    pairs = [Pair(pictures[stem], drawn[stem]) for stem in both]
+    return Pairing(images, masks, unique_keys(pairs, images, refused), unpaired, refused)
 
 
-def pair(images: Path, mask: Path | None, name: str) -> Pair:
-    """The pair of a picture that lies at `name` below `images`."""
-    return Pair(encode_key(PurePosixPath(name)), images / name, mask, name)
+def first(names: dict[str, str]) -> str:
+    """The first of some names, for a message."""
+    return min(names.values(), default="nothing")
 
 
-def list_images(folder: Path) -> list[str]:
+def unique_keys(pairs: Iterable[Pair], images: Path, refused: list[str]) -> list[Pair]:
+    """Pairs in order, those left out that would share a key in the shards (`a.png`, `a.jpg`)."""
+    by_key: dict[str, Pair] = {}
+    doubles = set()
+    for pair in sorted(pairs, key=lambda p: p.source):
+        stem = os.path.splitext(pair.source)[0]
+        if stem in by_key:
+            refused.append(f"{images / by_key[stem].source} and {pair.source} have one name")
+            doubles.add(stem)
+        by_key[stem] = pair
+    return [pair for stem, pair in by_key.items() if stem not in doubles]
+
+
+def by_stem(
+    names: Iterable[str], rule: PairRule, folder: Path, refused: list[str], *, mask: bool
+) -> tuple[dict[str, str], list[str]]:
+    """{what pairs: relative path} of one side, and the names that are not of that side.
+
+    Names that share what pairs are left out, and told in `refused`.
+    """
+    stems: dict[str, str] = {}
+    others: list[str] = []
+    doubles: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        stem = rule.stem(name, mask=mask)
+        if stem is None:
+            others.append(name)
+        elif stem in stems:
+            doubles[stem].append(name)
+        else:
+            stems[stem] = name
+    for stem, more in sorted(doubles.items()):
+        refused.append(f"{folder / stems.pop(stem)} and {', '.join(more)} have one name")
+    return stems, others
+
+
+def read_pair_lists(files: Sequence[Path], images: Path | None, masks: Path | None) -> Pairing:
+    """Pairs from files with a picture and its mask a line.
+
+    `.csv` and `.tsv` are split at commas and tabs, all else at white space; empty lines, lines
+    that begin with # and a first line `image,mask` are passed over. Relative paths begin at
+    `images` and `masks`, where these are given, else at the list's own folder. Raises DataError
+    for lines that are no pair.
+    """
+    pictures, drawn = [], []
+    for file in files:
+        here = file.parent.resolve()
+        for one, other in read_columns(file):
+            pictures.append(os.path.normpath((images or here).resolve() / one))
+            drawn.append(os.path.normpath((masks or here).resolve() / other))
+    if not pictures:
+        raise DataError(f"{files[0]} lists no pair; write a picture and its mask on each line")
+    image_root, mask_root = (
+        root_of(pictures, images or files[0].parent),
+        root_of(drawn, masks or files[0].parent),
+    )
+    refused: list[str] = []
+    seen: set[str] = set()
+    pairs = []
+    for picture, mask in zip(pictures, drawn, strict=True):
+        missing = [path for path in (picture, mask) if not os.path.isfile(path)]
+        refused += [f"{path} is listed but is not there" for path in missing]
+        if picture in seen:
+            refused.append(f"{picture} is listed twice")
+        elif not missing:
+            pairs.append(Pair(relative(picture, image_root), relative(mask, mask_root)))
+        seen.add(picture)
+    return Pairing(image_root, mask_root, unique_keys(pairs, image_root, refused), [], refused)
+
+
+def read_columns(file: Path) -> Iterator[tuple[str, str]]:
+    """The two columns of a list of pairs. Raises DataError naming a line that has not two."""
+    delimiter = {".csv": ",", ".tsv": "\t"}.get(file.suffix.lower())
+    for number, line in enumerate(read_lines(file), 1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        words = [word.strip() for word in split_line(line, delimiter)]
+        if number == 1 and [word.lower() for word in words] == ["image", "mask"]:
+            continue
+        if len(words) != 2 or not all(words):
+            raise DataError(
+                f"{file}, line {number} holds {len(words)} names, not a picture and its mask; "
+                "names with spaces need a .csv or .tsv"
+            )
+        yield words[0], words[1]
+
+
+def split_line(line: str, delimiter: str | None) -> list[str]:
+    """The columns of a line, those of white space without a delimiter; none where it is no CSV."""
+    try:
+        return line.split() if delimiter is None else next(csv.reader([line], delimiter=delimiter))
+    except csv.Error:
+        return []
+
+
+def read_lines(file: Path) -> list[str]:
+    """The lines of a text file. Raises DataError where it is none."""
+    try:
+        return file.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file} is no text in UTF-8; save it as such") from error
+
+
+def root_of(paths: Sequence[str], wanted: Path) -> Path:
+    """`wanted` where all paths lie below it, else the deepest folder of which that is true."""
+    root = str(wanted.resolve())
+    common = os.path.commonpath([os.path.dirname(path) for path in paths])
+    return Path(root if os.path.commonpath([common, root]) == root else common)
+
+
+def relative(path: str, root: Path) -> str:
+    """A path below `root`, with `/` between parts."""
+    return os.path.relpath(path, root).replace(os.sep, "/")
+
+
+def list_images(folder: Path, refused: list[str] | None = None) -> list[str]:
     """Relative paths of all pictures below a folder, hidden ones left out, sorted.
 
-    Raises DataError where there is none.
+    Raises DataError where there is none; files of kinds that hold pictures but are not read are
+    told in `refused`, where it is given.
     """
     if not folder.is_dir():
         raise DataError(f"{folder} is no folder")
-    found = sorted(
-        str(PurePosixPath(Path(parent, name).relative_to(folder)))
-        for parent, name in walk(folder)
-        if os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS
-    )
-    if not found:
+    found = []
+    for name in walk(str(folder)):
+        lower = name.lower()
+        if os.path.splitext(lower)[1] in IMAGE_EXTENSIONS:
+            found.append(name)
+        elif refused is not None:
+            what = next((w for ext, w in OTHER_EXTENSIONS.items() if lower.endswith(ext)), None)
+            if what is not None:
+                refused.append(f"{folder / name} is {what}")
+    if not found and not refused:
         raise DataError(f"{folder} holds no picture ({' '.join(sorted(IMAGE_EXTENSIONS))})")
-    return found
+    return sorted(found)
 
 
-def walk(folder: Path) -> Iterator[tuple[str, str]]:
-    """(folder, name) of every file below `folder` that is not hidden."""
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        yield from ((parent, name) for name in names if not name.startswith("."))
+def walk(folder: str) -> Iterator[str]:
+    """Path below `folder` of every file that is not hidden, linked folders followed once.
 
-
-def by_stem(names: Iterable[str], suffix: str, folder: Path) -> dict[str, str]:
-    """{relative path without extension and suffix: relative path}, of those with the suffix.
-
-    Raises DataError where two files share a stem.
+    Real folders come first, then links by name: no name depends on the order of a directory.
     """
-    stems: dict[str, str] = {}
-    problems = []
-    for name in names:
-        stem = os.path.splitext(name)[0]
-        if not stem.endswith(suffix):
+    seen: set[tuple[int, int]] = set()
+    todo = [""]
+    links: list[str] = []
+    while todo or links:
+        below = todo.pop() if todo else heappop(links)
+        path = f"{folder}/{below}"
+        stat = os.stat(path)
+        if (stat.st_dev, stat.st_ino) in seen:
             continue
-        stem = stem.removesuffix(suffix)
-        if stem in stems:
-            problems.append(f"{folder / stems[stem]} and {name} have one name")
-        stems[stem] = name
-    if problems:
-        raise DataError(listing(problems, "keep one of each"))
-    return stems
+        seen.add((stat.st_dev, stat.st_ino))
+        with os.scandir(path) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir() and entry.is_symlink():
+                    heappush(links, f"{below}{entry.name}/")
+                elif entry.is_dir():
+                    todo.append(f"{below}{entry.name}/")
+                else:
+                    yield below + entry.name
+
+
+class ProblemsError(DataError):
+    """Several problems of one kind; its text shows the first twenty, `lines` holds them all."""
+
+    def __init__(self, lines: Sequence[str], remedy: str) -> None:
+        super().__init__(listing(lines, remedy))
+        self.lines, self.remedy = list(lines), remedy
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ProblemsError, (self.lines, self.remedy)
 
 
 def listing(problems: Sequence[str], remedy: str) -> str:
@@ -123,25 +353,62 @@ def listing(problems: Sequence[str], remedy: str) -> str:
     return "\n  ".join([f"{len(problems)} problems ({remedy}):", *problems[:MOST_SHOWN], *more])
 
 
-def assign_splits(
-    pairs: Sequence[Pair], *, val_fraction: float, test_fraction: float, group_by: str | None
-) -> tuple[list[Split], list[str | None]]:
-    """The split and the group of each pair, by a hash: adding data never moves a sample.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SplitRule:
+    """Which split a pair is in: files that say it, else folders, else a hash."""
 
-    The first 8 bytes of sha256 of the key, or of what the regular expression `group_by` finds in
-    the path (its first group, or the whole match), as a fraction of 2^64: below `val_fraction` is
-    val, below val + test is test, the rest is train. Raises DataError where the expression
-    finds nothing.
-    """
-    groups = [find_group(p.source, group_by) for p in pairs]
-    splits: list[Split] = []
-    for p, group in zip(pairs, groups, strict=True):
-        fraction = hash_fraction(p.key if group is None else group)
-        if fraction < val_fraction:
-            splits.append("val")
-        else:
-            splits.append("test" if fraction < val_fraction + test_fraction else "train")
-    return splits, groups
+    val_fraction: float = 0.1
+    """Share of val."""
+    test_fraction: float = 0.0
+    """Share of test."""
+    group_by: str | None = None
+    """Regular expression; pictures in whose path it finds the same text stay together."""
+    fold: tuple[int, int] | None = None
+    """(i, k): the i-th of k folds, from 1, is val."""
+    files: tuple[Path, ...] = ()
+    """A CSV `path,split`, or lists called for their split, such as val.txt."""
+    by_folder: bool = False
+    """The first folder of a path is its split: `train`, `val`, `test`."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.val_fraction <= 1 or not 0 <= self.test_fraction <= 1:
+            raise ValueError("--val-fraction and --test-fraction are shares, 0 to 1")
+        if self.val_fraction + self.test_fraction >= 1:
+            raise ValueError("--val-fraction and --test-fraction leave nothing to train on")
+        if self.group_by is not None:
+            check_regex("--group-by", self.group_by)
+        if self.fold is not None and not (1 <= self.fold[0] <= self.fold[1] >= 2):
+            raise ValueError("--fold is i/k: fold i, from 1 to k, of k folds")
+        ways = {
+            "--fold": self.fold is not None,
+            "--split-file": bool(self.files),
+            "--split-folders": self.by_folder,
+        }
+        given = [flag for flag, used in ways.items() if used]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} both say the splits; give one of them")
+
+    def assign(self, pairs: Sequence[Pair]) -> tuple[list[Split], list[str | None]]:
+        """The split and the group of each pair. Raises DataError for a pair that has none."""
+        groups = [find_group(p.source, self.group_by) for p in pairs]
+        if self.files:
+            return read_split_files(self.files, pairs), groups
+        if self.by_folder:
+            return split_folders(pairs), groups
+        names = [p.key if group is None else group for p, group in zip(pairs, groups, strict=True)]
+        return [self.by_hash(name) for name in names], groups
+
+    def by_hash(self, name: str) -> Split:
+        """The split of a key or group: adding data never moves one."""
+        fraction = hash_fraction(name)
+        if self.fold is None:
+            if fraction < self.val_fraction:
+                return "val"
+            return "test" if fraction < self.val_fraction + self.test_fraction else "train"
+        number, count = self.fold
+        if fraction >= 1 - self.test_fraction:
+            return "test"
+        return "val" if int(fraction / (1 - self.test_fraction) * count) == number - 1 else "train"
 
 
 def find_group(source: str, expression: str | None) -> str | None:
@@ -150,7 +417,7 @@ def find_group(source: str, expression: str | None) -> str | None:
         return None
     match = re.search(expression, source)
     if match is None:
-        raise DataError(f"{source} does not match --group-by {expression!r}")
+        raise DataError(f"{source} does not match --group-by {expression!r}; widen the pattern")
     return match.group(1) if match.re.groups else match.group(0)
 
 
@@ -160,37 +427,84 @@ def hash_fraction(name: str) -> float:
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
-def read_split_file(path: Path, pairs: Sequence[Pair]) -> list[Split]:
-    """The split of each pair from a CSV with the columns `path,split`.
-
-    `path` is the picture's relative path, with extension. Raises DataError for pictures that are
-    not in the file, lines without a picture, doubles and unknown splits.
-    """
-    listed: dict[str, Split] = {}
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-        rows = csv.DictReader(lines, strict=True)
-        if not {"path", "split"} <= set(rows.fieldnames or ()):
-            raise DataError(f"{path} must begin with the line path,split")
-        for row in rows:
-            split: Split | None = next((s for s in SPLITS if s == row["split"]), None)
-            if split is None:
-                raise DataError(
-                    f"{path}, line {rows.line_num}: {row['split']!r} is none of {', '.join(SPLITS)}"
-                )
-            if row["path"] in listed:
-                raise DataError(f"{path}, line {rows.line_num}: {row['path']} stands there twice")
-            listed[row["path"]] = split
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise DataError(f"{path} is no CSV in UTF-8: {error}") from error
-    sources = {p.source for p in pairs}
-    problems = [
-        *(f"{name} is not in {path}" for name in sorted(sources - listed.keys())),
-        *(f"{path} lists {name}, which is not there" for name in sorted(listed.keys() - sources)),
-    ]
+def split_folders(pairs: Sequence[Pair]) -> list[Split]:
+    """The split that the first folder of each path names."""
+    splits: list[Split] = []
+    problems = []
+    for pair in pairs:
+        split = SPLIT_NAMES.get(pair.source.partition("/")[0].lower())
+        if split is None or "/" not in pair.source:
+            problems.append(f"{pair.source} lies in no folder called train, val or test")
+        else:
+            splits.append(split)
     if problems:
-        raise DataError(listing(problems, "the file must name every picture once"))
-    return [listed[p.source] for p in pairs]
+        raise ProblemsError(problems, "--split-folders needs them at the top of --images")
+    return splits
+
+
+def read_split_files(files: Sequence[Path], pairs: Sequence[Pair]) -> list[Split]:
+    """The split of each pair from a CSV `path,split`, or from lists called for their split.
+
+    A path is the picture's, relative, with or without extension. Raises DataError for pictures
+    that no file names, lines without a picture, doubles and unknown splits.
+    """
+    sources = {os.path.splitext(p.source)[0]: p.source for p in pairs}
+    sources |= {p.source: p.source for p in pairs}
+    listed: dict[str, tuple[Split, str]] = {}
+    problems = []
+    for file in files:
+        for number, name, split in read_splits(file, sources):
+            source = sources.get(name)
+            where = f"{file}, line {number}"
+            if source is None:
+                problems.append(f"{where} lists {name}, which is not there")
+            elif source in listed:
+                was, before = listed[source]
+                problems.append(
+                    f"{where}: {name} stands twice"
+                    + (f", in {was} ({before}) and in {split}" if was != split else f" ({before})")
+                )
+            else:
+                listed[source] = split, where
+    what = " or ".join(map(str, files))
+    problems += [f"{p.source} is not in {what}" for p in pairs if p.source not in listed]
+    if problems:
+        raise ProblemsError(problems, "every picture must be named once")
+    return [listed[p.source][0] for p in pairs]
+
+
+def read_splits(file: Path, known: dict[str, str]) -> Iterator[tuple[int, str, Split]]:
+    """(line, path, split) of a split file or list."""
+    lines = read_lines(file)
+    header = [word.strip() for word in split_line(lines[0], ",")] if lines else []
+    if {"path", "split"} <= set(header):
+        for number, line in enumerate(lines[1:], 2):
+            row = split_line(line, ",") if line.strip() else [""] * len(header)
+            if len(row) != len(header):
+                raise DataError(
+                    f"{file}, line {number} is not {','.join(header)}: {line!r}; correct it"
+                )
+            name, word = (row[header.index(column)].strip() for column in ("path", "split"))
+            split: Split | None = next((s for s in SPLITS if s == word), None)
+            if split is None and (name or word):
+                raise DataError(
+                    f"{file}, line {number}: {word!r} is none of {', '.join(SPLITS)}; correct it"
+                )
+            if split is not None:
+                yield number, name, split
+        return
+    split = SPLIT_NAMES.get(file.stem.lower())
+    if split is None:
+        raise DataError(
+            f"{file} must begin with the line path,split or be called train.txt, val.txt or "
+            "test.txt; rename it or add that line"
+        )
+    for number, line in enumerate(lines, 1):
+        text = line.strip()
+        if text and not text.startswith("#"):
+            # A list of pairs names the mask after the picture; a name may also hold spaces.
+            words = text.replace(",", " ").split()
+            yield number, text if text in known or not words else words[0], split
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,22 +521,36 @@ def separate(
     out: Path,
     *,
     mask_suffix: str | None = None,
+    mask_pattern: str | None = None,
     image_ext: str | None = None,
     mask_ext: str | None = None,
 ) -> list[Separation]:
     """Where each file of a folder that mixes pictures and masks belongs; moves nothing.
 
-    A mask is what has the suffix before its extension (which it loses), or the extension
-    `mask_ext`. Raises DataError for files that are neither or both, and for unpaired ones.
+    A mask is what has the suffix before its extension (which it loses), what the pattern finds in
+    its path (its name becomes the pattern's groups, or loses what was found), or what has the
+    extension `mask_ext`. Files that an interrupted run has moved to `out` count as partners.
+    Raises DataError for files that are neither or both, and for unpaired ones.
     """
     plan: list[Separation] = []
     problems: list[str] = []
     sides: tuple[dict[str, str], dict[str, str]] = ({}, {})
+    inside: str | tuple[str, ...] = f"{relative(str(out.resolve()), folder.resolve())}/"
+    if inside == "./":
+        inside = ("images/", "masks/")
     for name in list_images(folder):
         stem, ext = os.path.splitext(name)
+        if name.startswith(inside):
+            continue
         if mask_suffix is not None:
             is_mask = stem.endswith(mask_suffix)
             stem = stem.removesuffix(mask_suffix) if is_mask else stem
+        elif mask_pattern is not None:
+            match = re.search(mask_pattern, stem)
+            is_mask = match is not None
+            if match is not None:
+                kept = "".join(match.groups(""))
+                stem = kept if match.re.groups else stem[: match.start()] + stem[match.end() :]
         elif ext.lower() not in (image_ext, mask_ext):
             problems.append(f"{name} ends neither in {image_ext} nor in {mask_ext}")
             continue
@@ -235,8 +563,16 @@ def separate(
         target = out / ("masks" if is_mask else "images") / (stem + ext)
         plan.append(Separation(folder / name, target, is_mask))
     pictures, drawn = sides
-    problems += [f"{pictures[stem]} has no mask" for stem in sorted(pictures.keys() - drawn.keys())]
-    problems += [f"{drawn[stem]} has no picture" for stem in sorted(drawn.keys() - pictures.keys())]
+    placed_images, placed_masks = placed_stems(out / "images"), placed_stems(out / "masks")
+    alone = sorted(pictures.keys() - drawn.keys() - placed_masks)
+    problems += [f"{pictures[stem]} has no mask" for stem in alone]
+    alone = sorted(drawn.keys() - pictures.keys() - placed_images)
+    problems += [f"{drawn[stem]} has no picture" for stem in alone]
     if problems:
-        raise DataError(listing(problems, f"correct the rule or the folder {folder}"))
+        raise ProblemsError(problems, f"correct the rule or the folder {folder}")
     return plan
+
+
+def placed_stems(folder: Path) -> set[str]:
+    """What lies in a folder already, by path without extension."""
+    return {os.path.splitext(name)[0] for name in walk(str(folder))} if folder.is_dir() else set()

@@ -12,12 +12,17 @@ from typing import Any, Protocol, cast
 from torch.utils.data import IterableDataset, get_worker_info
 from webdataset.pipeline import DataPipeline
 
-from shards.index import SampleRange, ShardIndex, ShardInfo
+from shards.images import ImageFormat, decode_image
+from shards.index import MemberRange, ShardIndex, ShardInfo
+from shards.masks import decode_mask
 from shards.order import Address
-from shards.sample import Channels, DataError, Sample, decode_image, decode_mask
+from shards.sample import DataError, Sample
 
 MAX_OPEN = 64
 """Shards that one process keeps open."""
+
+MOST_BETWEEN = 2**16
+"""Bytes between members of a sample that are read along rather than skipped."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,17 +35,20 @@ class RawSample:
     image: bytes
     extension: str
     """Of the picture, in lower case: `jpg`, `png`, ..."""
+    is_mask: bool
+    """There is no picture, as in predictions without them: the mask stands in for it."""
     mask: bytes | None
-    info: bytes
+    info: bytes | None
+    """The member `json`; None in shards that others wrote."""
     where: str
     """Shard and member, for messages."""
 
-    def decode(self, channels: Channels) -> Sample:
+    def decode(self, form: ImageFormat, num_classes: int) -> Sample:
         """Decode picture and mask. Raises DataError naming shard and key."""
-        image = decode_image(self.image, channels, self.where)
+        image = decode_image(self.image, form, self.where)
         if self.mask is None:
             return Sample(self.key, image, None)
-        mask = decode_mask(self.mask, self.where)
+        mask = decode_mask(self.mask, num_classes, self.where)
         if mask.shape != image.shape[:2]:
             raise DataError(
                 f"{self.where}: the mask is {mask.shape[1]} x {mask.shape[0]}, the picture "
@@ -49,10 +57,15 @@ class RawSample:
         return Sample(self.key, image, mask)
 
     def describe(self) -> dict[str, Any]:
-        """The content of `KEY.json`. Raises DataError where that is no JSON object."""
+        """The content of `KEY.json`, or its place in a foreign shard as `source`.
+
+        Raises DataError where the member is no JSON object.
+        """
+        if self.info is None:
+            return {"source": f"{self.key}.{self.extension}"}
         try:
             info = json.loads(self.info)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{self.where}: its json is damaged; pack it again") from error
         if not isinstance(info, dict):
             raise DataError(f"{self.where}: its json is no object; pack it again")
@@ -86,21 +99,18 @@ class ShardReader:
         file, index = self.open(address.shard)
         entry = index[address.row]
         where = f"{self.folder / self.shards[address.shard].name}: {entry.key}"
-        begin, end = extent(entry)
-        data = os.pread(file.fileno(), end - begin, begin)
-        if len(data) != end - begin:
+        members = [m for m in (entry.image, entry.mask, entry.info) if m is not None]
+        parts = read_members(file.fileno(), members)
+        if any(len(parts[member]) != member.size for member in members):
             raise DataError(f"{where} ends too early; the shard is cut, copy or pack it again")
-
-        def part(member: Any) -> bytes:
-            return data[member.offset - begin : member.offset - begin + member.size]
-
         return RawSample(
             key=entry.key,
             position=address.position,
-            image=part(entry.image),
-            extension=entry.image.extension,
-            mask=None if entry.mask is None else part(entry.mask),
-            info=part(entry.info),
+            image=parts[entry.image],
+            extension=entry.image.extension.rpartition(".")[2].lower(),
+            is_mask=entry.image is entry.mask,
+            mask=None if entry.mask is None else parts[entry.mask],
+            info=None if entry.info is None else parts[entry.info],
             where=where,
         )
 
@@ -136,10 +146,14 @@ class ShardReader:
         return self.opened[shard]
 
 
-def extent(entry: SampleRange) -> tuple[int, int]:
-    """First byte and the one after the last of a sample's members."""
-    members = [m for m in (entry.image, entry.mask, entry.info) if m is not None]
-    return min(m.offset for m in members), max(m.offset + m.size for m in members)
+def read_members(handle: int, members: Sequence[MemberRange]) -> dict[MemberRange, bytes]:
+    """The bytes of a sample's members: in one read where they lie together, as ours do."""
+    begin = min(member.offset for member in members)
+    end = max(member.offset + member.size for member in members)
+    if end - begin > 2 * sum(member.size for member in members) + MOST_BETWEEN:
+        return {member: os.pread(handle, member.size, member.offset) for member in members}
+    data = os.pread(handle, end - begin, begin)
+    return {m: data[m.offset - begin : m.offset - begin + m.size] for m in members}
 
 
 class SampleSource(IterableDataset[list[RawSample]]):

@@ -2,7 +2,6 @@
 
 import fcntl
 import hashlib
-import io
 import json
 import os
 import secrets
@@ -56,25 +55,24 @@ class ShardWriter:
             ) from error
         os.ftruncate(handle, 0)
         self.stream = HashingStream(os.fdopen(handle, "wb"))
-        self.tar = tarfile.open(fileobj=self.stream, mode="w", format=tarfile.USTAR_FORMAT)
         return self
 
     def add(self, key: str, members: Mapping[str, bytes]) -> None:
         """Append a sample: {extension: bytes}, stored side by side in the order of their names."""
-        entries = []
+        blocks, words = [], []
+        offset = self.stream.size
         for extension, data in sorted(members.items()):
-            member = tarfile.TarInfo(f"{key}.{extension}")
-            member.size = len(data)
-            member.mtime = 0
-            member.mode = 0o644
-            offset = self.tar.offset + tarfile.BLOCKSIZE
-            self.tar.addfile(member, io.BytesIO(data))
-            entries.append(f"{extension} {offset} {len(data)} {member.name}")
-        self.lines.append(" ".join(entries))
+            name = f"{key}.{extension}"
+            blocks += [tar_header(name, len(data)), data, bytes(-len(data) % tarfile.BLOCKSIZE)]
+            words.append(f"{extension} {offset + tarfile.BLOCKSIZE} {len(data)} {name}")
+            offset += sum(map(len, blocks[-3:]))
+        self.stream.write(b"".join(blocks))
+        self.lines.append(" ".join(words))
 
     def seal(self) -> ShardFile:
         """Finish the file and write its index; the rename follows when the block is left."""
-        self.tar.close()
+        end = 2 * tarfile.BLOCKSIZE
+        self.stream.write(bytes(end + -(self.stream.size + end) % tarfile.RECORDSIZE))
         self.stream.flush_to_disk()
         index = "\n".join([f"v1.2 {len(self.lines)}", *self.lines]) + "\n"
         # Its temporary name needs no more than the shard's: one lock guards both.
@@ -102,21 +100,42 @@ class ShardWriter:
             self.stream.file.close()
 
 
-class HashingStream(io.RawIOBase):
+def blank_header() -> bytes:
+    """What `tarfile` writes before a nameless empty file: time 0, owner 0, mode 0644."""
+    member = tarfile.TarInfo()
+    member.mtime, member.mode = 0, 0o644
+    return member.tobuf(tarfile.USTAR_FORMAT)
+
+
+BLANK = blank_header()
+BLANK_SUM = sum(BLANK[:148]) + 8 * ord(" ") + sum(BLANK[156:])
+"""The check sum is taken with eight spaces in its own place (POSIX.1-1988, ustar format)."""
+
+
+def tar_header(name: str, size: int) -> bytes:
+    """The 512 bytes before a file in a tar: those of `tarfile`, in a tenth of its time.
+
+    Raises ValueError for a name of more than 100 bytes.
+    """
+    raw, digits = name.encode(), b"%011o" % size
+    if len(raw) > tarfile.LENGTH_NAME or len(digits) > 11:
+        raise ValueError(f"{name} with {size:,} bytes is too long or too large for a tar member")
+    check = BLANK_SUM + sum(raw) + sum(digits) - 11 * ord("0")
+    head = raw.ljust(100, b"\0") + BLANK[100:124] + digits + BLANK[135:148]
+    return head + b"%06o\0 " % check + BLANK[156:]
+
+
+class HashingStream:
     """A file that knows the sha256 and the size of what was written to it."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file, self.size, self.digest = file, 0, hashlib.sha256()
 
-    def write(self, data: Any) -> int:
+    def write(self, data: bytes) -> None:
         """Write and count."""
+        self.file.write(data)
         self.digest.update(data)
         self.size += len(data)
-        return self.file.write(data)
-
-    def tell(self) -> int:
-        """Bytes written so far."""
-        return self.size
 
     def flush_to_disk(self) -> None:
         """Return when the bytes would survive a power cut."""

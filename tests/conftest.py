@@ -206,6 +206,35 @@ def content() -> Callable[[Path], dict[str, bytes]]:
     return read
 
 
+@dataclass(frozen=True)
+class Packed:
+    """One sample of a data set, decoded as training would."""
+
+    split: str
+    raw: Any
+    image: Any
+    mask: Any
+
+
+@pytest.fixture(scope="session")
+def samples() -> Callable[[Path], dict[str, Packed]]:
+    """{source: sample} of all splits of a data set."""
+    from shards.index import read_manifest
+    from shards.order import EvalPlan
+    from shards.reader import SampleSource, ShardReader
+
+    def read(data: Path) -> dict[str, Packed]:
+        manifest, found = read_manifest(data), {}
+        for name, split in manifest.splits.items():
+            plan = EvalPlan(tuple(s.samples for s in split.shards), chunk=1, rank=0, world=1)
+            for (raw,) in SampleSource(ShardReader(data, split.shards), plan):
+                decoded = raw.decode(manifest.image_format, len(manifest.classes))
+                found[raw.describe()["source"]] = Packed(name, raw, decoded.image, decoded.mask)
+        return found
+
+    return read
+
+
 @pytest.fixture(scope="session")
 def metrics() -> Callable[[Path], list[dict[str, Any]]]:
     """The lines of a run's metrics.jsonl."""

@@ -18,7 +18,7 @@ TOP_LEVEL = {
     *("accelerate_config.yaml", "Dockerfile", "pyproject.toml"),
     *("README.md", "LICENSE", "CHANGELOG.md"),
 }
-LIGHT = ("pack", "separate", "unpack", "config", "cli", "demo")
+LIGHT = ("check", "pack", "index", "separate", "unpack", "config", "cli", "demo")
 
 
 def listed(*options: str) -> list[str]:

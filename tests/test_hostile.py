@@ -11,11 +11,12 @@ import torch
 from PIL import Image
 
 import unet.weights
+from shards.images import ImageFormat, ImageRule, decode_image, load, open_image
 from shards.index import ShardInfo, read_manifest
-from shards.masks import MaskFormat, read_mask
+from shards.masks import MaskFormat, encode_mask, read_mask
 from shards.order import Address
 from shards.reader import ShardReader
-from shards.sample import DataError, decode_image, encode_mask
+from shards.sample import DataError
 from shards.writer import ShardWriter
 from unet import SegmentationScores, UNet, UNetConfig
 
@@ -95,14 +96,14 @@ def test_a_tiff_without_dimensions_is_refused():
     data[8] = 6
     data = bytes(data)
     with pytest.raises(DataError):
-        decode_image(data, "RGB", "x")
+        decode_image(data, ImageFormat("RGB"), "x")
 
 
-def unused():
-    # little-endian TIFF with one tag (compression) and no width or height
+def test_a_tiff_of_nothing_but_a_compression_is_refused():
+    # Little-endian, with one tag and no width or height.
     data = b"II*\0\x08\0\0\0" + b"\x01\0" + b"\x03\x01\x03\0\x01\0\0\0\x01\0\0\0" + b"\0\0\0\0"
     with pytest.raises(DataError):
-        decode_image(data, "RGB", "x")
+        decode_image(data, ImageFormat("RGB"), "x")
 
 
 def test_a_hostile_manifest_is_named(tmp_path):
@@ -174,12 +175,13 @@ def test_a_binary_gif_whose_first_colour_is_white_is_not_inverted_in_silence():
     b = io.BytesIO()
     Image.fromarray(black_white).save(b, "GIF")
     try:
-        index = read_mask(
+        classes = read_mask(
             b.getvalue(), MaskFormat(kind="binary", num_classes=2), ((0, 0, 0), (1, 1, 1)), "x"
-        ).index
+        ).classes
     except DataError:
         return
-    assert np.array_equal(index, black_white[..., 0] > 0)
+    assert classes is not None
+    assert np.array_equal(classes.index, black_white[..., 0] > 0)
 
 
 @pytest.mark.filterwarnings("error")
@@ -197,10 +199,8 @@ def test_a_mask_value_without_a_class_is_no_other_class():
 
 
 def test_a_turned_tiff_is_said_to_be_turned():
-    from shards.sample import load, open_image
-
     exif = Image.Exif()
     exif[0x0112] = 6
     b = io.BytesIO()
     Image.fromarray(np.zeros((4, 6, 3), np.uint8)).save(b, "TIFF", exif=exif)
-    assert load(open_image(b.getvalue(), "x"), "x")[1]
+    assert load(open_image(b.getvalue(), "x", ImageRule()), "x")[1]

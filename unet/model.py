@@ -86,6 +86,10 @@ class DataSpec:
     """Standard deviation of each channel, pixels in 0-1."""
     crop_size: int
     """Side of the square training crops, in pixels."""
+    image_range: tuple[int, int] | None = None
+    """Values of 16-bit pictures that become 0 and 255; None: it knows 8-bit pictures only."""
+    alpha: Literal["refuse", "drop"] = "refuse"
+    """Whether pictures with transparent pixels are taken, in their colours."""
 
     @property
     def counted(self) -> tuple[int, ...]:

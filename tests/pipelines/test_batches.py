@@ -17,13 +17,16 @@ from pipelines.batches import (
     eval_batches,
     train_batches,
 )
+from shards.images import ImageFormat
 from shards.index import Manifest, ShardInfo, SizeCount, SplitInfo
+from shards.masks import default_palette, encode_mask
 from shards.order import Order, TrainPlan
 from shards.reader import RawSample
-from shards.sample import DataError, default_palette, encode_mask
+from shards.sample import DataError
 from shards.writer import ShardWriter
 
 CLASSES = ("background", "a", "b")
+RGB = ImageFormat("RGB")
 
 
 def png(pixels):
@@ -43,7 +46,8 @@ def raw(position, height=8, width=8, *, channels=3, masked=True):
     image, mask = drawn(position, height, width, channels)
     encoded = encode_mask(mask, default_palette(CLASSES)) if masked else None
     return RawSample(
-        f"k{position}", position, png(image), "png", encoded, b"{}", f"s.tar: k{position}"
+        *(f"k{position}", position, png(image), "png", False, encoded, b"{}"),
+        where=f"s.tar: k{position}",
     )
 
 
@@ -78,7 +82,7 @@ def data(tmp_path, monkeypatch):
     manifest = Manifest(
         classes=CLASSES,
         palette=default_palette(CLASSES),
-        channels="RGB",
+        image_format=RGB,
         mask_format={},
         mean=(0.2, 0.4, 0.6),
         std=(0.1, 0.1, 0.1),
@@ -92,7 +96,7 @@ def data(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("channels", "kind"), [(1, "L"), (3, "RGB")])
 def test_crops_of_any_picture_stack_to_three_tensors_of_bytes(channels, kind):
-    stage = CropStage(kind, 6, (1, 2, 3)[:channels], seed=0)
+    stage = CropStage(ImageFormat(kind), 3, 6, (1, 2, 3)[:channels], seed=0)
     raws = [raw(5, 8, 8, channels=channels), raw(9, 20, 3, channels=channels)]
     (batch,) = stage(iter([raws]))
     check(batch, 2, (6, 6), channels)
@@ -100,30 +104,30 @@ def test_crops_of_any_picture_stack_to_three_tensors_of_bytes(channels, kind):
 
 
 def test_a_crop_shows_picture_and_mask_of_one_place():
-    (batch,) = CropStage("RGB", 6, (0, 0, 0), seed=0)(iter([[raw(i) for i in range(8)]]))
+    (batch,) = CropStage(RGB, 3, 6, (0, 0, 0), seed=0)(iter([[raw(i) for i in range(8)]]))
     assert torch.equal(batch.mask, batch.image[:, 0] % 3)
 
 
 def test_a_smaller_picture_is_padded_with_the_mean_and_255():
-    (batch,) = CropStage("RGB", 6, (11, 12, 13), seed=0)(iter([[raw(0, 4, 4)]]))
+    (batch,) = CropStage(RGB, 3, 6, (11, 12, 13), seed=0)(iter([[raw(0, 4, 4)]]))
     padding = batch.mask[0] == 255
     assert padding.sum() == 36 - 16
     assert batch.image[0][:, padding].T.unique(dim=0).tolist() == [[11, 12, 13]]
 
 
 def test_a_crop_depends_on_seed_and_position_and_not_on_its_batch():
-    stage = CropStage("RGB", 4, (0, 0, 0), seed=3)
+    stage = CropStage(RGB, 3, 4, (0, 0, 0), seed=3)
     together = next(stage(iter([[raw(i) for i in range(6)]])))
     alone = [next(stage(iter([[raw(i)]]))) for i in range(6)]
     assert torch.equal(together.image, torch.cat([b.image for b in alone]))
-    other = next(CropStage("RGB", 4, (0, 0, 0), seed=4)(iter([[raw(i) for i in range(6)]])))
+    other = next(CropStage(RGB, 3, 4, (0, 0, 0), seed=4)(iter([[raw(i) for i in range(6)]])))
     assert not torch.equal(together.image, other.image)
 
 
 def test_whole_pictures_of_one_size_that_follow_each_other_share_a_batch():
     sizes = [(8, 8), (8, 8), (8, 6), (8, 8), (5, 5), (5, 5)]
     raws = [raw(i, *size) for i, size in enumerate(sizes)]
-    batches = list(WholeStage("RGB")(iter([raws, raws[:1]])))
+    batches = list(WholeStage(RGB, 3)(iter([raws, raws[:1]])))
     assert [b.position.tolist() for b in batches] == [[0, 1], [2], [3], [4, 5], [0]]
     for batch, size in zip(batches, [(8, 8), (8, 6), (8, 8), (5, 5), (8, 8)], strict=True):
         check(batch, len(batch.position), size)
@@ -131,19 +135,19 @@ def test_whole_pictures_of_one_size_that_follow_each_other_share_a_batch():
 
 
 def test_pictures_are_converted_to_the_channels_of_the_data_set():
-    (batch,) = WholeStage("RGB")(iter([[raw(0), raw(1, channels=1)]]))
+    (batch,) = WholeStage(RGB, 3)(iter([[raw(0), raw(1, channels=1)]]))
     check(batch, 2, (8, 8))
     assert torch.equal(batch.image[1, 0], batch.image[1, 2])
 
 
-@pytest.mark.parametrize("stage", [CropStage("RGB", 4, (0, 0, 0), 0), WholeStage("RGB")])
+@pytest.mark.parametrize("stage", [CropStage(RGB, 3, 4, (0, 0, 0), 0), WholeStage(RGB, 3)])
 def test_a_sample_without_mask_is_refused_with_the_remedy(stage):
     with pytest.raises(DataError, match=r"s\.tar: k1 has no mask; pack the pictures with --masks"):
         list(stage(iter([[raw(0), raw(1, masked=False)]])))
 
 
 def test_a_batch_moves_as_a_whole_but_its_positions_stay_on_the_cpu():
-    (batch,) = WholeStage("RGB")(iter([[raw(0)]]))
+    (batch,) = WholeStage(RGB, 3)(iter([[raw(0)]]))
     moved = batch.to(torch.device("meta"))
     assert (moved.image.device.type, moved.mask.device.type) == ("meta", "meta")
     assert moved.position is batch.position

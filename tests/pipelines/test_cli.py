@@ -42,7 +42,7 @@ def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None
         ("trian", "unknown command 'trian'; did you mean train?"),
         ("predcit", "did you mean predict?"),
         ("pac", "did you mean pack?"),
-        ("xyzzy", "there are: separate, pack, unpack, train, evaluate, predict, demo"),
+        ("xyzzy", "there are: separate, check, pack, index, unpack, train, evaluate"),
     ],
 )
 def test_an_unknown_verb_gets_the_nearest(

@@ -9,8 +9,10 @@ import pytest
 
 from pipelines.config import UsageError
 from pipelines.inputs import find_inputs
+from shards.images import ImageFormat
 from shards.index import Manifest, ShardInfo, SplitInfo, write_manifest
-from shards.sample import DataError
+from shards.sample import DataError, encode_key
+from shards.store import Store
 from shards.writer import ShardWriter
 
 
@@ -127,8 +129,9 @@ def packed(tmp_path):
                 file = writer.seal()
             infos.append(ShardInfo(file.name, file.samples, file.bytes, file.sha256, ()))
         splits[split] = SplitInfo(tuple(infos), ())
-    manifest = Manifest(("a", "b"), ((0, 0, 0), (1, 1, 1)), "RGB", {}, (0.5,), (0.5,), splits)
-    write_manifest(folder, manifest)
+    form = ImageFormat("RGB")
+    manifest = Manifest(("a", "b"), ((0, 0, 0), (1, 1, 1)), form, {}, (0.5,), (0.5,), splits)
+    write_manifest(Store(str(folder)), manifest)
     return folder
 
 
@@ -137,8 +140,9 @@ def test_a_folder_of_shards_gives_the_pictures_of_all_splits(packed):
     assert len(inputs) == 5
     read = [inputs.read(i) for i in range(5)]
     assert [p.data for p in read] == [b"train0", b"train1", b"train2", b"val0", b"val1"]
-    assert [p.key for p in read][-2:] == ["val/p%200", "val/p%201"]
-    assert [p.source for p in read][-2:] == ["val/p 0.jpg", "val/p%201"]
+    # A sample that does not say where it came from is called by its key.
+    assert [p.source for p in read][-2:] == ["val/p 0.jpg", "val/p%201.jpg"]
+    assert [p.key for p in read] == [encode_key(p.source) for p in read]
     assert inputs.name(3) == f"{packed / 'val-000000.tar'}, sample 0"
     # in any order
     assert inputs.read(0).data == b"train0"

@@ -2,8 +2,18 @@
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from pipelines.overlay import TINT, draw_overlay, outline
+from pipelines.overlay import (
+    CAPTION,
+    CELL,
+    COLUMNS,
+    TINT,
+    Cell,
+    contact_sheet,
+    draw_overlay,
+    outline,
+)
 
 PALETTE = ((0, 0, 0), (200, 0, 0), (0, 100, 0))
 
@@ -64,3 +74,54 @@ def test_an_outline_is_both_sides_of_every_border():
 @pytest.mark.parametrize("shape", [(1, 1), (1, 5), (5, 1)])
 def test_thin_pictures_can_be_drawn(shape):
     assert drawn(np.ones(shape, dtype=np.uint8)).shape == (*shape, 3)
+
+
+# ---- contact sheets
+
+
+def cell(size=(40, 30), grey=100, mask=None, caption="a.png"):
+    return Cell(caption, Image.new("RGB", size, (grey,) * 3), mask)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 6, 7, 30])
+def test_every_picture_of_a_sheet_has_its_place(count):
+    sheet = np.asarray(contact_sheet([cell(grey=200 + i) for i in range(count)], PALETTE, ()))
+    columns = max(2, min(COLUMNS, count))
+    assert sheet.shape[1] == columns * CELL
+    for number in range(count):
+        top, left = number // columns * (30 + CAPTION + 4), number % columns * CELL
+        assert (sheet[top + 2 : top + 32, left + 2 : left + 42] == 200 + number).all()
+
+
+def test_a_sheet_shows_masks_in_their_colours_and_what_these_mean():
+    mask = np.zeros((30, 40), np.uint8)
+    mask[10:20, 10:20] = 1
+    sheet = np.asarray(contact_sheet([cell(mask=mask)], PALETTE, ("ground", "cell", "rim", "gone")))
+    assert sheet[2 + 10, 2 + 10].tolist() == [200, 0, 0]
+    assert sheet[2, 2].tolist() == [100, 100, 100]
+    legend = 30 + CAPTION + 4 + CAPTION // 2
+    for number, colour in enumerate((*PALETTE, (128, 128, 128))):
+        left, top = number % 2 * CELL + 3, legend + number // 2 * CAPTION
+        assert sheet[top + 6, left + 6].tolist() == list(colour)
+        # Beside it stands something.
+        assert (sheet[top : top + 12, left + 18 : left + 60].max(axis=2) > 200).any()
+
+
+@pytest.mark.parametrize("size", [(400, 300), (300, 400), (5000, 3), (1, 1)])
+def test_pictures_of_any_size_fit_their_place_with_their_masks(size):
+    mask = np.ones(size[::-1], np.uint8)
+    sheet = np.asarray(contact_sheet([cell(size, mask=mask)], PALETTE, ()))
+    factor = min(1, (CELL - 4) / max(size))
+    width, height = (max(1, round(side * factor)) for side in size)
+    assert sheet.shape == (height + CAPTION + 4 + CAPTION // 2, 2 * CELL, 3)
+    inside = sheet[2 : 2 + height, 2 : 2 + width]
+    assert (inside[..., 0] > inside[..., 1]).all()
+
+
+@pytest.mark.parametrize("caption", ["x" * 300, "W" * 300, "\u4e2d\u6587.png", "\udcff.png", ""])
+def test_any_name_can_stand_below_a_picture(caption):
+    sheet = np.asarray(contact_sheet([cell(caption=caption), cell()], PALETTE, (caption,)))
+    assert sheet.shape[1] == 2 * CELL
+    # Not beyond its own place: the neighbour's caption begins where it would alone.
+    alone = np.asarray(contact_sheet([cell(caption=""), cell()], PALETTE, ("",)))
+    np.testing.assert_array_equal(sheet[:48, CELL:], alone[:48, CELL:])

@@ -326,7 +326,7 @@ def test_what_cannot_be_read_is_listed_and_the_job_goes_on(
     (pictures / "p001.png").write_bytes(b"")
     (pictures / "p002.png").write_bytes(b"no picture")
     (pictures / "p004.png").write_bytes((pictures / "p004.png").read_bytes()[:-300])
-    Image.new("CMYK", (8, 8)).save(pictures / "p900.jpg")
+    Image.new("RGBA", (8, 8)).save(pictures / "p900.png")
     (pictures / "p901.png").symlink_to(tmp_path / "nowhere.png")
     out = tmp_path / "out"
     given = told(bright, pictures, out, "--samples-per-shard", 2)
@@ -340,7 +340,7 @@ def test_what_cannot_be_read_is_listed_and_the_job_goes_on(
             ("p001.png", "is empty"),
             ("p002.png", "is no picture that can be read"),
             ("p004.png", "is damaged"),
-            ("p900.jpg", "has mode CMYK"),
+            ("p900.png", "has transparent pixels"),
             ("p901.png", "cannot be read: No such file or directory"),
         ],
         lines,

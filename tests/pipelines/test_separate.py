@@ -1,6 +1,8 @@
 """Parting a mixed folder: every file to its side, whole, once, and nothing lost."""
 
+import multiprocessing
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,23 @@ def mixed(tmp_path: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
     return tmp_path / "mixed"
+
+
+def killed_after(files: int, arguments: list[str]) -> None:
+    """Parts a folder, and dies by SIGKILL when so many files are in place."""
+    from pipelines import separate
+
+    replace, count = Path.replace, 0
+
+    def counting(source: Path, target: Path) -> None:
+        nonlocal count
+        replace(source, target)
+        count += 1
+        if count == files:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Path.replace = counting  # type: ignore[assignment]
+    os._exit(separate.main(arguments))
 
 
 @pytest.mark.parametrize("mode", ["copy", "move", "link"])
@@ -50,6 +69,43 @@ def test_by_suffix_which_the_masks_lose(call, content, tmp_path: Path) -> None:
         "masks/a.png": b"a_mask.png",
         "masks/b_1.png": b"b_1_mask.png",
     }
+
+
+@pytest.mark.parametrize("pattern", [r"_(?:seg|gt)$", r"^(.*)_(?:seg|gt)$"], ids=["left", "groups"])
+def test_by_pattern_which_says_what_a_mask_is_called(
+    pattern: str, call, content, tmp_path: Path
+) -> None:
+    for name in ("a.jpg", "a_seg.png", "deep/b.png", "deep/b_gt.png"):
+        path = tmp_path / "in" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(name.encode())
+    ended = call("separate", tmp_path / "in", "--out", tmp_path / "out", "--mask-pattern", pattern)
+    assert ended.code == 0, ended.err
+    assert "2 pairs" in ended.out
+    assert content(tmp_path / "out") == {
+        "images/a.jpg": b"a.jpg",
+        "images/deep/b.png": b"deep/b.png",
+        "masks/a.png": b"a_seg.png",
+        "masks/deep/b.png": b"deep/b_gt.png",
+    }
+
+
+@pytest.mark.parametrize(
+    ("pattern", "said"),
+    [("_mask$", "a.png has no mask"), ("^(a)(?:_seg)?$", "a.png and a_seg.png have one name")],
+)
+def test_a_pattern_that_parts_wrongly_is_refused(
+    pattern: str, said: str, call, content, tmp_path: Path
+) -> None:
+    (tmp_path / "in").mkdir()
+    for name in ("a.png", "a_seg.png"):
+        (tmp_path / "in" / name).write_bytes(b"")
+    before = content(tmp_path / "in")
+    ended = call("separate", tmp_path / "in", "--out", tmp_path / "out", "--mask-pattern", pattern)
+    assert ended.code == 1
+    assert said in ended.err
+    assert not (tmp_path / "out").exists()
+    assert content(tmp_path / "in") == before
 
 
 def test_a_dry_run_says_everything_and_does_nothing(
@@ -82,6 +138,34 @@ def test_a_move_that_was_stopped_halfway_goes_on(mixed, call, content, tmp_path:
     assert ended.code == 0, ended.err
     assert content(mixed) == {}
     assert (tmp_path / "out" / "masks" / "a.png").read_bytes() == FILES["a.png"]
+
+
+@pytest.mark.parametrize("moved", range(1, 4))
+def test_a_move_that_was_killed_between_two_files_goes_on(
+    moved: int, call, content, tmp_path: Path
+) -> None:
+    names = ("a.png", "a_seg.png", "b.png", "b_seg.png")
+    given = ("--out", tmp_path / "out", "--mask-pattern", "_seg$", "--mode", "move")
+    (tmp_path / "in").mkdir()
+    for name in names:
+        (tmp_path / "in" / name).write_bytes(name.encode())
+    arguments = [str(word) for word in (tmp_path / "in", *given)]
+    process = multiprocessing.get_context("fork").Process(
+        target=killed_after, args=(moved, arguments)
+    )
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert len([*(tmp_path / "out").rglob("*.png")]) == moved
+    ended = call("separate", *arguments)
+    assert ended.code == 0, ended.err
+    assert content(tmp_path / "in") == {}
+    assert content(tmp_path / "out") == {
+        "images/a.png": b"a.png",
+        "images/b.png": b"b.png",
+        "masks/a.png": b"a_seg.png",
+        "masks/b.png": b"b_seg.png",
+    }
 
 
 def test_a_target_that_differs_is_not_overwritten(mixed, call, content, tmp_path: Path) -> None:
@@ -117,9 +201,11 @@ def test_what_fits_no_rule_is_named_and_nothing_is_done(
 @pytest.mark.parametrize(
     ("rule", "said"),
     [
-        ((), "give --mask-suffix, or --image-ext together with --mask-ext"),
-        (("--image-ext", ".bmp"), "give --mask-suffix, or --image-ext together with"),
-        ((*BY_EXTENSION, "--mask-suffix", "_m"), "give --mask-suffix, or --image-ext"),
+        ((), "give --mask-suffix, or --mask-pattern, or --image-ext together with"),
+        (("--image-ext", ".bmp"), "or --mask-pattern, or --image-ext together with"),
+        ((*BY_EXTENSION, "--mask-suffix", "_m"), "give --mask-suffix, or --mask-pattern, or"),
+        (("--mask-pattern", "_m$", "--mask-suffix", "_m"), "give --mask-suffix, or --mask-pattern"),
+        (("--mask-pattern", "("), "--mask-pattern '(' is no pattern: "),
         (("--mask-suffix", ""), "--mask-suffix must not be empty"),
         (("--image-ext", "PNG", "--mask-ext", ".png"), "must differ; else use --mask-suffix"),
         ((*BY_EXTENSION, "--mode", "burn"), "burn"),

@@ -60,6 +60,100 @@ def test_pictures_and_mask_values_are_what_they_were(
     assert set(np.unique(everything)) == set(values)
 
 
+COLOURS = np.array([(0, 0, 0), (250, 0, 0), (0, 90, 200)], np.uint8)
+NAMES = ("--classes", "a", "b", "c")
+
+
+def paletted(index: np.ndarray) -> Image.Image:
+    image = Image.fromarray(index, "P")
+    image.putpalette(COLOURS.tobytes())
+    return image
+
+
+PAINTED = {
+    "16 bits": (
+        lambda index: Image.fromarray(np.array([7, 300, 60000], np.uint16)[index]),
+        ("--mask-format", "values", "--mask-values", 7, 300, 60000),
+        "I;16",
+    ),
+    "16 bits, ignored": (
+        lambda index: Image.fromarray(np.array([0, 1, 60000], np.uint16)[index]),
+        ("--mask-format", "index", "--classes", "a", "b", "--ignore-value", 60000),
+        "I;16",
+    ),
+    "palette": (paletted, ("--mask-format", "palette", *NAMES), "P"),
+    "index of a palette": (paletted, ("--mask-format", "index", *NAMES), "P"),
+    "rgb": (
+        lambda index: Image.fromarray(COLOURS[index]),
+        ("a: [0, 0, 0]\nb: [250, 0, 0]\nc: [0, 90, 200]\n",),
+        "RGB",
+    ),
+    "rgb, ignored": (
+        lambda index: Image.fromarray(COLOURS[index]),
+        ("a: [0, 0, 0]\nb: [250, 0, 0]\nignore: [0, 90, 200]\n",),
+        "RGB",
+    ),
+    "rgb, with alpha": (
+        lambda index: Image.fromarray(np.dstack([COLOURS[index], index * 100])),
+        ("a: [0, 0, 0, 0]\nb: [250, 0, 0, 100]\nc: [0, 90, 200, 200]\n",),
+        "RGBA",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", PAINTED)
+def test_masks_of_every_kind_come_back_as_they_were(kind: str, draw, call, tmp_path: Path) -> None:
+    paint, flags, mode = PAINTED[kind]
+    if mode.startswith("RGB"):
+        (tmp_path / "colours.yaml").write_text(flags[0])
+        flags = ("--mask-format", "rgb", "--colours", tmp_path / "colours.yaml")
+    folder = draw(tmp_path / "in", 4, values=(0, 1, 2))
+    masks = sorted((folder / "masks").iterdir())
+    for path in masks:
+        paint(np.asarray(Image.open(path))).save(path)
+    out = round_trip(folder, tmp_path, call, *flags)
+    for path in masks:
+        found, was = Image.open(out / "masks" / path.name), Image.open(path)
+        assert found.mode == mode
+        np.testing.assert_array_equal(np.asarray(found), np.asarray(was))
+        if kind != "index of a palette":  # whose colours are not part of the format
+            np.testing.assert_array_equal(
+                np.asarray(found.convert("RGB")), np.asarray(was.convert("RGB"))
+            )
+
+
+def test_pixels_that_count_nowhere_come_back_as_no_class(draw, call, tmp_path: Path) -> None:
+    folder = draw(tmp_path / "in", 4, values=(0, 9, 255))
+    flags = ("--mask-format", "values", "--mask-values", 0, 255, "--unknown", "ignore")
+    out = round_trip(folder, tmp_path, call, *flags)
+    for path in sorted((folder / "masks").iterdir()):
+        was, found = (np.asarray(Image.open(p)) for p in (path, out / "masks" / path.name))
+        assert (was == 9).any()
+        assert not set(np.unique(found[was == 9])) & {0, 255}
+        np.testing.assert_array_equal(found[was != 9], was[was != 9])
+
+
+def test_what_was_changed_by_packing_comes_back_changed_as_PNG(  # noqa: N802
+    draw, call, tmp_path: Path
+) -> None:
+    folder = draw(tmp_path / "in", 4, size=(40, 60))
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    for path in sorted((folder / "images").iterdir()):
+        Image.open(path).save(path.with_suffix(".jpg"), quality=95, exif=exif)
+        path.unlink()
+    out = round_trip(folder, tmp_path, call, "--mask-format", "binary", "--resize", 30)
+    for name in (f"p{number:03d}" for number in range(4)):
+        found = Image.open(out / "images" / f"{name}.png")
+        assert (found.size, found.getexif().get(0x0112)) == ((30, 20), None)
+        upright = Image.open(folder / "images" / f"{name}.jpg").transpose(
+            Image.Transpose.ROTATE_180
+        )
+        small = np.asarray(upright.resize((30, 20), Image.Resampling.BOX))
+        np.testing.assert_array_equal(np.asarray(found), small)
+        assert Image.open(out / "masks" / f"{name}.png").size == (30, 20)
+
+
 def test_packing_what_was_unpacked_gives_the_same_shards(draw, call, content, tmp_path) -> None:
     folder = draw(tmp_path / "in", 6)
     out = round_trip(folder, tmp_path / "1", call, "--mask-format", "binary")
@@ -71,8 +165,8 @@ def test_every_kind_of_picture_keeps_its_own_bytes(call, content, tmp_path: Path
     folder = tmp_path / "in"
     for part in ("images", "masks"):
         (folder / part).mkdir(parents=True)
-    pixels = np.random.default_rng(0).integers(0, 255, (12, 14, 3)).astype(np.uint8)
-    for name in ("a.jpg", "b.JPEG", "c.bmp", "d.tif", "e.webp", "f.gif", "g.png"):
+    for seed, name in enumerate(("a.jpg", "b.JPEG", "c.bmp", "d.tif", "e.webp", "f.gif", "g.png")):
+        pixels = np.random.default_rng(seed).integers(0, 255, (12, 14, 3)).astype(np.uint8)
         Image.fromarray(pixels).save(folder / "images" / name)
         Image.new("L", (14, 12), 255).save(folder / "masks" / f"{name[0]}.png")
     out = round_trip(folder, tmp_path, call, "--mask-format", "binary")
@@ -118,7 +212,7 @@ def test_one_split_alone(shards: Path, call, tmp_path: Path) -> None:
         ),
         (
             lambda data: (data / "index.json").write_text('{"format": "unet-shards","version": 9}'),
-            "has version 9, this program reads 1; update it",
+            "has version 9, this program reads 2; update it",
         ),
         (lambda data: (data / "train-000000.tar").unlink(), "cannot be opened: No such file"),
         (lambda data: (data / "train-000000.tar").write_bytes(b"cut"), "has 3 bytes, the manifest"),

@@ -3,14 +3,17 @@
 import io
 import json
 import os
+import struct
+import zlib
 
 import numpy as np
 import pytest
 from hypothesis import settings
 from PIL import Image
 
+from shards.images import ImageFormat
 from shards.index import Manifest, ShardInfo, SizeCount, SplitInfo
-from shards.sample import default_palette, encode_mask
+from shards.masks import default_palette, encode_mask
 from shards.writer import ShardWriter
 
 # The same examples each time, however busy the machine is, and no folder for failed ones.
@@ -32,6 +35,61 @@ def to_bytes():
         out = io.BytesIO()
         image.save(out, form, **options)
         return out.getvalue()
+
+    return encode
+
+
+@pytest.fixture
+def raw_png():
+    """raw_png(rows, bits, colour type, chunks) -> a PNG as Pillow would not write it."""
+
+    def chunk(kind, data):
+        named = kind + data
+        return struct.pack(">I", len(data)) + named + struct.pack(">I", zlib.crc32(named))
+
+    def encode(rows, width, bits, colour_type, chunks=()):
+        header = struct.pack(">IIBBBBB", width, len(rows), bits, colour_type, 0, 0, 0)
+        pixels = zlib.compress(b"".join(b"\0" + row for row in rows))
+        parts = [(b"IHDR", header), *chunks, (b"IDAT", pixels), (b"IEND", b"")]
+        return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
+
+    return encode
+
+
+@pytest.fixture
+def raw_tiff():
+    """raw_tiff(pixels, (width, height), bits, bands) -> a TIFF as Pillow would not write it."""
+
+    def encode(data, size, bits, bands, *, order="<", photometric=1, tags=(), planar=1, sample=1):
+        entries = {
+            256: ("I", [size[0]]),
+            257: ("I", [size[1]]),
+            258: ("H", [bits] * bands),
+            259: ("H", [1]),
+            262: ("H", [photometric]),
+            273: ("I", [0]),
+            277: ("H", [bands]),
+            278: ("I", [size[1]]),
+            279: ("I", [len(data)]),
+            284: ("H", [planar]),
+            339: ("H", [sample] * bands),
+            **{tag: (kind, values) for tag, kind, values in tags},
+        }
+        types = {"H": 3, "I": 4, "d": 12}
+        packed = {t: struct.pack(f"{order}{len(v)}{k}", *v) for t, (k, v) in entries.items()}
+        begin = 8 + 2 + 12 * len(entries) + 4
+        where = begin + sum(len(value) for value in packed.values() if len(value) > 4)
+        packed[273] = struct.pack(f"{order}I", where)
+        directory, behind = struct.pack(f"{order}H", len(entries)), b""
+        for tag, (kind, values) in sorted(entries.items()):
+            directory += struct.pack(f"{order}HHI", tag, types[kind], len(values))
+            if len(packed[tag]) <= 4:
+                directory += packed[tag].ljust(4, b"\0")
+            else:
+                directory += struct.pack(f"{order}I", begin + len(behind))
+                behind += packed[tag]
+        start = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}I", 8)
+        return start + directory + struct.pack(f"{order}I", 0) + behind + data
 
     return encode
 
@@ -72,7 +130,7 @@ def make_shards(tmp_path, to_bytes, noise):
         manifest = Manifest(
             classes=classes,
             palette=palette,
-            channels="RGB",
+            image_format=ImageFormat("RGB"),
             mask_format={"kind": "index"},
             mean=(0.5, 0.5, 0.5),
             std=(0.3, 0.3, 0.3),

@@ -2,10 +2,16 @@
 
 import hashlib
 import json
+from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+import shards.index
+from shards.images import ImageFormat
 from shards.index import (
+    MOST_SIZES,
     Manifest,
     MemberRange,
     ShardIndex,
@@ -17,11 +23,12 @@ from shards.index import (
     write_manifest,
 )
 from shards.sample import DataError
+from shards.store import Store
 
 MANIFEST = Manifest(
     classes=("background", "zelle", "wand"),
     palette=((0, 0, 0), (1, 2, 3), (4, 5, 6)),
-    channels="L",
+    image_format=ImageFormat("L", "drop", (100, 4095)),
     mask_format={"kind": "values", "source_values": [0, 128, 255]},
     mean=(0.123456789012345,),
     std=(0.25,),
@@ -36,6 +43,7 @@ MANIFEST = Manifest(
         "val": SplitInfo((), ()),
     },
     duplicates=(("train:a.png", "train:b.png"),),
+    verified="headers",
 )
 
 
@@ -45,24 +53,41 @@ def refusal(function, *arguments):
     return str(caught.value)
 
 
-def test_a_manifest_comes_back_as_it_was_written(tmp_path):
-    write_manifest(tmp_path, MANIFEST)
+def write(folder, manifest=MANIFEST):
+    write_manifest(Store(str(folder)), manifest)
+
+
+@pytest.mark.parametrize("bounds", [None, (0, 65535), (100, 4095)])
+@pytest.mark.parametrize("alpha", ["refuse", "drop"])
+@pytest.mark.parametrize("verified", ["full", "headers"])
+def test_a_manifest_comes_back_as_it_was_written(tmp_path, bounds, alpha, verified):
+    form = ImageFormat("L", alpha, bounds)
+    manifest = replace(MANIFEST, image_format=form, verified=verified)
+    write(tmp_path, manifest)
     again = read_manifest(tmp_path)
-    assert again == MANIFEST
+    assert again == manifest
+    assert again.image_format.range == bounds
     assert again.digest == hashlib.sha256((tmp_path / "index.json").read_bytes()).hexdigest()
 
 
 def test_a_manifest_read_and_written_again_has_the_same_bytes(tmp_path):
-    write_manifest(tmp_path, MANIFEST)
+    write(tmp_path)
     before = (tmp_path / "index.json").read_bytes()
-    write_manifest(tmp_path, read_manifest(tmp_path))
+    write(tmp_path, read_manifest(tmp_path))
     assert (tmp_path / "index.json").read_bytes() == before
 
 
 def test_the_file_says_format_version_and_samples(tmp_path):
-    write_manifest(tmp_path, MANIFEST)
+    write(tmp_path)
     plain = json.loads((tmp_path / "index.json").read_text())
-    assert (plain["format"], plain["version"]) == ("unet-shards", 1)
+    assert (plain["format"], plain["version"]) == ("unet-shards", 2)
+    assert plain["image_format"] == {
+        "channels": "L",
+        "alpha": "drop",
+        "range": [100, 4095],
+        "max_pixels": 1_000_000_000,
+    }
+    assert plain["verified"] == "headers"
     assert (plain["splits"]["train"]["samples"], plain["splits"]["val"]["samples"]) == (5, 0)
     assert "digest" not in plain
 
@@ -94,10 +119,12 @@ def test_a_missing_folder_or_manifest_is_named(tmp_path):
         lambda text: text.replace('"classes"', '"klassen"'),
         lambda text: text.replace('"sha256"', '"md5"', 1),
         lambda text: text.replace('"mean"', '"extra": 1, "mean"'),
+        lambda text: text.replace('"range"', '"bereich"'),
+        lambda text: text.replace('"version": 2', '"version": "zwei"'),
     ],
 )
 def test_a_damaged_manifest_is_named(tmp_path, damage):
-    write_manifest(tmp_path, MANIFEST)
+    write(tmp_path)
     path = tmp_path / "index.json"
     path.write_text(damage(path.read_text()))
     text = refusal(read_manifest, tmp_path)
@@ -119,12 +146,15 @@ def test_a_foreign_manifest_is_named(tmp_path):
     )
 
 
-def test_a_newer_manifest_is_named(tmp_path):
-    write_manifest(tmp_path, MANIFEST)
+@pytest.mark.parametrize(
+    ("version", "remedy"), [(3, "update it"), (99, "update it"), (1, "pack the data set again")]
+)
+def test_a_manifest_of_another_version_is_named_with_the_remedy(tmp_path, version, remedy):
+    write(tmp_path)
     path = tmp_path / "index.json"
-    path.write_text(path.read_text().replace('"version": 1', '"version": 2'))
+    path.write_text(path.read_text().replace('"version": 2', f'"version": {version}'))
     assert refusal(read_manifest, tmp_path) == (
-        f"{path} has version 2, this program reads 1; update it"
+        f"{path} has version {version}, this program reads 2; {remedy}"
     )
 
 
@@ -137,6 +167,42 @@ def test_sizes_of_shards_add_up_the_commonest_first():
         SizeCount(4, 4, "L", 1),
         SizeCount(8, 6, "L", 1),
     )
+
+
+sizes = st.builds(
+    SizeCount,
+    st.integers(1, 40),
+    st.integers(1, 40),
+    st.sampled_from(["L", "RGB"]),
+    st.integers(1, 9),
+)
+
+
+@given(st.lists(sizes, max_size=60), st.integers(4, 20))
+def test_a_bounded_list_of_sizes_keeps_every_picture(counts, most):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards.index, "MOST_SIZES", most)
+        merged = merge_sizes(counts)
+    assert len(merged) <= most
+    for mode in ("L", "RGB"):
+        before = [size for size in counts if size.mode == mode]
+        after = [size for size in merged if size.mode == mode]
+        assert sum(s.images for s in after) == sum(s.images for s in before)
+        assert all(s.width > 0 and s.height > 0 for s in after)
+        # Rounded down, never up: no picture is taken for a larger one.
+        assert max((s.width for s in after), default=0) <= max((s.width for s in before), default=0)
+    assert list(merged) == sorted(merged, key=lambda s: (-s.images, s.width, s.height, s.mode))
+    if len({(s.width, s.height, s.mode) for s in counts}) <= most:
+        assert sum(s.images * s.width for s in merged) == sum(s.images * s.width for s in counts)
+
+
+def test_a_manifest_stays_small_however_odd_its_pictures_are():
+    odd = [SizeCount(100 + i % 311, 100 + i // 311, "RGB", 2) for i in range(50_000)]
+    merged = merge_sizes(odd)
+    assert len(merged) <= MOST_SIZES
+    assert sum(size.images for size in merged) == 100_000
+    assert merge_sizes(merged) == merged
+    assert len(merge_sizes(odd[:MOST_SIZES])) == MOST_SIZES
 
 
 # ------------------------------------------------------------------------------- byte offsets
@@ -194,15 +260,31 @@ def test_a_missing_empty_or_binary_index_is_named(tmp_path):
         assert text.endswith("; pack the data set again")
 
 
+def test_samples_of_foreign_shards_have_no_json(tmp_path):
+    index = index_of(tmp_path, "v1.2 1\njpg 512 1 a.jpg mask.png 1536 1 a.mask.png\n")
+    assert index[0].info is None
+    assert (index[0].key, index[0].image.extension) == ("a", "jpg")
+
+
 @pytest.mark.parametrize(
-    "line",
+    ("line", "pictures"),
     [
-        "jpg 512 1 a.jpg mask.png 1536 1 a.mask.png",
-        "json 512 1 a.json",
-        "jpg 512 1 a.jpg json 1536 1 a.json png 2560 1 a.png",
+        ("json 512 1 a.json", 0),
+        ("jpg 512 1 a.jpg json 1536 1 a.json png 2560 1 a.png", 2),
+        ("cls 512 1 a.cls jpg 1536 1 a.jpg", 2),
     ],
 )
-def test_a_sample_without_exactly_one_picture_and_a_json_is_named(tmp_path, line):
+def test_a_sample_without_exactly_one_picture_is_named(tmp_path, line, pictures):
     index = index_of(tmp_path, f"v1.2 2\njson 0 1 b.json png 0 1 b.png\n{line}\n")
-    with pytest.raises(DataError, match=r"s\.idx, line 3: a sample needs one picture and a json"):
-        index[1]
+    assert refusal(index.__getitem__, 1) == (
+        f"{tmp_path / 's.idx'}, line 3: a sample has {pictures} pictures, not one; pack it again"
+    )
+
+
+@pytest.mark.parametrize("line", ["", "png 512 1", "png x 1 a.png", "png 512 1 a.png json"])
+def test_a_damaged_line_is_named(tmp_path, line):
+    index = index_of(tmp_path, f"v1.2 2\n{line}\njson 0 1 b.json png 0 1 b.png\n")
+    assert index[1].key == "b"
+    assert refusal(index.__getitem__, 0) == (
+        f"{tmp_path / 's.idx'}, line 2 is damaged; pack it again"
+    )

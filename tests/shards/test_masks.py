@@ -5,10 +5,22 @@ import re
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
-from shards.masks import MaskFormat, read_mask
-from shards.sample import DataError, default_palette, encode_mask
+from shards.images import ImageRule
+from shards.masks import (
+    MaskFormat,
+    decode_mask,
+    default_palette,
+    encode_mask,
+    palette_bytes,
+    palette_of,
+    read_mask,
+    shown,
+)
+from shards.sample import DataError
 
 TWO = ("background", "cell")
 THREE = (*TWO, "wall")
@@ -49,24 +61,30 @@ def image_of(pixels, mode):
     raise AssertionError(mode)
 
 
-def read(data, classes=TWO, **rule):
-    rule = MaskFormat(num_classes=len(classes), **rule)
-    return read_mask(data, rule, default_palette(classes), "masks/a.png")
+def read(data, classes=TWO, *, image=None, pixels=True, **rule):
+    form = MaskFormat(num_classes=len(classes), **rule)
+    options = {} if image is None else {"rule": image}
+    return read_mask(data, form, default_palette(classes), "masks/a.png", pixels=pixels, **options)
 
 
-def check_canonical(mask, expected):
-    image = Image.open(io.BytesIO(mask.data))
+def check_canonical(mask, expected, classes=THREE):
+    data = mask.encode(default_palette(classes))
+    image = Image.open(io.BytesIO(data))
     assert (image.format, image.mode) == ("PNG", "P")
     assert np.array_equal(np.asarray(image), expected)
-    assert np.array_equal(mask.index, expected)
-    assert mask.index.dtype == np.uint8
+    assert np.array_equal(decode_mask(data, 255, "x"), expected)
+    assert np.array_equal(mask.classes.index, expected)
+    assert mask.classes.index.dtype == np.uint8
+    assert mask.size == np.shape(expected)[::-1]
+    counts = np.bincount(np.ravel(expected), minlength=256)
+    assert mask.classes.pixels.tolist() == counts.tolist()
 
 
 @pytest.mark.parametrize(("form", "mode"), SAVABLE)
 def test_index_masks_of_every_mode_and_file_format(to_bytes, form, mode):
     mask = read(to_bytes(image_of(INDICES, mode), form), THREE, kind="index")
     check_canonical(mask, INDICES)
-    assert mask.values == (0, 1, 2)
+    assert mask.classes.values == (0, 1, 2)
 
 
 # A GIF always has a palette, so that its masks are indices.
@@ -75,7 +93,7 @@ def test_values_masks_of_every_mode_and_file_format(to_bytes, form, mode):
     data = to_bytes(image_of(VALUES, mode), form)
     mask = read(data, THREE, kind="values", values=(0, 128, 255))
     check_canonical(mask, INDICES)
-    assert mask.values == (0, 128, 255)
+    assert mask.classes.values == (0, 128, 255)
 
 
 @pytest.mark.parametrize(("form", "mode"), [*SAVABLE, ("PNG", "1"), ("TIFF", "1"), ("BMP", "1")])
@@ -110,7 +128,7 @@ def test_invert_makes_zero_the_foreground(to_bytes):
 def test_binary_masks_without_foreground_or_without_background_keep_their_meaning(to_bytes):
     for value in (0, 255):
         mask = read(to_bytes(Image.new("L", (3, 2), value)), kind="binary")
-        assert (mask.index == (value > 0)).all()
+        assert (mask.classes.index == (value > 0)).all()
 
 
 def test_antialiased_binary_masks_are_refused_with_the_remedy(to_bytes):
@@ -126,18 +144,39 @@ def test_antialiased_binary_masks_are_refused_with_the_remedy(to_bytes):
 def test_a_threshold_decides_blurred_edges(to_bytes):
     pixels = np.array([[0, 127, 128, 255]], dtype=np.uint8)
     data = to_bytes(Image.fromarray(pixels))
-    assert read(data, kind="binary", threshold=128).index.tolist() == [[0, 0, 1, 1]]
+    assert read(data, kind="binary", threshold=128).classes.index.tolist() == [[0, 0, 1, 1]]
     inverted = read(data, kind="binary", threshold=128, invert=True)
-    assert inverted.index.tolist() == [[1, 1, 0, 0]]
+    assert inverted.classes.index.tolist() == [[1, 1, 0, 0]]
 
 
 def test_jpeg_masks_need_a_threshold(to_bytes):
     pixels = np.zeros((16, 16), dtype=np.uint8)
     pixels[3:9, 5:12] = 255
     data = to_bytes(Image.fromarray(pixels), "JPEG", quality=50)
-    with pytest.raises(DataError, match="use --mask-threshold 128 if the edges are blurred"):
+    with pytest.raises(DataError) as caught:
         read(data, kind="binary")
-    assert np.array_equal(read(data, kind="binary", threshold=128).index, pixels > 0)
+    assert str(caught.value) == (
+        "masks/a.png is a JPEG, whose values are near the true ones but not equal; "
+        "save masks as PNG, or add --mask-threshold 128"
+    )
+    assert np.array_equal(read(data, kind="binary", threshold=128).classes.index, pixels > 0)
+
+
+def test_jpeg_masks_of_values_and_colours_need_a_tolerance(to_bytes):
+    pixels = np.zeros((32, 32), dtype=np.uint8)
+    pixels[:, 16:] = 200
+    data = to_bytes(Image.fromarray(pixels), "JPEG", quality=90)
+    with pytest.raises(DataError, match=r"or add --mask-format values and --tolerance 10$"):
+        read(data, kind="values", values=(0, 200))
+    with pytest.raises(DataError, match=r"or add --mask-format values and --tolerance 10$"):
+        read(data, kind="index")
+    mask = read(data, kind="values", values=(0, 200), tolerance=20)
+    assert np.array_equal(mask.classes.index, pixels > 0)
+    table = {"kind": "rgb", "colours": ((0, 0, 0), (200, 0, 0))}
+    data = to_bytes(Image.fromarray(pixels[..., None] * np.array([1, 0, 0], np.uint8)), "JPEG")
+    with pytest.raises(DataError, match=r"save masks as PNG, or add --tolerance 30$"):
+        read(data, **table)
+    assert np.array_equal(read(data, **table, tolerance=60).classes.index, pixels > 0)
 
 
 @pytest.mark.parametrize(
@@ -155,13 +194,13 @@ def test_the_ignore_value_becomes_255(to_bytes, rule):
     mask = read(to_bytes(Image.fromarray(pixels)), **rule)
     expected = [1, 0, 255] if rule.get("invert") else [0, 1, 255]
     check_canonical(mask, [expected])
-    assert mask.values == (0, 1, 9)
+    assert mask.classes.values == (0, 1, 9)
 
 
 def refusal(pixels, classes=TWO, **rule):
     form = MaskFormat(num_classes=len(classes), **rule)
     with pytest.raises(DataError) as caught:
-        form.to_index(np.asarray(pixels, dtype=np.uint8), "masks/a.png")
+        form.read(Image.fromarray(np.asarray(pixels, dtype=np.uint8)), "masks/a.png")
     return str(caught.value)
 
 
@@ -182,7 +221,7 @@ def test_several_unknown_indices_are_named_the_commonest_first():
 def test_unknown_values_of_a_values_mask_are_named():
     assert refusal([[0, 128, 3, 4]], kind="values", values=(0, 128)) == (
         "masks/a.png holds values without a class: 3: 1 px, 4: 1 px; "
-        "name them all with --mask-values and --classes"
+        "name them all with --mask-values and --classes, or add --unknown ignore"
     )
 
 
@@ -200,16 +239,26 @@ def test_255_is_an_error_unless_it_is_declared_as_ignored(rule):
     assert "255: 1 px; if these pixels do not count, add --ignore-value 255" in refusal(
         [[0, 1, 255]], **rule
     )
-    index = MaskFormat(num_classes=2, ignore_value=255, **rule).to_index(
-        np.array([[0, 1, 255]], dtype=np.uint8), "x"
-    )
-    assert index.tolist() == [[0, 1, 255]]
+    form = MaskFormat(num_classes=2, ignore_value=255, **rule)
+    classes = form.read(Image.fromarray(np.array([[0, 1, 255]], dtype=np.uint8)), "x")
+    assert classes.index.tolist() == [[0, 1, 255]]
 
 
-def test_a_mask_that_is_canonical_is_copied_byte_for_byte():
-    pixels = np.array([[0, 1, 2, 255]], dtype=np.uint8)
-    data = encode_mask(pixels, default_palette(THREE))
-    assert read(data, THREE, kind="index", ignore_value=255).data is data
+@pytest.mark.parametrize(
+    ("values", "bits"), [([0, 1], 1), ([0, 2, 3], 2), ([0, 9], 4), ([0, 200], 8), ([0, 255], 8)]
+)
+@pytest.mark.parametrize("kind", ["index", "palette"])
+@pytest.mark.parametrize("pixels", [True, False])
+def test_a_mask_that_is_canonical_is_copied_byte_for_byte(values, bits, kind, pixels):
+    classes = tuple(map(str, range(201)))
+    palette = default_palette(classes)
+    data = encode_mask(np.array([values * 9], dtype=np.uint8), palette)
+    assert data[24] == bits
+    colours = {"colours": palette} if kind == "palette" else {}
+    mask = read(data, classes, kind=kind, ignore_value=255, pixels=pixels, **colours)
+    assert mask.own is data
+    assert mask.encode(palette) is data
+    assert (mask.classes is None) == (not pixels)
 
 
 def test_any_other_mask_is_rewritten(to_bytes):
@@ -219,36 +268,385 @@ def test_any_other_mask_is_rewritten(to_bytes):
     tiff = to_bytes(Image.open(io.BytesIO(expected)), "TIFF")
     for data in (grey, other_palette, tiff):
         assert data != expected
-        assert read(data, THREE, kind="index").data == expected
+        mask = read(data, THREE, kind="index")
+        assert mask.own is None
+        assert mask.encode(default_palette(THREE)) == expected
 
 
 def test_a_canonical_mask_under_a_rule_that_changes_it_is_rewritten():
     data = encode_mask(BINARY, default_palette(TWO))
     mask = read(data, kind="binary", invert=True)
-    assert mask.data != data
+    assert mask.own is None
     check_canonical(mask, 1 - BINARY)
 
 
-def test_sixteen_bit_values_above_255_are_refused_never_clipped(to_bytes):
-    data = to_bytes(Image.fromarray(np.array([[0, 300]], dtype=np.uint16)))
-    with pytest.raises(DataError, match=r"a\.png holds values up to 300; at most 255 classes"):
-        read(data, kind="index")
+def test_an_index_without_colour_in_its_palette_is_given_one(raw_png):
+    palette = default_palette(THREE)
+    short = raw_png([bytes([0, 1, 2])], 3, 8, 3, [(b"PLTE", bytes(sum(palette[:2], ())))])
+    mask = read(short, THREE, kind="index")
+    assert mask.own is None
+    check_canonical(mask, np.array([[0, 1, 2]]))
+    again = Image.open(io.BytesIO(mask.encode(palette)))
+    assert palette_of(again)[:3] == palette
 
 
-def test_colour_masks_are_refused(to_bytes, noise):
-    with pytest.raises(DataError, match=r"a\.png is a colour picture \(mode RGB\)"):
-        read(to_bytes(Image.fromarray(noise())), kind="index")
+# ------------------------------------------------------------------------------------ 16 bits
+
+
+@pytest.mark.parametrize("form", ["PNG", "TIFF"])
+def test_values_of_16_bits_are_told_apart_never_clipped(to_bytes, form):
+    pixels = np.array([[0, 300, 65535, 44]], dtype=np.uint16)
+    data = to_bytes(Image.fromarray(pixels), form)
+    mask = read(data, THREE, kind="values", values=(0, 65535, 300), ignore_value=44)
+    check_canonical(mask, np.array([[0, 2, 1, 255]]))
+    assert mask.classes.values == (0, 44, 300, 65535)
+
+
+def test_16_bit_masks_in_either_byte_order(raw_tiff):
+    pixels = np.array([[0, 1000], [1000, 0]])
+    for order in "<>":
+        data = raw_tiff(pixels.astype(f"{order}u2").tobytes(), (2, 2), 16, 1, order=order)
+        check_canonical(read(data, kind="values", values=(0, 1000)), pixels > 0)
+        check_canonical(read(data, kind="binary"), pixels > 0)
+
+
+def test_a_tolerance_is_not_wrapped_around_at_the_ends(to_bytes):
+    data = to_bytes(Image.fromarray(np.array([[0, 9, 246, 255]], dtype=np.uint8)))
+    mask = read(data, kind="values", values=(0, 255), tolerance=9)
+    assert mask.classes.index.tolist() == [[0, 0, 1, 1]]
+    data = to_bytes(Image.fromarray(np.array([[0, 65530, 255]], dtype=np.uint16)))
+    with pytest.raises(DataError, match="255: 1 px"):
+        read(data, kind="values", values=(0, 65535), tolerance=9)
+
+
+def test_unknown_values_are_ignored_on_request(to_bytes):
+    data = to_bytes(Image.fromarray(np.array([[0, 1, 7, 200]], dtype=np.uint8)))
+    for rule in ({"kind": "index"}, {"kind": "values", "values": (0, 1)}):
+        mask = read(data, **rule, unknown="ignore")
+        check_canonical(mask, np.array([[0, 1, 255, 255]]))
+        assert mask.classes.values == (0, 1, 7, 200)
+
+
+# ------------------------------------------------------------------------------------- palette
+
+
+def in_colours(index, colours, mode="P"):
+    """A mask whose pixels are seen in these colours."""
+    image = Image.fromarray(np.array(index, dtype=np.uint8)).copy()
+    image.putpalette([part for colour in colours for part in colour])
+    return image if mode == "P" else image.convert(mode)
+
+
+COLOURS = ((0, 0, 0), (128, 0, 0), (0, 128, 64))
+
+
+@pytest.mark.parametrize("form", ["PNG", "TIFF", "BMP", "GIF"])
+def test_palette_masks_are_read_by_index_where_the_colours_agree(to_bytes, form):
+    data = to_bytes(in_colours(INDICES, COLOURS), form)
+    mask = read(data, THREE, kind="palette", colours=COLOURS)
+    check_canonical(mask, INDICES)
+    assert mask.mode == "P"
+
+
+def test_a_palette_in_which_an_index_has_another_colour_is_refused(to_bytes):
+    swapped = (COLOURS[0], COLOURS[2], COLOURS[1])
+    with pytest.raises(DataError) as caught:
+        read(to_bytes(in_colours(INDICES, swapped)), THREE, kind="palette", colours=COLOURS)
+    assert str(caught.value) == (
+        "masks/a.png shows index 1 in (0, 128, 64), others in (128, 0, 0), so one number may mean "
+        "two classes; go by the colours: --mask-format rgb with --colours"
+    )
+
+
+def test_colours_of_indices_that_do_not_occur_may_differ(to_bytes):
+    data = to_bytes(in_colours(BINARY, (*COLOURS[:2], (9, 9, 9))))
+    assert np.array_equal(read(data, THREE, kind="palette", colours=COLOURS).classes.index, BINARY)
+
+
+def test_an_index_that_has_no_colour_agrees_with_none(raw_png):
+    data = raw_png([bytes([0, 1, 2])], 3, 8, 3, [(b"PLTE", bytes(sum(COLOURS[:2], ())))])
+    with pytest.raises(DataError, match=r"shows index 2 in no colour, others in \(0, 128, 64\)"):
+        read(data, THREE, kind="palette", colours=COLOURS)
+
+
+@pytest.mark.parametrize(
+    ("mode", "remedy"),
+    [("L", "index"), ("1", "index"), ("RGB", "rgb with --colours"), ("RGBA", "rgb with --colours")],
+)
+def test_masks_without_a_palette_are_none_of_the_format_palette(to_bytes, mode, remedy):
+    data = to_bytes(in_colours(INDICES, COLOURS, "RGB").convert(mode))
+    with pytest.raises(DataError) as caught:
+        read(data, THREE, kind="palette", colours=COLOURS)
+    assert str(caught.value) == (
+        f"masks/a.png has no palette (mode {mode}); use --mask-format {remedy}"
+    )
+
+
+def test_palette_indices_beyond_the_classes_are_refused(to_bytes):
+    data = to_bytes(in_colours([[0, 1, 2, 3, 3]], (*COLOURS, (7, 7, 7))))
+    with pytest.raises(DataError) as caught:
+        read(data, kind="palette", colours=COLOURS[:2])
+    assert str(caught.value) == (
+        "masks/a.png holds values without a class: 3: 2 px, 2: 1 px; "
+        "they are palette indices: name them all, or go by colours: --mask-format rgb"
+    )
+
+
+# ------------------------------------------------------------------------------------- colours
+
+
+@pytest.mark.parametrize(
+    ("form", "mode"),
+    [
+        *(("PNG", mode) for mode in ("P", "RGB", "RGBA")),
+        *(("TIFF", mode) for mode in ("P", "RGB", "RGBA")),
+        *(("BMP", mode) for mode in ("P", "RGB")),
+        ("GIF", "P"),
+    ],
+)
+def test_colour_masks_of_every_mode_and_file_format(to_bytes, form, mode):
+    data = to_bytes(in_colours(INDICES, COLOURS, mode), form)
+    mask = read(data, THREE, kind="rgb", colours=COLOURS)
+    check_canonical(mask, INDICES)
+    assert (mask.classes.values, mask.own) == ((), None)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
+def test_colours_are_given_in_the_order_of_the_classes(to_bytes, order):
+    data = to_bytes(in_colours(INDICES, COLOURS, "RGB"))
+    mask = read(data, THREE, kind="rgb", colours=tuple(COLOURS[i] for i in order))
+    expected = np.array([order.index(i) for i in range(3)])[INDICES]
+    check_canonical(mask, expected)
+
+
+def test_colours_go_by_the_colour_whatever_the_palette_calls_it(to_bytes):
+    for places in ((0, 1, 2), (2, 1, 0), (1, 2, 0)):
+        shuffled = [None] * 3
+        for index, place in enumerate(places):
+            shuffled[place] = COLOURS[index]
+        data = to_bytes(in_colours(np.array(places)[INDICES], shuffled))
+        check_canonical(read(data, THREE, kind="rgb", colours=COLOURS), INDICES)
+
+
+@pytest.mark.parametrize("mode", ["1", "L"])
+def test_grey_masks_are_colours_too(to_bytes, mode):
+    data = to_bytes(image_of(BINARY * np.uint8(255), mode))
+    table = ((0, 0, 0), (255, 255, 255))
+    check_canonical(read(data, kind="rgb", colours=table), BINARY)
+
+
+def test_colours_of_four_numbers_tell_transparency_apart(to_bytes):
+    pixels = np.array([[[9, 9, 9, 0], [9, 9, 9, 255], [0, 0, 0, 0]]], dtype=np.uint8)
+    data = to_bytes(Image.fromarray(pixels))
+    table = ((9, 9, 9, 255), (9, 9, 9, 0))
+    mask = read(data, kind="rgb", colours=table, ignore_colours=((0, 0, 0, 0),))
+    check_canonical(mask, np.array([[1, 0, 255]]))
+
+
+def test_ignored_colours_become_255(to_bytes):
+    data = to_bytes(in_colours(INDICES, COLOURS, "RGB"))
+    mask = read(data, kind="rgb", colours=COLOURS[:2], ignore_colours=(COLOURS[2],))
+    check_canonical(mask, np.where(INDICES == 2, 255, INDICES))
+
+
+def test_colours_within_the_tolerance_of_every_channel_belong(to_bytes):
+    pixels = np.array([[[0, 0, 0], [9, 9, 9], [191, 209, 200], [200, 200, 200]]], dtype=np.uint8)
+    data = to_bytes(Image.fromarray(pixels))
+    table = ((0, 0, 0), (200, 200, 200))
+    mask = read(data, kind="rgb", colours=table, tolerance=9)
+    assert mask.classes.index.tolist() == [[0, 0, 1, 1]]
+    with pytest.raises(DataError, match=r"\(9, 9, 9\): 1 px, \(191, 209, 200\): 1 px"):
+        read(data, kind="rgb", colours=table, tolerance=8)
+
+
+def test_unknown_colours_are_named_the_commonest_first(to_bytes):
+    data = to_bytes(in_colours([[0, 1, 2, 2, 2, 3]], (*COLOURS, (1, 2, 3)), "RGB"))
+    with pytest.raises(DataError) as caught:
+        read(data, kind="rgb", colours=COLOURS[:2])
+    assert str(caught.value) == (
+        "masks/a.png holds colours without a class: (0, 128, 64): 3 px, (1, 2, 3): 1 px; name them "
+        "in --colours (`ignore: [r, g, b]` counts nowhere), or add --unknown ignore"
+    )
+
+
+def test_unknown_colours_are_ignored_on_request(to_bytes):
+    data = to_bytes(in_colours(INDICES, COLOURS, "RGB"))
+    mask = read(data, kind="rgb", colours=COLOURS[:2], unknown="ignore")
+    check_canonical(mask, np.where(INDICES == 2, 255, INDICES))
+
+
+def test_many_unknown_colours_are_taken_for_noise(to_bytes, noise):
+    with pytest.raises(DataError) as caught:
+        read(to_bytes(Image.fromarray(noise((20, 20, 3)))), kind="rgb", colours=COLOURS[:2])
+    text = str(caught.value)
+    assert " px and 395 more; so many come from lossy or smoothed edges" in text
+    assert text.endswith(": --tolerance 30, or --unknown ignore")
+
+
+def test_a_palette_shorter_than_its_indices_is_refused_not_seen_as_black(raw_png):
+    data = raw_png([bytes([0, 1, 2])], 3, 8, 3, [(b"PLTE", bytes(sum(COLOURS[:2], ())))])
+    with pytest.raises(DataError) as caught:
+        read(data, kind="rgb", colours=COLOURS[:2])
+    assert str(caught.value) == (
+        "masks/a.png holds index 2, its palette only 2 colours; "
+        "save it anew, or use --mask-format index"
+    )
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 9), st.integers(1, 9), st.integers(2, 20))
+def test_any_colour_mask_of_known_colours_comes_back(seed, height, width, count):
+    rng = np.random.default_rng(seed)
+    codes = rng.choice(2**24, count, replace=False)
+    table = np.stack([codes >> 16, codes >> 8 & 255, codes & 255], -1)
+    index = rng.integers(0, count, (height, width))
+    form = MaskFormat(kind="rgb", num_classes=count, colours=tuple(map(tuple, table.tolist())))
+    classes = form.read(Image.fromarray(table[index].astype(np.uint8)), "x")
+    assert np.array_equal(classes.index, index)
+    assert classes.pixels.tolist() == np.bincount(index.ravel(), minlength=256).tolist()
+
+
+# -------------------------------------------------------------------------------- what is refused
+
+RED = np.array([[[255, 0, 0], [0, 0, 0]]], dtype=np.uint8)
+HALF = np.array([[[1, 1, 1, 0], [1, 1, 1, 255]]], dtype=np.uint8)
+TABLE = {"kind": "rgb", "colours": ((0, 0, 0), (255, 0, 0))}
+CLEAR = (
+    "has transparent pixels, which may mean a class; give them one with --mask-format rgb and "
+    "colours of four numbers, or flatten it"
+)
+IN_COLOUR = (
+    "is in colour (mode {}); use --mask-format rgb with --colours, a table of the colour of each "
+    "class"
+)
+BAD = {
+    "an empty file": (None, "", {"kind": "index"}, "is empty; repair or remove it"),
+    "colours for index": (RED, "PNG", {"kind": "index"}, IN_COLOUR.format("RGB")),
+    "colours for binary": (RED, "TIFF", {"kind": "binary"}, IN_COLOUR.format("RGB")),
+    "clear pixels for index": (HALF, "PNG", {"kind": "index"}, CLEAR),
+    "clear pixels for colours": (HALF, "PNG", TABLE, CLEAR),
+    "16 bits for colours": (
+        np.array([[0, 999]], dtype=np.uint16),
+        "PNG",
+        TABLE,
+        "is 16-bit grey, not in colour; use --mask-format values",
+    ),
+    "floats for index": (
+        np.zeros((2, 2), dtype=np.float32),
+        "TIFF",
+        {"kind": "index"},
+        "has mode F; masks are modes 1, L, P, I;16, RGB or RGBA",
+    ),
+    "floats for colours": (
+        np.zeros((2, 2), dtype=np.float32),
+        "TIFF",
+        TABLE,
+        "has mode F; masks in colour are RGB, RGBA or P",
+    ),
+    "negative values": (
+        np.array([[-1, 0]], dtype=np.int32),
+        "TIFF",
+        {"kind": "index"},
+        "holds values from -1 to 0; masks hold 0 to 65535",
+    ),
+    "values above 16 bits": (
+        np.array([[0, 65536]], dtype=np.int32),
+        "TIFF",
+        {"kind": "index"},
+        "holds values from 0 to 65536; masks hold 0 to 65535",
+    ),
+    "16-bit values for index": (
+        np.array([[0, 300, 301]], dtype=np.uint16),
+        "PNG",
+        {"kind": "index"},
+        "holds values without a class: 300: 1 px, 301: 1 px; 2 classes allow 0 to 1: "
+        "name them all with --classes, or use --mask-format values",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_masks_that_the_declared_format_does_not_cover_are_refused(to_bytes, name):
+    pixels, form, rule, message = BAD[name]
+    data = b"" if pixels is None else to_bytes(Image.fromarray(pixels), form)
+    with pytest.raises(DataError) as caught:
+        read(data, **rule)
+    assert str(caught.value) == f"masks/a.png {message}"
+
+
+def test_an_alpha_that_is_the_same_everywhere_says_nothing(to_bytes):
+    pixels = np.array([[[1, 1, 1, 77], [0, 0, 0, 77]]], dtype=np.uint8)
+    data = to_bytes(Image.fromarray(pixels))
+    check_canonical(read(data, kind="index"), np.array([[1, 0]]))
+    table = ((0, 0, 0), (1, 1, 1))
+    check_canonical(read(data, kind="rgb", colours=table), np.array([[1, 0]]))
 
 
 def test_modes_without_a_meaning_are_refused(to_bytes):
     with pytest.raises(DataError, match=r"a\.png has mode CMYK; masks are modes 1, L, P, I;16"):
         read(to_bytes(Image.new("CMYK", (2, 2)), "TIFF"), kind="index")
+    with pytest.raises(DataError, match=r"a\.png has mode CMYK; masks in colour are RGB, RGBA"):
+        read(to_bytes(Image.new("CMYK", (2, 2)), "TIFF"), **TABLE)
+
+
+def test_a_black_and_white_palette_with_white_first_is_refused_unless_inverted(to_bytes):
+    data = to_bytes(in_colours(BINARY, ((255, 255, 255), (0, 0, 0))), "GIF")
+    with pytest.raises(DataError) as caught:
+        read(data, kind="binary")
+    assert str(caught.value) == (
+        "masks/a.png has white as its index 0, so background and foreground may be swapped; "
+        "add --invert if white is the foreground, else save it without a palette"
+    )
+    check_canonical(read(data, kind="binary", invert=True), 1 - BINARY)
 
 
 def test_a_cut_mask_is_refused(to_bytes, noise):
     data = to_bytes(Image.fromarray(noise((30, 30)) % 2))
     with pytest.raises(DataError, match=r"masks/a\.png is damaged .*; repair or remove it"):
         read(data[: len(data) // 2], kind="index")
+
+
+@pytest.mark.parametrize("length", [60, 200, 900])
+def test_a_cut_canonical_mask_is_refused_where_pixels_are_looked_at(noise, length):
+    classes = tuple(map(str, range(200)))
+    data = encode_mask(noise((40, 40)) % 200, default_palette(classes))[:length]
+    with pytest.raises(DataError, match="repair or remove it"):
+        read(data, classes, kind="index")
+
+
+def test_a_header_is_believed_where_only_headers_are_looked_at(to_bytes, noise):
+    classes = tuple(map(str, range(200)))
+    data = encode_mask(noise((40, 40)) % 200, default_palette(classes))
+    # Not a pixel of it is there, and none is decoded.
+    headless = data[: data.index(b"IDAT") + 60]
+    mask = read(headless, classes, kind="index", pixels=False)
+    assert (mask.own, mask.classes, mask.size) == (headless, None, (40, 40))
+    for data in (to_bytes(image_of(BINARY, "P")), to_bytes(image_of(BINARY, "L"))):
+        assert read(data, kind="index", pixels=False).classes is not None
+    canonical = encode_mask(BINARY, default_palette(TWO))
+    assert read(canonical, kind="binary", pixels=False).classes is not None
+    assert read(canonical, kind="index", ignore_value=9, pixels=False).classes is not None
+
+
+def test_frames_and_orientations_of_masks_follow_the_rule_for_pictures(to_bytes):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = to_bytes(Image.fromarray(INDICES), "TIFF", exif=exif)
+    check_canonical(read(data, THREE, kind="index"), np.rot90(INDICES, -1))
+    lying = read(data, THREE, kind="index", image=ImageRule(exif="ignore"))
+    check_canonical(lying, INDICES)
+    frames = [Image.fromarray(BINARY), Image.fromarray(INDICES)]
+    data = to_bytes(frames[0], "TIFF", save_all=True, append_images=frames[1:])
+    with pytest.raises(DataError, match="holds 2 frames; add --frame 0"):
+        read(data, THREE, kind="index")
+    check_canonical(read(data, THREE, kind="index", image=ImageRule(frame=1)), INDICES)
+
+
+def test_a_mask_is_resized_by_nearest_neighbour():
+    index = np.array([[0, 1], [2, 255]], dtype=np.uint8).repeat(4, 0).repeat(4, 1)
+    data = encode_mask(index, default_palette(THREE))
+    mask = read(data, THREE, kind="index", ignore_value=255).resized((4, 2))
+    check_canonical(mask, np.array([[0, 0, 1, 1], [2, 2, 255, 255]]))
+    assert (mask.own, mask.classes.values) == (None, (0, 1, 2, 255))
 
 
 @pytest.mark.parametrize(
@@ -267,15 +665,89 @@ def test_a_cut_mask_is_refused(to_bytes, noise):
         ),
         (
             {"kind": "index", "num_classes": 2, "values": (0, 1)},
-            "mask values belong to the format `values`, not to `index`",
+            "mask values belong to `values`; the format is `index`",
         ),
         (
             {"kind": "index", "num_classes": 2, "invert": True},
-            "--invert and --mask-threshold belong to `binary`, not to `index`",
+            "--invert and --mask-threshold belong to `binary`; the format is `index`",
         ),
         (
             {"kind": "values", "num_classes": 2, "values": (0, 1), "threshold": 0},
-            "--invert and --mask-threshold belong to `binary`, not to `values`",
+            "--invert and --mask-threshold belong to `binary`; the format is `values`",
+        ),
+        ({"kind": "index", "num_classes": 2, "ignore_value": 65536}, "are 0 to 65535, got 65536"),
+        (
+            {"kind": "values", "num_classes": 2, "values": (0, -1)},
+            "mask values are 0 to 65535, got -1",
+        ),
+        (
+            {"kind": "index", "num_classes": 3, "ignore_value": 2},
+            "--ignore-value 2 is also the value of a class",
+        ),
+        (
+            {"kind": "values", "num_classes": 2, "values": (0, 9), "ignore_value": 9},
+            "--ignore-value 9 is also the value of a class",
+        ),
+        ({"kind": "rgb", "num_classes": 2}, "0 colours for 2 classes; give one for each"),
+        (
+            {"kind": "palette", "num_classes": 3, "colours": COLOURS[:2]},
+            "2 colours for 3 classes; give one for each",
+        ),
+        (
+            {"kind": "index", "num_classes": 3, "colours": COLOURS},
+            "--colours belongs to `rgb`; the format is `index`",
+        ),
+        (
+            {"kind": "rgb", "num_classes": 3, "colours": COLOURS, "ignore_value": 255},
+            "--ignore-value belongs to formats of values; name a colour `ignore` in --colours; "
+            "the format is `rgb`",
+        ),
+        (
+            {"kind": "binary", "num_classes": 2, "unknown": "ignore"},
+            "--unknown has no meaning for two classes; the format is `binary`",
+        ),
+        (
+            {"kind": "index", "num_classes": 2, "tolerance": 1},
+            "--tolerance belongs to `values` and `rgb`; the format is `index`",
+        ),
+        (
+            {"kind": "values", "num_classes": 2, "values": (0, 9), "tolerance": 256},
+            "--tolerance is 0 to 255, got 256",
+        ),
+        (
+            {"kind": "values", "num_classes": 2, "values": (0, 20), "tolerance": 10},
+            "0 and 20 are 20 apart, too near for --tolerance 10",
+        ),
+        (
+            {
+                "kind": "values",
+                "num_classes": 2,
+                "values": (0, 99),
+                "ignore_value": 95,
+                "tolerance": 2,
+            },
+            "99 and 95 are 4 apart, too near for --tolerance 2",
+        ),
+        (
+            {"kind": "rgb", "num_classes": 2, "colours": ((0, 0, 0), (0, 9, 9)), "tolerance": 5},
+            "(0, 0, 0) and (0, 9, 9) are 9 apart, too near for --tolerance 5",
+        ),
+        (
+            {"kind": "rgb", "num_classes": 2, "colours": ((1, 2, 3), (1, 2, 3))},
+            "(1, 2, 3) and (1, 2, 3) are 0 apart",
+        ),
+        (
+            {
+                "kind": "rgb",
+                "num_classes": 2,
+                "colours": ((0, 0, 0), (1, 2, 3)),
+                "ignore_colours": ((1, 2, 3),),
+            },
+            "(1, 2, 3) and (1, 2, 3) are 0 apart",
+        ),
+        (
+            {"kind": "rgb", "num_classes": 2, "colours": ((0, 0, 0), (1, 2, 3, 4))},
+            "--colours: give all colours three numbers, or all of them four",
         ),
     ],
 )
@@ -293,3 +765,106 @@ def test_the_source_values_say_what_each_class_was_in_the_files():
     assert MaskFormat(kind="index", num_classes=3).source_values(None) == (0, 1, 2)
     values = MaskFormat(kind="values", num_classes=2, values=(9, 4))
     assert values.source_values(None) == (9, 4)
+    palette = MaskFormat(kind="palette", num_classes=3, colours=COLOURS)
+    assert palette.source_values(None) == (0, 1, 2)
+    colours = MaskFormat(kind="rgb", num_classes=3, colours=COLOURS)
+    assert colours.source_values(None) == ()
+
+
+# ---------------------------------------------------------------------------- canonical masks
+
+
+@given(
+    st.integers(0, 2**32 - 1),
+    st.integers(1, 19),
+    st.integers(1, 19),
+    st.lists(st.integers(0, 255), min_size=1, max_size=6),
+)
+def test_any_mask_survives_encoding(seed, height, width, values):
+    mask = np.random.default_rng(seed).choice(np.array(values, np.uint8), (height, width))
+    data = encode_mask(mask, default_palette(tuple(map(str, range(255)))))
+    assert np.array_equal(decode_mask(data, 255, "x"), mask)
+
+
+def test_a_mask_survives_encoding_with_every_value_and_255():
+    mask = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    data = encode_mask(mask, default_palette(tuple(map(str, range(255)))))
+    assert Image.open(io.BytesIO(data)).mode == "P"
+    assert np.array_equal(decode_mask(data, 255, "x"), mask)
+
+
+@pytest.mark.parametrize(
+    ("most", "bits"), [(0, 1), (1, 1), (2, 2), (3, 2), (4, 4), (15, 4), (16, 8), (255, 8)]
+)
+def test_few_classes_take_few_bits_a_pixel_and_keep_their_colours(most, bits):
+    palette = default_palette(tuple(map(str, range(20))))
+    data = encode_mask(np.array([[0, most]], dtype=np.uint8), palette)
+    # Bit depth and colour type of the header (PNG, section 11.2.2).
+    assert (data[24], data[25]) == (bits, 3)
+    found = palette_of(Image.open(io.BytesIO(data)))
+    seen = min(2**bits, 20)
+    assert found[:seen] == palette[:seen]
+
+
+@pytest.mark.parametrize("num_classes", [2, 3, 16, 40])
+def test_masks_are_read_back_as_indices_never_as_luminance(num_classes):
+    mask = (np.arange(35, dtype=np.uint8) % num_classes).reshape(5, 7)
+    data = encode_mask(mask, default_palette(tuple(map(str, range(num_classes)))))
+    assert np.array_equal(decode_mask(data, num_classes, "x"), mask)
+    assert not np.array_equal(np.asarray(Image.open(io.BytesIO(data)).convert("L")), mask)
+
+
+def test_encoding_a_mask_leaves_the_array_alone_and_gives_the_same_bytes():
+    mask = np.array([[0, 1], [255, 1]], dtype=np.uint8)
+    before = mask.copy()
+    assert encode_mask(mask, ((0, 0, 0),)) == encode_mask(mask, ((0, 0, 0),))
+    assert np.array_equal(mask, before)
+
+
+def test_a_mask_of_another_mode_is_not_canonical(to_bytes):
+    with pytest.raises(DataError, match="x is no canonical mask: mode RGB, not P; pack it again"):
+        decode_mask(to_bytes(Image.new("RGB", (2, 2))), 2, "x")
+
+
+def test_an_index_beyond_the_classes_is_refused_when_decoded():
+    data = encode_mask(np.array([[0, 1, 2, 2, 9, 255]], dtype=np.uint8), default_palette(THREE))
+    assert decode_mask(data, 10, "x").tolist() == [[0, 1, 2, 2, 9, 255]]
+    with pytest.raises(DataError) as caught:
+        decode_mask(data, 2, "s.tar: k")
+    assert str(caught.value) == (
+        "s.tar: k holds values without a class: 2: 2 px, 9: 1 px; "
+        "pack the data set again (pack --verify full looks at every pixel)"
+    )
+
+
+def test_ignored_pixels_are_white_in_the_palette():
+    table = np.frombuffer(palette_bytes(((1, 2, 3), (4, 5, 6))), np.uint8).reshape(256, 3)
+    assert table[[0, 1, 2, 255]].tolist() == [[1, 2, 3], [4, 5, 6], [128] * 3, [255] * 3]
+
+
+@pytest.mark.parametrize("num_classes", [2, 3, 10, 64, 255])
+@pytest.mark.parametrize("first", ["background", "sky"])
+def test_default_colours_are_distinct_from_each_other_and_from_ignore(num_classes, first):
+    palette = default_palette((first, *map(str, range(num_classes - 1))))
+    assert len(palette) == len(set(palette)) == num_classes
+    assert (255, 255, 255) not in palette
+    assert all(0 <= part <= 255 for colour in palette for part in colour)
+
+
+def test_default_colours_stay_what_they_are():
+    assert default_palette(("background", "a", "b", "c")) == (
+        (0, 0, 0),
+        (255, 51, 51),
+        (38, 82, 190),
+        (150, 225, 45),
+    )
+
+
+def test_background_and_the_first_of_two_classes_are_black():
+    assert default_palette(("Background", "a", "b"))[0] == (0, 0, 0)
+    assert default_palette(("sky", "road"))[0] == (0, 0, 0)
+    assert default_palette(("sky", "road", "car"))[0] != (0, 0, 0)
+
+
+def test_colours_are_shown_as_they_are_written():
+    assert (shown((1, 2, 3)), shown((7,)), shown(np.array([1, 2]))) == ("(1, 2, 3)", "7", "(1, 2)")

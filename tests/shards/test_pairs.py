@@ -9,15 +9,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shards.pairs import (
+    SPLITS,
     Pair,
-    assign_splits,
+    PairRule,
+    SplitRule,
     find_pairs,
     hash_fraction,
     list_images,
-    read_split_file,
+    listing,
+    read_pair_lists,
     separate,
 )
 from shards.sample import DataError
+
+PLAIN = PairRule()
 
 
 @pytest.fixture
@@ -34,7 +39,13 @@ def tree(tmp_path):
     return make
 
 
-def refusal(*arguments, function=find_pairs, **options):
+def both(pairing):
+    """[(picture, mask)], nothing refused or left over."""
+    assert (pairing.refused, pairing.unpaired) == ([], [])
+    return [(p.source, p.mask) for p in pairing.pairs]
+
+
+def refusal(function, *arguments, **options):
     with pytest.raises(DataError) as caught:
         function(*arguments, **options)
     return str(caught.value)
@@ -46,140 +57,409 @@ def refusal(*arguments, function=find_pairs, **options):
 def test_pairs_have_one_relative_path_but_for_the_extension(tree):
     images = tree("images", "b.jpg", "a.PNG")
     masks = tree("masks", "a.gif", "b.png")
-    assert find_pairs(images, masks) == [
-        Pair("a", images / "a.PNG", masks / "a.gif", "a.PNG"),
-        Pair("b", images / "b.jpg", masks / "b.png", "b.jpg"),
-    ]
+    pairing = find_pairs(images, masks, PLAIN)
+    assert pairing.pairs == [Pair("a.PNG", "a.gif"), Pair("b.jpg", "b.png")]
+    assert [p.key for p in pairing.pairs] == ["a", "b"]
+    assert (pairing.images, pairing.masks) == (images, masks)
 
 
 def test_equal_names_in_different_folders_are_different_pairs(tree):
     images = tree("images", "x/a.jpg", "y/a.jpg", "a.jpg", "x/y/a.jpg")
     masks = tree("masks", "x/a.png", "y/a.png", "a.png", "x/y/a.png")
-    pairs = find_pairs(images, masks)
-    assert [p.key for p in pairs] == ["a", "x/a", "x/y/a", "y/a"]
-    assert all(p.mask == masks / f"{p.key}.png" for p in pairs)
+    pairing = find_pairs(images, masks, PLAIN)
+    assert [p.key for p in pairing.pairs] == ["a", "x/a", "x/y/a", "y/a"]
+    assert all(p.mask == f"{p.key}.png" for p in pairing.pairs)
 
 
 def test_dots_in_names_pair_by_the_last_one(tree):
-    pairs = find_pairs(tree("images", "a.b.jpg", "a.c.jpg"), tree("masks", "a.b.png", "a.c.png"))
+    images, masks = tree("images", "a.b.jpg", "a.c.jpg"), tree("masks", "a.b.png", "a.c.png")
+    pairs = find_pairs(images, masks, PLAIN).pairs
     assert [(p.key, p.source) for p in pairs] == [("a%2Eb", "a.b.jpg"), ("a%2Ec", "a.c.jpg")]
 
 
 def test_suffixes_are_taken_off_before_pairing(tree):
     images = tree("images", "car_01.jpg", "car_02.jpg")
     masks = tree("masks", "car_01_mask.gif", "car_02_mask.gif")
-    pairs = find_pairs(images, masks, mask_suffix="_mask")
-    assert [(p.key, p.mask.name) for p in pairs] == [
-        ("car_01", "car_01_mask.gif"),
-        ("car_02", "car_02_mask.gif"),
+    assert both(find_pairs(images, masks, PairRule(mask_suffix="_mask"))) == [
+        ("car_01.jpg", "car_01_mask.gif"),
+        ("car_02.jpg", "car_02_mask.gif"),
     ]
 
 
-def test_both_sides_may_share_a_folder_if_both_have_a_suffix(tree):
-    both = tree("both", "a_sat.jpg", "a_mask.png", "b_sat.jpg", "b_mask.png")
-    pairs = find_pairs(both, both, image_suffix="_sat", mask_suffix="_mask")
-    assert [(p.source, p.mask.name) for p in pairs] == [
-        ("a_sat.jpg", "a_mask.png"),
-        ("b_sat.jpg", "b_mask.png"),
-    ]
+@pytest.mark.parametrize(
+    ("names", "rule"),
+    [
+        (("{}_sat.jpg", "{}_mask.png"), {"image_suffix": "_sat", "mask_suffix": "_mask"}),
+        (("{}.png", "{}_mask.png"), {"mask_suffix": "_mask"}),
+        (("{}_im.png", "{}.png"), {"image_suffix": "_im"}),
+        (("{}.jpg", "{}.png"), {"image_ext": "jpg", "mask_ext": ".PNG"}),
+        (("{}.JPG", "{}.png"), {"image_ext": ".jpg"}),
+        (("{}.jpg", "{}.png"), {"mask_ext": "png"}),
+        (("s/{}.jpg", "s/{}_m.png"), {"mask_suffix": "_m", "mask_ext": "png"}),
+        (("im_{}.jpg", "gt_{}.png"), {"mask_ext": "png", "regex": r"_(\d+)"}),
+    ],
+)
+def test_both_sides_may_share_a_folder_if_a_rule_tells_them_apart(tree, names, rule):
+    one, other = (tuple(name.format(number) for name in names) for number in (1, 2))
+    folder = tree("both", *one, *other)
+    assert both(find_pairs(folder, folder, PairRule(**rule))) == [one, other]
+    assert both(find_pairs(folder, folder / ".", PairRule(**rule))) == [one, other]
 
 
 def test_one_folder_for_both_is_refused_with_the_remedy(tree):
-    both = tree("both", "a.jpg")
-    assert refusal(both, both) == (
-        f"pictures and masks share the folder {both}; part them: unet separate"
-    )
+    folder = tree("both", "a.jpg")
+    for rule in (PLAIN, PairRule(regex=r"\d"), PairRule(image_ext="png", mask_ext=".PNG")):
+        assert refusal(find_pairs, folder, folder, rule) == (
+            f"pictures and masks share the folder {folder}; tell them apart with --mask-suffix "
+            "or --image-ext and --mask-ext, or part them: unet separate"
+        )
+
+
+def test_what_is_neither_picture_nor_mask_in_a_shared_folder_is_told(tree):
+    folder = tree("both", "a.jpg", "a.png", "b.tif")
+    pairing = find_pairs(folder, folder, PairRule(image_ext="jpg", mask_ext="png"))
+    assert pairing.pairs == [Pair("a.jpg", "a.png")]
+    assert pairing.unpaired == [f"{folder / 'b.tif'} is neither picture nor mask by the rule"]
+
+
+def test_what_a_rule_leaves_out_of_either_folder_is_told(tree):
+    images = tree("images", "a.jpg", "a.png")
+    masks = tree("masks", "a_m.png", "a_n.png")
+    pairing = find_pairs(images, masks, PairRule(image_ext="jpg", mask_suffix="_m"))
+    assert pairing.pairs == [Pair("a.jpg", "a_m.png")]
+    assert pairing.unpaired == [
+        f"{images / 'a.png'} is no picture by the rule",
+        f"{masks / 'a_n.png'} is no mask by the rule",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("regex", "pictures", "drawn"),
+    [
+        (r"\d+", ("im_01.jpg", "im_02.jpg"), ("gt01.png", "gt02.png")),
+        (r"(\d+)\D*$", ("im_1_7.jpg", "im_2_8.jpg"), ("gt/7.png", "gt/8.png")),
+        (r"p(\d)_s(\d)", ("p1_s2.jpg", "p2_s1.jpg"), ("mask-p1_s2.png", "mask-p2_s1.png")),
+        (r"^(?:im|gt)-(\w)(-x)?", ("im-a.jpg", "im-a-x.jpg"), ("gt-a.png", "gt-a-x.png")),
+    ],
+)
+def test_a_pattern_pairs_by_its_groups_or_the_whole_match(tree, regex, pictures, drawn):
+    images, masks = tree("images", *pictures), tree("masks", *drawn)
+    expected = sorted(zip(pictures, drawn, strict=True))
+    assert both(find_pairs(images, masks, PairRule(regex=regex))) == expected
+
+
+def test_groups_of_a_pattern_do_not_run_together(tree):
+    images, masks = tree("images", "1-23.png", "12-3.png"), tree("masks", "12-3.png", "1-23.png")
+    assert both(find_pairs(images, masks, PairRule(regex=r"(\d+)-(\d+)"))) == [
+        ("1-23.png", "1-23.png"),
+        ("12-3.png", "12-3.png"),
+    ]
+
+
+def test_a_pattern_that_two_pictures_share_names_both(tree):
+    images, masks = tree("images", "a1.png", "b1.png", "c2.png"), tree("masks", "1.png", "2.png")
+    pairing = find_pairs(images, masks, PairRule(regex=r"\d"))
+    assert pairing.pairs == [Pair("c2.png", "2.png")]
+    assert pairing.refused == [f"{images / 'a1.png'} and b1.png have one name"]
+
+
+def test_a_pattern_that_is_none_is_refused():
+    with pytest.raises(ValueError, match=r"--pair-regex '\(' is no pattern: missing \)"):
+        PairRule(regex="(")
+    with pytest.raises(ValueError, match=r"--group-by '\(' is no pattern: missing \)"):
+        SplitRule(group_by="(")
 
 
 def test_hidden_files_and_folders_and_other_files_are_ignored(tree):
     images = tree(
         "images", "a.jpg", ".b.jpg", ".cache/c.jpg", "x/.d.jpg", "Thumbs.db", "notes.txt", "jpg"
     )
-    assert list_images(images) == ["a.jpg"]
+    refused = []
+    assert list_images(images, refused) == ["a.jpg"]
+    assert refused == []
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("ct.nii.gz", "a volume; write its slices as PNG (8 or 16 bits), a file each"),
+        ("ct.DCM", "a volume; write its slices as PNG (8 or 16 bits), a file each"),
+        (
+            "s.svs",
+            "a microscope's or slide scanner's container; export its pictures as TIFF or PNG",
+        ),
+        ("photo.HEIC", "a picture of a kind that is not read; convert it to PNG or TIFF"),
+        ("x.npy", "a picture of a kind that is not read; convert it to PNG or TIFF"),
+    ],
+)
+def test_pictures_of_kinds_that_are_not_read_are_told_not_passed_over(tree, name, what):
+    images, masks = tree("images", "a.jpg", f"b/{name}"), tree("masks", "a.png", name)
+    line = f"{images / 'b' / name} is {what}"
+    assert find_pairs(images, None, PLAIN).refused == [line]
+    pairing = find_pairs(images, masks, PLAIN)
+    assert pairing.pairs == [Pair("a.jpg", "a.png")]
+    assert pairing.refused == [line, f"{masks / name} is {what}"]
+
+
+def test_a_folder_of_nothing_but_such_files_is_told_by_their_names(tree):
+    images = tree("images", "a.dcm")
+    assert len(find_pairs(images, None, PLAIN).refused) == 1
+    pairing = find_pairs(images, tree("masks", "a.png"), PLAIN)
+    assert (pairing.pairs, len(pairing.refused)) == ([], 1)
 
 
 def test_pictures_without_masks_folder_are_unlabelled(tree):
     images = tree("images", "b.jpg", "a.jpg")
-    assert [(p.key, p.mask) for p in find_pairs(images, None)] == [("a", None), ("b", None)]
+    assert both(find_pairs(images, None, PLAIN)) == [("a.jpg", None), ("b.jpg", None)]
 
 
-def test_two_candidates_for_one_name_are_refused_even_when_skipping(tree):
-    images, masks = tree("images", "a.jpg"), tree("masks", "a.png", "a.tif")
-    for skip in (False, True):
-        assert refusal(images, masks, skip_unpaired=skip) == (
-            f"{masks / 'a.png'} and a.tif have one name; keep one of each"
-        )
-    images = tree("more", "a.jpg", "a.png")
-    assert "a.jpg and a.png have one name; keep one of each" in refusal(images, None)
+def test_two_candidates_for_one_name_are_told_and_left_out(tree):
+    images, masks = tree("images", "a.jpg", "b.jpg"), tree("masks", "a.png", "a.tif", "b.png")
+    pairing = find_pairs(images, masks, PLAIN)
+    assert pairing.pairs == [Pair("b.jpg", "b.png")]
+    assert pairing.refused == [f"{masks / 'a.png'} and a.tif have one name"]
+    images = tree("more", "a.jpg", "a.png", "a.tif", "b.png")
+    pairing = find_pairs(images, None, PLAIN)
+    assert pairing.pairs == [Pair("b.png", None)]
+    assert pairing.refused == [f"{images / 'a.jpg'} and a.png, a.tif have one name"]
 
 
-def test_one_unpaired_file_is_named_on_one_line(tree):
-    images, masks = tree("images", "a.jpg", "b.jpg"), tree("masks", "a.png")
-    assert refusal(images, masks) == (
-        f"b.jpg has no mask in {masks}; --skip-unpaired leaves them out"
-    )
-    images, masks = tree("images2", "a.jpg"), tree("masks2", "a.png", "c.png")
-    assert refusal(images, masks) == (
-        f"c.png has no picture in {images}; --skip-unpaired leaves them out"
-    )
+@pytest.mark.parametrize("labelled", [True, False])
+def test_pictures_that_pair_but_would_share_a_key_are_told_and_left_out(tree, labelled):
+    images = tree("images", "a.jpg", "a.png", "b.png")
+    masks = tree("masks", "jpg.png", "png.png", "b.png") if labelled else None
+    pairing = find_pairs(images, masks, PairRule(regex=r"^b|jpg|png"))
+    assert [p.source for p in pairing.pairs] == ["b.png"]
+    assert pairing.refused == [f"{images / 'a.jpg'} and a.png have one name"]
 
 
-def test_all_unpaired_files_are_named_pictures_first(tree):
+def test_unpaired_files_are_named_pictures_first(tree):
     images, masks = tree("images", "a.jpg", "b.jpg", "c.jpg"), tree("masks", "a.png", "z.png")
-    assert refusal(images, masks).splitlines() == [
-        "3 problems (--skip-unpaired leaves them out):",
-        f"  b.jpg has no mask in {masks}",
-        f"  c.jpg has no mask in {masks}",
-        f"  z.png has no picture in {images}",
+    pairing = find_pairs(images, masks, PLAIN)
+    assert pairing.pairs == [Pair("a.jpg", "a.png")]
+    assert pairing.unpaired == [
+        f"{images / 'b.jpg'} has no mask in {masks}",
+        f"{images / 'c.jpg'} has no mask in {masks}",
+        f"{masks / 'z.png'} has no picture in {images}",
     ]
 
 
+def test_one_problem_is_told_on_one_line():
+    assert listing(["a.png has no mask"], "draw it") == "a.png has no mask; draw it"
+
+
 @pytest.mark.parametrize(("count", "rest"), [(20, None), (21, "and 1 more"), (65, "and 45 more")])
-def test_twenty_problems_are_shown_and_the_rest_counted(tree, count, rest):
-    images = tree("images", *(f"p{i:03}.jpg" for i in range(count)), "paired.jpg")
-    lines = refusal(images, tree("masks", "paired.png")).splitlines()
-    assert lines[0] == f"{count} problems (--skip-unpaired leaves them out):"
-    assert [line.split()[0] for line in lines[1:21]] == [f"p{i:03}.jpg" for i in range(20)]
+def test_twenty_problems_are_shown_and_the_rest_counted(count, rest):
+    lines = listing([f"p{i:03}" for i in range(count)], "mend them").splitlines()
+    assert lines[0] == f"{count} problems (mend them):"
+    assert [line.strip() for line in lines[1:21]] == [f"p{i:03}" for i in range(20)]
     assert [line.strip() for line in lines[21:]] == ([rest] if rest else [])
 
 
-def test_unpaired_files_are_left_out_on_request(tree):
-    images, masks = tree("images", "a.jpg", "b.jpg"), tree("masks", "a.png", "c.png")
-    assert [p.key for p in find_pairs(images, masks, skip_unpaired=True)] == ["a"]
-
-
-def test_no_pair_at_all_is_refused_even_when_skipping(tree):
-    images, masks = tree("images", "a.jpg"), tree("masks", "b.png")
-    text = refusal(images, masks, skip_unpaired=True)
-    assert text == f"no picture in {images} has a mask of the same name in {masks}"
-
-
-def test_a_missing_or_empty_folder_is_named(tree, tmp_path):
-    assert refusal(tmp_path / "none", None) == f"{tmp_path / 'none'} is no folder"
-    empty = tree("empty", "notes.txt")
-    assert refusal(empty, None) == (
-        f"{empty} holds no picture (.bmp .gif .jpeg .jpg .png .tif .tiff .webp)"
+def test_no_pair_at_all_is_refused_with_examples(tree):
+    images, masks = tree("images", "b.jpg", "a.jpg"), tree("masks", "a_m.png")
+    assert refusal(find_pairs, images, masks, PLAIN) == (
+        f"no picture in {images} has a mask of the same name in {masks}: a.jpg and a_m.png, for "
+        "example; see --mask-suffix, --pair-regex and --pairs"
+    )
+    assert "a.jpg and nothing, for example" in refusal(
+        find_pairs, images, masks, PairRule(mask_suffix="_x")
     )
 
 
-def test_pairs_do_not_depend_on_the_order_of_the_directory(tree, monkeypatch):
+def test_a_missing_or_empty_folder_is_named(tree, tmp_path):
+    missing = tmp_path / "none"
+    assert refusal(find_pairs, missing, None, PLAIN) == f"{missing} is no folder"
+    empty = tree("empty", "notes.txt")
+    line = f"{empty} holds no picture (.bmp .gif .jpeg .jpg .png .tif .tiff .webp)"
+    assert refusal(find_pairs, empty, None, PLAIN) == line
+    assert refusal(find_pairs, tree("images", "a.png"), empty, PLAIN) == line
+
+
+def test_pairs_do_not_depend_on_the_order_of_the_directory(tree, tmp_path, monkeypatch):
     names = [f"{i}/p{j}.png" for i in range(3) for j in range(3)]
     images, masks = tree("images", *names), tree("masks", *names)
-    expected = find_pairs(images, masks)
-    walk = os.walk
-    monkeypatch.setattr(os, "walk", lambda top: ((p, d, n[::-1]) for p, d, n in walk(top)))
-    assert find_pairs(images, masks) == expected
+    tree("elsewhere", "q.png", "deep/q.png")
+    for folder in (images, masks):
+        for link in ("1/more", "again", "0/other"):
+            (folder / link).symlink_to(tmp_path / "elsewhere")
+        (folder / "3").symlink_to(folder / "0")
+    expected = find_pairs(images, masks, PLAIN)
+    assert [p.source for p in expected.pairs if "q" in p.source] == [
+        "0/other/deep/q.png",
+        "0/other/q.png",
+    ]
+    scandir = os.scandir
+
+    class Backwards:
+        def __init__(self, path):
+            with scandir(path) as entries:
+                self.entries = sorted(entries, key=lambda e: e.name, reverse=True)
+
+        def __enter__(self):
+            return iter(self.entries)
+
+        def __exit__(self, *_):
+            return None
+
+    monkeypatch.setattr(os, "scandir", Backwards)
+    assert find_pairs(images, masks, PLAIN) == expected
+
+
+def test_linked_folders_are_followed_once_and_cycles_end(tree, tmp_path):
+    elsewhere = tree("elsewhere", "b.png")
+    images = tree("images", "a.png", "x/c.png")
+    (images / "linked").symlink_to(elsewhere)
+    (images / "linked2").symlink_to(elsewhere)
+    (images / "x/up").symlink_to(images)
+    (elsewhere / "back").symlink_to(elsewhere)
+    (images / "d.png").symlink_to(elsewhere / "b.png")
+    assert list_images(images) == ["a.png", "d.png", "linked/b.png", "x/c.png"]
+
+
+def test_the_folder_itself_may_be_a_link(tree, tmp_path):
+    real = tree("real", "a.png")
+    (tmp_path / "link").symlink_to(real)
+    assert both(find_pairs(tmp_path / "link", None, PLAIN)) == [("a.png", None)]
+
+
+# --------------------------------------------------------------------------------- lists of pairs
+
+
+@pytest.fixture
+def lists(tree, tmp_path):
+    """lists("pairs.txt", text) -> the list's path, beside images/ and masks/."""
+    tree("images", "a.jpg", "b c.jpg", "x/a.jpg")
+    tree("masks", "a.png", "b c.png", "z.png")
+
+    def make(name, text, encoding="utf-8"):
+        (tmp_path / name).write_bytes(text.encode(encoding))
+        return tmp_path / name
+
+    return make
+
+
+TWO = [("images/a.jpg", "masks/a.png"), ("images/x/a.jpg", "masks/z.png")]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("p.txt", "images/a.jpg masks/a.png\nimages/x/a.jpg masks/z.png\n"),
+        ("p.lst", "images/a.jpg\tmasks/a.png\n\n  \nimages/x/a.jpg   masks/z.png"),
+        ("p.txt", "# drawn by hand\nimages/a.jpg masks/a.png\r\nimages/x/a.jpg masks/z.png\r\n"),
+        ("p.csv", "images/a.jpg,masks/a.png\nimages/x/a.jpg, masks/z.png\n"),
+        ("p.csv", 'Image,Mask\n"images/a.jpg","masks/a.png"\nimages/x/a.jpg,masks/z.png\n'),
+        ("p.CSV", "image,mask\nimages/a.jpg,masks/a.png\nimages/x/a.jpg,masks/z.png\n"),
+        ("p.tsv", "image\tmask\nimages/a.jpg\tmasks/a.png\nimages/x/a.jpg\tmasks/z.png\n"),
+        ("p.txt", "image mask\nimages/x/a.jpg masks/z.png\nimages/./a.jpg masks/q/../a.png\n"),
+        ("p.txt", "\ufeffimages/a.jpg masks/a.png\nimages/x/a.jpg masks/z.png\n"),
+    ],
+)
+def test_a_list_names_a_picture_and_its_mask_a_line(lists, tmp_path, name, text):
+    pairing = read_pair_lists([lists(name, text)], None, None)
+    assert both(pairing) == TWO
+    assert (pairing.images, pairing.masks) == (tmp_path, tmp_path)
+
+
+def test_paths_of_a_list_begin_at_the_folders_that_are_given(lists, tmp_path):
+    file = lists("p.txt", "a.jpg a.png\nx/a.jpg z.png\n")
+    pairing = read_pair_lists([file], tmp_path / "images", tmp_path / "masks")
+    assert both(pairing) == [("a.jpg", "a.png"), ("x/a.jpg", "z.png")]
+    assert (pairing.images, pairing.masks) == (tmp_path / "images", tmp_path / "masks")
+
+
+def test_names_with_spaces_stand_in_a_csv(lists):
+    pairing = read_pair_lists([lists("p.csv", "images/b c.jpg,masks/b c.png\n")], None, None)
+    assert both(pairing) == [("images/b c.jpg", "masks/b c.png")]
+    assert refusal(
+        read_pair_lists, [lists("p.txt", "images/b c.jpg masks/b c.png\n")], None, None
+    ).endswith(
+        "p.txt, line 1 holds 4 names, not a picture and its mask; "
+        "names with spaces need a .csv or .tsv"
+    )
+
+
+def test_absolute_paths_and_paths_outside_the_root_have_a_root_of_their_own(lists, tmp_path):
+    file = lists("p.csv", f"{tmp_path}/images/a.jpg,{tmp_path}/masks/a.png\n")
+    assert both(read_pair_lists([file], None, None)) == TWO[:1]
+    (tmp_path / "lists").mkdir()
+    inner = lists("lists/p.txt", "../images/a.jpg ../masks/a.png\n../images/x/a.jpg ../masks/z.png")
+    pairing = read_pair_lists([inner], None, None)
+    assert (pairing.images, pairing.masks) == (tmp_path / "images", tmp_path / "masks")
+    assert both(pairing) == [("a.jpg", "a.png"), ("x/a.jpg", "z.png")]
+
+
+def test_several_lists_are_one(lists):
+    files = [
+        lists("p.txt", "images/a.jpg masks/a.png\n"),
+        lists("q.csv", "images/x/a.jpg,masks/z.png"),
+    ]
+    assert both(read_pair_lists(files, None, None)) == TWO
+
+
+def test_one_mask_may_serve_several_pictures(lists):
+    text = "images/a.jpg masks/a.png\nimages/x/a.jpg masks/a.png\n"
+    pairing = read_pair_lists([lists("p.txt", text)], None, None)
+    assert [p.mask for p in pairing.pairs] == ["masks/a.png"] * 2
+
+
+def test_what_is_listed_wrongly_is_told_and_left_out(lists, tmp_path, tree):
+    tree("images", "a.png")
+    text = (
+        "images/a.jpg masks/a.png\n"
+        "images/a.jpg masks/z.png\n"
+        "images/no.jpg masks/z.png\n"
+        "images/x/a.jpg masks/no.png\n"
+    )
+    pairing = read_pair_lists([lists("p.txt", text)], None, None)
+    assert pairing.pairs == [Pair("images/a.jpg", "masks/a.png")]
+    assert pairing.refused == [
+        f"{tmp_path}/images/a.jpg is listed twice",
+        f"{tmp_path}/images/no.jpg is listed but is not there",
+        f"{tmp_path}/masks/no.png is listed but is not there",
+    ]
+    text = "images/a.jpg masks/a.png\nimages/a.png masks/z.png\n"
+    pairing = read_pair_lists([lists("p.txt", text)], None, None)
+    assert pairing.pairs == []
+    assert pairing.refused == [f"{tmp_path}/images/a.jpg and images/a.png have one name"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("p.txt", "", "{file} lists no pair; write a picture and its mask on each line"),
+        ("p.csv", "image,mask\n# none\n", "{file} lists no pair; write a picture and its mask on"),
+        ("p.txt", "a.jpg\n", "{file}, line 1 holds 1 names, not a picture and its mask; names"),
+        ("p.csv", "a.jpg,\n", "{file}, line 1 holds 2 names, not a picture and its mask; names"),
+        ("p.csv", "a,b\nimage,mask\na,b,c\n", "{file}, line 3 holds 3 names, not a picture"),
+        ("p.tsv", "a.jpg,a.png\n", "{file}, line 1 holds 1 names, not a picture and its mask"),
+        ("p.csv", "x" * 200_000 + ",b\n", "{file}, line 1 holds 0 names, not a picture and its"),
+    ],
+)
+def test_lines_that_are_no_pair_are_refused(lists, name, text, message):
+    file = lists(name, text)
+    said = refusal(read_pair_lists, [file], None, None)
+    assert said.startswith(message.format(file=file))
+    assert "\n" not in said
+
+
+def test_a_list_that_is_no_text_is_refused(lists):
+    file = lists("p.txt", "größe.jpg größe.png\n", "latin-1")
+    assert refusal(read_pair_lists, [file], None, None) == (
+        f"{file} is no text in UTF-8; save it as such"
+    )
 
 
 # --------------------------------------------------------------------------------------- splits
 
 
 def pairs_named(*sources):
-    return [Pair(s.rsplit(".", 1)[0], Path(s), None, s) for s in sources]
+    return [Pair(source, None) for source in sources]
 
 
-def splits_of(pairs, val=0.2, test=0.2, group_by=None):
-    splits, _ = assign_splits(pairs, val_fraction=val, test_fraction=test, group_by=group_by)
+def splits_of(pairs, val=0.2, test=0.2, **rule):
+    splits, _ = SplitRule(val_fraction=val, test_fraction=test, **rule).assign(pairs)
     return {p.source: split for p, split in zip(pairs, splits, strict=True)}
 
 
@@ -199,27 +479,48 @@ def test_the_hash_fraction_is_pinned():
 
 
 def test_adding_data_never_moves_a_sample():
-    some, all_of_them = splits_of(MANY[::7]), splits_of(MANY)
-    assert set(some.values()) == {"train", "val", "test"}
-    assert some.items() <= all_of_them.items()
+    for rule in ({}, {"fold": (2, 5)}, {"group_by": r"patient\d+"}):
+        some, all_of_them = splits_of(MANY[::7], **rule), splits_of(MANY, **rule)
+        assert set(some.values()) == {"train", "val", "test"}
+        assert some.items() <= all_of_them.items()
 
 
-@given(st.floats(0, 0.5), st.floats(0, 0.5))
+@given(st.floats(0, 0.5), st.floats(0, 0.49))
 def test_raising_a_fraction_only_moves_samples_into_it(low, more):
     before, after = splits_of(MANY, low, 0), splits_of(MANY, low + more, 0)
     assert all(after[name] == "val" for name, split in before.items() if split == "val")
 
 
-def test_fractions_are_roughly_met_and_may_be_zero_or_one():
+def test_fractions_are_roughly_met_and_may_be_zero():
     of = list(splits_of(MANY).values())
     assert 50 < of.count("val") < 110
     assert 50 < of.count("test") < 110
     assert set(splits_of(MANY, 0, 0).values()) == {"train"}
-    assert set(splits_of(MANY, 0, 1).values()) == {"test"}
 
 
-def test_a_group_never_spans_two_splits():
-    splits = splits_of(MANY, group_by=r"patient\d+")
+@given(st.integers(2, 12), st.sampled_from([0, 0.1, 1 / 3, 0.9]))
+def test_each_sample_is_val_in_exactly_one_fold_and_test_in_all_or_none(count, test):
+    some = MANY[::8]
+    folds = [splits_of(some, 0, test, fold=(i, count)) for i in range(1, count + 1)]
+    for p in some:
+        found = [fold[p.source] for fold in folds]
+        if "test" in found:
+            assert found == ["test"] * count
+        else:
+            assert sorted(found) == ["train"] * (count - 1) + ["val"]
+
+
+def test_folds_are_of_about_one_size_and_leave_the_test_split_its_share():
+    for test in (0, 0.25):
+        for number in range(1, 6):
+            of = list(splits_of(MANY, 0.1, test, fold=(number, 5)).values())
+            assert abs(of.count("val") - 400 * (1 - test) / 5) < 30
+            assert abs(of.count("test") - 400 * test) < 35
+
+
+@pytest.mark.parametrize("rule", [{}, {"fold": (1, 3)}])
+def test_a_group_never_spans_two_splits(rule):
+    splits = splits_of(MANY, group_by=r"patient\d+", **rule)
     by_group = {}
     for source, split in splits.items():
         by_group.setdefault(source.split("/")[0], set()).add(split)
@@ -230,63 +531,209 @@ def test_a_group_never_spans_two_splits():
 
 def test_a_group_is_the_first_bracket_or_the_whole_match():
     pairs = pairs_named("patient7/x.png")
-    for expression, group in ((r"patient(\d+)", "7"), (r"patient\d+", "patient7")):
-        _, groups = assign_splits(pairs, val_fraction=0, test_fraction=0, group_by=expression)
+    for expression, group in ((r"patient(\d+)", "7"), (r"patient\d+", "patient7"), (None, None)):
+        _, groups = SplitRule(group_by=expression).assign(pairs)
         assert groups == [group]
-    _, groups = assign_splits(pairs, val_fraction=0, test_fraction=0, group_by=None)
-    assert groups == [None]
 
 
 def test_a_picture_without_a_group_is_refused():
-    with pytest.raises(DataError, match=r"b\.png does not match --group-by 'car_\(\.\*\)'"):
-        splits_of(pairs_named("car_1.png", "b.png"), group_by="car_(.*)")
-
-
-def split_file(tmp_path, text):
-    path = tmp_path / "split.csv"
-    path.write_text(text)
-    return path
-
-
-PAIRS = pairs_named("a.png", "x/b.png", "c.png")
-
-
-@pytest.mark.parametrize("mark", ["", "\ufeff"])
-def test_a_split_file_decides_in_any_order_with_any_other_column(tmp_path, mark):
-    text = mark + 'note,path,split\n,c.png,test\n"a, b",x/b.png,val\n,a.png,train\n'
-    assert read_split_file(split_file(tmp_path, text), PAIRS) == ["train", "val", "test"]
+    rule = SplitRule(group_by="car_(.*)")
+    assert refusal(rule.assign, pairs_named("car_1.png", "b.png")) == (
+        "b.png does not match --group-by 'car_(.*)'; widen the pattern"
+    )
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("fields", "message"),
     [
-        ("a.png,train\n", "{path} must begin with the line path,split"),
-        ("", "{path} must begin with the line path,split"),
+        ({"val_fraction": -0.1}, "--val-fraction and --test-fraction are shares, 0 to 1"),
+        ({"test_fraction": 1.5}, "--val-fraction and --test-fraction are shares, 0 to 1"),
+        ({"val_fraction": float("nan")}, "--val-fraction and --test-fraction are shares, 0 to 1"),
+        ({"val_fraction": 0.5, "test_fraction": 0.5}, "leave nothing to train on"),
+        ({"fold": (0, 5)}, "--fold is i/k: fold i, from 1 to k, of k folds"),
+        ({"fold": (6, 5)}, "--fold is i/k: fold i, from 1 to k, of k folds"),
+        ({"fold": (1, 1)}, "--fold is i/k: fold i, from 1 to k, of k folds"),
         (
-            "path,split\na.png,train\nx/b.png,dev\nc.png,val\n",
-            "{path}, line 3: 'dev' is none of train, val, test",
+            {"fold": (1, 2), "files": (Path("s.csv"),)},
+            "--fold and --split-file both say the splits; give one of them",
         ),
         (
-            "path,split\na.png,train\nx/b.png\nc.png,val\n",
-            "{path}, line 3: None is none of train, val, test",
+            {"by_folder": True, "files": (Path("s.csv"),)},
+            "--split-file and --split-folders both say the splits; give one of them",
+        ),
+        ({"by_folder": True, "fold": (1, 2)}, "--fold and --split-folders both say the splits"),
+    ],
+)
+def test_split_rules_that_contradict_themselves_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        SplitRule(**fields)
+
+
+def test_the_first_folder_of_a_path_may_be_its_split():
+    names = ("train/a.png", "Val/a.png", "test/x/a.png", "training/b.png", "validation/val/b.png")
+    splits, groups = SplitRule(by_folder=True).assign(pairs_named(*names))
+    assert splits == ["train", "val", "test", "train", "val"]
+    assert groups == [None] * 5
+
+
+def test_a_picture_in_no_split_folder_is_refused():
+    rule = SplitRule(by_folder=True)
+    assert refusal(rule.assign, pairs_named("train/a.png", "dev/a.png")) == (
+        "dev/a.png lies in no folder called train, val or test; "
+        "--split-folders needs them at the top of --images"
+    )
+    assert "train.png lies in no folder" in refusal(rule.assign, pairs_named("train.png"))
+
+
+# ------------------------------------------------------------------------------------ split files
+
+
+@pytest.fixture
+def files(tmp_path):
+    """files(**{"split.csv": text}) -> a rule that reads them, in this order."""
+
+    def make(*named):
+        paths = []
+        for name, text in named:
+            paths.append(tmp_path / name)
+            paths[-1].write_text(text, encoding="utf-8")
+        return SplitRule(files=tuple(paths))
+
+    return make
+
+
+PAIRS = pairs_named("a.png", "x/b.png", "c d.png")
+LISTED = ["train", "val", "test"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "path,split\na.png,train\nx/b.png,val\nc d.png,test\n",
+        "\ufeffpath,split\nc d.png,test\nx/b.png,val\na.png,train\n",
+        'note,path,split\n,c d.png,test\n"a, b",x/b.png,val\n,a.png,train\n',
+        "split,path\ntest,c d.png\nval,x/b.png\ntrain,a.png\n",
+        "path, split\na, train\n\nx/b, val\nc d, test\n,\n",
+    ],
+)
+def test_a_split_file_decides_in_any_order_with_any_other_column(files, text):
+    rule = files(("split.csv", text))
+    assert rule.assign(PAIRS)[0] == LISTED
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        [("train.txt", "a.png\n"), ("val.txt", "x/b.png\n"), ("test.txt", "c d.png\n")],
+        [("test.txt", "c d\n"), ("Training.txt", "a\n"), ("validation.lst", "# b\n\nx/b\n")],
+        [("train.txt", "a.png masks/a.png\nc d.png\n"), ("val.csv", "x/b.png,masks/b.png\n")],
+    ],
+)
+def test_lists_called_for_their_split_with_or_without_extension_and_masks(files, named):
+    splits, _ = files(*named).assign(PAIRS)
+    expected = ["train", "val", "train"] if len(named) == 2 else LISTED
+    assert splits == expected
+
+
+def test_a_split_file_and_groups_go_together(files, tmp_path):
+    text = "path,split\na.png,train\nx/b.png,val\nc d.png,test\n"
+    rule = SplitRule(files=files(("split.csv", text)).files, group_by="[abc]")
+    assert rule.assign(PAIRS) == (LISTED, ["a", "b", "c"])
+
+
+def test_a_name_with_its_extension_is_that_file_even_if_another_is_called_so_without(files):
+    pairs = pairs_named("a.png", "a.png.jpg")
+    rule = files(("train.txt", "a.png\n"), ("val.txt", "a.png.jpg\n"))
+    assert rule.assign(pairs)[0] == ["train", "val"]
+
+
+NAMED_ONCE = "every picture must be named once"
+
+
+@pytest.mark.parametrize(
+    ("named", "message"),
+    [
+        (
+            [("split.csv", "a.png,train\n")],
+            "{0} must begin with the line path,split or be called train.txt, val.txt or test.txt; "
+            "rename it or add that line",
         ),
         (
-            "path,split\na.png,train\nx/b.png,val\na.png,train\nc.png,val\n",
-            "{path}, line 4: a.png stands there twice",
+            [("split.csv", "")],
+            "{0} must begin with the line path,split or be called train.txt, val.txt or test.txt; "
+            "rename it or add that line",
         ),
         (
-            "path,split\na.png,train\nc.png,val\n",
-            "x/b.png is not in {path}; the file must name every picture once",
+            [("s.csv", "path,split\na.png,train\nx/b.png,dev\nc d.png,val\n")],
+            "{0}, line 3: 'dev' is none of train, val, test; correct it",
         ),
         (
-            "path,split\na.png,train\nx/b.png,val\nc.png,val\nd.png,val\n",
-            "{path} lists d.png, which is not there; the file must name every picture once",
+            [("s.csv", "path,split\na.png,train\nx/b.png,\nc d.png,val\n")],
+            "{0}, line 3: '' is none of train, val, test; correct it",
+        ),
+        (
+            [("s.csv", "path,split\na.png,train\nx/b.png\nc d.png,val\n")],
+            "{0}, line 3 is not path,split: 'x/b.png'; correct it",
+        ),
+        (
+            [("s.csv", "path,split\na.png,train,val\n")],
+            "{0}, line 2 is not path,split: 'a.png,train,val'; correct it",
+        ),
+        (
+            [("s.csv", "path,split\na.png,train\nx/b.png,val\na.png,train\nc d.png,val\n")],
+            "{0}, line 4: a.png stands twice ({0}, line 2); " + NAMED_ONCE,
+        ),
+        (
+            [("s.csv", "path,split\na.png,train\nx/b.png,val\na,val\nc d.png,val\n")],
+            "{0}, line 4: a stands twice, in train ({0}, line 2) and in val; " + NAMED_ONCE,
+        ),
+        (
+            [("s.csv", "path,split\na.png,train\nc d.png,val\n")],
+            "x/b.png is not in {0}; " + NAMED_ONCE,
+        ),
+        (
+            [("s.csv", "path,split\na.png,train\nx/b.png,val\nc d.png,val\ne.png,val\n")],
+            "{0}, line 5 lists e.png, which is not there; " + NAMED_ONCE,
+        ),
+        (
+            [("train.txt", "a.png\nx/b.png\nc d.png\n"), ("val.txt", "x/b\n")],
+            "{1}, line 1: x/b stands twice, in train ({0}, line 2) and in val; " + NAMED_ONCE,
+        ),
+        (
+            [("train.txt", "a.png\n"), ("val.txt", "c d.png\n")],
+            "x/b.png is not in {0} or {1}; " + NAMED_ONCE,
+        ),
+        (
+            [("train.txt", "a.png\nx/b.png\nc d.png\n,\n")],
+            "{0}, line 4 lists ,, which is not there; " + NAMED_ONCE,
         ),
     ],
 )
-def test_a_split_file_that_does_not_fit_is_refused(tmp_path, text, message):
-    path = split_file(tmp_path, text)
-    assert refusal(path, PAIRS, function=read_split_file) == message.format(path=path)
+def test_split_files_that_do_not_fit_are_refused(files, named, message):
+    rule = files(*named)
+    assert refusal(rule.assign, PAIRS) == message.format(*rule.files)
+
+
+def test_several_problems_of_a_split_file_are_told_together(files):
+    rule = files(("train.txt", "a.png\nno.png\n"))
+    assert refusal(rule.assign, PAIRS).splitlines() == [
+        f"3 problems ({NAMED_ONCE}):",
+        f"  {rule.files[0]}, line 2 lists no.png, which is not there",
+        f"  x/b.png is not in {rule.files[0]}",
+        f"  c d.png is not in {rule.files[0]}",
+    ]
+
+
+def test_a_split_file_that_is_no_text_is_refused(tmp_path):
+    (tmp_path / "train.txt").write_bytes(b"\xff\xfea")
+    rule = SplitRule(files=(tmp_path / "train.txt",))
+    assert refusal(rule.assign, PAIRS) == (
+        f"{tmp_path / 'train.txt'} is no text in UTF-8; save it as such"
+    )
+
+
+def test_splits_are_called_so():
+    assert SPLITS == ("train", "val", "test")
 
 
 # ----------------------------------------------------------------------------------- separation
@@ -296,6 +743,12 @@ def targets(plan, folder, out):
     return {
         str(s.source.relative_to(folder)): (str(s.target.relative_to(out)), s.is_mask) for s in plan
     }
+
+
+def move(plan):
+    for file in plan:
+        file.target.parent.mkdir(parents=True, exist_ok=True)
+        file.source.rename(file.target)
 
 
 def test_a_mixed_folder_is_parted_by_suffix(tree, tmp_path):
@@ -319,6 +772,24 @@ def test_a_mixed_folder_is_parted_by_extension_of_any_case(tree, tmp_path):
     }
 
 
+@pytest.mark.parametrize(
+    ("pattern", "mask", "picture"),
+    [
+        (r"_mask", "a_mask_01.png", "a_01.png"),
+        (r"^gt_", "gt_a_01.png", "a_01.png"),
+        (r"^(.*)/masks(/.*)$", "s/masks/a.png", "s/a.png"),
+        (r"^labels/(.*)_L$", "labels/x/a_L.tif", "x/a.png"),
+    ],
+)
+def test_a_mixed_folder_is_parted_by_a_pattern(tree, tmp_path, pattern, mask, picture):
+    mixed = tree("mixed", mask, picture)
+    stem = os.path.splitext(picture)[0]
+    assert targets(separate(mixed, tmp_path, mask_pattern=pattern), mixed, tmp_path) == {
+        mask: (f"masks/{stem}{os.path.splitext(mask)[1]}", True),
+        picture: (f"images/{picture}", False),
+    }
+
+
 def test_separating_moves_nothing(tree, tmp_path):
     mixed = tree("mixed", "a.png", "a_mask.png")
     separate(mixed, tmp_path / "out", mask_suffix="_mask")
@@ -326,15 +797,42 @@ def test_separating_moves_nothing(tree, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("out", ["out", "mixed/out", "mixed"])
+@pytest.mark.parametrize("moved", [(), (0,), (1,), (0, 1, 2), (1, 3, 5), (0, 2, 4), (2, 3, 4)])
+def test_an_interrupted_move_is_gone_on_with(tree, tmp_path, out, moved):
+    mixed = tree("mixed", "a.png", "a_mask.png", "x/b.png", "x/b_mask.png", "c.jpg", "c_mask.png")
+    target = tmp_path / out
+    plan = separate(mixed, target, mask_suffix="_mask")
+    move([plan[i] for i in moved])
+    rest = separate(mixed, target, mask_suffix="_mask")
+    assert rest == [file for i, file in enumerate(plan) if i not in moved]
+    move(rest)
+    assert list_images(target / "images") == ["a.png", "c.jpg", "x/b.png"]
+    assert list_images(target / "masks") == ["a.png", "c.png", "x/b.png"]
+
+
+def test_a_target_inside_the_folder_is_not_part_of_it(tree, tmp_path):
+    mixed = tree("mixed", "a.png", "a_mask.png", "parted/images/b.png", "parted2/c.png")
+    (mixed / "parted2/c.png").unlink()
+    plan = separate(mixed, mixed / "parted", mask_suffix="_mask")
+    assert [file.source.name for file in plan] == ["a.png", "a_mask.png"]
+
+
 @pytest.mark.parametrize(
     ("names", "rule", "message"),
     [
         (["a.png", "b.png", "b_mask.png"], {"mask_suffix": "_mask"}, "a.png has no mask"),
         (["a.png", "a_m.png", "b_m.png"], {"mask_suffix": "_m"}, "b_m.png has no picture"),
+        (["a.png", "m-b.png", "b.png"], {"mask_pattern": "^m-"}, "a.png has no mask"),
         (
             ["a.png", "a.jpg", "a_mask.png"],
             {"mask_suffix": "_mask"},
             "a.jpg and a.png have one name",
+        ),
+        (
+            ["a.png", "m1-a.png", "m2-a.png"],
+            {"mask_pattern": r"^m\d-"},
+            "m1-a.png and m2-a.png have one name",
         ),
         (
             ["a.bmp", "a.png", "b.tif"],
@@ -345,6 +843,6 @@ def test_separating_moves_nothing(tree, tmp_path):
 )
 def test_a_mixed_folder_that_does_not_fit_the_rule_is_refused(tree, tmp_path, names, rule, message):
     mixed = tree("mixed", *names)
-    assert refusal(mixed, tmp_path, function=separate, **rule) == (
+    assert refusal(separate, mixed, tmp_path, **rule) == (
         f"{message}; correct the rule or the folder {mixed}"
     )

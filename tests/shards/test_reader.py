@@ -1,23 +1,32 @@
 """Holds the reader's contract: the right bytes by offset, named errors, stock webdataset agrees."""
 
+import io
 import json
 import os
 import pickle
+import tarfile
+import tempfile
 from dataclasses import replace
 from itertools import islice
 
 import numpy as np
 import pytest
 import webdataset
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
 
 import shards.reader
-from shards.index import ShardInfo
+from shards.images import ImageFormat, decode_image
+from shards.index import MemberRange, ShardInfo
+from shards.masks import decode_mask, default_palette, encode_mask
 from shards.order import Address, EvalPlan, Order, TrainPlan
-from shards.reader import SampleSource, ShardReader, read_samples
-from shards.sample import DataError, decode_image, decode_mask, encode_mask
+from shards.reader import SampleSource, ShardReader, read_members, read_samples
+from shards.sample import DataError
 from shards.writer import ShardWriter
+
+RGB = ImageFormat("RGB")
 
 
 @pytest.fixture
@@ -83,7 +92,7 @@ def test_a_sample_is_one_read(make_shards, opened, monkeypatch):
 
 def test_raw_samples_decode_to_picture_and_mask(make_shards, opened, noise):
     folder, manifest, _ = make_shards([1])
-    sample = opened(folder, infos_of(manifest)).read(Address(0, 0, 0)).decode("RGB")
+    sample = opened(folder, infos_of(manifest)).read(Address(0, 0, 0)).decode(RGB, 2)
     assert np.array_equal(sample.image, noise(seed=0))
     assert np.array_equal(sample.mask, noise((6, 8), seed=1) % 2)
 
@@ -92,7 +101,7 @@ def test_unlabelled_samples_have_no_mask(make_shards, opened):
     folder, manifest, _ = make_shards([1], masks=False)
     raw = opened(folder, infos_of(manifest)).read(Address(0, 0, 0))
     assert raw.mask is None
-    assert raw.decode("RGB").mask is None
+    assert raw.decode(RGB, 2).mask is None
 
 
 def test_stock_webdataset_yields_the_same_keys_and_bytes(make_shards):
@@ -103,12 +112,119 @@ def test_stock_webdataset_yields_the_same_keys_and_bytes(make_shards):
     for sample in found:
         picture, mask = content[sample["__key__"]]
         assert (sample["png"], sample["mask.png"]) == (picture, mask)
-        assert decode_mask(sample["mask.png"], "x").max() == 1
-        assert decode_image(sample["png"], "RGB", "x").shape == (6, 8, 3)
+        assert decode_mask(sample["mask.png"], 2, "x").max() == 1
+        assert decode_image(sample["png"], RGB, "x").shape == (6, 8, 3)
         assert json.loads(sample["json"])["source"].startswith("folder/pic_")
 
 
+@pytest.fixture
+def foreign(tmp_path, opened):
+    """foreign([(name, bytes)], rows) -> a reader of a tar that others wrote, indexed by rows."""
+
+    def make(members, rows):
+        path = tmp_path / "foreign.tar"
+        places = {}
+        with tarfile.open(path, "w") as tar:
+            for name, data in members:
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                places[name] = (tar.offset + tarfile.BLOCKSIZE, len(data))
+                tar.addfile(member, io.BytesIO(data))
+        lines = [
+            " ".join(f"{n.partition('.')[2]} {places[n][0]} {places[n][1]} {n}" for n in names)
+            for names in rows
+        ]
+        path.with_suffix(".idx").write_text("\n".join([f"v1.2 {len(lines)}", *lines]) + "\n")
+        info = ShardInfo(path.name, len(lines), path.stat().st_size, "", ())
+        return opened(tmp_path, [info])
+
+    return make
+
+
+def test_members_that_lie_apart_are_read_exactly_and_nothing_between(foreign, monkeypatch):
+    far = os.urandom(300_000)
+    members = [("a.jpg", b"picture"), ("far.bin", far), ("a.mask.png", b"mask"), ("a.json", b"{}")]
+    reader = foreign(members, [("a.jpg", "a.mask.png", "a.json")])
+    pread, sizes = os.pread, []
+    monkeypatch.setattr(os, "pread", lambda *a: sizes.append(a[1]) or pread(*a))
+    raw = reader.read(Address(0, 0, 0))
+    assert (raw.image, raw.mask, raw.info) == (b"picture", b"mask", b"{}")
+    assert sum(sizes) == len(b"picture" + b"mask" + b"{}")
+
+
+def test_members_with_little_between_them_are_one_read(foreign, monkeypatch):
+    members = [("a.mask.png", b"mask"), ("other.bin", bytes(9000)), ("a.jpg", b"picture")]
+    reader = foreign(members, [("a.jpg", "a.mask.png")])
+    pread, sizes = os.pread, []
+    monkeypatch.setattr(os, "pread", lambda *a: sizes.append(a[1]) or pread(*a))
+    raw = reader.read(Address(0, 0, 0))
+    assert (raw.image, raw.mask) == (b"picture", b"mask")
+    assert len(sizes) == 1
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 200_000), st.integers(0, 5000)), min_size=1, max_size=3),
+)
+def test_whatever_lies_between_members_their_bytes_are_right(gaps):
+    content = np.random.default_rng(0).bytes(700_000)
+    members, offset = [], 0
+    for number, (gap, size) in enumerate(gaps):
+        offset += gap
+        members.append(MemberRange("bin", offset, size, f"{number}.bin"))
+        offset += size
+    with tempfile.TemporaryFile() as file:
+        file.write(content)
+        file.flush()
+        parts = read_members(file.fileno(), members)
+    assert parts == {m: content[m.offset : m.offset + m.size] for m in members}
+
+
+def test_a_sample_of_a_foreign_shard_is_described_by_its_place(foreign, to_bytes, noise):
+    picture = to_bytes(Image.fromarray(noise()))
+    reader = foreign([("x/a.png", picture)], [("x/a.png",)])
+    raw = reader.read(Address(0, 0, 0))
+    assert (raw.info, raw.mask, raw.extension) == (None, None, "png")
+    assert raw.describe() == {"source": "x/a.png"}
+    assert np.array_equal(raw.decode(RGB, 2).image, noise())
+
+
+def test_pictures_decode_by_the_manifests_format(opened, tmp_path, to_bytes):
+    wide = Image.fromarray(np.array([[0, 500, 1000, 65535]], dtype=np.uint16))
+    with ShardWriter(tmp_path / "s.tar") as writer:
+        writer.add("k", {"png": to_bytes(wide), "json": b"{}"})
+        file = writer.seal()
+    info = ShardInfo(file.name, file.samples, file.bytes, "", ())
+    raw = opened(tmp_path, [info]).read(Address(0, 0, 0))
+    image = raw.decode(ImageFormat("L", range=(0, 1000)), 2).image
+    assert image[..., 0].tolist() == [[0, 128, 255, 255]]
+    with pytest.raises(DataError, match=r"s\.tar: k has more than 8 bits a pixel"):
+        raw.decode(RGB, 2)
+
+
 # ---------------------------------------------------------------------------------- what is wrong
+
+
+@pytest.mark.parametrize(
+    ("info", "message"),
+    [
+        (b"{", "its json is damaged; pack it again"),
+        (b"[1]", "its json is no object; pack it again"),
+    ],
+)
+def test_a_json_that_is_none_is_named(foreign, info, message):
+    raw = foreign([("a.png", b""), ("a.json", info)], [("a.png", "a.json")]).read(Address(0, 0, 0))
+    with pytest.raises(DataError) as caught:
+        raw.describe()
+    assert str(caught.value) == f"{raw.where}: {message}"
+
+
+def test_an_index_beyond_the_classes_is_named_by_shard_and_key(make_shards, opened):
+    folder, manifest, _ = make_shards([1], classes=("background", "cell", "wall"))
+    raw = opened(folder, infos_of(manifest)).read(Address(0, 0, 0))
+    mask = encode_mask(np.full((6, 8), 2, np.uint8), default_palette(manifest.classes))
+    assert replace(raw, mask=mask).decode(RGB, 3).mask.max() == 2
+    with pytest.raises(DataError, match=r"train-000000\.tar: folder/pic_0-0%2Ex holds values with"):
+        replace(raw, mask=mask).decode(RGB, 2)
 
 
 def refusal(reader, address=None):
@@ -170,7 +286,7 @@ def test_a_mask_of_another_size_than_its_picture_is_named(tmp_path, opened, to_b
     info = ShardInfo(file.name, file.samples, file.bytes, "", ())
     raw = opened(tmp_path, [info]).read(Address(0, 0, 0))
     with pytest.raises(DataError, match=r"s\.tar: k: the mask is 6 x 8, the picture 8 x 6; pack"):
-        raw.decode("RGB")
+        raw.decode(RGB, 2)
 
 
 def test_a_damaged_picture_is_named_by_shard_and_key(make_shards, opened):
@@ -178,7 +294,7 @@ def test_a_damaged_picture_is_named_by_shard_and_key(make_shards, opened):
     raw = opened(folder, infos_of(manifest)).read(Address(0, 0, 1))
     cut = replace(raw, image=raw.image[:60])
     with pytest.raises(DataError, match=r"train-000000\.tar: folder/pic_0-1%2Ex .*; repair"):
-        cut.decode("RGB")
+        cut.decode(RGB, 2)
 
 
 # ------------------------------------------------------------------------- descriptors, processes

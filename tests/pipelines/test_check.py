@@ -1,0 +1,674 @@
+"""Checking: what packing would refuse, in the same words, and what the rest holds; to look at."""
+
+import json
+import shutil
+import struct
+import zlib
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from shards.index import read_manifest
+from shards.pairs import MOST_SHOWN
+
+Folder = Path
+
+
+def flags(folder: Path, *more: object, mask_format: str = "binary") -> list[object]:
+    return [
+        *("--images", folder / "images", "--masks", folder / "masks"),
+        *("--mask-format", mask_format, "--workers", 1, *more),
+    ]
+
+
+def picture(colour: int = 9, size: tuple[int, int] = (20, 16), mode: str = "RGB") -> Image.Image:
+    return Image.new(mode, size, colour if mode != "RGB" else (colour,) * 3)
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Path:
+    """A folder with one good pair, `a.png`, 20 x 16."""
+    for part in ("images", "masks"):
+        (tmp_path / part).mkdir()
+    picture().save(tmp_path / "images" / "a.png")
+    mask = np.zeros((16, 20), np.uint8)
+    mask[4:8, 4:8] = 255
+    Image.fromarray(mask).save(tmp_path / "masks" / "a.png")
+    return tmp_path
+
+
+def report(out: Path) -> dict:
+    return json.loads((out / "check.json").read_text())
+
+
+# ---- what is told
+
+
+def test_the_table_says_what_the_data_hold(draw, call, tmp_path: Path) -> None:
+    folder = draw(tmp_path / "in", 12, values=(0, 128, 255))
+    draw(folder, 2, size=(24, 32), name="small{}", seed=1)
+    Image.new("L", (32, 24)).save(folder / "masks" / "small1.png")
+    more = ("--mask-values", 0, 128, 255, 9, "--classes", "background", "cell", "rim", "ghost")
+    told = flags(folder, *more, mask_format="values")
+    ended = call("check", *told, "--out", tmp_path / "out")
+    assert ended.code == 0, ended.err
+    masks = [np.asarray(Image.open(path)) for path in (folder / "masks").iterdir()]
+    total = sum(mask.size for mask in masks)
+    cell, rim = (sum(int((mask == value).sum()) for mask in masks) for value in (128, 255))
+    assert "14 pairs: train " in ended.out
+    assert "48 x 48 RGB         12 pictures" in ended.out
+    assert "32 x 24 RGB          2 pictures" in ended.out
+    assert "masks of mode L (14)" in ended.out
+    assert f"{cell / total:.2%} of pixels, in 12 masks" in ended.out
+    assert f"{rim / total:.2%} of pixels, in {12 + 1} masks" in ended.out
+    assert "1 masks hold nothing but class 0: small1.png" in ended.out
+    assert "warning: no pixel of the class 'ghost' anywhere" in ended.out
+    assert "no problem found; `unet pack` with the same flags" in ended.out
+    assert f"look: {tmp_path / 'out' / 'sheet.png'}" in ended.out
+    assert ended.err == ""
+
+
+def test_the_report_agrees_with_what_packing_finds(draw, call, tmp_path: Path) -> None:
+    folder = draw(tmp_path / "in", 12, size=(32, 32), mode="L")
+    ended = call("check", *flags(folder, "--val-fraction", 0.3, "--out", tmp_path / "out"))
+    assert ended.code == 0, ended.err
+    told = flags(folder, "--val-fraction", 0.3, "--out", tmp_path / "shards")
+    assert call("pack", *told).code == 0
+    found, manifest = report(tmp_path / "out"), read_manifest(tmp_path / "shards")
+    assert (found["pairs"], found["bad_pairs"], found["problems"]) == (12, 0, [])
+    assert found["splits"] == {name: split.samples for name, split in manifest.splits.items()}
+    assert found["image_format"] == asdict(manifest.image_format)
+    assert found["sizes"] == [{"width": 32, "height": 32, "mode": "L", "images": 12}]
+    pixels = np.sum(
+        [shard.pixels for split in manifest.splits.values() for shard in split.shards], axis=0
+    )
+    assert [c["pixels"] for c in found["classes"].values()] == pixels.tolist()
+    assert [*found["classes"]] == ["background", "foreground", "ignored"]
+    assert sum(c["share"] for c in found["classes"].values()) == pytest.approx(1)
+    assert found["mask_modes"] == {"L": 12}
+    assert (found["duplicates"], found["empty"], found["notes"]) == ([], [], {})
+    # Over all pictures; the manifest's is over the train split.
+    pictures = [np.asarray(Image.open(p)) / 255 for p in (folder / "images").iterdir()]
+    assert found["mean"] == [pytest.approx(np.mean(pictures), abs=1e-6)]
+    assert found["std"] == [pytest.approx(np.std(pictures), abs=1e-6)]
+
+
+def test_the_sheet_shows_the_colours_of_the_mask(pair: Path, call) -> None:
+    (pair / "colours.yaml").write_text("ground: [0, 0, 0]\ncell: [0, 250, 10]\n")
+    mask = np.zeros((16, 20, 3), np.uint8)
+    mask[4:8, 4:8] = (0, 250, 10)
+    Image.fromarray(mask).save(pair / "masks" / "a.png")
+    more = ("--colours", pair / "colours.yaml", "--out", pair / "out")
+    ended = call("check", *flags(pair, *more, mask_format="rgb"))
+    assert ended.code == 0, ended.err
+    sheet = np.asarray(Image.open(pair / "out" / "sheet.png").convert("RGB"))
+    outlined = (sheet == (0, 250, 10)).all(axis=2)
+    # The outline of the square, and the swatch beside the class's name.
+    assert outlined[6:10, 6:10].sum() == 12
+    assert outlined.sum() > 100
+    assert (sheet[2 + 15, 2] == (9, 9, 9)).all()
+
+
+def test_the_sheet_is_spread_over_the_data_set(draw, call, tmp_path: Path) -> None:
+    folder = draw(tmp_path / "in", 70, size=(8, 8))
+    ended = call("check", *flags(folder, "--out", tmp_path / "out"))
+    assert ended.code == 0, ended.err
+    width, height = Image.open(tmp_path / "out" / "sheet.png").size
+    # Every third: 24 pictures, six in a row.
+    assert width == 6 * 200
+    assert 4 * 28 <= height <= 4 * 28 + 40
+
+
+def test_pictures_without_masks_can_be_looked_at(draw, call, tmp_path: Path) -> None:
+    images = draw(tmp_path / "in", 3, size=(16, 16)) / "images"
+    given = ("--images", images, "--workers", 1, "--out", tmp_path / "out")
+    ended = call("check", *given)
+    assert ended.code == 0, ended.err
+    assert "3 pictures: unlabelled 3" in ended.out
+    assert report(tmp_path / "out")["classes"] == {}
+    assert Image.open(tmp_path / "out" / "sheet.png").size[0] > 0
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_the_report_does_not_depend_on_the_number_of_workers(
+    workers: int, draw, call, content, tmp_path: Path
+) -> None:
+    folder = draw(tmp_path / "in", 40, size=(16, 16))
+    for number in (3, 17, 30):
+        (folder / "images" / f"p{number:03d}.png").write_bytes(b"")
+    shutil.copy(folder / "images" / "p005.png", folder / "images" / "p006.png")
+    one = call("check", *flags(folder, "--val-fraction", 0, "--out", tmp_path / "one"))
+    more = ("--val-fraction", 0, "--workers", workers, "--out", tmp_path / "more")
+    several = call("check", *flags(folder, *more))
+    assert one.code == several.code == 1
+    assert content(tmp_path / "one") == content(tmp_path / "more")
+    assert report(tmp_path / "one")["duplicates"] == [["p005.png", "p006.png"]]
+    assert report(tmp_path / "one")["bad_pairs"] == 3
+
+
+def test_nothing_is_written_but_its_own_folder(draw, call, content, tmp_path: Path) -> None:
+    folder = draw(tmp_path / "in", 4, size=(16, 16))
+    (folder / "masks" / "p001.png").write_bytes(b"")
+    before = content(folder)
+    assert call("check", *flags(folder, "--out", tmp_path / "out")).code == 1
+    assert content(folder) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
+    assert set(content(tmp_path / "out")) == {"check.json", "problems.txt", "sheet.png"}
+
+
+def test_a_second_look_forgets_what_was_repaired(draw, call, tmp_path: Path) -> None:
+    folder = draw(tmp_path / "in", 4, size=(16, 16))
+    path = folder / "images" / "p001.png"
+    good = path.read_bytes()
+    path.write_bytes(b"")
+    told = flags(folder, "--out", tmp_path / "out")
+    assert call("check", *told).code == 1
+    assert (tmp_path / "out" / "problems.txt").read_text() != ""
+    path.write_bytes(good)
+    assert call("check", *told).code == 0
+    assert (tmp_path / "out" / "problems.txt").read_text() == ""
+    assert report(tmp_path / "out")["problems"] == []
+
+
+def test_all_problems_of_all_kinds_are_told_at_once(draw, call, tmp_path: Path) -> None:
+    folder = draw(tmp_path / "in", 40, size=(16, 16))
+    for number in range(25):
+        (folder / "images" / f"p{number:03d}.png").write_bytes(b"")
+    (folder / "masks" / "p030.png").unlink()
+    shutil.copy(folder / "images" / "p031.png", folder / "images" / "p032.png")
+    (tmp_path / "split.csv").write_text(
+        "path,split\n"
+        + "".join(f"p{i:03d},{('train', 'val')[i % 2]}\n" for i in range(40) if i != 30)
+    )
+    more = ("--split-file", tmp_path / "split.csv", "--out", tmp_path / "out")
+    ended = call("check", *flags(folder, *more))
+    assert ended.code == 1
+    problems = report(tmp_path / "out")["problems"]
+    assert len(problems) == 25 + 1 + 1
+    assert all(problem["found"] and problem["remedy"] for problem in problems), problems
+    lines = (tmp_path / "out" / "problems.txt").read_text().splitlines()
+    assert lines == sorted(lines)
+    assert len(lines) == 27
+    first, *shown, last = ended.err.splitlines()
+    assert first == f"27 problems: {tmp_path / 'out' / 'problems.txt'}"
+    assert (len(shown), last.strip()) == (MOST_SHOWN, "and 7 more")
+    assert [line for line in lines if "p031.png (val) = p032.png (train) are the same" in line]
+
+
+def test_each_picture_that_a_split_file_lacks_is_a_problem_of_its_own(draw, call, tmp_path) -> None:
+    folder = draw(tmp_path / "in", 4, size=(16, 16))
+    (tmp_path / "split.csv").write_text("path,split\np001,train\n")
+    more = ("--split-file", tmp_path / "split.csv", "--out", tmp_path / "out")
+    assert call("check", *flags(folder, *more)).code == 1
+    assert report(tmp_path / "out")["problems"] == [
+        {
+            "found": f"p00{number}.png is not in {tmp_path / 'split.csv'}",
+            "remedy": "every picture must be named once",
+        }
+        for number in (0, 2, 3)
+    ]
+
+
+def test_a_sheet_of_nothing_good_is_not_drawn(pair: Path, call) -> None:
+    (pair / "images" / "a.png").write_bytes(b"")
+    ended = call("check", *flags(pair, "--out", pair / "out"))
+    assert ended.code == 1
+    assert not (pair / "out" / "sheet.png").exists()
+    assert report(pair / "out")["bad_pairs"] == 1
+
+
+# ---- bad input: refused by both, in the same words
+
+
+def png_that_claims(width: int, height: int) -> bytes:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        whole = kind + data
+        return struct.pack(">I", len(data)) + whole + struct.pack(">I", zlib.crc32(whole))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+
+
+def cut_picture(folder: Path) -> None:
+    path = folder / "images" / "a.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (16, 20, 3)).astype(np.uint8)).save(
+        path
+    )
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+def frames(folder: Path) -> None:
+    (folder / "images" / "a.png").unlink()
+    picture(mode="L").save(
+        folder / "images" / "a.gif", save_all=True, append_images=[picture(99, mode="L")]
+    )
+
+
+def levels(*values: int, like: type = np.uint8) -> np.ndarray:
+    pixels = np.zeros((16, 20), like)
+    pixels[0, : len(values)] = values
+    return pixels
+
+
+def save_mask(
+    image: Image.Image | np.ndarray, name: str = "a.png", **more: object
+) -> Callable[[Folder], object]:
+    drawn = image if isinstance(image, Image.Image) else Image.fromarray(image)
+
+    def save(folder: Path) -> None:
+        (folder / "masks" / "a.png").unlink()
+        drawn.save(folder / "masks" / name, **more)
+
+    return save
+
+
+def save_image(image: Image.Image, name: str = "a.png") -> Callable[[Folder], object]:
+    def save(folder: Path) -> None:
+        (folder / "images" / "a.png").unlink()
+        image.save(folder / "images" / name)
+
+    return save
+
+
+def write(name: str, data: bytes | str) -> Callable[[Folder], object]:
+    encoded = data.encode() if isinstance(data, str) else data
+    return lambda folder: (folder / name).write_bytes(encoded)
+
+
+def turned(folder: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture().save(folder / "images" / "a.png", exif=exif)
+
+
+def paletted(*colours: tuple[int, int, int]) -> Image.Image:
+    image = Image.fromarray(levels(1), "P")
+    image.putpalette([part for colour in colours for part in colour])
+    return image
+
+
+def two_palettes(folder: Path) -> None:
+    picture(8).save(folder / "images" / "b.png")
+    paletted((0, 0, 0), (255, 0, 0)).save(folder / "masks" / "a.png")
+    paletted((0, 0, 0), (0, 255, 0)).save(folder / "masks" / "b.png")
+
+
+def leak(folder: Path) -> None:
+    for part in ("images", "masks"):
+        shutil.copy(folder / part / "a.png", folder / part / "b.png")
+    write("split.csv", "path,split\na.png,train\nb.png,val\n")(folder)
+
+
+def nothing(folder: Path) -> None:
+    pass
+
+
+AB = ("--classes", "a", "b")
+INDEX = ("--mask-format", "index", *AB)
+SPLIT = ("--split-file", "{}/split.csv")
+PAIRS = ("--pairs", "{}/pairs.txt")
+TABLE = ("--mask-format", "rgb", "--colours", "{}/colours.yaml")
+RED = "ground: [0, 0, 0]\ncell: [255, 0, 0]\n"
+BAD_DATA: dict[str, tuple[Callable[[Folder], object], tuple[object, ...], str]] = {
+    # folders and names
+    "no folder": (lambda f: shutil.rmtree(f / "images"), (), "images is no folder"),
+    "no folder of masks": (lambda f: shutil.rmtree(f / "masks"), (), "masks is no folder"),
+    "no picture": (
+        lambda f: (f / "images" / "a.png").unlink(),
+        (),
+        "images holds no picture (.bmp",
+    ),
+    "no mask at all": (lambda f: (f / "masks" / "a.png").unlink(), (), "masks holds no picture"),
+    "nothing pairs": (save_image(picture(), "b.png"), (), "b.png and a.png, for example; see --ma"),
+    "no mask": (lambda f: picture().save(f / "images" / "b.png"), (), "b.png has no mask in"),
+    "no partner": (lambda f: picture().save(f / "masks" / "c.png"), (), "c.png has no picture in"),
+    "two of a name": (lambda f: picture().save(f / "images" / "a.bmp"), (), "have one name"),
+    "a volume": (write("images/v.nii.gz", b"x"), (), "v.nii.gz is a volume; write its slices"),
+    "a slide": (write("images/s.svs", b"x"), (), "s.svs is a microscope's or slide scanner's"),
+    "one folder": (nothing, ("--masks", "{}/images"), "tell them apart with --mask-suffix"),
+    "a suffix none has": (nothing, ("--mask-suffix", "_mask"), "a.png and nothing, for example"),
+    "a pattern none has": (nothing, ("--pair-regex", r"(\d+)"), "nothing and nothing, for example"),
+    # pictures
+    "empty": (write("images/a.png", b""), (), "images/a.png is empty; repair or remove it"),
+    "text": (
+        write("images/a.png", b"hello, I am text"),
+        (),
+        "a.png is no picture that can be read",
+    ),
+    "cut": (cut_picture, (), "images/a.png is damaged ("),
+    "bomb": (write("images/a.png", png_that_claims(60_000, 60_000)), (), "claims 60000 x 60000"),
+    "too many pixels": (
+        nothing,
+        ("--max-pixels", 300),
+        "a.png claims 20 x 16 pixels, more than 300",
+    ),
+    "frames": (frames, (), "a.gif holds 2 frames; add --frame 0"),
+    "no such frame": (frames, ("--frame", 2), "a.gif holds 2 frames, none 2; lower --frame"),
+    "16 bit": (
+        save_image(Image.fromarray(np.zeros((16, 20), np.uint16))),
+        (),
+        "more than 8 bits a pixel (mode I;16); say what becomes black and white: --image-range 0",
+    ),
+    "float": (
+        save_image(Image.fromarray(np.zeros((16, 20), np.float32)), "a.tif"),
+        (),
+        "a.tif has mode F, which is not supported; convert it to RGB",
+    ),
+    "transparent": (save_image(picture(mode="RGBA")), (), "transparent pixels; flatten it onto a"),
+    "turned": (turned, (), "was turned as its EXIF orientation says: --exif ignore leaves it"),
+    "sizes": (
+        save_mask(np.zeros((16, 21), np.uint8)),
+        (),
+        "masks/a.png is 21 x 16, its picture",
+    ),
+    # masks
+    "cut mask": (write("masks/a.png", b"\x89PNG"), (), "masks/a.png is no picture that can be re"),
+    "not binary": (
+        save_mask(levels(7, 7, 255)),
+        (),
+        "a.png is not binary, it holds 0: 317 px, 7: 2 px, 255: 1 px; use --mask-threshold 128",
+    ),
+    "JPEG mask": (save_mask(levels(255), "a.jpg"), (), "is a JPEG, whose values are near the true"),
+    "colour mask": (
+        save_mask(Image.new("RGB", (20, 16), (1, 2, 3))),
+        (),
+        "masks/a.png is in colour (mode RGB); use --mask-format rgb with --colours",
+    ),
+    "white is 0": (
+        save_mask(paletted((255, 255, 255), (0, 0, 0))),
+        (),
+        "a.png has white as its index 0, so background and foreground may be swapped; add --inv",
+    ),
+    "a value too many": (
+        save_mask(levels(1, 2, 2)),
+        INDEX,
+        "a.png holds values without a class: 2: 2 px; if these pixels do not count, add --ignore-",
+    ),
+    "values too many": (
+        save_mask(levels(1, 5, 6)),
+        INDEX,
+        "5: 1 px, 6: 1 px; 2 classes allow 0 to 1: name them all with --classes",
+    ),
+    "no palette": (nothing, ("--mask-format", "palette", *AB), "a.png has no palette (mode L)"),
+    "two palettes": (
+        two_palettes,
+        ("--mask-format", "palette", *AB),
+        "b.png shows index 1 in (0, 255, 0), others in (255, 0, 0), so one number may mean two",
+    ),
+    "a colour without a class": (
+        lambda f: (
+            save_mask(Image.new("RGB", (20, 16), (1, 2, 3)))(f),
+            write("colours.yaml", RED)(f),
+        ),
+        TABLE,
+        "a.png holds colours without a class: (1, 2, 3): 320 px; name them in --colours",
+    ),
+    # splits
+    "a leak": (leak, SPLIT, "a.png (train) = b.png (val) are the same picture"),
+    "no split file": (nothing, SPLIT, "split.csv: No such file or directory"),
+    "a split file of two names": (
+        write("split.csv", "name,split\na.png,val\n"),
+        SPLIT,
+        "split.csv must begin with the line path,split or be called train.txt, val.txt or test",
+    ),
+    "a split of its own": (
+        write("split.csv", "path,split\na.png,holdout\n"),
+        SPLIT,
+        "split.csv, line 2: 'holdout' is none of train, val, test; correct it",
+    ),
+    "in two splits": (
+        write("split.csv", "path,split\na.png,val\na.png,train\n"),
+        SPLIT,
+        "line 3: a.png stands twice, in val (",
+    ),
+    "in no split": (write("split.csv", "path,split\n"), SPLIT, "a.png is not in"),
+    "a name too many": (
+        write("split.csv", "path,split\na.png,val\nz.png,val\n"),
+        SPLIT,
+        "line 3 lists z.png, which is not there; every picture must be named once",
+    ),
+    "a column too many": (
+        write("split.csv", "path,split\na.png,val,x\n"),
+        SPLIT,
+        "line 2 is not path,split: 'a.png,val,x'; correct it",
+    ),
+    "a split file in another code": (
+        write("split.csv", b"path,split\n\xff\xfe.png,val\n"),
+        SPLIT,
+        "split.csv is no text in UTF-8; save it as such",
+    ),
+    "no folder of a split": (nothing, ("--split-folders",), "a.png lies in no folder called train"),
+    "no group": (nothing, ("--group-by", "patient"), "a.png does not match --group-by 'patient'"),
+    # lists of pairs
+    "no list": (nothing, PAIRS, "pairs.txt: No such file or directory"),
+    "an empty list": (write("pairs.txt", "# nothing\n"), PAIRS, "pairs.txt lists no pair; write a"),
+    "half a pair": (
+        write("pairs.txt", "images/a.png\n"),
+        PAIRS,
+        "pairs.txt, line 1 holds 1 names, not a picture and its mask",
+    ),
+    "a name with a space": (
+        write("pairs.txt", "my a.png masks/a.png\n"),
+        PAIRS,
+        "line 1 holds 3 names, not a picture and its mask; names with spaces need a .csv",
+    ),
+    "a list of what is not there": (
+        write("pairs.txt", "a.png a.png\nb.png a.png\n"),
+        PAIRS,
+        "images/b.png is listed but is not there",
+    ),
+    "a picture listed twice": (
+        write("pairs.txt", "a.png a.png\na.png a.png\n"),
+        PAIRS,
+        "images/a.png is listed twice",
+    ),
+    "a list in another code": (
+        write("pairs.txt", b"\xff\xfe\x00 a\n"),
+        PAIRS,
+        "pairs.txt is no text in UTF-8; save it as such",
+    ),
+}
+
+
+def told(folder: Path, more: tuple[object, ...]) -> list[object]:
+    filled = [str(word).replace("{}", str(folder)) for word in more]
+    return flags(folder, *filled)
+
+
+@pytest.mark.parametrize("case", BAD_DATA)
+def test_bad_data_is_refused_by_pack_and_check_in_the_same_words(
+    case: str, pair: Path, call
+) -> None:
+    prepare, more, said = BAD_DATA[case]
+    prepare(pair)
+    packed = call("pack", *told(pair, more), "--out", pair / "shards")
+    assert packed.code == 1, packed.out
+    assert said in packed.err
+    assert "Traceback" not in packed.err
+    assert not (pair / "shards" / "index.json").exists()
+    checked = call("check", *told(pair, more), "--out", pair / "check")
+    assert checked.code == 1, checked.out
+    assert said.partition("; ")[0] in checked.err
+    assert "Traceback" not in checked.err
+    for problem in report(pair / "check")["problems"] if (pair / "check").exists() else ():
+        assert problem["found"]
+        assert problem["remedy"], problem
+
+
+GOOD_DATA: dict[str, tuple[Callable[[Folder], object], tuple[object, ...]]] = {
+    "nothing wrong": (nothing, ()),
+    "frames, one chosen": (frames, ("--frame", 1)),
+    "transparent, dropped": (save_image(picture(mode="RGBA")), ("--alpha", "drop")),
+    "turned, ignored": (turned, ("--exif", "ignore")),
+    "sizes, resized": (save_mask(np.zeros((8, 10), np.uint8)), ("--resize-mask",)),
+    "no mask, skipped": (
+        lambda f: picture().save(f / "images" / "b.png"),
+        ("--skip-unpaired",),
+    ),
+    "JPEG mask, cut": (save_mask(levels(255), "a.jpg"), ("--mask-threshold", 128)),
+    "a value too many, ignored": (save_mask(levels(1, 2)), (*INDEX, "--unknown", "ignore")),
+    "16 bit, scaled": (
+        save_image(Image.fromarray(np.zeros((16, 20), np.uint16))),
+        ("--image-range", 0, 65535),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", GOOD_DATA)
+def test_what_pack_takes_check_has_nothing_against(case: str, pair: Path, call) -> None:
+    prepare, more = GOOD_DATA[case]
+    prepare(pair)
+    checked = call("check", *told(pair, more), "--out", pair / "check")
+    assert checked.code == 0, checked.err
+    packed = call("pack", *told(pair, more), "--out", pair / "shards")
+    assert packed.code == 0, packed.err
+
+
+# ---- wrong commands: refused by both before anything is read
+
+
+BAD_FLAGS: dict[str, tuple[tuple[object, ...], str]] = {
+    "nothing to read": ((), "--images FOLDER is missing (or --pairs FILE)"),
+    "no format": (("--images", "i", "--masks", "m"), "--masks needs --mask-format binary, index"),
+    "a format alone": (("--images", "i", "--mask-format", "binary"), "--mask-format needs --masks"),
+    "classes alone": (("--images", "i", "--classes", "a", "b"), "--classes needs --masks"),
+    "folds alone": (("--images", "i", "--fold", "1/2"), "--fold needs --masks"),
+    "folders alone": (("--images", "i", "--split-folders"), "--split-folders needs --masks"),
+    "two ranges": (
+        ("--images", "i", "--image-range", 0, 9, "--image-percentiles", 0, 9),
+        "--image-range and --image-percentiles say the same; give one",
+    ),
+    "a range upside down": (
+        ("--images", "i", "--image-range", 9, 9),
+        "--image-range is LOW HIGH within 0 65535, --image-percentiles within 0 100",
+    ),
+    "a range too wide": (("--images", "i", "--image-range", 0, 70000), "within 0 65535"),
+    "percentiles too wide": (("--images", "i", "--image-percentiles", 0, 101), "within 0 100"),
+    "a frame before the first": (("--images", "i", "--frame", -1), "--frame counts from 0, got -1"),
+    "resized to nothing": (("--images", "i", "--resize", 0), "--resize is a number of pixels, got"),
+    "no pixels": (("--images", "i", "--max-pixels", 0), "--max-pixels must be above 0, got 0"),
+    "workers": (("--images", "i", "--workers", -1), "--workers must not be below 0"),
+    "an unknown alpha": (("--images", "i", "--alpha", "blend"), "blend"),
+    "an unknown format": (("--images", "i", "--masks", "m", "--mask-format", "guess"), "guess"),
+}
+MASKED = ("--images", "i", "--masks", "m")
+BAD_RULES: dict[str, tuple[tuple[object, ...], str]] = {
+    "no classes": (("index",), "--mask-format index needs --classes, the names from class 0 on"),
+    "no classes, palette": (("palette",), "--mask-format palette needs --classes"),
+    "one class": (("index", "--classes", "one"), "there must be 2 to 255 classes, got 1"),
+    "one name twice": (("index", "--classes", "a", "a"), "two classes have one name: a a"),
+    "three for two": (("binary", "--classes", "a", "b", "c"), "binary masks have 2 classes, got 3"),
+    "values of another": (("binary", "--mask-values", 0, 1), "mask values belong to `values`"),
+    "no values": (("values",), "there must be 2 to 255 classes, got 0"),
+    "values and names": (
+        ("values", "--mask-values", 0, 1, "--classes", "a", "b", "c"),
+        "2 mask values for 3 classes; give one for each",
+    ),
+    "a value twice": (
+        ("values", "--mask-values", 4, 4, *AB),
+        "a mask value stands for two classes",
+    ),
+    "a value too high": (
+        ("values", "--mask-values", 0, 65536),
+        "mask values are 0 to 65535, got 65",
+    ),
+    "ignored and a class": (
+        ("index", *AB, "--ignore-value", 1),
+        "--ignore-value 1 is also the value of a class",
+    ),
+    "inverted index": (("index", *AB, "--invert"), "--invert and --mask-threshold belong to"),
+    "unknown of two": (
+        ("binary", "--unknown", "ignore"),
+        "--unknown has no meaning for two classes",
+    ),
+    "tolerance of indices": (
+        ("index", *AB, "--tolerance", 2),
+        "--tolerance belongs to `values` and",
+    ),
+    "too near": (
+        ("values", "--mask-values", 0, 10, "--tolerance", 5),
+        "0 and 10 are 10 apart, too near for --tolerance 5",
+    ),
+    "rgb without a table": (("rgb",), "--mask-format rgb and --colours FILE belong together"),
+    "a table without rgb": (
+        ("binary", "--colours", "x"),
+        "--mask-format rgb and --colours FILE belo",
+    ),
+    "no such table": (("rgb", "--colours", "{}/no.yaml"), "no.yaml: No such file or directory"),
+    "a pattern that is none": (("binary", "--pair-regex", "("), "--pair-regex '(' is no pattern: "),
+    "a group that is none": (("binary", "--group-by", "["), "--group-by '[' is no pattern: "),
+    "two ways to split": (
+        ("binary", "--fold", "1/2", "--split-folders"),
+        "--fold and --split-folders both say the splits; give one of them",
+    ),
+    "fold 0": (("binary", "--fold", "0/5"), "--fold counts from 1 to n, got '0/5'"),
+    "one fold": (("binary", "--fold", "1/1"), "--fold is i/k: fold i, from 1 to k, of k folds"),
+    "half a fold": (("binary", "--fold", "2"), "--fold is i/n, such as 2/5, got '2'"),
+    "shares": (("binary", "--val-fraction", 1.5), "are shares, 0 to 1"),
+    "no training": (
+        ("binary", "--val-fraction", 0.6, "--test-fraction", 0.4),
+        "--val-fraction and --test-fraction leave nothing to train on",
+    ),
+}
+BAD_FLAGS |= {
+    name: ((*MASKED, "--mask-format", *more), said) for name, (more, said) in BAD_RULES.items()
+}
+BAD_TABLES = {
+    "two numbers": ("yaml", "a: [0, 0]\nb: [1, 1, 1]\n", "a is [0, 0]; expected [r, g, b] of 0"),
+    "a word": ("yaml", "a: black\nb: [1, 1, 1]\n", "a is black; expected [r, g, b]"),
+    "beyond 255": ("json", '{"a": [0, 0, 256], "b": [1, 1, 1]}', "a is [0, 0, 256]; expected"),
+    "truth": ("yaml", "a: [true, 0, 0]\nb: [1, 1, 1]\n", "a is [True, 0, 0]; expected [r, g, b]"),
+    "a list": ("yaml", "- 1\n- 2\n", "expected lines `name: [r, g, b]`"),
+    "nothing": ("yaml", "", "expected lines `name: [r, g, b]`"),
+    "broken YAML": ("yaml", "a: [0, 0\n", "t.yaml: while parsing a flow sequence"),
+    "broken JSON": ("json", "{", "t.json: Expecting property name"),
+    "a short row": (
+        "csv",
+        "name,r,g,b\na,0,0,0\nb,1\n",
+        "b is [1]; expected [r, g, b] of 0 to 255",
+    ),
+    "an odd row": ("csv", "a,0,0,0\nb,1,x,1\n", "b is [1, 'x', 1]; expected [r, g, b]"),
+    "an open quote": ("csv", 'a,0,0,0\n"b,1,1,1\n', "t.csv: unexpected end of data"),
+    "one colour twice": (
+        "yaml",
+        "a: [1, 1, 1]\nb: [1, 1, 1]\n",
+        "(1, 1, 1) and (1, 1, 1) are 0 ap",
+    ),
+    "three and four": ("yaml", "a: [1, 1, 1]\nb: [2, 2, 2, 0]\n", "give all colours three numbers"),
+    "one class": (
+        "yaml",
+        "a: [1, 1, 1]\nignore: [2, 2, 2]\n",
+        "there must be 2 to 255 classes, got",
+    ),
+}
+
+
+@pytest.mark.parametrize("verb", ["check", "pack"])
+@pytest.mark.parametrize("case", BAD_FLAGS)
+def test_a_command_that_makes_no_sense_is_refused_before_anything_is_read(
+    case: str, verb: str, call, tmp_path: Path
+) -> None:
+    given, said = BAD_FLAGS[case]
+    filled = [str(word).replace("{}", str(tmp_path)) for word in given]
+    ended = call(verb, *filled, "--out", tmp_path / "out")
+    assert ended.code == 2
+    assert said in ended.said
+    assert "Traceback" not in ended.err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("case", BAD_TABLES)
+def test_a_table_of_colours_that_is_none_is_named(case: str, call, tmp_path: Path) -> None:
+    suffix, text, said = BAD_TABLES[case]
+    path = tmp_path / f"t.{suffix}"
+    path.write_text(text)
+    given = (*MASKED, "--mask-format", "rgb", "--colours", path, "--out", tmp_path / "out")
+    ended = call("check", *given)
+    assert ended.code == 2
+    assert said in ended.said
+    assert "Traceback" not in ended.err
+    assert not (tmp_path / "out").exists()

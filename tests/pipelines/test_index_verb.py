@@ -1,0 +1,707 @@
+"""Foreign shards: what stock webdataset wrote is trained on as it is, or refused with a reason."""
+
+import gzip
+import io
+import tarfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import webdataset
+from PIL import Image
+
+from shards.index import Manifest, ShardIndex, read_manifest
+from shards.order import EvalPlan
+from shards.reader import SampleSource, ShardReader
+from shards.sample import Sample
+
+Members = Mapping[str, bytes]
+CLASSES = ("--classes", "background", "cell", "nucleus")
+
+
+def encoded(pixels: np.ndarray, form: str = "PNG", **options: Any) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, form, **options)
+    return out.getvalue()
+
+
+def picture(number: int, size: tuple[int, int] = (12, 16), form: str = "PNG") -> bytes:
+    rng = np.random.default_rng([7, number])
+    return encoded(rng.integers(0, 256, (*size, 3)).astype(np.uint8), form)
+
+
+def mask(number: int, size: tuple[int, int] = (12, 16)) -> bytes:
+    rng = np.random.default_rng([8, number])
+    return encoded(np.array([0, 1, 2, 255], np.uint8)[rng.integers(0, 4, size)])
+
+
+def tar(path: Path, members: Members, kind: int = tarfile.PAX_FORMAT) -> Path:
+    """A tar of these members, in their order."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", format=kind) as out:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            out.addfile(info, io.BytesIO(data))
+    return path
+
+
+def pairs(*keys: str, image: str = "png", drawn: str = "mask.png", first: int = 0) -> Members:
+    form = "JPEG" if image.endswith("jpg") else "PNG"
+    found: dict[str, bytes] = {}
+    for number, key in enumerate(keys, first):
+        found[f"{key}.{image}"] = picture(number, form=form)
+        found[f"{key}.{drawn}"] = mask(number)
+    return found
+
+
+@pytest.fixture
+def index(call) -> Callable[..., Any]:
+    """`unet index FOLDER` in this process."""
+
+    def run(folder: Path, *more: object, workers: int = 1) -> Any:
+        return call("index", folder, "--workers", workers, *more)
+
+    return run
+
+
+@pytest.fixture
+def indexed(index) -> Callable[..., Manifest]:
+    """The manifest that `unet index FOLDER` wrote."""
+
+    def run(folder: Path, *more: object, workers: int = 1) -> Manifest:
+        ended = index(folder, *(more or CLASSES), workers=workers)
+        assert (ended.code, ended.err) == (0, "")
+        return read_manifest(folder)
+
+    return run
+
+
+@pytest.fixture
+def refused(index, content) -> Callable[..., str]:
+    """What `unet index FOLDER` says when it refuses; nothing is written."""
+
+    def run(folder: Path, *more: object) -> str:
+        before = content(folder)
+        ended = index(folder, *(more or CLASSES))
+        assert (ended.code, ended.out) == (1, "")
+        assert content(folder) == before
+        assert ended.err.startswith("unet index: ")
+        return ended.err.removeprefix("unet index: ").replace(f"{folder}/", "").rstrip("\n")
+
+    return run
+
+
+def samples(folder: Path, manifest: Manifest, split: str) -> Iterator[Sample]:
+    """Every sample of a split, decoded as training does."""
+    shards = manifest.splits[split].shards
+    plan = EvalPlan(tuple(s.samples for s in shards), chunk=1, rank=0, world=1)
+    for (raw,) in SampleSource(ShardReader(folder, shards), plan):
+        yield raw.decode(manifest.image_format, len(manifest.classes))
+
+
+def decoded(data: bytes, mode: str | None = None) -> np.ndarray:
+    image = Image.open(io.BytesIO(data))
+    return np.asarray(image if mode is None else image.convert(mode))
+
+
+def assert_holds(
+    folder: Path, manifest: Manifest, split: str, members: Members, drawn: str
+) -> None:
+    """A split holds these pictures and masks, and nothing else."""
+    found = {sample.key: sample for sample in samples(folder, manifest, split)}
+    masks = {n.removesuffix(f".{drawn}"): d for n, d in members.items() if n.endswith(drawn)}
+    assert found.keys() == masks.keys()
+    for key, sample in found.items():
+        (own,) = (
+            data
+            for name, data in members.items()
+            if name.startswith(f"{key}.") and not name.endswith(drawn)
+        )
+        np.testing.assert_array_equal(sample.image, decoded(own, "RGB"))
+        np.testing.assert_array_equal(sample.mask, decoded(masks[key]))
+
+
+# ---- what others wrote
+
+
+@pytest.mark.parametrize(
+    ("image", "drawn", "flags"),
+    [
+        ("jpg", "mask.png", ()),
+        ("png", "mask.png", ()),
+        ("jpg", "png", ("--mask-ext", "png")),
+        ("jpg", "seg.png", ("--mask-ext", "seg.png")),
+        ("img.jpg", "seg.png", ("--image-ext", "img.jpg", "--mask-ext", ".seg.png")),
+        ("image.png", "label.png", ("--image-ext", "image.png", "--mask-ext", "label.png")),
+    ],
+)
+def test_shards_of_stock_webdataset_are_a_data_set(
+    image: str, drawn: str, flags: tuple[str, ...], indexed, call, content, tmp_path: Path
+) -> None:
+    folder = tmp_path / "data"
+    written: dict[str, dict[str, bytes]] = {"train": {}, "val": {}}
+    for split, first, count in (("train", 0, 5), ("val", 5, 2)):
+        (folder / split).mkdir(parents=True)
+        pattern = str(folder / split / "%06d.tar")
+        with webdataset.ShardWriter(pattern, maxcount=2, verbose=0) as writer:
+            for number in range(first, first + count):
+                members = pairs(f"s{number:03d}", image=image, drawn=drawn, first=number)
+                written[split] |= members
+                cut = {name.partition(".")[2]: data for name, data in members.items()}
+                writer.write({"__key__": f"s{number:03d}", **cut})
+    manifest = indexed(folder, *CLASSES, *flags)
+    assert [s.name for s in manifest.splits["train"].shards] == [
+        f"train/00000{i}.tar" for i in range(3)
+    ]
+    assert {name: split.samples for name, split in manifest.splits.items()} == {
+        "train": 5,
+        "val": 2,
+    }
+    for split, members in written.items():
+        assert_holds(folder, manifest, split, members, drawn)
+    values = np.concatenate(
+        [decoded(d).ravel() for n, d in written["train"].items() if n.endswith(drawn)]
+    )
+    pixels = np.sum([s.pixels for s in manifest.splits["train"].shards], axis=0)
+    assert pixels.tolist() == [int((values == value).sum()) for value in (0, 1, 2, 255)]
+    levels = np.concatenate(
+        [
+            decoded(d, "RGB").reshape(-1, 3)
+            for n, d in written["train"].items()
+            if not n.endswith(drawn)
+        ]
+    )
+    np.testing.assert_allclose(manifest.mean, levels.mean(0) / 255, atol=1e-6)
+    np.testing.assert_allclose(manifest.std, levels.std(0) / 255, atol=1e-6)
+    assert manifest.mask_format == {
+        "kind": "index",
+        "num_classes": 3,
+        "ignore_value": 255,
+        "source_values": [0, 1, 2],
+    }
+
+    out = tmp_path / "out"
+    assert call("unpack", "--data", folder, "--out", out).code == 0
+    everything = {**written["train"], **written["val"]}
+    extension = image.rpartition(".")[2]
+    assert content(out / "images") == {
+        f"{name.partition('.')[0]}.{extension}": data
+        for name, data in everything.items()
+        if not name.endswith(f".{drawn}")
+    }
+    assert content(out / "masks") == {
+        f"{name.partition('.')[0]}.png": data
+        for name, data in everything.items()
+        if name.endswith(f".{drawn}")
+    }
+
+
+def test_an_indexed_folder_is_trained_and_scored(indexed, call, tiny, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    keys = tuple(f"p{i}" for i in range(6))
+    tar(folder / "train-0.tar", pairs(*keys, image="jpg"))
+    tar(folder / "validation-0.tar", pairs("v1", "v2", first=9))
+    assert list(indexed(folder).splits) == ["train", "val"]
+    run = ("--data", folder, "--run-dir", tmp_path / "run", *tiny, "--workers", 0, "--steps", 2)
+    assert (ended := call("train", *run)).code == 0, ended.err
+    ended = call("evaluate", "--checkpoint", tmp_path / "run", "--data", folder, "--split", "val")
+    assert ended.code == 0, ended.err
+
+
+def test_a_dot_in_a_name_belongs_to_the_key(indexed, tmp_path: Path) -> None:
+    members = pairs("img_0.5um", "img_0.25um", "d.1/x.y.z", drawn="seg.png")
+    tar(tmp_path / "a.tar", members)
+    manifest = indexed(tmp_path, *CLASSES, "--mask-ext", "seg.png")
+    assert_holds(tmp_path, manifest, "train", members, "seg.png")
+    assert ShardIndex(tmp_path / "a.tar")[0].key == "img_0.5um"
+
+
+def test_members_of_a_sample_may_lie_apart(indexed, tmp_path: Path) -> None:
+    together = pairs("a", "b", "c")
+    drawn = {name: data for name, data in together.items() if name.endswith("mask.png")}
+    apart = {n: d for n, d in together.items() if n not in drawn} | dict(reversed(drawn.items()))
+    tar(tmp_path / "a.tar", apart)
+    manifest = indexed(tmp_path)
+    assert manifest.splits["train"].samples == 3
+    assert_holds(tmp_path, manifest, "train", together, "mask.png")
+
+
+@pytest.mark.parametrize("kind", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_every_kind_of_tar_and_long_names(kind: int, indexed, tmp_path: Path) -> None:
+    members = pairs(f"{'folder' * 12}/{'name' * 15}", "./here", f"{'f' * 60}/{'n' * 60}")
+    tar(tmp_path / "a.tar", members, kind)
+    manifest = indexed(tmp_path)
+    assert_holds(tmp_path, manifest, "train", members, "mask.png")
+
+
+def test_extensions_in_capitals(indexed, tmp_path: Path) -> None:
+    members = pairs("a", image="PNG", drawn="Mask.PNG")
+    tar(tmp_path / "a.tar", members)
+    assert_holds(tmp_path, indexed(tmp_path), "train", members, "Mask.PNG")
+
+
+def test_masks_with_a_palette_are_read_as_indices(indexed, tmp_path: Path) -> None:
+    image = Image.fromarray(np.full((12, 16), 2, np.uint8))
+    image.putpalette([9, 9, 9, 8, 8, 8, 255, 0, 0])
+    out = io.BytesIO()
+    image.save(out, "PNG")
+    members = {"a.png": picture(0), "a.mask.png": out.getvalue()}
+    tar(tmp_path / "a.tar", members)
+    assert_holds(tmp_path, manifest := indexed(tmp_path), "train", members, "mask.png")
+    assert manifest.splits["train"].shards[0].pixels == (0, 0, 192, 0)
+
+
+def test_pictures_alone_are_unlabelled(indexed, tmp_path: Path, call, by_hand) -> None:
+    tar(tmp_path / "data" / "train.tar", {"a.jpg": picture(0, form="JPEG"), "b.png": picture(1)})
+    manifest = indexed(tmp_path / "data", "--alpha", "drop")
+    (split,) = manifest.splits.items()
+    assert (split[0], split[1].samples, split[1].shards[0].pixels) == ("unlabelled", 2, ())
+    assert (manifest.classes, manifest.mask_format) == ((), {})
+    found = list(samples(tmp_path / "data", manifest, "unlabelled"))
+    assert [(sample.key, sample.mask) for sample in found] == [("a", None), ("b", None)]
+    predict = ("--checkpoint", by_hand(), "--input", tmp_path / "data", "--out", tmp_path / "out")
+    assert (ended := call("predict", *predict, "--workers", 0)).code == 0, ended.err
+
+
+def test_16_bits_by_the_declared_range(indexed, refused, tmp_path: Path) -> None:
+    deep = np.arange(12 * 16, dtype=np.uint16).reshape(12, 16) * 100
+    tar(tmp_path / "a.tar", {"a.png": encoded(deep), "a.mask.png": mask(0)})
+    said = refused(tmp_path)
+    assert said.startswith("a.tar: a.png has more than 8 bits a pixel (mode I;16); say what")
+    manifest = indexed(tmp_path, *CLASSES, "--image-percentiles", 0, 100)
+    assert manifest.image_format.range == (0, 19100)
+    (sample,) = samples(tmp_path, manifest, "train")
+    assert (sample.image.shape, sample.image.min(), sample.image.max()) == ((12, 16, 1), 0, 255)
+
+
+def test_a_turned_picture_is_turned_when_it_is_decoded(indexed, refused, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    pixels = decoded(picture(0))
+    turned = encoded(pixels, exif=exif)
+    tar(tmp_path / "a.tar", {"a.png": turned, "a.mask.png": mask(0)})
+    assert refused(tmp_path).startswith(
+        "a.tar: a.mask.png is 16 x 12, its picture a.png 12 x 16 when it is turned as its EXIF "
+        "orientation says; extract the tar and pack its files"
+    )
+    tar(tmp_path / "a.tar", {"a.png": turned, "a.mask.png": mask(0, (16, 12))})
+    (sample,) = samples(tmp_path, indexed(tmp_path), "train")
+    np.testing.assert_array_equal(sample.image, np.rot90(pixels, -1))
+
+
+# ---- json and other members
+
+
+def test_other_members_are_passed_over_and_counted(index, tmp_path: Path) -> None:
+    members = pairs("a", "b")
+    extra = {"a.txt": b"x", "b.txt": b"y", "a.cls": b"1", "._a.png": b"mac", "README": b"r"}
+    tar(tmp_path / "train-0.tar", {**members, **extra, "lone.json": b"{}"})
+    ended = index(tmp_path, *CLASSES)
+    assert (ended.code, ended.err) == (0, "")
+    assert (
+        "  6 other members are passed over: .txt (2), .cls (1), hidden (1), without extension (1), "
+        ".json (1)\n"
+    ) in ended.out
+    assert (tmp_path / "train-0.idx").read_text().splitlines()[0] == "v1.2 2"
+
+
+@pytest.mark.parametrize(
+    ("info", "taken"),
+    [
+        (b'{"group": "g"}', True),
+        (b'{"source": "d/a.tif"}', True),
+        (b'{"source": "COCO"}', False),
+        (b'{"source": "../d/a.tif"}', False),
+        (b'{"source": 7}', False),
+        (b"[1]", False),
+        (b"{", False),
+        (b"\xff", False),
+        (b"[" * 100_000, False),
+    ],
+)
+def test_a_json_goes_in_where_it_says_nothing_false(
+    info: bytes, taken: bool, index, call, content, tmp_path: Path
+) -> None:
+    tar(tmp_path / "data" / "a.tar", {"d/a.json": info, **pairs("d/a")})
+    ended = index(tmp_path / "data", *CLASSES)
+    assert ended.code == 0
+    assert ("1 other members are passed over: .json (1)" in ended.out) == (not taken)
+    assert (ShardIndex(tmp_path / "data" / "a.tar")[0].info is not None) == taken
+    assert call("unpack", "--data", tmp_path / "data", "--out", tmp_path / "out").code == 0
+    assert set(content(tmp_path / "out")) == {"images/d/a.png", "masks/d/a.png"}
+
+
+# ---- splits
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("train/0.tar", "train"),
+        ("valid/0.tar", "val"),
+        ("data/Validation/0.tar", "val"),
+        ("testing-0.tar", "test"),
+        ("train2017_0.tar", "train"),
+        ("cells-val-000.tar", "val"),
+        ("000.tar", "train"),
+        ("trainval-0.tar", "train"),
+        ("latest-0.tar", "train"),
+    ],
+)
+def test_folders_and_names_tell_the_split(
+    name: str, split: str, index, indexed, tmp_path: Path
+) -> None:
+    tar(tmp_path / name, pairs("a"))
+    assert list(indexed(tmp_path).splits) == [split]
+    (tmp_path / "index.json").unlink()
+    assert list(indexed(tmp_path, *CLASSES, "--split", "test").splits) == ["test"]
+
+
+def test_a_path_that_names_two_splits_is_refused(refused, tmp_path: Path) -> None:
+    tar(tmp_path / "train" / "val-0.tar", pairs("a"))
+    assert refused(tmp_path) == (
+        "train/val-0.tar names the splits train and val; rename it, or say --split; "
+        "nothing was written"
+    )
+
+
+# ---- the same again
+
+
+def test_the_same_for_any_number_of_workers(indexed, content, tmp_path: Path) -> None:
+    for number in range(5):
+        keys = (f"{number}a", f"{number}b")
+        tar(tmp_path / "1" / f"s{number}.tar", pairs(*keys, first=number * 2))
+        tar(tmp_path / "3" / f"s{number}.tar", pairs(*keys, first=number * 2))
+    indexed(tmp_path / "1")
+    indexed(tmp_path / "3", workers=3)
+    assert content(tmp_path / "1") == content(tmp_path / "3")
+
+
+def test_our_own_shards_get_their_manifest_back(indexed, draw, call, content, tmp_path) -> None:
+    folder = draw(tmp_path / "in", 12, values=(0, 1, 2, 255), name="sub.d/p {}")
+    data = tmp_path / "data"
+    ended = call(
+        "pack",
+        *("--images", folder / "images", "--masks", folder / "masks", "--out", data),
+        *("--mask-format", "index", *CLASSES, "--ignore-value", 255, "--val-fraction", 0.3),
+        *("--samples-per-shard", 3, "--workers", 1),
+    )
+    assert ended.code == 0, ended.err
+    before, files = read_manifest(data), content(data)
+    (data / "index.json").unlink()
+    after = indexed(data)
+    for name in ("classes", "palette", "image_format", "mean", "std", "splits", "duplicates"):
+        assert getattr(after, name) == getattr(before, name), name
+    files.pop("index.json")
+    again = content(data)
+    again.pop("index.json")
+    assert again == files
+
+
+def test_an_idx_of_our_own_is_left_and_written_again_where_it_is_missing(
+    indexed, content, tmp_path: Path
+) -> None:
+    for name in "ab":
+        tar(tmp_path / f"{name}.tar", pairs(name, first=ord(name)))
+    indexed(tmp_path)
+    before = content(tmp_path)
+    (tmp_path / "index.json").unlink()
+    (tmp_path / "a.idx").unlink()
+    indexed(tmp_path)
+    assert content(tmp_path) == before
+
+
+def test_equal_pictures_are_told(index, tmp_path: Path) -> None:
+    tar(tmp_path / "0.tar", {"a.png": picture(0), "a.mask.png": mask(0)})
+    tar(tmp_path / "1.tar", {"b.png": picture(0), "b.mask.png": mask(0)})
+    ended = index(tmp_path, *CLASSES)
+    assert "1 groups of equal pictures, the first: train:a.png = train:b.png" in ended.out
+    assert read_manifest(tmp_path).duplicates == (("train:a.png", "train:b.png"),)
+
+
+def test_what_may_be_meant_otherwise_is_said(index, tmp_path: Path) -> None:
+    tar(tmp_path / "0.tar", pairs("000"))
+    tar(tmp_path / "1.tar", pairs("000", first=1))
+    tar(tmp_path / "2.tar", {"notes.txt": b"nothing"})
+    ended = index(tmp_path, *CLASSES)
+    assert (ended.code, ended.err) == (0, "")
+    said = ended.out.splitlines()
+    assert said[0] == f"{tmp_path}: RGB pictures"
+    assert said[1] == "  train            2 samples, 2 shards; 16 x 12 (2)"
+    assert "  warning: 1 shards without a sample are left out, the first: 2.tar" in said
+    assert (
+        "  warning: 1 names occur in several shards, the first: 000.png; "
+        "training sees all, but unpack and predict give one result a name"
+    ) in said
+    assert "  warning: no shard is for val; let a folder or name of some begin with val" in said
+    assert said[-1] == f"next: unet train --data {tmp_path} --run-dir RUN"
+    assert not (tmp_path / "2.idx").exists()
+
+
+# ---- refusals
+
+
+def ends_at(path: Path, members: Members) -> int:
+    """Where the members end and the zeros begin."""
+    with tarfile.open(tar(path, members)) as archive:
+        last = archive.getmembers()[-1]
+    return last.offset_data + -(-last.size // 512) * 512
+
+
+@pytest.mark.parametrize(
+    ("cut", "said"),
+    [
+        (lambda end: end, "is cut: it ends after 4 members, unclosed"),
+        (lambda end: end + 100, "is cut: it ends after 4 members, unclosed"),
+        (lambda end: end - 1, "is cut or no tar (unexpected end of data)"),
+        (lambda end: end - 450, "is cut or no tar (unexpected end of data)"),
+        (lambda end: 300, "is cut or no tar (truncated header)"),
+        (lambda end: 0, "is cut or no tar (empty file)"),
+    ],
+)
+def test_a_cut_tar_is_refused(cut, said: str, refused, tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    end = ends_at(path, pairs("a", "b"))
+    path.write_bytes(path.read_bytes()[: cut(end)])
+    assert refused(tmp_path) == f"a.tar {said}; copy or write it again; nothing was written"
+
+
+def test_a_tar_cut_in_a_later_header_is_refused(refused, tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    end = ends_at(path, pairs("a"))
+    tar(path, pairs("a", "b"))
+    path.write_bytes(path.read_bytes()[: end + 300])
+    assert refused(tmp_path).startswith("a.tar is cut: it ends after 2 members, unclosed; copy")
+
+
+def test_a_damaged_header_is_refused(refused, tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    end = ends_at(path, pairs("a"))
+    data = bytearray(tar(path, pairs("a", "b")).read_bytes())
+    data[end] ^= 1
+    path.write_bytes(data)
+    assert refused(tmp_path).startswith(
+        f"a.tar is damaged at byte {end:,}, where a header should be; copy or write it again"
+    )
+
+
+def test_joined_tars_are_refused(refused, tmp_path: Path) -> None:
+    end = ends_at(tmp_path / "a.tar", pairs("a"))
+    whole = (tmp_path / "a.tar").read_bytes()
+    (tmp_path / "a.tar").write_bytes(whole + whole)
+    assert refused(tmp_path).startswith(
+        f"a.tar goes on after its end at byte {end:,}, as joined tars do; part it, or write it"
+    )
+
+
+def grey(value: int, **options: Any) -> bytes:
+    return encoded(np.full((12, 16), value, np.uint8), **options)
+
+
+REPACK = "extract the tar and pack its files (unet pack, see --mask-suffix)"
+SPACE = (
+    "has white space in its name, or is not UTF-8, and the words of an .idx are parted by spaces; "
+    "rename it"
+)
+
+
+@pytest.mark.parametrize(
+    ("members", "said"),
+    [
+        ({"b.png": picture(1)}, "b.png has no mask; see --image-ext and --mask-ext"),
+        ({"b.mask.png": mask(1)}, "b.mask.png has no picture; see --image-ext and --mask-ext"),
+        ({"./a.png": picture(1)}, "./a.png and a.png are two pictures of one key; keep one"),
+        ({"a.jpg": picture(1)}, "a.jpg and a.png are two pictures of one key; keep one of them"),
+        ({"a.MASK.png": mask(1)}, "a.MASK.png and a.mask.png are two masks of one key; keep one"),
+        ({"../b.png": picture(1)}, "'../b.png' is a path that leaves the folder; write the tar"),
+        ({"/b.png": picture(1)}, "'/b.png' is a path that leaves the folder; write the tar"),
+        (pairs("b c"), f"'b c.png' {SPACE}"),
+        (pairs("b\nc"), f"'b\\nc.png' {SPACE}"),
+        (pairs("b\u2028c"), f"'b\\u2028c.png' {SPACE}"),
+        (pairs("b\udcffc"), f"'b\\udcffc.png' {SPACE}"),
+        (
+            {"b.png": b"nothing", "b.mask.png": mask(1)},
+            "b.png is no picture that can be read; repair or remove it",
+        ),
+        (
+            {"b.png": picture(1)[:200], "b.mask.png": mask(1)},
+            "b.png is damaged",
+        ),
+        (
+            {"b.png": picture(1), "b.mask.png": mask(1)[:60]},
+            "b.mask.png is damaged",
+        ),
+        (
+            {"b.png": picture(1), "b.mask.png": mask(1, (12, 15))},
+            f"b.mask.png is 15 x 12, its picture b.png 16 x 12; {REPACK}",
+        ),
+        (
+            {"b.png": picture(1), "b.mask.png": grey(7)},
+            "b.mask.png holds values without a class: 7: 192 px; name all classes with --classes, "
+            f"or {REPACK}",
+        ),
+        (
+            {"b.png": picture(1), "b.mask.png": grey(0, form="JPEG")},
+            "b.mask.png is JPEG of mode L; masks in shards are PNG of mode P or L whose value is "
+            f"the class: {REPACK}",
+        ),
+        (
+            {"b.png": picture(1), "b.mask.png": picture(1)},
+            "b.mask.png is PNG of mode RGB; masks in shards are PNG of mode P or L",
+        ),
+        (
+            {"b.png": picture(1), "b.mask.png": encoded(np.ones((12, 16), bool))},
+            "b.mask.png is PNG of mode 1; masks in shards are PNG of mode P or L",
+        ),
+        (
+            {"b.png": picture(1), "b.mask.png": encoded(np.ones((12, 16), np.uint16))},
+            "b.mask.png is PNG of mode I;16; masks in shards are PNG of mode P or L",
+        ),
+        (
+            {
+                "b.tif": encoded(
+                    np.zeros((12, 16), np.uint8),
+                    "TIFF",
+                    save_all=True,
+                    append_images=[Image.new("L", (16, 12))],
+                ),
+                "b.mask.png": mask(1),
+            },
+            f"b.tif holds several frames; {REPACK}",
+        ),
+        (
+            {
+                "b.png": encoded(np.zeros((12, 16, 4), np.uint8)),
+                "b.mask.png": mask(1),
+            },
+            "b.png has transparent pixels; flatten it onto a background, or take the colours under "
+            "them: --alpha drop",
+        ),
+    ],
+)
+def test_what_cannot_be_trained_on_is_refused(
+    members: Members, said: str, refused, tmp_path: Path
+) -> None:
+    tar(tmp_path / "sub" / "t.tar", {**pairs("a"), **members})
+    tar(tmp_path / "good.tar", pairs("g", first=50))
+    # A name that two members share leaves a second problem where its partner is alone.
+    assert f"sub/t.tar: {said}" in refused(tmp_path)
+
+
+def test_a_name_that_occurs_twice_is_refused(refused, tmp_path: Path) -> None:
+    path = tar(tmp_path / "a.tar", pairs("a"))
+    with tarfile.open(path, "a") as archive:
+        info = tarfile.TarInfo("a.png")
+        archive.addfile(info)
+    assert refused(tmp_path) == ("a.tar: a.png occurs twice; keep one of them; nothing was written")
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE])
+def test_links_and_devices_are_refused(kind: bytes, refused, tmp_path: Path) -> None:
+    path = tar(tmp_path / "a.tar", pairs("a"))
+    with tarfile.open(path, "a") as archive:
+        info = tarfile.TarInfo("b.png")
+        info.type, info.linkname = kind, "a.png"
+        archive.addfile(info)
+    assert refused(tmp_path) == (
+        "a.tar: 'b.png' is a link, device or sparse file; write the tar without it; "
+        "nothing was written"
+    )
+
+
+def test_folders_in_a_tar_are_no_matter(indexed, tmp_path: Path) -> None:
+    for part in ("d/a.png", "d/a.mask.png"):
+        (tmp_path / "in" / part).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / part).write_bytes(mask(0) if "mask" in part else picture(0))
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        archive.add(tmp_path / "in", "./")
+    assert indexed(tmp_path).splits["train"].samples == 1
+
+
+def test_an_empty_tar_alone_is_refused(refused, tmp_path: Path) -> None:
+    tar(tmp_path / "a.tar", {})
+    assert refused(tmp_path).endswith("holds 1 shards without a picture; see --image-ext")
+
+
+def test_masks_without_classes_are_refused(refused, tmp_path: Path) -> None:
+    tar(tmp_path / "a.tar", pairs("a"))
+    assert refused(tmp_path, "--alpha", "drop") == (
+        "a.tar: a.mask.png is a mask; name the classes with --classes; nothing was written"
+    )
+
+
+def test_one_picture_in_two_splits_is_refused(refused, tmp_path: Path) -> None:
+    tar(tmp_path / "train.tar", pairs("a"))
+    tar(tmp_path / "val.tar", pairs("b"))
+    assert refused(tmp_path) == (
+        "train.tar: a.png (train) = val.tar: b.png (val) are the same picture in two splits; "
+        "remove it from one; nothing was written"
+    )
+
+
+def test_an_idx_of_somebody_else_is_kept(refused, tmp_path: Path) -> None:
+    tar(tmp_path / "a.tar", pairs("a"))
+    (tmp_path / "a.idx").write_text("v1.1 1\n")
+    assert refused(tmp_path).startswith("a.idx is there and says something else than ours would;")
+
+
+def test_all_problems_of_all_shards_are_told_at_once(refused, tmp_path: Path) -> None:
+    tar(tmp_path / "a.tar", {**pairs("a"), "b.png": picture(3), "c.png": picture(4)})
+    (tmp_path / "b.tar").write_bytes(b"no tar")
+    tar(tmp_path / "train" / "val.tar", pairs("v", first=9))
+    said = refused(tmp_path).splitlines()
+    assert said[0] == "4 problems (nothing was written):"
+    assert [line.split()[0] for line in said[1:]] == ["a.tar:", "a.tar:", "b.tar", "train/val.tar"]
+
+
+def test_a_data_set_is_not_indexed_twice(refused, indexed, tmp_path: Path) -> None:
+    tar(tmp_path / "a.tar", pairs("a"))
+    indexed(tmp_path)
+    assert refused(tmp_path).endswith(
+        "is a data set already; remove its index.json to index it anew"
+    )
+
+
+@pytest.mark.parametrize("name", ["a.tar", "a.tar.gz", "a.tgz"])
+def test_compressed_shards_are_refused(name: str, refused, tmp_path: Path) -> None:
+    path = tar(tmp_path / "a", pairs("a"))
+    (tmp_path / name).write_bytes(gzip.compress(path.read_bytes()))
+    assert f"{name} is compressed; decompress it: samples are read by their place" in refused(
+        tmp_path
+    )
+
+
+def test_a_folder_without_shards_is_refused(index, refused, tmp_path: Path) -> None:
+    assert refused(tmp_path).endswith("holds no shard (*.tar); pack pictures with unet pack")
+    ended = index(tmp_path / "nowhere", *CLASSES)
+    assert (ended.code, ended.err) == (1, f"unet index: {tmp_path / 'nowhere'} is no folder\n")
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--classes", "one"), "there must be 2 to 255 classes, got 1"),
+        (("--classes", "a", "a"), "two classes have one name: a a"),
+        (("--split", "val"), "--split needs --classes"),
+        ((*CLASSES, "--split", "vall"), "vall"),
+        ((*CLASSES, "--image-ext", "json"), "--image-ext must not hold json or mask.png"),
+        ((*CLASSES, "--mask-ext", "json"), "--mask-ext must not be json"),
+        ((*CLASSES, "--image-ext", "png", "--mask-ext", "png"), "leaves no extension for pictures"),
+        ((*CLASSES, "--image-range", 9, 3), "--image-range is LOW HIGH within 0 65535"),
+        (
+            (*CLASSES, "--image-range", 0, 9, "--image-percentiles", 0, 9),
+            "--image-range and --image-percentiles say the same; give one",
+        ),
+        ((*CLASSES, "--workers", -1), "--workers must not be below 0"),
+    ],
+)
+def test_wrong_flags_are_refused(
+    flags: tuple[object, ...], said: str, call, tmp_path: Path
+) -> None:
+    ended = call("index", tmp_path, *flags)
+    assert ended.code == 2
+    assert said in ended.said

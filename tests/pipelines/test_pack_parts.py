@@ -1,0 +1,254 @@
+"""Packing in parts, by jobs or on a Dask cluster: the bytes of one ordinary packing."""
+
+import itertools
+import multiprocessing
+import os
+import re
+import signal
+import socket
+import time
+from pathlib import Path
+
+import pytest
+
+from shards.index import read_manifest
+
+
+def flags(folder: Path, out: Path, *more: object) -> list[object]:
+    return [
+        *("--images", folder / "images", "--masks", folder / "masks", "--out", out),
+        *("--mask-format", "binary", "--samples-per-shard", 2, *more),
+    ]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, draw) -> Path:
+    return draw(tmp_path_factory.mktemp("pictures"), 30, size=(96, 96))
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path, tmp_path_factory: pytest.TempPathFactory, call, content):
+    """The bytes of 30 samples in shards of 2, packed by one process in one go."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    assert call("pack", *flags(folder, out, "--workers", 1)).code == 0
+    assert len([*out.glob("*.tar")]) > 12
+    return content(out)
+
+
+@pytest.mark.parametrize("order", [*itertools.permutations((1, 2, 3))], ids=str)
+def test_parts_in_any_order_make_the_same_bytes(
+    order: tuple[int, ...], folder: Path, whole, call, content, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    seen = 0
+    for part in order:
+        ended = call("pack", *flags(folder, out, "--part", f"{part}/3", "--workers", 1))
+        assert ended.code == 0, ended.err
+        assert re.search(rf"part {part}/3: \d+ shards are there; when all parts", ended.out)
+        assert not (out / "index.json").exists()
+        assert len([*out.glob("*.tar")]) > seen
+        seen = len([*out.glob("*.tar")])
+    ended = call("pack", *flags(folder, out, "--finish"))
+    assert ended.code == 0, ended.err
+    assert content(out) == whole
+
+
+def test_parts_side_by_side_make_the_same_bytes(
+    folder: Path, whole, spawn, call, content, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    parts = [spawn("pack", *flags(folder, out, "--part", f"{i}/3")) for i in (1, 2, 3)]
+    for process in parts:
+        _, complaint = process.communicate(timeout=60)
+        assert process.returncode == 0, complaint
+    assert call("pack", *flags(folder, out, "--finish")).code == 0
+    assert content(out) == whole
+
+
+def test_without_finish_the_missing_shards_are_packed(
+    folder: Path, whole, call, content, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    assert call("pack", *flags(folder, out, "--part", "2/3", "--workers", 1)).code == 0
+    ended = call("pack", *flags(folder, out, "--workers", 1))
+    assert ended.code == 0, ended.err
+    assert "shards are there already" in ended.out
+    assert content(out) == whole
+
+
+def test_finishing_too_early_names_what_is_missing(
+    folder: Path, whole, call, content, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    for part in (1, 3):
+        assert call("pack", *flags(folder, out, "--part", f"{part}/3", "--workers", 1)).code == 0
+    tars = {name for name in whole if name.endswith(".tar")}
+    missing = sorted(tars - set(content(out)))
+    ended = call("pack", *flags(folder, out, "--finish"))
+    assert ended.code == 1
+    assert ended.err.splitlines() == [
+        f"unet pack: {out} lacks {len(missing)} of {len(tars)} shards, {missing[0]} first; "
+        "give the parts that packed them again, then --finish"
+    ]
+    assert not (out / "index.json").exists()
+
+
+def dying_part(shards: int, arguments: list[str]) -> None:
+    """Packs a part, and dies by SIGKILL when so many shards are there."""
+    from pipelines import pack
+
+    replace, count = os.replace, 0
+
+    def counting(source: object, target: object) -> None:
+        nonlocal count
+        replace(source, target)  # type: ignore[arg-type]
+        count += str(target).endswith(".tar")
+        if count == shards:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    os.replace = counting  # type: ignore[assignment]
+    os._exit(pack.main(arguments))
+
+
+def test_a_part_that_was_killed_goes_on(folder: Path, whole, call, content, tmp_path) -> None:
+    out = tmp_path / "out"
+    told = [str(flag) for flag in flags(folder, out, "--workers", 1, "--part", "1/2")]
+    process = multiprocessing.get_context("fork").Process(target=dying_part, args=(3, told))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    finished = {path: path.stat().st_ino for path in out.glob("*.tar")}
+    assert len(finished) == 3
+    ended = call("pack", *told)
+    assert ended.code == 0, ended.err
+    assert {path: path.stat().st_ino for path in finished} == finished
+    assert call("pack", *flags(folder, out, "--workers", 1, "--part", "2/2")).code == 0
+    assert call("pack", *flags(folder, out, "--finish")).code == 0
+    assert content(out) == whole
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (("--invert",), "other settings (mask format)"),
+        (("--seed", 1), "other splits, shard sizes or seed"),
+        (("--verify", "headers"), "other settings (verify)"),
+    ],
+)
+def test_a_part_with_other_flags_is_refused(
+    change: tuple[object, ...], said: str, folder: Path, call, content, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    assert call("pack", *flags(folder, out, "--part", "1/3", "--workers", 1)).code == 0
+    before = content(out)
+    for rest in (("--part", "2/3"), ("--finish",)):
+        ended = call("pack", *flags(folder, out, *change, *rest))
+        assert ended.code == 1
+        assert f"begun with another plan: {said}" in ended.err
+    assert content(out) == before
+
+
+def test_more_parts_than_shards_do_no_harm(draw, call, tmp_path: Path) -> None:
+    few = draw(tmp_path / "in", 2, size=(16, 16))
+    told = flags(few, tmp_path / "out", "--val-fraction", 0, "--workers", 1)
+    for part in (5, 1):
+        ended = call("pack", *told, "--part", f"{part}/5")
+        assert ended.code == 0, ended.err
+    assert call("pack", *told, "--finish").code == 0
+    assert read_manifest(tmp_path / "out").splits["train"].samples == 2
+
+
+def test_bad_samples_of_all_parts_are_listed_at_the_end(draw, call, content, tmp_path) -> None:
+    bad = draw(tmp_path / "in", 8, size=(16, 16))
+    for number in (1, 6):
+        (bad / "images" / f"p{number:03d}.png").write_bytes(b"")
+    told = ("--keep-going", "--workers", 1)
+    assert call("pack", *flags(bad, tmp_path / "whole", *told)).code == 3
+    for part in (2, 1):
+        ended = call("pack", *flags(bad, tmp_path / "out", *told, "--part", f"{part}/2"))
+        assert ended.code == 0, ended.err
+    assert call("pack", *flags(bad, tmp_path / "out", *told, "--finish")).code == 3
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (("--part", "4/3"), "--part counts from 1 to n, got '4/3'"),
+        (("--part", "0/3"), "--part counts from 1 to n, got '0/3'"),
+        (("--part", "3"), "--part is i/n, such as 2/5, got '3'"),
+        (("--part", "a/b"), "--part is i/n, such as 2/5, got 'a/b'"),
+        (("--part", "1/2", "--finish"), "--part packs, --finish ends what all parts"),
+        (("--scheduler", "tcp://h:1", "--workers", 2), "--workers are processes here"),
+    ],
+)
+def test_parts_that_make_no_sense_are_refused(given, said: str, call, tmp_path: Path) -> None:
+    ended = call("pack", *flags(tmp_path / "in", tmp_path / "out", *given))
+    assert ended.code == 2
+    assert said in ended.said
+    assert not (tmp_path / "out").exists()
+
+
+# ---- a Dask cluster
+
+
+@pytest.fixture(scope="module")
+def scheduler():
+    """The address of a cluster of two processes."""
+    distributed = pytest.importorskip("distributed")
+    with distributed.LocalCluster(
+        n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None
+    ) as cluster:
+        yield cluster.scheduler_address
+
+
+def test_a_cluster_makes_the_same_bytes(
+    scheduler: str, folder: Path, whole, call, content, tmp_path: Path
+) -> None:
+    ended = call("pack", *flags(folder, tmp_path / "out", "--scheduler", scheduler))
+    assert ended.code == 0, ended.err
+    assert content(tmp_path / "out") == whole
+
+
+def test_relative_folders_are_those_of_the_command_on_a_cluster_too(
+    scheduler: str, folder: Path, whole, call, content, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    below = Path(os.path.relpath(folder, tmp_path))
+    ended = call("pack", *flags(below, Path("out"), "--scheduler", scheduler))
+    assert ended.code == 0, ended.err
+    assert content(tmp_path / "out") == whole
+
+
+def test_a_cluster_names_bad_files_as_processes_here_do(
+    scheduler: str, draw, call, tmp_path: Path
+) -> None:
+    bad = draw(tmp_path / "in", 6, size=(16, 16))
+    for number in (1, 4):
+        (bad / "images" / f"p{number:03d}.png").write_bytes(b"")
+    here = call("pack", *flags(bad, tmp_path / "out", "--workers", 1))
+    there = call("pack", *flags(bad, tmp_path / "out", "--scheduler", scheduler))
+    assert here.code == there.code == 1
+    assert here.err == there.err
+    assert "p001.png is empty" in there.err
+
+
+def test_an_address_where_nobody_listens_is_said_in_one_line(
+    folder: Path, call, monkeypatch, capfd, tmp_path: Path
+) -> None:
+    distributed = pytest.importorskip("distributed")
+    client = distributed.Client
+    # The command waits longer, for a scheduler that is about to start.
+    monkeypatch.setattr(
+        distributed, "Client", lambda *given, timeout, **more: client(*given, timeout=1, **more)
+    )
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+    began = time.monotonic()
+    ended = call("pack", *flags(folder, tmp_path / "out", "--scheduler", address))
+    assert time.monotonic() - began < 10
+    assert ended.code == 2
+    assert ended.err == f"unet pack: --scheduler {address}: no scheduler answers there\n"
+    assert capfd.readouterr().err == ""
+    assert not [*(tmp_path / "out").glob("*.tar")]

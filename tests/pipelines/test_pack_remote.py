@@ -1,0 +1,214 @@
+"""Packing to a remote store: the bytes of a local packing, whole or absent, in one line if not."""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import fsspec
+import pytest
+
+s3fs = pytest.importorskip("s3fs")
+moto = pytest.importorskip("moto.server")
+
+Objects = dict[str, bytes]
+
+
+def flags(folder: Path, out: object, *more: object) -> list[object]:
+    return [
+        *("--images", folder / "images", "--masks", folder / "masks", "--out", out),
+        *("--mask-format", "binary", "--samples-per-shard", 2, *more),
+    ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def server() -> Iterator[str]:
+    """An S3 server on this machine, to which this process and all that it starts are pointed."""
+    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    named = {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "x",
+        "AWS_SECRET_ACCESS_KEY": "x",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_CONFIG_FILE": os.devnull,
+        "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+        "NO_PROXY": "127.0.0.1",
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in named.items():
+            patch.setenv(name, value)
+        s3fs.S3FileSystem.clear_instance_cache()
+        fsspec.filesystem("s3").mkdir("bucket")
+        yield named["AWS_ENDPOINT_URL"]
+    s3fs.S3FileSystem.clear_instance_cache()
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def objects(server: str) -> Callable[[str], Objects]:
+    """{name: bytes} below a URL."""
+
+    def read(url: str) -> Objects:
+        system, root = fsspec.url_to_fs(url)
+        system.invalidate_cache()
+        found = system.find(root)
+        return {name.removeprefix(f"{root}/"): system.cat_file(name) for name in found}
+
+    return read
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, draw) -> Path:
+    return draw(tmp_path_factory.mktemp("pictures"), 16, size=(64, 64))
+
+
+@pytest.fixture(scope="module")
+def local(folder: Path, tmp_path_factory: pytest.TempPathFactory, call, content) -> Objects:
+    """The bytes of 16 samples in shards of 2, packed into a folder."""
+    out = tmp_path_factory.mktemp("local") / "out"
+    assert call("pack", *flags(folder, out, "--workers", 1)).code == 0
+    assert len([*out.glob("*.tar")]) > 7
+    return content(out)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_objects_are_the_files_of_a_local_packing(
+    workers: int, folder: Path, local: Objects, objects, call
+) -> None:
+    url = f"s3://bucket/workers{workers}/deep"
+    ended = call("pack", *flags(folder, url, "--workers", workers))
+    assert ended.code == 0, ended.err
+    assert objects(url) == local
+    assert not [name for name in objects("s3://bucket") if ".pack" in name]
+    assert "next: unet train" not in ended.out
+
+
+def test_after_a_kill_the_objects_are_the_same_and_none_was_sent_twice(
+    folder: Path, local: Objects, objects, spawn, kill, wait_for
+) -> None:
+    url = "s3://bucket/killed"
+    system, root = fsspec.url_to_fs(url)
+
+    def shards() -> dict[str, tuple[object, ...]]:
+        system.invalidate_cache()
+        found = system.find(root, detail=True).items()
+        return {
+            name: (entry["LastModified"], entry["ETag"])
+            for name, entry in found
+            if name.endswith(".tar")
+        }
+
+    process = spawn("pack", *flags(folder, url, "--workers", 2))
+
+    def two_are_there() -> bool:
+        time.sleep(0.05)  # the server answers in this process: it is not asked all the time
+        return len(shards()) >= 2
+
+    wait_for(two_are_there, "shard 2", 30)
+    kill(process)
+    finished = shards()
+    assert "index.json" not in objects(url)
+    process = spawn("pack", *flags(folder, url, "--workers", 1))
+    said, complaint = process.communicate(timeout=60)
+    assert process.returncode == 0, complaint
+    assert "shards are there already" in said
+    assert finished.items() <= shards().items()
+    assert objects(url) == local
+
+
+def test_parts_and_finish_work_on_a_remote_store_too(
+    folder: Path, local: Objects, objects, call
+) -> None:
+    url = "s3://bucket/parts"
+    for part in (2, 1):
+        ended = call("pack", *flags(folder, url, "--workers", 1, "--part", f"{part}/2"))
+        assert ended.code == 0, ended.err
+    assert call("pack", *flags(folder, url, "--finish")).code == 0
+    assert objects(url) == local
+
+
+def test_other_settings_than_those_begun_with_are_refused(folder: Path, objects, call) -> None:
+    url = "s3://bucket/begun"
+    assert call("pack", *flags(folder, url, "--workers", 1, "--part", "1/3")).code == 0
+    before = objects(url)
+    ended = call("pack", *flags(folder, url, "--workers", 1, "--invert"))
+    assert ended.code == 1
+    assert f"{url} was begun with another plan: other settings (mask format)" in ended.err
+    assert objects(url) == before
+
+
+def test_a_finished_data_set_is_left_alone(folder: Path, objects, call) -> None:
+    url = "s3://bucket/finished"
+    assert call("pack", *flags(folder, url, "--workers", 1)).code == 0
+    before = objects(url)
+    ended = call("pack", *flags(folder, url, "--workers", 1))
+    assert ended.code == 1
+    assert f"{url} is a finished data set" in ended.err
+    assert objects(url) == before
+
+
+def test_problems_are_listed_in_the_remote_store(draw, objects, call, tmp_path: Path) -> None:
+    bad = draw(tmp_path / "in", 6, size=(16, 16))
+    for number in (1, 4):
+        (bad / "images" / f"p{number:03d}.png").write_bytes(b"")
+    told = flags(bad, "s3://bucket/bad", "--workers", 1)
+    ended = call("pack", *told)
+    assert ended.code == 1
+    assert "all of them: s3://bucket/bad/problems.txt" in ended.err
+    lines = objects("s3://bucket/bad")["problems.txt"].decode().splitlines()
+    assert [name in line for line, name in zip(lines, ("p001.png", "p004.png"), strict=True)]
+    ended = call("pack", *flags(bad, "s3://bucket/kept", "--workers", 1, "--keep-going"))
+    assert ended.code == 3
+    assert "index.json" in objects("s3://bucket/kept")
+
+
+def test_a_bucket_that_is_not_there_is_said_in_one_line(folder: Path, call) -> None:
+    ended = call("pack", *flags(folder, "s3://nowhere/a", "--workers", 1))
+    assert ended.code == 1
+    ((line),) = ended.err.splitlines()
+    assert line.startswith("unet pack: s3://nowhere/a")
+    assert "bucket" in line.lower()
+
+
+def test_an_upload_that_fails_is_said_and_goes_on_later(
+    folder: Path, local: Objects, objects, call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = "s3://bucket/failing"
+    told = flags(folder, url, "--workers", 1)
+    assert call("pack", *told, "--part", "1/2").code == 0
+    there = {name for name in objects(url) if name.endswith(".tar")}
+    assert there
+    put = s3fs.S3FileSystem._put_file
+
+    async def fail(self, lpath, rpath, *given, **more):
+        if rpath.endswith(".tar"):
+            raise OSError(5, "the line is cut")
+        return await put(self, lpath, rpath, *given, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(s3fs.S3FileSystem, "_put_file", fail)
+        s3fs.S3FileSystem.clear_instance_cache()
+        ended = call("pack", *told)
+    s3fs.S3FileSystem.clear_instance_cache()
+    assert ended.code == 1
+    assert "Traceback" not in ended.err
+    assert "the line is cut; check address, credentials and network, the same" in ended.err
+    assert {name for name in objects(url) if name.endswith(".tar")} == there
+    assert "index.json" not in objects(url)
+    assert call("pack", *told).code == 0
+    assert objects(url) == local
+
+
+def test_an_endpoint_where_nobody_listens_is_said_in_one_line(
+    folder: Path, spawn, tmp_path: Path
+) -> None:
+    # One attempt: a server that is down is down.
+    gone = {"AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_MAX_ATTEMPTS": "1"}
+    process = spawn("pack", *flags(folder, "s3://bucket/gone", "--workers", 1), **gone)
+    _, complaint = process.communicate(timeout=60)
+    assert process.returncode == 1
+    ((line),) = complaint.splitlines()
+    assert line.startswith("unet pack: s3://bucket/gone")
+    assert "the same command goes on" in line

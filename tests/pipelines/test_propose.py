@@ -1,0 +1,170 @@
+"""`--mask-format auto`: a look at every mask, a command that reads them all, and nothing packed."""
+
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+INDEX = np.repeat(np.arange(24)[:, None] // 8, 30, axis=1).astype(np.uint8)
+"""Three stripes: class 0, 1, 2."""
+COLOURS = np.array([(0, 0, 0), (255, 0, 0), (0, 0, 255)], np.uint8)
+
+
+def paletted() -> Image.Image:
+    image = Image.fromarray(INDEX, "P")
+    image.putpalette(COLOURS.tobytes())
+    return image
+
+
+MASKS: dict[str, tuple[Image.Image, str, np.ndarray]] = {
+    "binary": (
+        Image.fromarray((INDEX > 0).astype(np.uint8) * 255),
+        "--mask-format binary",
+        INDEX > 0,
+    ),
+    "index": (
+        Image.fromarray(INDEX),
+        "--mask-format index --classes class_0 class_1 class_2",
+        INDEX,
+    ),
+    "values": (
+        Image.fromarray(np.array([0, 128, 255], np.uint8)[INDEX]),
+        "--mask-format values --mask-values 0 128 255 --classes class_0 class_128 class_255",
+        INDEX,
+    ),
+    "palette": (
+        paletted(),
+        "--mask-format palette --classes class_0 class_1 class_2",
+        INDEX,
+    ),
+    "rgb": (
+        Image.fromarray(COLOURS[INDEX]),
+        "--mask-format rgb --colours colours.yaml",
+        np.array([0, 2, 1])[INDEX],
+    ),
+}
+
+
+@pytest.fixture
+def folder(draw, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Six pictures in a folder with a space in its name, and a place to work in."""
+    monkeypatch.chdir(tmp_path)
+    return draw(tmp_path / "my data", 6, size=(24, 30))
+
+
+def auto(folder: Path, *more: object) -> list[object]:
+    return [
+        *("--images", folder / "images", "--masks", folder / "masks"),
+        *("--mask-format", "auto", "--workers", 1, *more),
+    ]
+
+
+def proposed(said: str) -> list[str]:
+    """The words of the command that was proposed."""
+    ((line),) = [line for line in said.splitlines() if line.startswith("unet ")]
+    return shlex.split(line)
+
+
+@pytest.mark.parametrize("kind", MASKS)
+def test_the_command_that_is_proposed_packs_the_masks(
+    kind: str, folder: Path, call, content, samples, tmp_path: Path
+) -> None:
+    mask, flags, expected = MASKS[kind]
+    for path in (folder / "masks").iterdir():
+        mask.save(path)
+    before = content(tmp_path)
+    ended = call("pack", *auto(folder, "--val-fraction", 0, "--out", tmp_path / "out"))
+    assert ended.code == 1
+    assert content(tmp_path) == before
+    assert not (tmp_path / "out").exists()
+    program, verb, *words = proposed(ended.out)
+    assert (program, verb) == ("unet", "pack")
+    if table := re.search(r"Save as colours\.yaml:\n\n((?:.*: \[.*\]\n)+)", ended.out):
+        (tmp_path / "colours.yaml").write_text(table.group(1))
+    assert bool(table) == (kind == "rgb")
+    if kind == "palette":
+        # Index or palette read it alike; which of them is the proposal's own affair.
+        assert words[words.index("--mask-format") + 1] in ("index", "palette")
+    else:
+        assert shlex.join(words).endswith(flags)
+    ended = call("pack", *words)
+    assert ended.code == 0, ended.err
+    found = samples(tmp_path / "out")
+    assert len(found) == 6
+    for sample in found.values():
+        np.testing.assert_array_equal(sample.mask, expected)
+
+
+def test_the_flags_that_were_given_are_kept(folder: Path, call, tmp_path: Path) -> None:
+    more = ("--test-fraction", 0.25, "--skip-unpaired", "--image-range", 5, 900, "--frame", 0)
+    ended = call("check", *auto(folder, *more, "--out", tmp_path / "a look"))
+    assert ended.code == 1
+    words = proposed(ended.out)
+    assert words[:2] == ["unet", "check"]
+    line = shlex.join(words)
+    for kept in (
+        f"--images '{folder / 'images'}' --masks '{folder / 'masks'}'",
+        "--test-fraction 0.25",
+        "--skip-unpaired",
+        "--image-range 5 900",
+        "--frame 0",
+        "--workers 1",
+        f"--out '{tmp_path / 'a look'}'",
+    ):
+        assert kept in line
+    assert "auto" not in line
+    assert "--val-fraction" not in line
+    assert not (tmp_path / "a look").exists()
+
+
+def test_what_the_masks_hold_is_told(folder: Path, call) -> None:
+    ended = call("pack", *auto(folder, "--out", "out"))
+    pixels = [np.asarray(Image.open(path)) for path in (folder / "masks").iterdir()]
+    foreground = sum(int((mask == 255).sum()) for mask in pixels)
+    assert "6 masks: 6 of mode L" in ended.out
+    assert re.search(rf"\b255 +{foreground:,} px \(", ended.out)
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_the_proposal_does_not_depend_on_the_number_of_workers(
+    workers: int, folder: Path, draw, call
+) -> None:
+    draw(folder, 30, size=(24, 30), values=(0, 100, 200, 255), name="more{}", seed=2)
+    (folder / "masks" / "more7.png").write_bytes(b"")
+    one = call("pack", *auto(folder, "--out", "out"))
+    several = call("pack", *auto(folder, "--out", "out", "--workers", workers))
+    assert one.code == several.code == 1
+    assert one.out.replace("--workers 1", "") == several.out.replace(f"--workers {workers}", "")
+    assert one.err == several.err
+
+
+def test_masks_that_cannot_be_read_are_named(folder: Path, call) -> None:
+    for number in (1, 4):
+        (folder / "masks" / f"p{number:03d}.png").write_bytes(b"")
+    (folder / "masks" / "p002.png").unlink()
+    (folder / "masks" / "p002.png").symlink_to(folder / "nowhere")
+    ended = call("pack", *auto(folder, "--out", "out"))
+    assert ended.code == 1
+    lines = ended.err.splitlines()
+    assert [name in line for name, line in zip(("p001", "p002", "p004"), lines, strict=True)]
+    assert "p001.png is empty; repair or remove it" in lines[0]
+    assert "3 masks: 3 of mode L" in ended.out
+
+
+def test_masks_that_fit_no_format_get_no_command(folder: Path, call) -> None:
+    rng = np.random.default_rng(0)
+    for path in (folder / "masks").iterdir():
+        Image.fromarray(rng.integers(0, 255, (24, 30, 3)).astype(np.uint8)).save(path)
+    ended = call("pack", *auto(folder, "--out", "out"))
+    assert ended.code == 1
+    assert "photographs" in ended.out
+    assert not [line for line in ended.out.splitlines() if line.startswith("unet ")]
+
+
+def test_a_folder_without_masks_is_refused(folder: Path, call) -> None:
+    ended = call("pack", "--images", folder / "images", "--mask-format", "auto", "--out", "out")
+    assert ended.code == 2
+    assert "--mask-format needs --masks" in ended.said
