@@ -290,6 +290,7 @@ def draw_sheet(
         mask = None
         if sample.mask is not None and sample.mask.classes is not None:
             mask = sample.mask.classes.index
+        assert sample.image.image is not None
         cells.append(Cell(pair.source, Image.fromarray(to_array(sample.image.image, form)), mask))
     if not cells:
         return False

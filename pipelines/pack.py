@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Literal, Self
 
 from tqdm import tqdm
@@ -40,7 +40,7 @@ from shards.writer import ShardFile, ShardWriter
 
 REPORT, NONE = ".json", ".none.json"
 """Ends of the names of reports: of a shard, and of one of which nothing was left."""
-MEASURED = 64
+MEASURED = 32
 """Pictures that `--verify headers` decodes all the same, for mean and deviation."""
 
 
@@ -300,19 +300,21 @@ def read_pair(sample: PlannedSample, rule: PackRule, *, pixels: bool) -> ReadSam
     if sample.mask is not None and sample.mask_stat is not None:
         mask_path = f"{rule.masks}/{sample.mask}"
         mask = read_planned(mask_path, sample.mask_stat)
-    return read_sample(image, mask, rule.sample, image_path, mask_path, pixels=pixels)
+    return read_sample(
+        image, mask, rule.sample, image_path, mask_path, pixels=pixels, unique=sample.unique
+    )
 
 
 def members(sample: PlannedSample, read: ReadSample, rule: PackRule) -> dict[str, bytes]:
     """{extension: bytes} of a sample."""
-    width, height = read.image.image.size
+    width, height = read.image.size
     info: dict[str, Any] = {
         "source": sample.source,
         "width": width,
         "height": height,
         "group": sample.group,
     }
-    extension = read.image.extension or PurePosixPath(sample.source).suffix[1:].lower()
+    extension = read.image.extension or sample.source.rpartition(".")[2].lower()
     found = {extension: read.image.data, INFO_EXTENSION: json.dumps(info).encode()}
     if read.mask is not None:
         found[MASK_EXTENSION] = read.mask.encode(rule.sample.palette)

@@ -4,10 +4,10 @@ import hashlib
 import json
 import os
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,8 @@ class PlannedSample:
     mask: str | None
     mask_stat: FileStat | None
     group: str | None
+    unique: bool = False
+    """No other picture has the same size in bytes, so none is equal."""
 
     @property
     def key(self) -> str:
@@ -105,6 +107,9 @@ def make_plan(
         for pair, name, group in zip(pairs, names, groups, strict=True):
             by_split[name].append(plan_sample(folders, pair, group))
             bar.update()
+    sizes = Counter(sample.image[0] for samples in by_split.values() for sample in samples)
+    for name, samples in by_split.items():
+        by_split[name] = [replace(s, unique=True) if sizes[s.image[0]] == 1 else s for s in samples]
     leaks = find_leaks(by_split, pairing.images)
     problems = sorted(map(leak, leaks))
     if problems and not keep_going:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image, ImageOps, TiffImagePlugin
 
+from shards.headers import read_header
 from shards.sample import Channels, DataError, Uint8
 
 IMAGE_EXTENSIONS = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
@@ -37,6 +38,8 @@ EXIF_ORIENTATION = 0x0112
 BITS_PER_SAMPLE = 258
 PHOTOMETRIC = 262
 PHOTOMETRIC, WHITE_IS_ZERO = 262, 0
+EXIF_KEYS = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}
+"""Where Pillow keeps what may hold an orientation."""
 SAMPLES_PER_PIXEL = 277
 GEO_TAGS = (33550, 33922, 34264, 34735)
 """ModelPixelScale, ModelTiepoint, ModelTransformation, GeoKeyDirectory (GeoTIFF 1.1, section 7)."""
@@ -106,13 +109,16 @@ class StoredImage:
     data: bytes
     extension: str | None
     """Of `data`, in lower case; None: that of the file."""
-    image: Image.Image
-    """Upright and of its final size; decoded unless only its header was asked for."""
+    image: Image.Image | None
+    """Decoded, upright and of its final size; None where only its header was looked at."""
+    size: tuple[int, int]
+    """(width, height)."""
     full_size: tuple[int, int]
     """(width, height) before it was scaled down."""
+    mode: str
+    """Pillow's."""
     channels: Channels
-    decoded: bool
-    notes: tuple[str, ...]
+    notes: tuple[str, ...] = ()
     """What was done to it or will be at decoding, for people: see NOTES."""
 
 
@@ -227,7 +233,7 @@ def bits_of(tags: Any) -> int:
 
 def is_cut_to_8_bits(image: Image.Image, tags: Any) -> bool:
     """Whether Pillow reads 16 bits a channel into 8, as tags or the codec's raw mode tell."""
-    if bits_of(tags) > 8 and image.mode != "F":
+    if tags and bits_of(tags) > 8 and image.mode != "F":
         return True
     tiles = getattr(image, "tile", [])
     return any(";16" in word for tile in tiles for word in words_of(tile[3]))
@@ -243,16 +249,11 @@ def words_of(arguments: object) -> Iterator[str]:
 
 def orientation_of(image: Image.Image) -> int:
     """The EXIF orientation, 1 where there is none."""
+    # Pillow takes as long to parse nothing as to open the picture.
+    if image.format != "TIFF" and not image.info.keys() & EXIF_KEYS:
+        return 1
     value = image.getexif().get(EXIF_ORIENTATION, 1)
     return value if value in UNTURN else 1
-
-
-def is_upright(image: Image.Image) -> bool:
-    """Whether the header says that nothing is turned; not where it is damaged."""
-    try:
-        return orientation_of(image) == 1
-    except Exception:  # Pillow's decoders raise whatever the bytes provoke
-        return False
 
 
 def load(image: Image.Image, where: str, exif: Exif = "upright") -> tuple[Image.Image, bool]:
@@ -277,15 +278,15 @@ def load(image: Image.Image, where: str, exif: Exif = "upright") -> tuple[Image.
 def read_image(data: bytes, rule: ImageRule, where: str, *, pixels: bool = True) -> StoredImage:
     """A picture file as it goes into a shard: its own bytes wherever they can stay.
 
-    `pixels=False` believes the header of an ordinary picture (8-bit grey or RGB, one frame, no
-    orientation) and decodes all others. Raises DataError for what `rule` does not cover.
+    `pixels=False` believes the header of an ordinary JPEG or PNG and decodes all others. Raises
+    DataError for what `rule` does not cover.
     """
+    if not pixels and rule.resize is None and (header := read_header(data)) is not None:
+        size = header.size
+        if header.mode != "P" and size[0] * size[1] <= rule.max_pixels:
+            return StoredImage(data, None, None, size, size, header.mode, header.mode)
     opened = open_image(data, where, rule)
     several = getattr(opened, "n_frames", 1) > 1 and opened.format != "MPO"
-    plain = opened.mode in ("L", "RGB") and not opened.has_transparency_data and not several
-    if not pixels and plain and rule.resize is None and is_upright(opened):
-        channels: Channels = "RGB" if opened.mode == "RGB" else "L"
-        return StoredImage(data, None, opened, opened.size, channels, False, ())
     image, oriented = load(opened, where, rule.exif)
     full_size = image.size
     channels, notes = examine(image, rule.alpha, rule.deep, where)
@@ -296,12 +297,14 @@ def read_image(data: bytes, rule: ImageRule, where: str, *, pixels: bool = True)
     if rule.resize is not None and max(image.size) > rule.resize:
         image = scale_down(image, rule.resize, channels)
         notes.append("resized")
+    extension = None
     if {"turned", "unturned", "frame", "resized"} & set(notes):
         if image.mode in ("CMYK", "YCbCr"):
             image = image.convert("RGB")
-        data = encode_png(image)
-        return StoredImage(data, "png", image, full_size, channels, True, tuple(notes))
-    return StoredImage(data, None, image, full_size, channels, True, tuple(notes))
+        data, extension = encode_png(image), "png"
+    return StoredImage(
+        data, extension, image, image.size, full_size, image.mode, channels, tuple(notes)
+    )
 
 
 def examine(image: Image.Image, alpha: Alpha, deep: bool, where: str) -> tuple[Channels, list[str]]:

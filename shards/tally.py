@@ -8,8 +8,16 @@ from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
-from shards.images import ImageFormat, ImageRule, StoredImage, read_image, scale_table
+from shards.images import (
+    DEEP_MODES,
+    ImageFormat,
+    ImageRule,
+    StoredImage,
+    read_image,
+    scale_table,
+)
 from shards.index import SizeCount, merge_sizes
 from shards.masks import CanonicalMask, MaskFormat, read_mask
 from shards.sample import IGNORE, Channels, DataError, Palette
@@ -37,7 +45,7 @@ class ReadSample:
     image: StoredImage
     mask: CanonicalMask | None
     digest: str
-    """sha256 of the picture file's bytes."""
+    """sha256 of the picture file's bytes; empty where it cannot have an equal."""
 
 
 def read_sample(
@@ -48,13 +56,16 @@ def read_sample(
     mask_where: str,
     *,
     pixels: bool = True,
+    unique: bool = False,
 ) -> ReadSample:
     """A pair of files as it goes into a shard; `pixels=False` believes ordinary headers.
+
+    `unique` says that no other picture file has this size, so that no digest is needed.
 
     Raises DataError for anything about it that `rule` does not cover.
     """
     stored = read_image(image, rule.images, image_where, pixels=pixels)
-    digest = hashlib.sha256(image).hexdigest()
+    digest = "" if unique else hashlib.sha256(image).hexdigest()
     if mask is None or rule.masks is None:
         return ReadSample(stored, None, digest)
     pixels = pixels or rule.images.resize is not None or rule.resize_mask
@@ -72,8 +83,8 @@ def read_sample(
                 else "give both one size, or add --resize-mask"
             )
         )
-    if canonical.size != stored.image.size:
-        canonical = canonical.resized(stored.image.size)
+    if canonical.size != stored.size:
+        canonical = canonical.resized(stored.size)
     return ReadSample(stored, canonical, digest)
 
 
@@ -93,18 +104,18 @@ class Tally:
         self.values: set[int] = set()
         """Pixel values that the mask files held."""
         self.digests: list[str] = []
-        """sha256 of each picture, in order; empty where a sample was left out."""
+        """sha256 of each picture, in order; empty where a sample was left out or is unique."""
         self.channels: set[Channels] = set()
 
     def add(self, sample: ReadSample) -> None:
         """Count a sample in."""
         image = sample.image
-        self.sizes[*image.image.size, image.image.mode] += 1
+        self.sizes[*image.size, image.mode] += 1
         self.notes.update(image.notes)
         self.digests.append(sample.digest)
         self.channels.add(image.channels)
-        if image.decoded:
-            kind, levels = count_levels(image)
+        if image.image is not None:
+            kind, levels = count_levels(image.image, image.channels)
             self.levels[kind] = self.levels.get(kind, 0) + levels
         if sample.mask is not None:
             self.mask_modes[sample.mask.mode] += 1
@@ -168,14 +179,12 @@ class Tally:
         return tally
 
 
-def count_levels(image: StoredImage) -> tuple[str, Histogram]:
+def count_levels(image: Image.Image, channels: Channels) -> tuple[str, Histogram]:
     """Pixels of each level of a picture, and what kind of levels they are."""
-    if "deep" in image.notes:
-        return DEEP, np.bincount(np.asarray(image.image).ravel(), minlength=65536)
-    picture = image.image
-    if picture.mode != image.channels:
-        picture = picture.convert(image.channels)
-    return image.channels, np.array(picture.histogram(), dtype=np.int64)
+    if image.mode in DEEP_MODES:
+        return DEEP, np.bincount(np.asarray(image).ravel(), minlength=65536)
+    picture = image if image.mode == channels else image.convert(channels)
+    return channels, np.array(picture.histogram(), dtype=np.int64)
 
 
 def merge_tallies(tallies: Iterable[Tally]) -> Tally:

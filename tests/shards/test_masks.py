@@ -616,10 +616,13 @@ def test_a_cut_canonical_mask_is_refused_where_pixels_are_looked_at(noise, lengt
 def test_a_header_is_believed_where_only_headers_are_looked_at(to_bytes, noise):
     classes = tuple(map(str, range(200)))
     data = encode_mask(noise((40, 40)) % 200, default_palette(classes))
-    # Not a pixel of it is there, and none is decoded.
-    headless = data[: data.index(b"IDAT") + 60]
-    mask = read(headless, classes, kind="index", pixels=False)
-    assert (mask.own, mask.classes, mask.size) == (headless, None, (40, 40))
+    # Its pixels are damaged, and none is decoded.
+    at = data.index(b"IDAT") + 60
+    damaged = data[:at] + bytes(20) + data[at + 20 :]
+    mask = read(damaged, classes, kind="index", pixels=False)
+    assert (mask.own, mask.classes, mask.size) == (damaged, None, (40, 40))
+    with pytest.raises(DataError, match="is damaged"):
+        read(data[:at], classes, kind="index", pixels=False)
     for data in (to_bytes(image_of(BINARY, "P")), to_bytes(image_of(BINARY, "L"))):
         assert read(data, kind="index", pixels=False).classes is not None
     canonical = encode_mask(BINARY, default_palette(TWO))

@@ -1,0 +1,100 @@
+"""Headers are believed only where they say all that there is, and then they agree with Pillow."""
+
+import io
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from shards.headers import Header, read_header
+from shards.masks import default_palette, encode_mask, palette_bytes
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+@pytest.mark.parametrize(
+    ("form", "options"),
+    [
+        ("PNG", {}),
+        ("PNG", {"dpi": (300, 300)}),
+        ("JPEG", {}),
+        ("JPEG", {"progressive": True}),
+        ("JPEG", {"comment": b"taken on a Monday", "dpi": (72, 72)}),
+        ("JPEG", {"icc_profile": b"x" * 70_000}),
+    ],
+)
+def test_ordinary_files_say_size_and_mode(mode, form, options, to_bytes, noise) -> None:
+    image = Image.fromarray(noise((5, 7, 3))).convert(mode)
+    assert read_header(to_bytes(image, form, **options)) == Header((7, 5), mode)
+
+
+@pytest.mark.parametrize("num_classes", [2, 3, 9, 100])
+def test_canonical_masks_say_their_palette(num_classes, noise) -> None:
+    palette = default_palette(tuple(map(str, range(num_classes))))
+    header = read_header(encode_mask(noise((5, 7)) % num_classes, palette))
+    assert header is not None
+    assert (header.size, header.mode) == ((7, 5), "P")
+    assert palette_bytes(palette).startswith(header.palette)
+    assert len(header.palette) >= 3 * num_classes
+
+
+def oriented() -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return exif
+
+
+def text(name: str) -> PngInfo:
+    info = PngInfo()
+    info.add_itxt("XML:com.adobe.xmp", name)
+    return info
+
+
+GREY = Image.new("L", (7, 5), 9)
+COLOUR = Image.new("RGB", (7, 5), (9, 99, 200))
+
+
+@pytest.mark.parametrize(
+    ("image", "form", "options"),
+    [
+        (COLOUR, "JPEG", {"exif": oriented()}),
+        (COLOUR, "PNG", {"exif": oriented()}),
+        (COLOUR, "PNG", {"transparency": (9, 99, 200)}),
+        (COLOUR, "PNG", {"pnginfo": text("orientation")}),
+        (COLOUR, "JPEG", {"xmp": b"orientation"}),
+        (COLOUR, "MPO", {"save_all": True, "append_images": [COLOUR]}),
+        (COLOUR, "PNG", {"save_all": True, "append_images": [GREY.convert("RGB")]}),
+        (COLOUR.convert("CMYK"), "JPEG", {}),
+        (COLOUR.convert("RGBA"), "PNG", {}),
+        (GREY.convert("1"), "PNG", {}),
+        (Image.new("I;16", (7, 5)), "PNG", {}),
+        (COLOUR, "BMP", {}),
+        (COLOUR, "TIFF", {}),
+        (COLOUR, "WEBP", {}),
+    ],
+)
+def test_whatever_is_out_of_the_ordinary_is_left_to_be_decoded(
+    image, form, options, to_bytes
+) -> None:
+    assert read_header(to_bytes(image, form, **options)) is None
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG"])
+def test_a_file_without_its_end_is_not_believed(form, to_bytes) -> None:
+    data = to_bytes(COLOUR, form)
+    for length in range(len(data)):
+        assert read_header(data[:length]) is None
+
+
+@given(st.data())
+def test_no_bytes_provoke_more_than_none(data) -> None:
+    out = io.BytesIO()
+    form = data.draw(st.sampled_from(["PNG", "JPEG"]))
+    Image.fromarray(np.zeros((3, 4), np.uint8)).save(out, form)
+    good = bytearray(out.getvalue())
+    for _ in range(data.draw(st.integers(1, 8))):
+        good[data.draw(st.integers(0, len(good) - 1))] = data.draw(st.integers(0, 255))
+    header = read_header(bytes(good))
+    assert header is None or isinstance(header, Header)
