@@ -109,22 +109,18 @@ def pairing_problems(config: CheckConfig, pairing: Pairing) -> list[str]:
 
 def look_at_all(config: CheckConfig, pairing: Pairing, rule: SampleRule, found: Found) -> None:
     """Read every pair, in processes, and add up what they hold."""
-    workers = num_workers(config.workers, len(pairing.pairs))
-    pieces = chunks(pairing.pairs, workers)
-    parts: dict[str, Found] = {}
     total = len(pairing.pairs)
+    workers = num_workers(config.workers, total)
     with tqdm(total=total, desc="check", unit="pair", disable=not sys.stderr.isatty()) as bar:
         work = partial(look_at, images=str(pairing.images), masks=str(pairing.masks), rule=rule)
-        for piece, part in run_all(work, pieces, workers):
-            parts[piece[0].source] = part
+        for piece, part in run_all(work, chunks(pairing.pairs, workers), workers):
+            # In no order; what is told of it is sorted.
+            found.tally.merge(part.tally)
+            found.sources += part.sources
+            found.problems += part.problems
+            found.empty += part.empty
+            found.bad |= part.bad
             bar.update(len(piece))
-    for piece in pieces:
-        part = parts[piece[0].source]
-        found.tally.merge(part.tally)
-        found.sources += part.sources
-        found.problems += part.problems
-        found.empty += part.empty
-        found.bad |= part.bad
 
 
 def look_at(pairs: Sequence[Pair], images: str, masks: str, rule: SampleRule) -> Found:
@@ -232,7 +228,7 @@ def make_report(
         }
         if names
         else {},
-        "empty": found.empty,
+        "empty": sorted(found.empty),
         "duplicates": sorted(sorted(names) for names in duplicates.values()),
         "notes": dict(sorted(tally.notes.items())),
     }
@@ -260,7 +256,8 @@ def table(config: CheckConfig, report: dict[str, Any]) -> list[str]:
     if form := report["image_format"]["range"]:
         lines.append(f"  16-bit values {form[0]} to {form[1]} become 0 to 255")
     if empty := report["empty"]:
-        lines.append(f"  {len(empty)} masks hold nothing but class 0: {', '.join(empty[:3])} ...")
+        more = " ..." if len(empty) > 3 else ""
+        lines.append(f"  {len(empty)} masks hold nothing but class 0: {', '.join(empty[:3])}{more}")
     for name, found in report["classes"].items():
         if not found["pixels"] and name != "ignored":
             lines.append(f"  warning: no pixel of the class {name!r} anywhere")

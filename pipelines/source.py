@@ -4,7 +4,7 @@ import csv
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +15,7 @@ from pipelines.config import UsageError
 from shards.images import MAX_PIXELS, Alpha, Exif, ImageFormat, ImageRule, open_image
 from shards.masks import MaskFormat, MaskKind, default_palette, palette_of
 from shards.pairs import (
+    VAL_FRACTION,
     Pairing,
     PairRule,
     SplitRule,
@@ -30,6 +31,20 @@ IGNORED_NAME = "ignore"
 
 PROBLEMS = "problems.txt"
 """File that lists all problems where a message shows the first twenty."""
+
+
+ABOUT_MASKS = (
+    *("mask_suffix", "mask_ext", "pair_regex", "skip_unpaired", "mask_format", "mask_values"),
+    *("mask_threshold", "invert", "ignore_value", "colours", "unknown", "tolerance", "classes"),
+    *("resize_mask", "val_fraction", "test_fraction", "group_by", "fold", "split_file"),
+    "split_folders",
+)
+"""Fields that mean nothing for pictures alone."""
+
+ABOUT_NAMES = (
+    *("image_suffix", "mask_suffix", "image_ext", "mask_ext", "pair_regex", "skip_unpaired"),
+)
+"""Fields that tell which names belong together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +153,7 @@ class SourceConfig(PictureConfig):
     """Which frame of files with several (TIFF stacks, GIF), from 0; left out: they are refused."""
     resize: int | None = None
     """Scale the longer side down to this many pixels."""
-    val_fraction: float = 0.1
+    val_fraction: float = VAL_FRACTION
     """Share of the samples for the split val, by a hash of the name."""
     test_fraction: float = 0.0
     """Share of the samples for the split test."""
@@ -164,7 +179,9 @@ class SourceConfig(PictureConfig):
                 "--mask-format auto looks at them and proposes one"
             )
         if not self.has_masks:
-            self.refuse_without_masks()
+            self.refuse_idle(ABOUT_MASKS, "needs --masks: unlabelled pictures have none")
+        if self.pairs:
+            self.refuse_idle(ABOUT_NAMES, "does nothing beside --pairs, which names every pair")
         if (self.mask_format == "rgb") != (self.colours is not None):
             raise ValueError("--mask-format rgb and --colours FILE belong together")
         self.pair_rule()
@@ -185,18 +202,12 @@ class SourceConfig(PictureConfig):
         """What --colours holds. Raises ValueError where it is no table."""
         return ColourTable() if self.colours is None else read_colour_table(self.colours)
 
-    def refuse_without_masks(self) -> None:
-        """Raise ValueError for flags that mean nothing for pictures alone."""
-        needing = {
-            "--mask-format": self.mask_format,
-            "--classes": self.classes,
-            "--split-file": self.split_file,
-            "--split-folders": self.split_folders,
-            "--fold": self.fold,
-        }
-        for flag, given in needing.items():
-            if given:
-                raise ValueError(f"{flag} needs --masks: unlabelled pictures have none")
+    def refuse_idle(self, names: Sequence[str], why: str) -> None:
+        """Raise ValueError where one of these flags is given, which would do nothing."""
+        defaults = {entry.name: entry.default for entry in fields(self)}
+        for name in names:
+            if getattr(self, name) != defaults[name]:
+                raise ValueError(f"--{name.replace('_', '-')} {why}")
 
     def pair_rule(self) -> PairRule:
         """How masks are found for pictures."""
@@ -241,6 +252,10 @@ class SourceConfig(PictureConfig):
         match self.mask_format:
             case "binary":
                 return ("background", "foreground")
+            case "values" if not self.mask_values:
+                raise ValueError(
+                    "--mask-format values needs --mask-values, that of class 0, 1, 2, ..."
+                )
             case "values":
                 return tuple(f"class {value}" for value in self.mask_values)
             case kind:

@@ -28,6 +28,9 @@ SPLIT_NAMES: dict[str, Split] = {
 }
 """What folders and lists of a split are called."""
 
+VAL_FRACTION = 0.1
+"""Share of val unless said otherwise."""
+
 MOST_SHOWN = 20
 """Names listed in one message; the rest is counted."""
 
@@ -357,7 +360,7 @@ def listing(problems: Sequence[str], remedy: str) -> str:
 class SplitRule:
     """Which split a pair is in: files that say it, else folders, else a hash."""
 
-    val_fraction: float = 0.1
+    val_fraction: float = VAL_FRACTION
     """Share of val."""
     test_fraction: float = 0.0
     """Share of test."""
@@ -373,7 +376,7 @@ class SplitRule:
     def __post_init__(self) -> None:
         if not 0 <= self.val_fraction <= 1 or not 0 <= self.test_fraction <= 1:
             raise ValueError("--val-fraction and --test-fraction are shares, 0 to 1")
-        if self.val_fraction + self.test_fraction >= 1:
+        if (self.val_fraction if self.fold is None else 0) + self.test_fraction >= 1:
             raise ValueError("--val-fraction and --test-fraction leave nothing to train on")
         if self.group_by is not None:
             check_regex("--group-by", self.group_by)
@@ -387,14 +390,18 @@ class SplitRule:
         given = [flag for flag, used in ways.items() if used]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} both say the splits; give one of them")
+        if given and self.val_fraction != VAL_FRACTION:
+            raise ValueError(f"--val-fraction does nothing beside {given[0]}; leave one out")
+        if given and self.fold is None and self.test_fraction:
+            raise ValueError(f"--test-fraction does nothing beside {given[0]}; leave one out")
 
     def assign(self, pairs: Sequence[Pair]) -> tuple[list[Split], list[str | None]]:
         """The split and the group of each pair. Raises DataError for a pair that has none."""
         groups = [find_group(p.source, self.group_by) for p in pairs]
-        if self.files:
-            return read_split_files(self.files, pairs), groups
-        if self.by_folder:
-            return split_folders(pairs), groups
+        if self.files or self.by_folder:
+            splits = read_split_files(self.files, pairs) if self.files else split_folders(pairs)
+            refuse_parted_groups(groups, splits)
+            return splits, groups
         names = [p.key if group is None else group for p, group in zip(pairs, groups, strict=True)]
         return [self.by_hash(name) for name in names], groups
 
@@ -419,6 +426,20 @@ def find_group(source: str, expression: str | None) -> str | None:
     if match is None:
         raise DataError(f"{source} does not match --group-by {expression!r}; widen the pattern")
     return match.group(1) if match.re.groups else match.group(0)
+
+
+def refuse_parted_groups(groups: Sequence[str | None], splits: Sequence[Split]) -> None:
+    """Raise DataError where a group spans two splits."""
+    found: dict[str | None, set[Split]] = defaultdict(set)
+    for group, split in zip(groups, splits, strict=True):
+        found[group].add(split)
+    problems = [
+        f"the group {group!r} is in {' and '.join(sorted(found[group]))}"
+        for group in sorted(group for group in found if group is not None)
+        if len(found[group]) > 1
+    ]
+    if problems:
+        raise ProblemsError(problems, "correct the splits, or leave --group-by out")
 
 
 def hash_fraction(name: str) -> float:

@@ -538,6 +538,8 @@ BAD_FLAGS: dict[str, tuple[tuple[object, ...], str]] = {
     "classes alone": (("--images", "i", "--classes", "a", "b"), "--classes needs --masks"),
     "folds alone": (("--images", "i", "--fold", "1/2"), "--fold needs --masks"),
     "folders alone": (("--images", "i", "--split-folders"), "--split-folders needs --masks"),
+    "masks resized alone": (("--images", "i", "--resize-mask"), "--resize-mask needs --masks"),
+    "groups alone": (("--images", "i", "--group-by", "p"), "--group-by needs --masks"),
     "two ranges": (
         ("--images", "i", "--image-range", 0, 9, "--image-percentiles", 0, 9),
         "--image-range and --image-percentiles say the same; give one",
@@ -563,7 +565,7 @@ BAD_RULES: dict[str, tuple[tuple[object, ...], str]] = {
     "one name twice": (("index", "--classes", "a", "a"), "two classes have one name: a a"),
     "three for two": (("binary", "--classes", "a", "b", "c"), "binary masks have 2 classes, got 3"),
     "values of another": (("binary", "--mask-values", 0, 1), "mask values belong to `values`"),
-    "no values": (("values",), "there must be 2 to 255 classes, got 0"),
+    "no values": (("values",), "--mask-format values needs --mask-values, that of class 0, 1, 2"),
     "values and names": (
         ("values", "--mask-values", 0, 1, "--classes", "a", "b", "c"),
         "2 mask values for 3 classes; give one for each",
@@ -612,6 +614,18 @@ BAD_RULES: dict[str, tuple[tuple[object, ...], str]] = {
     "no training": (
         ("binary", "--val-fraction", 0.6, "--test-fraction", 0.4),
         "--val-fraction and --test-fraction leave nothing to train on",
+    ),
+    "a share beside folds": (
+        ("binary", "--fold", "1/2", "--val-fraction", 0.3),
+        "--val-fraction does nothing beside --fold; leave one out",
+    ),
+    "a test share beside folders": (
+        ("binary", "--split-folders", "--test-fraction", 0.3),
+        "--test-fraction does nothing beside --split-folders; leave one out",
+    ),
+    "names beside a list": (
+        ("binary", "--pairs", "p.txt", "--mask-suffix", "_m"),
+        "--mask-suffix does nothing beside --pairs, which names every pair",
     ),
 }
 BAD_FLAGS |= {

@@ -459,7 +459,9 @@ def pairs_named(*sources):
 
 
 def splits_of(pairs, val=0.2, test=0.2, **rule):
-    splits, _ = SplitRule(val_fraction=val, test_fraction=test, **rule).assign(pairs)
+    # Folds have a size of their own.
+    shares = {"test_fraction": test} | ({} if "fold" in rule else {"val_fraction": val})
+    splits, _ = SplitRule(**shares, **rule).assign(pairs)
     return {p.source: split for p, split in zip(pairs, splits, strict=True)}
 
 
@@ -846,3 +848,28 @@ def test_a_mixed_folder_that_does_not_fit_the_rule_is_refused(tree, tmp_path, na
     assert refusal(separate, mixed, tmp_path, **rule) == (
         f"{message}; correct the rule or the folder {mixed}"
     )
+
+
+def test_a_group_that_was_parted_by_hand_is_refused(tmp_path):
+    names = ("train/patient1_a.png", "val/patient1_b.png", "val/patient2_a.png")
+    rule = SplitRule(by_folder=True, group_by=r"patient(\d)")
+    with pytest.raises(DataError) as error:
+        rule.assign(pairs_named(*names))
+    assert str(error.value) == (
+        "the group '1' is in train and val; correct the splits, or leave --group-by out"
+    )
+    splits, groups = rule.assign(pairs_named(*names[1:]))
+    assert (splits, groups) == (["val", "val"], ["1", "2"])
+
+
+@pytest.mark.parametrize(
+    ("rule", "said"),
+    [
+        ({"by_folder": True, "val_fraction": 0.2}, "--val-fraction does nothing beside --split-f"),
+        ({"fold": (1, 2), "val_fraction": 0.0}, "--val-fraction does nothing beside --fold"),
+        ({"by_folder": True, "test_fraction": 0.2}, "--test-fraction does nothing beside --split"),
+    ],
+)
+def test_a_share_that_would_do_nothing_is_refused(rule, said):
+    with pytest.raises(ValueError, match=said):
+        SplitRule(**rule)
