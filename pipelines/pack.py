@@ -58,7 +58,7 @@ class PackConfig(SourceConfig):
     """Most samples in a shard."""
     shard_bytes: int | None = None
     """A shard is closed when its input files reach this size; by default at 256 MiB, or earlier
-    where that would make fewer than 32 shards (but not below 8 MiB)."""
+    where that would make fewer than 16 shards (but not below 8 MiB)."""
     verify: Literal["full", "headers"] = "full"
     """full: look at every pixel. headers: believe the headers of ordinary pictures and of masks
     that are canonical already; class shares are then unknown."""

@@ -27,7 +27,7 @@ SHARD_BYTES = 256 * 2**20
 """Most bytes of a shard's input files."""
 LEAST_SHARD_BYTES = 8 * 2**20
 """A shard of a small data set is not made smaller than this to have more of them."""
-WANTED_SHARDS = 32
+WANTED_SHARDS = 16
 """Shards of a split that are aimed at, so that several processes have work."""
 
 PROBE = 4096
