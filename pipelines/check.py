@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
-from pipelines.config import REFUSED, run_command
+from pipelines.config import REFUSED, refuse_url, run_command
 from pipelines.overlay import Cell, contact_sheet
 from pipelines.parallel import chunks, num_workers, run_all
 from pipelines.propose import propose_format
@@ -46,6 +46,16 @@ class CheckConfig(SourceConfig):
 
     out: Path = Path("check")
     """Folder for the contact sheet, the JSON and the list of problems."""
+
+    def __post_init__(self) -> None:
+        SourceConfig.__post_init__(self)
+        refuse_url("--out", self.out)
+        for folder in (self.images, self.masks):
+            if folder is not None and self.out.resolve().is_relative_to(folder.resolve()):
+                raise ValueError(
+                    f"--out {self.out} lies in {folder} and would be taken for pictures; "
+                    "choose another --out"
+                )
 
 
 @dataclass(slots=True)

@@ -5,7 +5,9 @@ flags that say the same, so that both go through one parser, one set of types, o
 """
 
 import difflib
+import io
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stderr, redirect_stdout
@@ -48,6 +50,10 @@ def run_command(
 ) -> int:
     """Parse, run, and return the exit code; bad input ends in one line on stderr."""
     argv = sys.argv[1:] if argv is None else argv
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # Names of files may be no text.
+            stream.reconfigure(errors="backslashreplace")
     try:
         return run(parse(config_class, argv, verb))
     except UsageError as error:
@@ -121,7 +127,7 @@ def take_config_files(argv: Sequence[str]) -> tuple[list[Path], list[str]]:
 def yaml_flags(config_class: type, file: Path) -> list[str]:
     """A YAML file as flags. Raises UsageError for a missing file, bad YAML or an unknown key."""
     try:
-        plain = yaml.safe_load(file.read_text())
+        plain = load_yaml(file.read_text())
     except OSError as error:
         raise UsageError(f"--config {file}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -133,6 +139,37 @@ def yaml_flags(config_class: type, file: Path) -> list[str]:
             f"--config {file}: expected `key: value` lines, found {type(plain).__name__}"
         )
     return list(mapping_flags(config_class, plain, file, ()))
+
+
+class StrictLoader(yaml.SafeLoader):
+    """YAML without its surprises: a key twice is an error, and `no` and `on` are words."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """The mapping. Raises yaml.YAMLError for a key that stands there twice."""
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                line = key.start_mark.line + 1
+                raise yaml.YAMLError(f"line {line}: {key.value} stands there twice")
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+StrictLoader.yaml_implicit_resolvers = {
+    letter: [(tag, found) for tag, found in resolvers if letter in "tTfF" or "bool" not in tag]
+    for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+def load_yaml(text: str) -> Any:
+    """What a YAML text holds. Raises yaml.YAMLError."""
+    return yaml.load(text, StrictLoader)  # noqa: S506 (it is a SafeLoader)
+
+
+def refuse_url(flag: str, path: Path | str) -> None:
+    """Raise ValueError for a URL where a folder is wanted."""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):
+        raise ValueError(f"{flag} {path} is a URL; give a folder")
 
 
 def mapping_flags(

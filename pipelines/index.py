@@ -26,7 +26,7 @@ from pipelines.manifest import describe, make_manifest
 from pipelines.parallel import num_workers, run_all
 from pipelines.source import PictureConfig
 from shards.foreign import COPY, DECOMPRESS, Group, Role, find_members, read_member
-from shards.images import ImageRule, StoredImage, load, open_image, read_image
+from shards.images import NOTES, ImageRule, StoredImage, load, open_image, read_image
 from shards.index import MANIFEST, Manifest, MemberRange, ShardInfo, write_manifest
 from shards.masks import (
     ANY,
@@ -50,6 +50,8 @@ from shards.store import Store
 from shards.tally import ReadSample, Tally, find_duplicates, merge_tallies
 
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+
+FOREIGN_NOTES = {**NOTES, "turned": "have an EXIF orientation; they are turned when decoded"}
 
 REPACK = "extract the tar and pack its files (unet pack, see --mask-suffix)"
 """What is left where a shard would have to be rewritten."""
@@ -173,7 +175,10 @@ def run(config: IndexConfig) -> int:
         if not store.exists(name):
             store.write(name, shard.index())
     write_manifest(store, manifest)
-    lines = [*describe(config.folder, manifest, total), *warnings(config.folder, found, manifest)]
+    lines = [
+        *describe(config.folder, manifest, total, FOREIGN_NOTES),
+        *warnings(config.folder, found, manifest),
+    ]
     print("\n".join(lines))
     return 0
 

@@ -58,17 +58,19 @@ def make_manifest(
     )
 
 
-def describe(place: object, manifest: Manifest, total: Tally) -> Iterator[str]:
+def describe(
+    place: object, manifest: Manifest, total: Tally, notes: Mapping[str, str] = NOTES
+) -> Iterator[str]:
     """What a data set holds, line by line; `total`: the tally of all its shards."""
     form = manifest.image_format
     yield f"{place}: {'grey' if form.channels == 'L' else 'RGB'} pictures"
     for name, split in manifest.splits.items():
-        sizes = ", ".join(f"{s.width} x {s.height} ({s.images})" for s in split.sizes[:3])
+        sizes = ", ".join(f"{s.width} x {s.height} {s.mode} ({s.images})" for s in split.sizes[:3])
         more = f" and {len(split.sizes) - 3} more sizes" if len(split.sizes) > 3 else ""
         yield f"  {name:<10}{split.samples:>8} samples, {len(split.shards)} shards; {sizes}{more}"
     if manifest.verified == "full":
         yield from class_lines(manifest.classes, total)
-    yield from (f"  {count} pictures {NOTES[note]}" for note, count in sorted(total.notes.items()))
+    yield from (f"  {count} pictures {notes[note]}" for note, count in sorted(total.notes.items()))
     if form.range is not None:
         yield f"  16-bit values {form.range[0]} to {form.range[1]} become 0 to 255"
     if manifest.duplicates:

@@ -7,6 +7,7 @@ finished shard; when the manifest is written, it goes.
 """
 
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -16,7 +17,7 @@ from typing import Any, Literal, Self
 
 from tqdm import tqdm
 
-from pipelines.config import INCOMPLETE, RunError, run_command
+from pipelines.config import INCOMPLETE, RunError, refuse_url, run_command
 from pipelines.manifest import describe, make_manifest
 from pipelines.parallel import num_workers, run_all
 from pipelines.plan import (
@@ -31,7 +32,7 @@ from pipelines.plan import (
 )
 from pipelines.propose import propose_format
 from pipelines.source import PROBLEMS, SourceConfig, check_rule, parse_part, save_problems
-from shards.index import Manifest, ShardInfo, write_manifest
+from shards.index import MANIFEST, Manifest, ShardInfo, write_manifest
 from shards.pairs import Pairing, ProblemsError
 from shards.sample import INFO_EXTENSION, MASK_EXTENSION, DataError
 from shards.store import Store, is_url
@@ -75,6 +76,10 @@ class PackConfig(SourceConfig):
 
     def __post_init__(self) -> None:
         SourceConfig.__post_init__(self)
+        if not is_url(self.out):
+            refuse_url("--out", self.out)
+        elif re.search(r"://$|[?*\[\]]", self.out):
+            raise ValueError(f"--out {self.out}: a URL names a bucket, without ? * [ ]")
         if self.samples_per_shard < 1 or (self.shard_bytes is not None and self.shard_bytes < 1):
             raise ValueError("--samples-per-shard and --shard-bytes must be above 0")
         if self.part is not None:
@@ -147,11 +152,16 @@ def run(config: PackConfig) -> int:
         return propose_format(config, "pack")
     store = Store(config.out)
     store.make()
+    if store.exists(MANIFEST):
+        # Left by a kill between the manifest and the end.
+        store.remove(WORK_DIR)
+        raise DataError(f"{store} is a finished data set; choose another --out or remove it")
     try:
         return pack(config, store)
     except ProblemsError as error:
         if len(error.lines) > 1:
-            place = save_problems(error.lines, store)
+            part = "" if config.part is None else f"-{config.part.replace('/', '-of-')}"
+            place = save_problems(error.lines, store, f"{Path(PROBLEMS).stem}{part}.txt")
             raise DataError(f"{error}\n  all of them: {place}") from error
         raise
 
@@ -180,9 +190,9 @@ def pack(config: PackConfig, store: Store) -> int:
     if config.part is not None:
         number, count = parse_part("--part", config.part)
         mine = {shard.name for shard in plan[number - 1 :: count]}
-        write_shards([shard for shard in todo if shard.name in mine], rule, config)
+        bad = write_shards([shard for shard in todo if shard.name in mine], rule, config)
         print(f"part {config.part}: {len(mine)} shards are there; when all parts are: --finish")
-        return 0
+        return INCOMPLETE if bad else 0
     write_shards(todo, rule, config)
     return finish(config, plan, rule, [*problems, *leaks])
 
@@ -228,12 +238,14 @@ def settings(config: PackConfig, rule: PackRule) -> dict[str, Any]:
         "resize mask": rule.sample.resize_mask,
         "pictures": asdict(rule.sample.images),
         "verify": config.verify,
-        "keep going": rule.keep_going,
     }
 
 
-def write_shards(shards: Sequence[PlannedShard], rule: PackRule, config: PackConfig) -> None:
-    """Write the shards, side by side where that helps. Raises DataError listing all bad files."""
+def write_shards(shards: Sequence[PlannedShard], rule: PackRule, config: PackConfig) -> int:
+    """Write the shards, side by side where that helps; returns how many samples are left out.
+
+    Raises DataError listing all bad files.
+    """
     total = sum(len(shard.samples) for shard in shards)
     workers = num_workers(config.workers, len(shards))
     alone = workers == 1 and config.scheduler is None
@@ -247,13 +259,24 @@ def write_shards(shards: Sequence[PlannedShard], rule: PackRule, config: PackCon
             problems += found
             bar.update(0 if alone else len(shard.samples))
     if problems and not rule.keep_going:
-        raise ProblemsError(sorted(problems), "their shards were not written")
+        raise ProblemsError(
+            sorted(problems), "their shards were not written; --keep-going leaves these files out"
+        )
+    return len(problems)
+
+
+class RefusedError(Exception):
+    """A shard is not to be written."""
 
 
 def write_shard(
     planned: PlannedShard, rule: PackRule, advance: Callable[[int], object] | None = None
 ) -> list[str]:
-    """Write one shard and its report; returns the problems that kept samples out of it."""
+    """Write one shard and its report; returns the problems that kept samples out of it.
+
+    Raises RunError where the shard itself cannot be written, DataError where another process is
+    at it or the store does not take it.
+    """
     problems: list[str] = []
     tally = Tally()
     try:
@@ -262,26 +285,31 @@ def write_shard(
                 for row, sample in enumerate(planned.samples):
                     try:
                         read = read_pair(sample, rule, pixels=row % rule.stride == 0)
-                        writer.add(sample.key, members(sample, read, rule))
-                        tally.add(read)
+                        stored = members(sample, read, rule)
                     except (DataError, OSError) as error:
                         problems.append(in_words(error))
                         tally.leave_out()
+                    else:
+                        writer.add(sample.key, stored)
+                        tally.add(read)
                     if advance is not None:
                         advance(1)
                 if len(problems) == len(planned.samples) or (problems and not rule.keep_going):
-                    raise DataError("this leaves nothing behind")
+                    raise RefusedError
                 # Before the rename that ends this block: a shard that is there has its report.
                 report = ShardReport(planned.split, rule.plan, writer.seal(), tally, problems)
                 rule.store.write(f"{WORK_DIR}/{planned.name}{REPORT}", report.to_json())
             for name in (Path(planned.name).with_suffix(".idx").name, planned.name):
                 rule.store.upload(folder / name, name)
-    except DataError as error:
-        if not problems:
-            return [str(error)]
+    except RefusedError:
         if rule.keep_going:
             report = ShardReport(planned.split, rule.plan, None, tally, problems)
             rule.store.write(f"{WORK_DIR}/{planned.name}{NONE}", report.to_json())
+    except OSError as error:
+        raise RunError(
+            f"{rule.store.path(planned.name)} cannot be written: {error.strerror or error}; "
+            "the same command goes on"
+        ) from error
     return problems
 
 
@@ -324,9 +352,14 @@ def members(sample: PlannedSample, read: ReadSample, rule: PackRule) -> dict[str
 def read_report(store: Store, planned: PlannedShard, plan: str) -> ShardReport:
     """What was found in a finished shard. Raises DataError if it was packed by another plan."""
     there = store.exists(planned.name)
-    report = ShardReport.from_json(
-        store.read(f"{WORK_DIR}/{planned.name}{REPORT if there else NONE}")
-    )
+    try:
+        data = store.read(f"{WORK_DIR}/{planned.name}{REPORT if there else NONE}")
+    except FileNotFoundError as error:
+        raise DataError(
+            f"{store.path(planned.name)} has no report in {WORK_DIR}: was another pack at work "
+            "here? Remove it; the same command packs it again"
+        ) from error
+    report = ShardReport.from_json(data)
     if report.plan != plan:
         raise DataError(
             f"{store.path(planned.name)} was packed by another plan, begun at the same time; "

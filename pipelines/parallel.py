@@ -2,9 +2,18 @@
 
 import multiprocessing
 import os
+import re
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import (
+    CancelledError,
+    Executor,
+    Future,
+    ProcessPoolExecutor,
+    as_completed,
+)
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import TypeVar
@@ -17,7 +26,31 @@ R = TypeVar("R")
 
 def num_workers(wanted: int, num_pieces: int) -> int:
     """Processes for so many pieces of work; `wanted` 0 means one for each CPU."""
-    return max(1, min(wanted or len(os.sched_getaffinity(0)), num_pieces))
+    if not wanted:
+        # macOS has no affinity to ask for.
+        alone = not hasattr(os, "sched_getaffinity")
+        wanted = (os.cpu_count() or 1) if alone else len(os.sched_getaffinity(0))
+    return max(1, min(wanted, num_pieces))
+
+
+def follow_parent(parent: int) -> None:
+    """End this process soon after the one that started it was killed: nobody waits for it."""
+
+    def watch() -> None:
+        while is_alive(parent):
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def is_alive(process: int) -> bool:
+    """Whether a process exists."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def chunks(items: Sequence[T], workers: int, most: int = 64) -> list[Sequence[T]]:
@@ -52,6 +85,10 @@ def run_all(
         try:
             for future in as_completed(futures):
                 yield futures.pop(future), future.result()
+        except CancelledError as error:
+            raise RunError(
+                "the scheduler or its workers went away; the same command goes on"
+            ) from error
         except BrokenProcessPool as error:
             raise RunError(
                 "a working process was killed (out of memory?); the same command goes on"
@@ -66,9 +103,12 @@ def executor_of(workers: int, scheduler: str | None, remote: bool) -> Iterator[E
     """Processes of this machine, or the workers of a Dask cluster."""
     if scheduler is None:
         method = "fork" if sys.platform == "linux" and not remote else "forkserver"
-        with ProcessPoolExecutor(workers, multiprocessing.get_context(method)) as pool:
+        context = multiprocessing.get_context(method)
+        with ProcessPoolExecutor(workers, context, follow_parent, (os.getpid(),)) as pool:
             yield pool
         return
+    if not re.fullmatch(r"[a-z]+://.+:[0-9]+", scheduler):
+        raise UsageError(f"--scheduler {scheduler} is no address such as tcp://host:8786")
     try:
         from distributed import Client
     except ImportError as error:

@@ -13,7 +13,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-from shards.index import MANIFEST
 from shards.pairs import SPLITS, Pair, Pairing, ProblemsError, SplitRule
 from shards.sample import DataError, encode_key
 from shards.store import Store
@@ -236,13 +235,9 @@ def plan_lines(plan: Sequence[PlannedShard]) -> Iterator[bytes]:
 def fix_plan(store: Store, rule: dict[str, Any], plan: Sequence[PlannedShard]) -> str:
     """Write the plan down, or check that it is the one that was begun; returns its sha256.
 
-    Raises DataError if the folder is finished, holds another data set, or the input has changed.
+    Raises DataError if the folder holds another data set or the input has changed.
     """
     names = store.names()
-    if MANIFEST in names:
-        # Left by a kill between the manifest and the end.
-        store.remove(WORK_DIR)
-        raise DataError(f"{store} is a finished data set; choose another --out or remove it")
     digest = hashlib.sha256()
     for line in plan_lines(plan):
         digest.update(line)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import yaml
 
-from pipelines.config import UsageError
+from pipelines.config import UsageError, load_yaml, refuse_url
 from shards.images import MAX_PIXELS, Alpha, Exif, ImageFormat, ImageRule, open_image
 from shards.masks import MaskFormat, MaskKind, default_palette, palette_of
 from shards.pairs import (
@@ -171,8 +171,8 @@ class SourceConfig(PictureConfig):
         if self.images is None and not self.pairs:
             raise ValueError("--images FOLDER is missing (or --pairs FILE)")
         for path in (self.images, self.masks, *self.pairs):
-            if path is not None and re.match(r"[a-z][a-z0-9+.-]+:/", str(path)):
-                raise ValueError(f"{path} is a URL; pictures are read from folders: mount or copy")
+            if path is not None:
+                refuse_url("pictures are read from folders:", path)
         if self.has_masks and self.mask_format is None:
             raise ValueError(
                 "--masks needs --mask-format binary, index, values, palette or rgb; "
@@ -308,7 +308,7 @@ class SourceConfig(PictureConfig):
 def parse_part(flag: str, text: str) -> tuple[int, int]:
     """`2/5` -> (2, 5). Raises ValueError for anything else."""
     number, slash, count = text.partition("/")
-    if not slash or not number.isdigit() or not count.isdigit():
+    if not slash or not re.fullmatch("[0-9]+/[0-9]+", text):
         raise ValueError(f"{flag} is i/n, such as 2/5, got {text!r}")
     if not 1 <= int(number) <= int(count):
         raise ValueError(f"{flag} counts from 1 to n, got {text!r}")
@@ -369,19 +369,33 @@ def csv_rows(text: str) -> list[tuple[str, Any]]:
     return rows
 
 
+def load_json(text: str) -> Any:
+    """What a JSON text holds. Raises ValueError for a key that stands there twice."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        twice = [name for name in names if names.count(name) > 1]
+        if twice:
+            raise ValueError(f"{twice[0]} stands there twice")
+        return dict(pairs)
+
+    return json.loads(text, object_pairs_hook=once)
+
+
 def mapped_rows(path: Path, text: str) -> list[tuple[str, Any]]:
     """(name, numbers) of a YAML or JSON mapping."""
-    plain = json.loads(text) if path.suffix.lower() == ".json" else yaml.safe_load(text)
+    plain = load_json(text) if path.suffix.lower() == ".json" else load_yaml(text)
     if not isinstance(plain, dict) or not plain:
         raise ValueError(f"--colours {path}: expected lines `name: [r, g, b]`")
     return [(str(name), numbers) for name, numbers in plain.items()]
 
 
-def save_problems(problems: Sequence[str], store: Store) -> str:
+def save_problems(problems: Sequence[str], store: Store, name: str = PROBLEMS) -> str:
     """Write all problems into a file, a line each; returns where it is."""
-    text = "".join(f"{problem}\n" for problem in problems)
-    store.write(PROBLEMS, text.encode("utf-8", "surrogateescape"))
-    return store.path(PROBLEMS)
+    lines = (problem.replace("\n", "\\n") for problem in problems)
+    text = "".join(f"{line}\n" for line in lines)
+    store.write(name, text.encode("utf-8", "surrogateescape"))
+    return store.path(name)
 
 
 def check_rule(config: SourceConfig, pairing: Pairing) -> SampleRule:

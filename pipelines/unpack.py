@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from pipelines.config import run_command
+from pipelines.config import refuse_url, run_command
 from pipelines.overlay import draw_overlay
 from shards.images import IMAGE_EXTENSIONS, decode_image, encode_png
 from shards.index import Manifest, read_manifest
@@ -37,6 +37,9 @@ class UnpackConfig:
     overlay: bool = False
     """Also write the pictures with their masks drawn over them."""
 
+    def __post_init__(self) -> None:
+        refuse_url("--out", self.out)
+
 
 def run(config: UnpackConfig) -> int:
     """Unpack sample by sample."""
@@ -55,12 +58,13 @@ def run(config: UnpackConfig) -> int:
             plan = EvalPlan(tuple(s.samples for s in split.shards), chunk=1, rank=0, world=1)
             for (raw,) in SampleSource(ShardReader(config.data, split.shards), plan):
                 path = source_path(raw)
-                if str(path) in seen:
+                stem = str(path.with_suffix(""))
+                if stem in seen:
                     raise DataError(
-                        f"{raw.where}: a sample called {path} was unpacked before; "
+                        f"{raw.where}: a sample called {stem} was unpacked before; "
                         "unpack one split at a time with --split, or rename it"
                     )
-                seen.add(str(path))
+                seen.add(stem)
                 unpack_sample(raw, path, config, manifest, paint)
                 bar.update()
     print(f"{len(seen)} samples in {config.out}")

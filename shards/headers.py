@@ -10,8 +10,8 @@ from typing import Literal
 
 PNG_BEGIN = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
 PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
-PLAIN_CHUNKS = (b"PLTE", b"gAMA", b"cHRM", b"sRGB", b"pHYs", b"tIME", b"sBIT", b"bKGD")
-"""PNG chunks that change neither pixels nor orientation."""
+PLAIN_CHUNKS = (b"PLTE", b"gAMA", b"cHRM", b"sRGB", b"pHYs", b"tIME", b"sBIT", b"bKGD", b"IDAT")
+"""PNG chunks beside which no other changes how the pixels are read."""
 
 JPEG_BEGIN, JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
 FRAMES = (0xC0, 0xC1, 0xC2)
@@ -63,13 +63,13 @@ def read_jpeg(data: bytes) -> Header | None:
 
 
 def read_png(data: bytes) -> Header | None:
-    """Walk the chunks up to the pixels (PNG, third edition, W3C 2025, 5.3 and 11)."""
+    """Walk the chunks, since an orientation may follow the pixels (PNG, W3C 2025, 5.3 and 11)."""
     width, height, bits, colour_type = struct.unpack_from(">IIBB", data, 16)
     palette = b""
     at = 33
     while True:
         length, kind = struct.unpack_from(">I4s", data, at)
-        if kind == b"IDAT":
+        if kind == b"IEND":
             break
         if kind not in PLAIN_CHUNKS:
             return None

@@ -11,7 +11,11 @@ from PIL import Image, ImageOps, TiffImagePlugin
 from shards.headers import read_header
 from shards.sample import Channels, DataError, Uint8
 
-IMAGE_EXTENSIONS = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+IMAGE_EXTENSIONS = frozenset(
+    {
+        *(".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"),
+    }
+)
 """Endings, in lower case, of files that are taken for pictures or masks."""
 
 VOLUME = "a volume; write its slices as PNG (8 or 16 bits), a file each"
@@ -22,6 +26,7 @@ OTHER_EXTENSIONS = {
     **dict.fromkeys((".dcm", ".dicom", ".mha", ".mhd", ".nii", ".nii.gz", ".nrrd"), VOLUME),
     **dict.fromkeys((".czi", ".lif", ".nd2", ".ndpi", ".oib", ".svs", ".vsi"), SLIDE),
     **dict.fromkeys((".avif", ".dng", ".exr", ".heic", ".heif", ".jp2", ".npy", ".npz"), OTHER),
+    **dict.fromkeys((".pbm", ".pgm", ".pnm", ".ppm", ".psd", ".ras", ".tga", ".xcf"), OTHER),
 }
 """Endings of files that hold pictures but are not read: refused by name, not passed over."""
 
@@ -36,7 +41,6 @@ DEEP_MODES = ("I;16", "I;16B", "I;16L", "I")
 
 EXIF_ORIENTATION = 0x0112
 BITS_PER_SAMPLE = 258
-PHOTOMETRIC = 262
 PHOTOMETRIC, WHITE_IS_ZERO = 262, 0
 EXIF_KEYS = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}
 """Where Pillow keeps what may hold an orientation."""

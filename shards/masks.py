@@ -348,13 +348,15 @@ def read_mask(
             f"PNG, or add {remedy.get(form.kind, '--mask-format values and --tolerance 10')}"
         )
     mode = opened.mode
-    image, _ = load(opened, where, rule.exif)
+    image, oriented = load(opened, where, rule.exif)
     classes = form.read(image, where)
     if form.kind == "binary" and mode == "P" and not form.invert:
         refuse_inverted(image, classes.values, where)
     same = classes.values == tuple(np.flatnonzero(classes.pixels).tolist())
     canonical = (
         looks_canonical
+        and not oriented
+        and getattr(opened, "n_frames", 1) == 1
         and same
         and form.kind != "rgb"
         and max(classes.values) < len(own_palette) // 3

@@ -7,7 +7,6 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from heapq import heappop, heappush
 from pathlib import Path
 from typing import Any, Literal
 
@@ -230,17 +229,28 @@ def read_pair_lists(files: Sequence[Path], images: Path | None, masks: Path | No
         root_of(drawn, masks or files[0].parent),
     )
     refused: list[str] = []
-    seen: set[str] = set()
+    partner: dict[str, str] = {}
     pairs = []
     for picture, mask in zip(pictures, drawn, strict=True):
-        missing = [path for path in (picture, mask) if not os.path.isfile(path)]
-        refused += [f"{path} is listed but is not there" for path in missing]
-        if picture in seen:
-            refused.append(f"{picture} is listed twice")
-        elif not missing:
+        wrong = [problem for path in (picture, mask) if (problem := why_not_listed(path))]
+        if picture in partner:
+            wrong.append(f"{picture} is listed twice")
+        elif mask in partner:
+            wrong.append(f"{mask} is listed for {partner[mask]} and for {picture}")
+        refused += wrong
+        if not wrong:
+            partner |= {picture: mask, mask: picture}
             pairs.append(Pair(relative(picture, image_root), relative(mask, mask_root)))
-        seen.add(picture)
     return Pairing(image_root, mask_root, unique_keys(pairs, image_root, refused), [], refused)
+
+
+def why_not_listed(path: str) -> str | None:
+    """What is wrong about a path in a list of pairs; None where nothing is."""
+    if not os.path.isfile(path):
+        return f"{path} is listed but is not there"
+    if os.path.splitext(path)[1].lower() not in IMAGE_EXTENSIONS:
+        return f"{path} is no picture by its ending ({' '.join(sorted(IMAGE_EXTENSIONS))})"
+    return None
 
 
 def read_columns(file: Path) -> Iterator[tuple[str, str]]:
@@ -255,7 +265,11 @@ def read_columns(file: Path) -> Iterator[tuple[str, str]]:
         if len(words) != 2 or not all(words):
             raise DataError(
                 f"{file}, line {number} holds {len(words)} names, not a picture and its mask; "
-                "names with spaces need a .csv or .tsv"
+                + (
+                    "names with spaces need a .csv or .tsv"
+                    if delimiter is None
+                    else f"part them with {'a comma' if delimiter == ',' else 'a tab'}"
+                )
             )
         yield words[0], words[1]
 
@@ -311,28 +325,21 @@ def list_images(folder: Path, refused: list[str] | None = None) -> list[str]:
 
 
 def walk(folder: str) -> Iterator[str]:
-    """Path below `folder` of every file that is not hidden, linked folders followed once.
-
-    Real folders come first, then links by name: no name depends on the order of a directory.
-    """
-    seen: set[tuple[int, int]] = set()
-    todo = [""]
-    links: list[str] = []
-    while todo or links:
-        below = todo.pop() if todo else heappop(links)
+    """Path below `folder` of every file that is not hidden, links followed but for loops."""
+    todo: list[tuple[str, frozenset[tuple[int, int]]]] = [("", frozenset())]
+    while todo:
+        below, above = todo.pop()
         path = f"{folder}/{below}"
         stat = os.stat(path)
-        if (stat.st_dev, stat.st_ino) in seen:
+        here = (stat.st_dev, stat.st_ino)
+        if here in above:
             continue
-        seen.add((stat.st_dev, stat.st_ino))
         with os.scandir(path) as entries:
             for entry in entries:
                 if entry.name.startswith("."):
                     continue
-                if entry.is_dir() and entry.is_symlink():
-                    heappush(links, f"{below}{entry.name}/")
-                elif entry.is_dir():
-                    todo.append(f"{below}{entry.name}/")
+                if entry.is_dir():
+                    todo.append((f"{below}{entry.name}/", above | {here}))
                 else:
                     yield below + entry.name
 
@@ -425,7 +432,8 @@ def find_group(source: str, expression: str | None) -> str | None:
     match = re.search(expression, source)
     if match is None:
         raise DataError(f"{source} does not match --group-by {expression!r}; widen the pattern")
-    return match.group(1) if match.re.groups else match.group(0)
+    group = "\0".join(match.groups("")) if match.re.groups else match.group()
+    return group.strip("\0").replace("\0", "/")
 
 
 def refuse_parted_groups(groups: Sequence[str | None], splits: Sequence[Split]) -> None:

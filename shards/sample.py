@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Literal
-from urllib.parse import quote, unquote
+from urllib.parse import quote
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,13 +60,12 @@ def encode_key(source: str) -> str:
     return "%sha256-" + hashlib.sha256(stem.encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def decode_key(key: str) -> str | None:
-    """The relative path without extension, or None where the key is a hash."""
-    return None if key.startswith("%sha256-") else unquote(key, errors="surrogateescape")
-
-
 def is_safe_path(path: str) -> bool:
-    """Whether a path from a shard stays inside the folder that it is joined to."""
+    """Whether a path from a shard names a file inside the folder that it is joined to."""
+    try:
+        path.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return False
     pure = PurePosixPath(path)
     return (
         bool(pure.parts)

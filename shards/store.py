@@ -2,6 +2,7 @@
 
 import os
 import re
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -179,7 +180,7 @@ class Store:
             else:
                 file = self.local / name
                 file.parent.mkdir(parents=True, exist_ok=True)
-                file = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+                file = file.with_name(f".{file.name}.{secrets.token_hex(8)}.tmp")
             try:
                 with file.open("wb") as out:
                     out.writelines(lines)

@@ -1,5 +1,6 @@
 """One shard, written as a whole or not at all, the same bytes each time."""
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -141,6 +142,8 @@ class HashingStream:
         """Return when the bytes would survive a power cut."""
         self.file.flush()
         os.fsync(self.file.fileno())
+        if os.fstat(self.file.fileno()).st_size != self.size:
+            raise OSError(errno.EIO, "not all bytes were written")
 
 
 def write_atomically(

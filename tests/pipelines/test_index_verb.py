@@ -431,7 +431,7 @@ def test_what_may_be_meant_otherwise_is_said(index, tmp_path: Path) -> None:
     assert (ended.code, ended.err) == (0, "")
     said = ended.out.splitlines()
     assert said[0] == f"{tmp_path}: RGB pictures"
-    assert said[1] == "  train            2 samples, 2 shards; 16 x 12 (2)"
+    assert said[1] == "  train            2 samples, 2 shards; 16 x 12 RGB (2)"
     assert "  warning: 1 shards without a sample are left out, the first: 2.tar" in said
     assert (
         "  warning: 1 names occur in several shards, the first: 000.png; "

@@ -1098,7 +1098,6 @@ def test_a_picture_that_is_new_or_gone_is_named(begun, draw, call) -> None:
         (("--resize", 8), "other settings (pictures)"),
         (("--resize-mask",), "other settings (resize mask)"),
         (("--verify", "headers"), "other settings (verify)"),
-        (("--keep-going",), "other settings (keep going)"),
         (("--val-fraction", 0.9), "other splits, shard sizes or seed"),
         (("--seed", 5), "other splits, shard sizes or seed"),
         (("--samples-per-shard", 2), "other splits, shard sizes or seed"),

@@ -164,9 +164,11 @@ def test_bad_samples_of_all_parts_are_listed_at_the_end(draw, call, content, tmp
         (bad / "images" / f"p{number:03d}.png").write_bytes(b"")
     told = ("--keep-going", "--workers", 1)
     assert call("pack", *flags(bad, tmp_path / "whole", *told)).code == 3
-    for part in (2, 1):
-        ended = call("pack", *flags(bad, tmp_path / "out", *told, "--part", f"{part}/2"))
-        assert ended.code == 0, ended.err
+    codes = {
+        call("pack", *flags(bad, tmp_path / "out", *told, "--part", f"{part}/2")).code
+        for part in (2, 1)
+    }
+    assert 3 in codes <= {0, 3}
     assert call("pack", *flags(bad, tmp_path / "out", *told, "--finish")).code == 3
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 

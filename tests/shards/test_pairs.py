@@ -271,7 +271,7 @@ def test_a_missing_or_empty_folder_is_named(tree, tmp_path):
     missing = tmp_path / "none"
     assert refusal(find_pairs, missing, None, PLAIN) == f"{missing} is no folder"
     empty = tree("empty", "notes.txt")
-    line = f"{empty} holds no picture (.bmp .gif .jpeg .jpg .png .tif .tiff .webp)"
+    line = f"{empty} holds no picture (.bmp .gif .jfif .jpe .jpeg .jpg .png .tif .tiff .webp)"
     assert refusal(find_pairs, empty, None, PLAIN) == line
     assert refusal(find_pairs, tree("images", "a.png"), empty, PLAIN) == line
 
@@ -286,8 +286,9 @@ def test_pairs_do_not_depend_on_the_order_of_the_directory(tree, tmp_path, monke
         (folder / "3").symlink_to(folder / "0")
     expected = find_pairs(images, masks, PLAIN)
     assert [p.source for p in expected.pairs if "q" in p.source] == [
-        "0/other/deep/q.png",
-        "0/other/q.png",
+        f"{link}/{name}"
+        for link in ("0/other", "1/more", "3/other", "again")
+        for name in ("deep/q.png", "q.png")
     ]
     scandir = os.scandir
 
@@ -306,7 +307,7 @@ def test_pairs_do_not_depend_on_the_order_of_the_directory(tree, tmp_path, monke
     assert find_pairs(images, masks, PLAIN) == expected
 
 
-def test_linked_folders_are_followed_once_and_cycles_end(tree, tmp_path):
+def test_linked_folders_are_followed_and_cycles_end(tree, tmp_path):
     elsewhere = tree("elsewhere", "b.png")
     images = tree("images", "a.png", "x/c.png")
     (images / "linked").symlink_to(elsewhere)
@@ -314,7 +315,8 @@ def test_linked_folders_are_followed_once_and_cycles_end(tree, tmp_path):
     (images / "x/up").symlink_to(images)
     (elsewhere / "back").symlink_to(elsewhere)
     (images / "d.png").symlink_to(elsewhere / "b.png")
-    assert list_images(images) == ["a.png", "d.png", "linked/b.png", "x/c.png"]
+    names = ["a.png", "d.png", "linked/b.png", "linked2/b.png", "x/c.png"]
+    assert list_images(images) == names
 
 
 def test_the_folder_itself_may_be_a_link(tree, tmp_path):
@@ -398,10 +400,13 @@ def test_several_lists_are_one(lists):
     assert both(read_pair_lists(files, None, None)) == TWO
 
 
-def test_one_mask_may_serve_several_pictures(lists):
+def test_one_mask_for_two_pictures_is_told(lists, tmp_path):
     text = "images/a.jpg masks/a.png\nimages/x/a.jpg masks/a.png\n"
     pairing = read_pair_lists([lists("p.txt", text)], None, None)
-    assert [p.mask for p in pairing.pairs] == ["masks/a.png"] * 2
+    assert pairing.pairs == [Pair("images/a.jpg", "masks/a.png")]
+    images = f"{tmp_path}/images"
+    line = f"{tmp_path}/masks/a.png is listed for {images}/a.jpg and for {images}/x/a.jpg"
+    assert pairing.refused == [line]
 
 
 def test_what_is_listed_wrongly_is_told_and_left_out(lists, tmp_path, tree):
@@ -431,7 +436,7 @@ def test_what_is_listed_wrongly_is_told_and_left_out(lists, tmp_path, tree):
         ("p.txt", "", "{file} lists no pair; write a picture and its mask on each line"),
         ("p.csv", "image,mask\n# none\n", "{file} lists no pair; write a picture and its mask on"),
         ("p.txt", "a.jpg\n", "{file}, line 1 holds 1 names, not a picture and its mask; names"),
-        ("p.csv", "a.jpg,\n", "{file}, line 1 holds 2 names, not a picture and its mask; names"),
+        ("p.csv", "a.jpg,\n", "{file}, line 1 holds 2 names, not a picture and its mask; part t"),
         ("p.csv", "a,b\nimage,mask\na,b,c\n", "{file}, line 3 holds 3 names, not a picture"),
         ("p.tsv", "a.jpg,a.png\n", "{file}, line 1 holds 1 names, not a picture and its mask"),
         ("p.csv", "x" * 200_000 + ",b\n", "{file}, line 1 holds 0 names, not a picture and its"),
