@@ -188,8 +188,8 @@ def leaks(found: Found, splits: dict[str, str]) -> list[str]:
         if len({splits.get(name) for name in names}) > 1:
             named = " = ".join(f"{name} ({splits[name]})" for name in sorted(names)[:5])
             problems.append(
-                f"{named} are the same picture in two splits; put both into one with --group-by "
-                "or --split-file, or remove one"
+                f"{named} are the same picture in two splits; remove one, or put both into one "
+                "split with --split-file"
             )
     return problems
 
@@ -257,7 +257,9 @@ def table(config: CheckConfig, report: dict[str, Any]) -> list[str]:
     if report["mask_modes"]:
         modes = ", ".join(f"{mode} ({count})" for mode, count in report["mask_modes"].items())
         lines.append(f"  masks of mode {modes}")
-    for name, found in report["classes"].items():
+    # Where no mask could be read, nothing is known of the classes.
+    classes = report["classes"] if report["mask_modes"] else {}
+    for name, found in classes.items():
         if found["pixels"] or name != "ignored":
             lines.append(
                 f"  {name:<20}{found['share']:>8.2%} of pixels, in {found['images']} masks"
@@ -268,7 +270,7 @@ def table(config: CheckConfig, report: dict[str, Any]) -> list[str]:
     if empty := report["empty"]:
         more = " ..." if len(empty) > 3 else ""
         lines.append(f"  {len(empty)} masks hold nothing but class 0: {', '.join(empty[:3])}{more}")
-    for name, found in report["classes"].items():
+    for name, found in classes.items():
         if not found["pixels"] and name != "ignored":
             lines.append(f"  warning: no pixel of the class {name!r} anywhere")
     if doubles := report["duplicates"]:

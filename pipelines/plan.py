@@ -112,7 +112,10 @@ def make_plan(
     leaks = find_leaks(by_split, pairing.images)
     problems = sorted(map(leak, leaks))
     if problems and not keep_going:
-        raise ProblemsError(problems, "one picture in two splits: see --group-by, --split-file")
+        remedy = (
+            "remove one, put both into one split (--split-file), or pack the rest: --keep-going"
+        )
+        raise ProblemsError(problems, f"one picture in two splits: {remedy}")
     leave_out(by_split, leaks)
     plan: list[PlannedShard] = []
     for name in (*SPLITS, "unlabelled"):

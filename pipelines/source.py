@@ -354,6 +354,11 @@ def read_colour_table(path: Path) -> ColourTable:
         else:
             classes.append(name)
             colours.append(tuple(numbers))
+    if len(classes) < 2:
+        raise ValueError(
+            f"--colours {path} names {len(classes)} classes; expected two or more, "
+            "`name: [r, g, b]` or, in a CSV, `name,r,g,b` on each line"
+        )
     return ColourTable(tuple(classes), tuple(colours), tuple(ignored))
 
 

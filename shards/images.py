@@ -334,7 +334,10 @@ def examine(image: Image.Image, alpha: Alpha, deep: bool, where: str) -> tuple[C
     if image.mode in ("CMYK", "YCbCr"):
         return "RGB", ["colour"]
     if image.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA"):
-        raise DataError(f"{where} has mode {image.mode}, which is not supported; convert it to RGB")
+        wanted = "8- or 16-bit grey" if image.mode == "F" else "RGB"
+        raise DataError(
+            f"{where} has mode {image.mode}, which is not supported; convert it to {wanted}"
+        )
     if image.has_transparency_data:
         least, _ = image.convert("RGBA").getchannel("A").getextrema()
         if least != 255:

@@ -356,7 +356,7 @@ BAD_DATA: dict[str, tuple[Callable[[Folder], object], tuple[object, ...], str]] 
     "float": (
         save_image(Image.fromarray(np.zeros((16, 20), np.float32)), "a.tif"),
         (),
-        "a.tif has mode F, which is not supported; convert it to RGB",
+        "a.tif has mode F, which is not supported; convert it to 8- or 16-bit grey",
     ),
     "transparent": (save_image(picture(mode="RGBA")), (), "transparent pixels; flatten it onto a"),
     "turned": (turned, (), "was turned as its EXIF orientation says: --exif ignore leaves it"),
@@ -656,7 +656,7 @@ BAD_TABLES = {
     "one class": (
         "yaml",
         "a: [1, 1, 1]\nignore: [2, 2, 2]\n",
-        "there must be 2 to 255 classes, got",
+        "t.yaml names 1 classes; expected two or more",
     ),
 }
 

@@ -544,7 +544,7 @@ BAD = {
     ),
     "float TIFF": (
         lambda f: f.pil(Image.fromarray(np.ones((2, 2), np.float32)), "TIFF"),
-        MODE.format("F"),
+        MODE.format("F").replace("RGB", "8- or 16-bit grey"),
     ),
     "double TIFF": (lambda f: f.bands(1, 64, sample=3), UNDECODED.format(64)),
     "CIELAB": (lambda f: f.pil(Image.new("LAB", (3, 3)), "TIFF"), MODE.format("LAB")),
