@@ -441,7 +441,7 @@ def count_values(pixels: Values) -> NDArray[np.int64]:
     """Pixels of each value [256], [65536] for 16 bits."""
     counts = np.zeros(256 if pixels.dtype == np.uint8 else 65536, dtype=np.int64)
     flat = pixels.ravel()
-    # Most masks hold two values, and to compare is three times as fast as to look for runs.
+    # Most masks hold two values, and to compare is twice as fast as to look for runs.
     for_first = flat == flat[0]
     counts[flat[0]] = np.count_nonzero(for_first)
     second = flat[for_first.argmin()]
