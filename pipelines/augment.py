@@ -1,49 +1,68 @@
 """Augmentation, seeded per sample by (seed, position): the same on any rank, worker or resume.
 
-The crop is chosen where the sample is decoded, in bytes. The rest happens to the whole batch on
-the device: one affine warp that resamples the picture (bilinear) and the mask (nearest) once, and
-brightness and contrast of the picture.
+Which part of a picture is seen, and how large, is decided where it is decoded, before anything is
+converted. The rest happens to the whole batch on the device: one warp (mirror, quarter turns,
+rotation, elastic) that resamples the picture (bilinear) and the mask (nearest) once, and contrast,
+brightness and saturation of the picture.
 """
 
+import hashlib
 from dataclasses import dataclass
 from enum import IntEnum
-from math import cos, exp, log, pi, sin
-from typing import Literal
+from math import cos, exp, log, pi, sin, sqrt
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
+from shards.images import DecodedImage
 from shards.sample import IGNORE, Uint8
+
+NODES = 3
+"""Nodes on each side of the grid of elastic displacements, as in the U-Net paper (section 3.1)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AugmentConfig:
     """How much the training crops are varied."""
 
+    foreground_share: float = 1 / 3
+    """Share of the crops that are centred on a pixel of a class other than the commonest one, each
+    class that the picture holds as often as the others."""
+    scale: float = 1.25
+    """Most that what a crop shows is larger or smaller than the crop, as a factor; 1 is off."""
     orientation: Literal["any", "upright", "fixed"] = "any"
     """any: mirrored and turned by quarters, for pictures without an up (microscopy, from above).
     upright: mirrored left to right only (street scenes). fixed: neither."""
     rotation: float = 15.0
     """Most degrees that a crop is turned beyond that, either way; 0 is off."""
-    scale: float = 1.25
-    """Most that a crop is enlarged or reduced, as a factor; 1 is off."""
+    elastic: float = 0.0
+    """Standard deviation in pixels of the displacements of a 3 x 3 grid, bicubic between its nodes
+    (10 in the paper of 2015); 0 is off."""
     warp_share: float = 0.25
-    """Share of the crops that are turned and scaled; the others keep their pixels as they are."""
+    """Share of the crops that are scaled, and share that are turned and displaced; the others keep
+    their pixels as they are."""
     contrast: float = 1.25
     """Most that contrast is raised or lowered, as a factor; 1 is off."""
     brightness: float = 0.25
     """Most that brightness is shifted, in standard deviations of the data set; 0 is off."""
+    saturation: float = 1.25
+    """Most that the colours of RGB pictures are raised or lowered, as a factor; 1 is off."""
 
     def __post_init__(self) -> None:
-        if self.scale < 1 or self.contrast < 1:
-            raise ValueError("augment.scale and augment.contrast are factors, 1 or more")
-        if self.rotation < 0 or self.brightness < 0 or not 0 <= self.warp_share <= 1:
-            raise ValueError(
-                "augment.rotation and .brightness must be 0 or more, .warp_share a share"
-            )
+        for name in ("scale", "contrast", "saturation"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"augment.{name} is a factor, 1 or more")
+        for name in ("rotation", "brightness", "elastic"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"augment.{name} must be 0 or more")
+        for name in ("warp_share", "foreground_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"augment.{name} is a share, 0 to 1")
 
 
 class Purpose(IntEnum):
@@ -51,45 +70,101 @@ class Purpose(IntEnum):
 
     CROP = 0
     WARP = 1
+    FOREGROUND = 2
 
 
 def uniform(seed: int, position: int, purpose: Purpose, count: int) -> NDArray[np.float64]:
     """Numbers in [0, 1) that belong to one sample of the stream and one purpose."""
-    words = np.random.SeedSequence((seed, position, purpose)).generate_state(count, np.uint64)
-    return words / 2.0**64
+    # A hash is the same everywhere and for ever, and takes a tenth of numpy's SeedSequence.
+    words = hashlib.shake_128(f"{seed} {position} {int(purpose)}".encode()).digest(8 * count)
+    return np.frombuffer(words, dtype="<u8") / 2.0**64
 
 
-def crop(
-    image: Uint8, mask: Uint8, size: int, fill: Uint8, draws: NDArray[np.float64]
-) -> tuple[Uint8, Uint8]:
-    """A square crop at a place chosen by two draws; what is missing is `fill` and 255.
+def factor(draw: float, most: float) -> float:
+    """A number from 1 / most to most, as often above 1 as below."""
+    return exp((2 * draw - 1) * log(most))
 
-    Args:
-        image: [H, W, C].
-        mask: [H, W].
-        size: side of the crop in pixels.
-        fill: colour [C] around pictures that are smaller.
-        draws: two numbers in [0, 1).
 
-    Returns:
-        [size, size, C] and [size, size].
-    """
-    height, width = mask.shape
-    top, left = (
-        int(d * (max(0, side - size) + 1)) for d, side in zip(draws, (height, width), strict=True)
-    )
-    image, mask = (
-        image[top : top + size, left : left + size],
-        mask[top : top + size, left : left + size],
-    )
-    if mask.shape == (size, size):
-        return image, mask
-    y, x = ((size - side) // 2 for side in mask.shape)
-    whole = np.broadcast_to(fill, (size, size, len(fill))).copy()
-    ignored = np.full((size, size), IGNORE, dtype=np.uint8)
-    whole[y : y + mask.shape[0], x : x + mask.shape[1]] = image
-    ignored[y : y + mask.shape[0], x : x + mask.shape[1]] = mask
-    return whole, ignored
+@dataclass(frozen=True, slots=True)
+class Cropper:
+    """Cuts a square out of each picture and its mask."""
+
+    config: AugmentConfig
+    size: int
+    """Side of the crops in pixels."""
+    fill: tuple[int, ...]
+    """Colour around pictures that are smaller than a crop."""
+    rare: tuple[int, ...]
+    """Classes that some crops are centred on."""
+    seed: int
+
+    def __call__(self, image: DecodedImage, mask: Uint8, position: int) -> tuple[Uint8, Uint8]:
+        """The crop of the sample at a position of the stream.
+
+        Args:
+            image: of any size.
+            mask: uint8 [H, W], of the same size.
+            position: where the sample stands in the stream.
+
+        Returns:
+            uint8 [size, size, C] and [size, size]; what the picture does not cover is `fill` and
+            255.
+        """
+        height, width = mask.shape
+        draws = uniform(self.seed, position, Purpose.CROP, 5)
+        side = self.side(draws[2:4], min(height, width))
+        room = (max(0, height - side), max(0, width - side))
+        top, left = (int(draw * (most + 1)) for draw, most in zip(draws, room, strict=False))
+        if draws[4] < self.config.foreground_share and any(room):
+            center = self.rare_pixel(mask, position)
+            if center is not None:
+                top, left = (
+                    min(max(0, c - side // 2), most) for c, most in zip(center, room, strict=True)
+                )
+        bottom, right = min(height, top + side), min(width, left + side)
+        region = image.region(left, top, right, bottom)
+        part = mask[top:bottom, left:right]
+        if part.shape != (side, side):
+            region, part = padded(region, side, self.fill), padded(part, side, (IGNORE,))
+        if side != self.size:
+            region = resized(region, self.size, Image.Resampling.BILINEAR)
+            part = resized(part, self.size, Image.Resampling.NEAREST)
+        return region, part
+
+    def side(self, draws: NDArray[np.float64], shorter: int) -> int:
+        """Side of what a crop shows; more than `size` only as far as the picture reaches."""
+        if draws[0] >= self.config.warp_share:
+            return self.size
+        side = max(1, round(self.size * factor(draws[1], self.config.scale)))
+        return min(side, max(self.size, shorter))
+
+    def rare_pixel(self, mask: Uint8, position: int) -> tuple[int, int] | None:
+        """Row and column of some pixel of a rare class, None where the mask holds none."""
+        draws = uniform(self.seed, position, Purpose.FOREGROUND, len(self.rare) + 1)
+        for place in np.argsort(draws[1:], kind="stable"):
+            found = np.flatnonzero(mask == self.rare[place])
+            if len(found):
+                row, column = divmod(int(found[int(draws[0] * len(found))]), mask.shape[1])
+                return row, column
+        return None
+
+
+def padded(pixels: Uint8, side: int, fill: tuple[int, ...]) -> Uint8:
+    """An array [h, w] or [h, w, C] in the middle of a larger square of one colour."""
+    height, width = pixels.shape[:2]
+    shape = (side, side, *pixels.shape[2:])
+    whole = np.broadcast_to(np.array(fill, dtype=np.uint8), (*shape[:2], len(fill))).reshape(shape)
+    whole = whole.copy()
+    top, left = (side - height) // 2, (side - width) // 2
+    whole[top : top + height, left : left + width] = pixels
+    return whole
+
+
+def resized(pixels: Uint8, side: int, how: Image.Resampling) -> Uint8:
+    """A square array [h, w] or [h, w, C] with another side."""
+    flat = pixels[..., 0] if pixels.shape[2:] == (1,) else pixels
+    image = Image.fromarray(np.ascontiguousarray(flat)).resize((side, side), how)
+    return np.asarray(image).reshape(side, side, *pixels.shape[2:])
 
 
 class Augment:
@@ -109,37 +184,61 @@ class Augment:
         Returns:
             Picture and mask of the same shapes; outside the crop 0 (the mean) and 255.
         """
-        draws = np.stack([uniform(self.seed, p, Purpose.WARP, 8) for p in position.tolist()])
-        theta = torch.tensor(np.stack([self.matrix(d) for d in draws]), dtype=torch.float32)
-        tone = torch.tensor(np.stack([self.tone(d) for d in draws]), dtype=torch.float32)
-        theta, tone = (t.to(image.device, non_blocking=True) for t in (theta, tone))
+        count = 8 + 2 * NODES * NODES
+        draws = np.stack([uniform(self.seed, p, Purpose.WARP, count) for p in position.tolist()])
+        warped = draws[:, 2] < self.config.warp_share
+        theta = on_device([self.matrix(d) for d in draws], image)
         grid = F.affine_grid(theta, [*image.shape], align_corners=False)
+        if self.config.elastic and warped.any():
+            grid = grid + self.displacements(draws[:, 8:] * 2 - 1, warped, image)
         image = F.grid_sample(image, grid, mode="bilinear", align_corners=False)
         # Shifted so that the zeros outside become 255.
         shifted = mask[:, None].float() - IGNORE
-        warped = F.grid_sample(shifted, grid, mode="nearest", align_corners=False) + IGNORE
-        contrast, brightness = tone[:, 0].view(-1, 1, 1, 1), tone[:, 1].view(-1, 1, 1, 1)
-        return image * contrast + brightness, warped[:, 0].round().to(torch.uint8)
+        moved = F.grid_sample(shifted, grid, mode="nearest", align_corners=False) + IGNORE
+        return self.coloured(image, draws), moved[:, 0].round().to(torch.uint8)
 
     def matrix(self, draws: NDArray[np.float64]) -> NDArray[np.float64]:
         """The affine map [2, 3] from warped to original coordinates of one sample."""
         c = self.config
         turns = int(draws[0] * 4) if c.orientation == "any" else 0
         mirror = -1 if draws[1] < 0.5 and c.orientation != "fixed" else 1
-        angle, zoom = turns * pi / 2, 1.0
+        angle = turns * pi / 2
         if draws[2] < c.warp_share:
             angle += (2 * draws[3] - 1) * c.rotation * pi / 180
-            zoom = exp((2 * draws[4] - 1) * log(c.scale))
         return np.array(
-            [
-                [mirror * cos(angle) * zoom, -sin(angle) * zoom, 0],
-                [mirror * sin(angle) * zoom, cos(angle) * zoom, 0],
-            ]
+            [[mirror * cos(angle), -sin(angle), 0], [mirror * sin(angle), cos(angle), 0]]
         )
 
-    def tone(self, draws: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Contrast factor and brightness shift of one sample."""
-        c = self.config
-        return np.array(
-            [exp((2 * draws[5] - 1) * log(c.contrast)), (2 * draws[6] - 1) * c.brightness]
+    def displacements(
+        self, draws: NDArray[np.float64], warped: NDArray[np.bool_], image: Tensor
+    ) -> Tensor:
+        """Displacements [B, H, W, 2] in units of half a side; `draws`: [B, 18] in -1 to 1."""
+        height, width = image.shape[-2:]
+        # Uniform numbers reach sqrt(3) deviations and no farther: nothing folds over itself.
+        pixels = draws.reshape(-1, 2, NODES, NODES) * (sqrt(3) * self.config.elastic)
+        sides = np.array([width, height])[:, None, None]
+        halves = 2 * pixels / sides * warped[:, None, None, None]
+        field = F.interpolate(
+            on_device(halves, image), (height, width), mode="bicubic", align_corners=True
         )
+        return field.permute(0, 2, 3, 1)
+
+    def coloured(self, image: Tensor, draws: NDArray[np.float64]) -> Tensor:
+        """Pictures with another contrast, brightness and, in RGB, saturation."""
+        c = self.config
+        tone = [
+            [factor(d[5], c.contrast), (2 * d[6] - 1) * c.brightness, factor(d[7], c.saturation)]
+            for d in draws
+        ]
+        contrast, brightness, saturation = on_device(tone, image).view(-1, 3, 1, 1, 1).unbind(1)
+        if image.shape[1] == 3 and c.saturation > 1:
+            grey = image.mean(dim=1, keepdim=True)
+            image = torch.lerp(grey, image, saturation)
+        return image * contrast + brightness
+
+
+def on_device(numbers: Any, image: Tensor) -> Tensor:
+    """Numbers as float32 beside a picture; the copy overlaps with what the device is doing."""
+    return torch.tensor(np.asarray(numbers), dtype=torch.float32).to(
+        image.device, non_blocking=True
+    )

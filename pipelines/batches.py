@@ -1,26 +1,28 @@
 """Batches: from shards through worker processes to the device, as three tensors of bytes."""
 
-import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from itertools import groupby
-from pathlib import Path
+from multiprocessing import get_start_method
+from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 
-from pipelines.augment import Purpose, crop, uniform
+from pipelines.augment import AugmentConfig, Cropper
+from pipelines.buffers import Buffers
+from pipelines.dataset import DataSet
 from shards.images import ImageFormat
 from shards.index import Manifest, SplitInfo
-from shards.order import EvalPlan, TrainPlan
+from shards.order import EvalPlan, Order, TrainPlan
 from shards.reader import RawSample, ShardReader, Stage, read_samples
-from shards.sample import DataError, Sample
+from shards.sample import DataError, Uint8
 
-MOST_WORKERS = 8
-"""Decoding processes of a rank unless said otherwise; a GPU's training step needs no more."""
+MOST_ATTEMPTS = 16
+"""Samples that are tried for one place in a batch before a data set is called broken."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,18 +35,38 @@ class Batch:
     """uint8 [B, H, W]."""
     position: Tensor
     """int64 [B], on the CPU: the place of each sample in its stream or split."""
+    skipped: tuple[str, ...] = ()
+    """Samples that could not be decoded and were replaced, a line each."""
 
     def to(self, device: torch.device) -> "Batch":
         """The same on a device; the copy overlaps with what the device is doing."""
-        return Batch(
-            self.image.to(device, non_blocking=True),
-            self.mask.to(device, non_blocking=True),
-            self.position,
-        )
+        image, mask = (t.to(device, non_blocking=True) for t in (self.image, self.mask))
+        return replace(self, image=image, mask=mask)
 
     def pin_memory(self) -> "Batch":
         """The same in page-locked memory, for DataLoader."""
-        return Batch(self.image.pin_memory(), self.mask.pin_memory(), self.position)
+        return replace(self, image=self.image.pin_memory(), mask=self.mask.pin_memory())
+
+
+@dataclass(frozen=True, slots=True)
+class Filled:
+    """What a worker sends of a batch that lies in shared memory."""
+
+    place: int | None
+    position: list[int]
+    skipped: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Substitutes:
+    """Other samples in place of those that cannot be decoded: by position, the same on any rank."""
+
+    reader: ShardReader
+    order: Order
+
+    def read(self, position: int, attempt: int) -> RawSample:
+        """The sample that is tried next; attempts count from 1."""
+        return self.reader.read(self.order.substitute(position, attempt))
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,25 +75,62 @@ class CropStage:
 
     form: ImageFormat
     num_classes: int
-    size: int
-    fill: tuple[int, ...]
-    seed: int
+    cropper: Cropper
+    substitutes: Substitutes | None = None
+    """None: a sample that cannot be decoded is an error."""
+    buffers: Buffers | None = None
+    """Where worker processes put their batches; None: into memory of their own."""
 
-    def __call__(self, source: Iterator[list[RawSample]]) -> Iterator[Batch]:
+    def __call__(self, source: Iterator[list[RawSample]]) -> Iterator[Batch | Filled]:
         """One batch for each list of raw samples."""
-        fill = np.array(self.fill, dtype=np.uint8)
+        worker = get_worker_info()
         for raws in source:
-            # Pixels lie as Pillow decodes them (channels last); the permuted view costs no copy.
-            image = torch.empty(len(raws), self.size, self.size, len(fill), dtype=torch.uint8)
-            mask = torch.empty(len(raws), self.size, self.size, dtype=torch.uint8)
+            place = self.buffers.take(worker.id) if self.buffers and worker else None
+            if self.buffers is None or place is None:
+                pixels = np.empty(self.num_bytes(len(raws)), dtype=np.uint8)
+            else:
+                pixels = self.buffers.array(place)
+            skipped: list[str] = []
+            image, mask = self.views(pixels)
             for i, raw in enumerate(raws):
-                sample = raw.decode(self.form, self.num_classes)
-                draws = uniform(self.seed, raw.position, Purpose.CROP, 2)
-                image_crop, mask_crop = crop(
-                    sample.image, require_mask(sample, raw), self.size, fill, draws
-                )
-                image.numpy()[i], mask.numpy()[i] = image_crop, mask_crop
-            yield Batch(image.permute(0, 3, 1, 2), mask, positions(raws))
+                image[i], mask[i] = self.crop(raw, skipped)
+            filled = Filled(place, [raw.position for raw in raws], tuple(skipped))
+            yield filled if place is not None else self.batch(torch.from_numpy(pixels), filled)
+
+    def num_bytes(self, batch_size: int) -> int:
+        """What a batch takes: pictures, then masks."""
+        return batch_size * self.cropper.size**2 * (len(self.form.channels) + 1)
+
+    def views(self, pixels: Any) -> Any:
+        """Pictures [B, size, size, C] and masks [B, size, size] in the bytes of a batch."""
+        size, channels = self.cropper.size, len(self.form.channels)
+        end = len(pixels) // (channels + 1) * channels
+        # Pixels lie as Pillow decodes them, channels last.
+        return pixels[:end].reshape(-1, size, size, channels), pixels[end:].reshape(-1, size, size)
+
+    def batch(self, pixels: Tensor, filled: Filled) -> Batch:
+        """The batch in some bytes."""
+        image, mask = self.views(pixels)
+        # The permuted view costs no copy.
+        return Batch(image.permute(0, 3, 1, 2), mask, torch.tensor(filled.position), filled.skipped)
+
+    def crop(self, raw: RawSample, skipped: list[str]) -> tuple[Uint8, Uint8]:
+        """The crop of a sample, or of the one that stands in for it; `skipped` grows by the others.
+
+        Raises DataError where it cannot be decoded and nothing may stand in.
+        """
+        for attempt in range(1, MOST_ATTEMPTS + 1):
+            try:
+                image, mask = raw.decode_pixels(self.form, self.num_classes)
+                return self.cropper(image, require_mask(mask, raw), raw.position)
+            except DataError as error:
+                if self.substitutes is None:
+                    raise
+                skipped.append(str(error))
+                raw = self.substitutes.read(raw.position, attempt)
+        raise DataError(
+            f"{skipped[0]} (and so are the {MOST_ATTEMPTS - 1} that were tried instead)"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +147,7 @@ class WholeStage:
             for _, group in groupby(decoded, key=lambda item: item[1].image.shape):
                 same = list(group)
                 image = torch.from_numpy(np.stack([sample.image for _, sample in same]))
-                mask = np.stack([require_mask(sample, raw) for raw, sample in same])
+                mask = np.stack([require_mask(sample.mask, raw) for raw, sample in same])
                 yield Batch(
                     image.permute(0, 3, 1, 2),
                     torch.from_numpy(mask),
@@ -101,66 +160,102 @@ def positions(raws: list[RawSample]) -> Tensor:
     return torch.tensor([raw.position for raw in raws])
 
 
-def require_mask(sample: Sample, raw: RawSample) -> np.ndarray:
+def require_mask(mask: Uint8 | None, raw: RawSample) -> Uint8:
     """The mask. Raises DataError where there is none."""
-    if sample.mask is None:
+    if mask is None:
         raise DataError(f"{raw.where} has no mask; pack the pictures with --masks")
-    return sample.mask
+    return mask
 
 
 def train_batches(
-    folder: Path,
-    manifest: Manifest,
+    data: DataSet,
     plan: TrainPlan,
     *,
     crop_size: int,
+    augment: AugmentConfig,
     seed: int,
-    workers: int,
-    pin: bool,
+    skip: bool = False,
+    pin: bool = False,
 ) -> Iterator[Batch]:
-    """The endless training batches of one rank, beginning where the plan does."""
+    """The endless training batches of one rank, beginning where the plan does.
+
+    `skip`: another sample stands in for one that cannot be decoded, which is told with the batch.
+    """
+    manifest, reader = data.manifest, data.reader("train")
     fill = tuple(round(m * 255) for m in manifest.mean)
-    stage = CropStage(manifest.image_format, len(manifest.classes), crop_size, fill, seed)
-    reader = ShardReader(folder, manifest.split("train", folder).shards)
-    return iter(load(reader, plan, stage, workers, pin))
+    cropper = Cropper(augment, crop_size, fill, rare_classes(manifest), seed)
+    # With a reader of its own: the other may be at work in a thread.
+    substitutes = Substitutes(data.reader("train"), plan.order) if skip else None
+    stage = CropStage(manifest.image_format, len(manifest.classes), cropper, substitutes)
+    if data.workers and reader.store.local is not None and get_start_method() == "fork":
+        buffers = Buffers(data.workers, stage.num_bytes(plan.batch_size))
+        stage = replace(stage, buffers=buffers)
+    batches = receive(load(reader, plan, stage, data.workers), stage)
+    return ahead(batch.pin_memory() for batch in batches) if pin else batches
+
+
+def receive(loader: DataLoader[Batch | Filled], stage: CropStage) -> Iterator[Batch]:
+    """The batches that workers sent, those in shared memory among them."""
+    for sent in loader:
+        if isinstance(sent, Batch):
+            yield sent
+        else:
+            assert stage.buffers is not None
+            assert sent.place is not None
+            yield stage.batch(stage.buffers.lend(sent.place), sent)
+
+
+def ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The same batches, each made in a thread while the one before is in use."""
+    device = torch.cuda.current_device() if torch.cuda.is_available() else 0
+    with ThreadPoolExecutor(1, initializer=set_device, initargs=(device,)) as thread:
+        coming = thread.submit(next, batches, None)
+        while (batch := coming.result()) is not None:
+            coming = thread.submit(next, batches, None)
+            yield batch
+
+
+def set_device(device: int) -> None:
+    """Make a thread use the GPU of its rank."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(device)
 
 
 def eval_batches(
-    folder: Path,
-    manifest: Manifest,
-    split: SplitInfo,
-    *,
-    batch_size: int,
-    rank: int,
-    world: int,
-    workers: int,
-    pin: bool,
+    data: DataSet, split: str, *, batch_size: int, rank: int, world: int, pin: bool = False
 ) -> Iterator[Batch]:
     """Every sample of a split on exactly one rank, unpadded, whole."""
-    plan = EvalPlan(tuple(s.samples for s in split.shards), batch_size, rank, world)
-    stage = WholeStage(manifest.image_format, len(manifest.classes))
-    return iter(load(ShardReader(folder, split.shards), plan, stage, workers, pin))
+    reader = data.reader(split)
+    plan = EvalPlan(tuple(s.samples for s in reader.shards), batch_size, rank, world)
+    stage = WholeStage(data.manifest.image_format, len(data.manifest.classes))
+    return iter(load(reader, plan, stage, data.workers, pin))
 
 
 def load(
-    reader: ShardReader, plan: TrainPlan | EvalPlan, stage: Stage, workers: int, pin: bool
-) -> DataLoader[Batch]:
+    reader: ShardReader, plan: TrainPlan | EvalPlan, stage: Stage, workers: int, pin: bool = False
+) -> DataLoader[Any]:
     """A DataLoader whose workers read, decode and stack."""
+    context = None
+    if workers and reader.store.local is None:
+        # The threads and connections of remote clients do not survive a fork.
+        context = torch.multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["pipelines.batches"])
     return DataLoader(
         read_samples(reader, plan, stage),
         batch_size=None,
         num_workers=workers,
         pin_memory=pin,
-        prefetch_factor=4 if workers else None,
+        multiprocessing_context=context,
     )
 
 
-def default_workers(accelerator: Accelerator) -> int:
-    """Decoding processes for one rank: its share of the CPUs, one where the CPU also computes."""
-    if accelerator.device.type == "cpu":
-        return 1
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, min(MOST_WORKERS, len(os.sched_getaffinity(0)) // local_ranks))
+def rare_classes(manifest: Manifest) -> tuple[int, ...]:
+    """The classes that occur in training, less the commonest; all but the first if not counted."""
+    counted = [shard.pixels for shard in manifest.splits["train"].shards if shard.pixels]
+    if not counted:
+        return tuple(range(1, len(manifest.classes)))
+    pixels = np.sum(counted, axis=0)[: len(manifest.classes)]
+    return tuple(int(c) for c in np.flatnonzero(pixels) if c != pixels.argmax())
 
 
 def default_crop_size(split: SplitInfo, most: int) -> int:

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from tqdm import tqdm
 
 from pipelines.config import REFUSED, refuse_url, run_command
 from pipelines.overlay import Cell, contact_sheet
 from pipelines.parallel import chunks, num_workers, run_all
+from pipelines.progress import progress
 from pipelines.propose import propose_format
 from pipelines.source import SourceConfig, check_rule, save_problems
 from shards.images import NOTES, ImageFormat, to_array
@@ -121,7 +121,7 @@ def look_at_all(config: CheckConfig, pairing: Pairing, rule: SampleRule, found: 
     """Read every pair, in processes, and add up what they hold."""
     total = len(pairing.pairs)
     workers = num_workers(config.workers, total)
-    with tqdm(total=total, desc="check", unit="pair", disable=not sys.stderr.isatty()) as bar:
+    with progress(total=total, desc="check", unit="pair") as bar:
         work = partial(look_at, images=str(pairing.images), masks=str(pairing.masks), rule=rule)
         for piece, part in run_all(work, chunks(pairing.pairs, workers), workers):
             # In no order; what is told of it is sorted.

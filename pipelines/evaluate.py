@@ -8,6 +8,7 @@ from pathlib import Path
 from pipelines import scoring
 from pipelines.checkpoint import find_checkpoint, load_model
 from pipelines.config import UsageError, run_command
+from pipelines.dataset import DataConfig, open_data, split_in_use
 from pipelines.devices import start
 from shards.index import read_manifest
 from shards.sample import DataError
@@ -15,20 +16,20 @@ from shards.writer import write_json
 from unet import TileConfig
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EvaluateConfig(TileConfig):
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(DataConfig, TileConfig):
     """Score a checkpoint on every picture of a split, at its own size."""
 
     checkpoint: str
     """Run folder (its best, else last, checkpoint), checkpoint folder or hub id."""
-    data: Path
-    """Folder of shards."""
     split: str = "val"
     """Split to score on."""
     out: Path | None = None
     """Folder for scores.json; left out: the run folder or checkpoint folder."""
-    workers: int | None = None
-    """Decoding processes of each rank; left out: its share of the CPUs, at most 8."""
+
+    def __post_init__(self) -> None:
+        DataConfig.__post_init__(self)
+        TileConfig.__post_init__(self)
 
 
 def run(config: EvaluateConfig) -> int:
@@ -55,9 +56,9 @@ def run(config: EvaluateConfig) -> int:
     manifest = replace(manifest, image_format=loaded.image_format)
     accelerator = start()
     model = loaded.model.to(accelerator.device)
-    scores = scoring.score(
-        model, accelerator, config.data, manifest, config.split, config, config.workers
-    )
+    in_use = split_in_use(manifest, config.split)
+    data = open_data(config, manifest, [config.split], accelerator, in_use)
+    scores = scoring.score(model, accelerator, data, config.split, config)
     if accelerator.is_main_process:
         out.mkdir(parents=True, exist_ok=True)
         about = {"split": config.split, "checkpoint": loaded.digest, "manifest": manifest.digest}

@@ -19,11 +19,11 @@ from typing import BinaryIO
 
 import numpy as np
 import tyro
-from tqdm import tqdm
 
 from pipelines.config import run_command
 from pipelines.manifest import describe, make_manifest
 from pipelines.parallel import num_workers, run_all
+from pipelines.progress import progress
 from pipelines.source import PictureConfig
 from shards.foreign import COPY, DECOMPRESS, Group, Role, find_members, read_member
 from shards.images import NOTES, ImageRule, StoredImage, load, open_image, read_image
@@ -228,7 +228,7 @@ def look_at_all(config: IndexConfig, names: Sequence[str]) -> list[FoundShard]:
     rule = IndexRule(config.folder, len(config.classes), config.image_rule(), config.roles())
     workers = num_workers(config.workers, len(names))
     found = []
-    with tqdm(total=len(names), desc="index", unit="shard", disable=not sys.stderr.isatty()) as bar:
+    with progress(total=len(names), desc="index", unit="shard") as bar:
         for _, shard in run_all(partial(look_at, rule=rule), names, workers):
             found.append(shard)
             bar.update()

@@ -97,9 +97,7 @@ class ShardInputs:
     def name(self, number: int) -> str:
         """Shard and row."""
         address = self.address(number)
-        return (
-            f"{self.reader.folder / self.reader.shards[address.shard].name}, sample {address.row}"
-        )
+        return f"{self.reader.where(address.shard)}, sample {address.row}"
 
     def read(self, number: int) -> Picture:
         """Read the sample's picture."""

@@ -10,12 +10,11 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
-
-from tqdm import tqdm
 
 from pipelines.config import INCOMPLETE, RunError, refuse_url, run_command
 from pipelines.manifest import describe, make_manifest
@@ -30,6 +29,7 @@ from pipelines.plan import (
     read_planned,
     sources_of,
 )
+from pipelines.progress import progress
 from pipelines.propose import propose_format
 from pipelines.source import PROBLEMS, SourceConfig, check_rule, parse_part, save_problems
 from shards.index import MANIFEST, Manifest, ShardInfo, write_manifest
@@ -160,8 +160,9 @@ def run(config: PackConfig) -> int:
         return pack(config, store)
     except ProblemsError as error:
         if len(error.lines) > 1:
-            part = "" if config.part is None else f"-{config.part.replace('/', '-of-')}"
-            place = save_problems(error.lines, store, f"{Path(PROBLEMS).stem}{part}.txt")
+            # Those of a part go when the data set is finished, which has its own.
+            part = "" if config.part is None else f"{WORK_DIR}/{config.part.replace('/', '-of-')}-"
+            place = save_problems(error.lines, store, f"{part}{PROBLEMS}")
             raise DataError(f"{error}\n  all of them: {place}") from error
         raise
 
@@ -176,24 +177,25 @@ def pack(config: PackConfig, store: Store) -> int:
         Cut(samples=config.samples_per_shard, bytes=config.shard_bytes, seed=config.seed),
         keep_going=config.keep_going,
     )
-    rule = replace(rule, plan=fix_plan(store, settings(config, rule), plan))
-    names = {*store.names(), *store.names(WORK_DIR)}
-    done = {s.name for s in plan if s.name in names or f"{s.name}{NONE}" in names}
-    if done:
-        print(f"{len(done)} of {len(plan)} shards are there already")
-    todo = [shard for shard in plan if shard.name not in done]
-    if config.finish and todo:
-        raise RunError(
-            f"{store} lacks {len(todo)} of {len(plan)} shards, {todo[0].name} first; "
-            "give the parts that packed them again, then --finish"
-        )
-    if config.part is not None:
-        number, count = parse_part("--part", config.part)
-        mine = {shard.name for shard in plan[number - 1 :: count]}
-        bad = write_shards([shard for shard in todo if shard.name in mine], rule, config)
-        print(f"part {config.part}: {len(mine)} shards are there; when all parts are: --finish")
-        return INCOMPLETE if bad else 0
-    write_shards(todo, rule, config)
+    with ExitStack() as held:
+        rule = replace(rule, plan=fix_plan(store, settings(config, rule), plan, held))
+        names = {*store.names(), *store.names(WORK_DIR)}
+        done = {s.name for s in plan if s.name in names or f"{s.name}{NONE}" in names}
+        if done:
+            print(f"{len(done)} of {len(plan)} shards are there already")
+        todo = [shard for shard in plan if shard.name not in done]
+        if config.finish and todo:
+            raise RunError(
+                f"{store} lacks {len(todo)} of {len(plan)} shards, {todo[0].name} first; "
+                "give the parts that packed them again, then --finish"
+            )
+        if config.part is not None:
+            number, count = parse_part("--part", config.part)
+            mine = {shard.name for shard in plan[number - 1 :: count]}
+            bad = write_shards([shard for shard in todo if shard.name in mine], rule, config)
+            print(f"part {config.part}: {len(mine)} shards are there; when all parts are: --finish")
+            return INCOMPLETE if bad else 0
+        write_shards(todo, rule, config)
     return finish(config, plan, rule, [*problems, *leaks])
 
 
@@ -250,7 +252,7 @@ def write_shards(shards: Sequence[PlannedShard], rule: PackRule, config: PackCon
     workers = num_workers(config.workers, len(shards))
     alone = workers == 1 and config.scheduler is None
     problems: list[str] = []
-    with tqdm(total=total, desc="pack", unit="sample", disable=not sys.stderr.isatty()) as bar:
+    with progress(total=total, desc="pack", unit="sample") as bar:
         work = partial(write_shard, rule=rule, advance=bar.update if alone else None)
         remote = rule.store.local is None
         for shard, found in run_all(
@@ -376,7 +378,7 @@ def finish(
     shards: dict[str, list[ShardInfo]] = {}
     tallies: dict[str, Tally] = {}
     digests: list[str] = []
-    for planned in tqdm(plan, desc="count", unit="shard", disable=not sys.stderr.isatty(), delay=2):
+    for planned in progress(plan, desc="count", unit="shard", delay=2):
         report = read_report(store, planned, rule.plan)
         digests += report.tally.digests
         report.tally.digests = []

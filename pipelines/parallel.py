@@ -5,7 +5,6 @@ import os
 import re
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import (
     CancelledError,
@@ -33,24 +32,17 @@ def num_workers(wanted: int, num_pieces: int) -> int:
     return max(1, min(wanted, num_pieces))
 
 
-def follow_parent(parent: int) -> None:
-    """End this process soon after the one that started it was killed: nobody waits for it."""
+def follow_parent() -> None:
+    """End this process when the one that started it was killed: nobody waits for it."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
 
     def watch() -> None:
-        while is_alive(parent):
-            time.sleep(1)
+        # A pipe, which closes even if nobody reaps the parent, and also behind a fork server.
+        parent.join()
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-def is_alive(process: int) -> bool:
-    """Whether a process exists."""
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 def chunks(items: Sequence[T], workers: int, most: int = 64) -> list[Sequence[T]]:
@@ -104,7 +96,7 @@ def executor_of(workers: int, scheduler: str | None, remote: bool) -> Iterator[E
     if scheduler is None:
         method = "fork" if sys.platform == "linux" and not remote else "forkserver"
         context = multiprocessing.get_context(method)
-        with ProcessPoolExecutor(workers, context, follow_parent, (os.getpid(),)) as pool:
+        with ProcessPoolExecutor(workers, context, follow_parent) as pool:
             yield pool
         return
     if not re.fullmatch(r"[a-z]+://.+:[0-9]+", scheduler):

@@ -1,18 +1,17 @@
 """The plan of a packing: which pair goes into which shard, fixed and written down before work."""
 
+import fcntl
 import hashlib
 import json
 import os
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
+from pipelines.progress import progress
 from shards.pairs import SPLITS, Pair, Pairing, ProblemsError, SplitRule
 from shards.sample import DataError, encode_key
 from shards.store import Store
@@ -20,6 +19,8 @@ from shards.store import Store
 WORK_DIR = ".pack"
 HEADER = f"{WORK_DIR}/plan.json"
 LINES = f"{WORK_DIR}/plan.jsonl"
+LOCK = f"{WORK_DIR}/lock"
+"""Shared by the processes that pack here; it dies with them."""
 
 TAR_HEADER = 512
 SHARD_BYTES = 256 * 2**20
@@ -100,9 +101,7 @@ def make_plan(
         names, groups = splits.assign(pairs)
     by_split: dict[str, list[PlannedSample]] = defaultdict(list)
     folders = str(pairing.images), str(pairing.masks)
-    with tqdm(
-        total=len(pairs), desc="plan", unit="pair", disable=not sys.stderr.isatty(), delay=2
-    ) as bar:
+    with progress(total=len(pairs), desc="plan", unit="pair", delay=2) as bar:
         for pair, name, group in zip(pairs, names, groups, strict=True):
             by_split[name].append(plan_sample(folders, pair, group))
             bar.update()
@@ -191,13 +190,8 @@ def find_leaks(by_split: dict[str, list[PlannedSample]], images: Path) -> list[L
     del by_size
     leaks: list[Leak] = []
     folder = str(images)
-    with tqdm(
-        total=sum(len(group) for _, group in suspects),
-        desc="compare splits",
-        unit="picture",
-        disable=not sys.stderr.isatty(),
-        delay=2,
-    ) as bar:
+    total = sum(len(group) for _, group in suspects)
+    with progress(total=total, desc="compare splits", unit="picture", delay=2) as bar:
         for size, group in suspects:
             for alike in equal_groups(group, folder, size, probe=True):
                 leaks += equal_groups(alike, folder, size, probe=False)
@@ -235,37 +229,60 @@ def plan_lines(plan: Sequence[PlannedShard]) -> Iterator[bytes]:
             yield json.dumps(line).encode() + b"\n"
 
 
-def fix_plan(store: Store, rule: dict[str, Any], plan: Sequence[PlannedShard]) -> str:
+def fix_plan(
+    store: Store, rule: dict[str, Any], plan: Sequence[PlannedShard], held: ExitStack
+) -> str:
     """Write the plan down, or check that it is the one that was begun; returns its sha256.
 
-    Raises DataError if the folder holds another data set or the input has changed.
+    A plan without a shard is replaced, but in a local folder not as long as another process works
+    by it: until it leaves `held`, or dies. Raises DataError if the folder holds another data set or
+    the input has changed.
     """
-    names = store.names()
     digest = hashlib.sha256()
     for line in plan_lines(plan):
         digest.update(line)
     header = json.dumps({"rule": rule, "lines": digest.hexdigest()}, indent=1).encode()
-    packed = [name for name in names if name.endswith(".tar")]
-    begun = store.read(HEADER) if store.exists(HEADER) else None
-    if begun is None and packed:
+    if not store.exists(HEADER) and (packed := shards_in(store)):
         raise DataError(
             f"{store} holds shards of something else ({packed[0]}); choose another --out"
         )
-    if begun is not None and begun != header and not packed:
-        store.remove(WORK_DIR)
-        begun = None
-    if begun is None:
+    lock, alone = None, True
+    if store.local is not None:
+        (store.local / WORK_DIR).mkdir(exist_ok=True)
+        lock = held.enter_context((store.local / LOCK).open("w"))
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            alone = False
+            # Until the process that decides has written its plan.
+            fcntl.flock(lock, fcntl.LOCK_SH)
+    begun = store.read(HEADER) if store.exists(HEADER) else header
+    if alone and begun != header and not shards_in(store):
+        for name in store.names(WORK_DIR):
+            if (path := f"{WORK_DIR}/{name}") not in (LOCK, HEADER):
+                store.remove(path)
+        # Last, so that after a kill in between what is left goes too.
+        store.remove(HEADER)
+    if not store.exists(HEADER):
         store.create(LINES, plan_lines(plan))
         # Of several parts that begin at once, the first to come here decides.
-        if store.create(HEADER, [header]):
-            return hashlib.sha256(header).hexdigest()
-        begun = store.read(HEADER)
+        store.create(HEADER, [header])
+    if lock is not None:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+    begun = store.read(HEADER)
     if begun != header:
+        remedy = "restore that, or remove the folder and pack anew"
+        if not shards_in(store):
+            remedy = "another process packs by it: give the same flags, or stop it first"
         raise DataError(
-            f"{store} was begun with another plan: {difference(store, begun, rule, plan)}; "
-            "restore that, or remove the folder and pack anew"
+            f"{store} was begun with another plan: {difference(store, begun, rule, plan)}; {remedy}"
         )
     return hashlib.sha256(header).hexdigest()
+
+
+def shards_in(store: Store) -> list[str]:
+    """Names of the shards that are there."""
+    return [name for name in store.names() if name.endswith(".tar")]
 
 
 def difference(

@@ -25,9 +25,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 
-from pipelines.batches import default_workers
 from pipelines.checkpoint import LoadedModel, load_model
 from pipelines.config import INCOMPLETE, UsageError, run_command
+from pipelines.dataset import default_workers
 from pipelines.devices import start
 from pipelines.inputs import Inputs, find_inputs
 from pipelines.overlay import draw_overlay

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from dataclasses import fields
 from functools import partial
 
-from tqdm import tqdm
-
 from pipelines.config import REFUSED
 from pipelines.parallel import chunks, num_workers, run_all
+from pipelines.progress import progress
 from pipelines.source import SourceConfig
 from shards.images import ImageRule
 from shards.sample import DataError
@@ -31,7 +30,7 @@ def propose_format(config: SourceConfig, verb: str) -> int:
     workers = num_workers(config.workers, len(masks))
     survey = MaskSurvey()
     problems: list[str] = []
-    with tqdm(total=len(masks), desc="look", unit="mask", disable=not sys.stderr.isatty()) as bar:
+    with progress(total=len(masks), desc="look", unit="mask") as bar:
         work = partial(look_at, rule=config.image_rule())
         for piece, (part, found) in run_all(work, chunks(masks, workers), workers):
             survey.merge(part)

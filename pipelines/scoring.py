@@ -2,16 +2,15 @@
 
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
-from pipelines.batches import default_workers, eval_batches
+from pipelines.batches import eval_batches
 from pipelines.checkpoint import require_spec
-from shards.index import Manifest
+from pipelines.dataset import DataSet
 from shards.sample import DataError
 from unet import Scores, SegmentationScores, TileConfig, UNet, predict_mask
 
@@ -31,11 +30,9 @@ def make_forward(model: UNet, accelerator: Accelerator) -> Callable[[Tensor], Te
 def score(
     model: UNet,
     accelerator: Accelerator,
-    folder: Path,
-    manifest: Manifest,
+    data: DataSet,
     split_name: str,
     tiles: TileConfig,
-    workers: int | None = None,
 ) -> Scores:
     """Score the unwrapped model on every picture of a split, at its own size.
 
@@ -43,18 +40,16 @@ def score(
     Raises DataError if not every sample was seen.
     """
     spec = require_spec(model)
-    split = manifest.split(split_name, folder)
+    split = data.manifest.split(split_name, data.store)
     was_training = model.training
     model.eval()
     metric = SegmentationScores(spec.classes, spec.counted).to(accelerator.device)
     batches = eval_batches(
-        folder,
-        manifest,
-        split,
+        data,
+        split_name,
         batch_size=tiles.batch_size,
         rank=accelerator.process_index,
         world=accelerator.num_processes,
-        workers=default_workers(accelerator) if workers is None else workers,
         pin=accelerator.device.type == "cuda",
     )
     forward = make_forward(model, accelerator)

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Literal
 
 import tyro
-from tqdm import tqdm
 
 from pipelines.config import run_command
+from pipelines.progress import progress
 from shards.pairs import Separation, check_regex, dotted, separate
 from shards.sample import DataError
 
@@ -74,7 +74,7 @@ def run(config: SeparateConfig) -> int:
             print(f"{file.source} -> {file.target}")
         print(f"{num_masks} pairs; nothing was done (--dry-run)")
         return 0
-    for file in tqdm(plan, desc="separate", unit="file", disable=not sys.stderr.isatty()):
+    for file in progress(plan, desc="separate", unit="file"):
         place(file, config.mode)
     print(f"{num_masks} pairs in {config.out / 'images'} and {config.out / 'masks'}")
     print(

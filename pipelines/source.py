@@ -145,7 +145,8 @@ class SourceConfig(PictureConfig):
     classes: tuple[str, ...] = ()
     """Class names from class 0 on. One called `background` enters no mean score."""
     resize_mask: bool = False
-    """Bring masks of another size than their picture to it, by nearest neighbour."""
+    """Bring masks of another size than their picture, but of its shape, to it, by nearest
+    neighbour."""
 
     exif: Exif = "upright"
     """Pictures with an EXIF orientation. ignore: take the pixels as they lie in the file."""

@@ -22,10 +22,11 @@ from tqdm import tqdm
 
 from pipelines import scoring
 from pipelines.augment import Augment, AugmentConfig
-from pipelines.batches import Batch, default_crop_size, default_workers, train_batches
+from pipelines.batches import Batch, default_crop_size, train_batches
 from pipelines.budget import Budget, Limits
 from pipelines.checkpoint import Checkpoints, RunLock, TrainState, require_spec
 from pipelines.config import INTERRUPTED, RunError, UsageError, run_command, to_plain
+from pipelines.dataset import DataConfig, DataSet, open_data, train_in_use
 from pipelines.devices import start
 from pipelines.optim import Learner, OptimConfig, build_learner, learning_rate, set_learning_rate
 from pipelines.tracking import Tracker, TrackingConfig
@@ -64,16 +65,14 @@ class ModelConfig:
         return {name: value for name, value in given.items() if value is not None}
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TrainConfig:
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(DataConfig):
     """Train a U-Net on shards. The same command, given again, goes on where it was interrupted.
 
     --steps, --epochs and --minutes bound the run, whichever is reached first; the learning rate
     falls to 0 just then. Without any of them it makes 10,000 steps.
     """
 
-    data: Path
-    """Folder of shards with the splits train and val."""
     run_dir: Path
     """Folder of this run: config.yaml, metrics.jsonl, checkpoints."""
     steps: int | None = None
@@ -90,8 +89,11 @@ class TrainConfig:
     crop_size: int | None = None
     """Side of the square training crops; left out: what most pictures hold, at most 512 pixels
     (256 with the preset small)."""
-    workers: int | None = None
-    """Decoding processes of each rank; left out: its share of the CPUs, at most 8."""
+    bad_samples: Literal["raise", "skip"] = "raise"
+    """A training sample that cannot be decoded ends the run, or another one takes its place."""
+    max_bad_share: float = 0.01
+    """With `skip`: the share of the samples drawn (of one epoch, before that is over) that may be
+    replaced before the run ends all the same."""
     log_every: int = 20
     """Steps between lines of metrics.jsonl."""
     eval_every: int = 500
@@ -125,8 +127,11 @@ class TrainConfig:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.seed < 0 or (self.workers is not None and self.workers < 0):
-            raise ValueError("seed and workers must not be below 0")
+        if self.seed < 0:
+            raise ValueError("seed must not be below 0")
+        if not 0 <= self.max_bad_share <= 1:
+            raise ValueError(f"max_bad_share is a share, 0 to 1, got {self.max_bad_share}")
+        DataConfig.__post_init__(self)
 
     def limits(self, num_samples: int) -> Limits:
         """What ends the run, in steps and minutes."""
@@ -160,6 +165,8 @@ def run(config: TrainConfig) -> int:
     model, optimizer = accelerator.prepare(learner.model, learner.optimizer)
     model.train()
 
+    in_use = train_in_use(order, manifest, accelerator)
+    data = open_data(config, manifest, ["train", "val"], accelerator, in_use)
     budget = Budget(
         accelerator, config.limits(order.num_samples), step=state.step, seconds=state.seconds
     )
@@ -172,15 +179,13 @@ def run(config: TrainConfig) -> int:
     criterion = SegmentationLoss(config.loss, spec.counted)
     augment = Augment(config.augment, config.seed)
     plan = TrainPlan(order, batch_size, rank, world, start=state.position)
-    batches = open_batches(config, manifest, plan, accelerator)
+    batches = open_batches(config, data, plan, accelerator)
     progress, meter = Progress(accelerator, budget), Meter(criterion.names, accelerator)
     scores = None
 
     while not budget.interrupted:
         if validation_due(config, budget, state):
-            scores = scoring.score(
-                learner.scored, accelerator, config.data, manifest, "val", config.tiles
-            )
+            scores = scoring.score(learner.scored, accelerator, data, "val", config.tiles)
             tracker.log(budget.step, scoring.named(scores, "val"))
             progress.say(f"step {budget.step}: {scoring.headline(scores, 'val')}")
             dice = scores.macro.dice or 0.0
@@ -206,7 +211,7 @@ def run(config: TrainConfig) -> int:
                 optimizer.step()
                 optimizer.zero_grad()
             budget.watch(loss)
-            meter.add(loss, parts)
+            meter.add(loss, parts, batch.skipped)
         if learner.average is not None:
             learner.average.update(learner.model, budget.step + 1)
         if bad_step := budget.advance():
@@ -216,6 +221,7 @@ def run(config: TrainConfig) -> int:
         state = replace(state, step=budget.step, position=position, seconds=budget.seconds)
         if budget.step % config.log_every == 0 or budget.spent or budget.interrupted:
             values = meter.read(config.step_samples())
+            refuse_many_skips(config, values, order.num_samples, position - plan.start)
             tracker.log(budget.step, {**values, "train/lr": lr})
             progress.show(values)
     else:
@@ -306,18 +312,17 @@ def fixed_settings(config: TrainConfig, manifest: Manifest) -> dict[str, Any]:
 
 
 def open_batches(
-    config: TrainConfig, manifest: Manifest, plan: TrainPlan, accelerator: Accelerator
+    config: TrainConfig, data: DataSet, plan: TrainPlan, accelerator: Accelerator
 ) -> Iterator[Batch]:
     """This rank's endless batches."""
     assert config.crop_size is not None
-    workers = config.workers
     return train_batches(
-        config.data,
-        manifest,
+        data,
         plan,
         crop_size=config.crop_size,
+        augment=config.augment,
         seed=config.seed,
-        workers=default_workers(accelerator) if workers is None else workers,
+        skip=config.bad_samples == "skip",
         pin=accelerator.device.type == "cuda",
     )
 
@@ -328,6 +333,7 @@ class Meter:
     def __init__(self, names: Sequence[str], accelerator: Accelerator) -> None:
         self.names = ["train/loss", *(f"train/loss_{name}" for name in names)]
         self.accelerator = accelerator
+        self.skipped = 0
         self.reset()
 
     def reset(self) -> None:
@@ -342,21 +348,32 @@ class Meter:
         yield
         self.waited += time.perf_counter() - began
 
-    def add(self, loss: Tensor, parts: Tensor) -> None:
-        """Count the losses of one forward pass."""
+    def add(self, loss: Tensor, parts: Tensor, skipped: Sequence[str]) -> None:
+        """Count the losses of one forward pass, and tell what was skipped for it."""
         self.sums += torch.cat([loss.detach()[None], parts])
         self.passes += 1
+        self.skipped += len(skipped)
+        for line in skipped:
+            # Of every rank: nobody else knows.
+            tqdm.write(f"skipped: {line}", file=sys.stderr)
 
     def read(self, global_batch_size: int) -> dict[str, float]:
-        """The means over passes and ranks, samples per second, and the share of time waited."""
-        mean = self.accelerator.reduce(self.sums / max(1, self.passes), "mean")
+        """The means over passes and ranks, samples per second, and the share of time waited.
+
+        `train/skipped`: samples of all ranks that were replaced since the run was started.
+        """
+        skipped = torch.tensor([self.skipped], device=self.sums.device)
+        mine = torch.cat([self.sums / max(1, self.passes), skipped])
+        mean = self.accelerator.reduce(mine, "mean")
         assert isinstance(mean, Tensor)
+        *means, mean_skipped = mean.tolist()
         seconds = max(1e-9, time.perf_counter() - self.began)
         steps = self.passes / self.accelerator.gradient_accumulation_steps
         values = {
-            **dict(zip(self.names, mean.tolist(), strict=True)),
+            **dict(zip(self.names, means, strict=True)),
             "train/samples_per_second": steps * global_batch_size / seconds,
             "train/data_wait": self.waited / seconds,
+            "train/skipped": round(mean_skipped * self.accelerator.num_processes),
         }
         self.reset()
         return values
@@ -410,6 +427,19 @@ def save(
     if accelerator.is_main_process:
         checkpoints.save(state, learner, accelerator.scaler, is_best=is_best)
     accelerator.wait_for_everyone()
+
+
+def refuse_many_skips(
+    config: TrainConfig, values: dict[str, float], num_samples: int, drawn: int
+) -> None:
+    """Raise RunError, on all ranks, where more samples were replaced than the user allows."""
+    allowed = config.max_bad_share * max(num_samples, drawn)
+    if values["train/skipped"] > allowed:
+        raise RunError(
+            f"{values['train/skipped']:,} samples could not be decoded, more than "
+            f"--max-bad-share {config.max_bad_share} allows; they are named above: repair or "
+            "remove them and pack again, or raise it"
+        )
 
 
 def not_finite(step: int, config: TrainConfig, manifest: Manifest, order: Order) -> str:

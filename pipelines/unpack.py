@@ -7,10 +7,10 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from pipelines.config import refuse_url, run_command
 from pipelines.overlay import draw_overlay
+from pipelines.progress import progress
 from shards.images import IMAGE_EXTENSIONS, decode_image, encode_png
 from shards.index import Manifest, read_manifest
 from shards.masks import decode_mask
@@ -28,8 +28,8 @@ class UnpackConfig:
     values that the mask files had. A split of its own folder where there are several: --split.
     """
 
-    data: Path
-    """Folder of shards."""
+    data: str
+    """Folder of shards, or a URL such as s3://bucket/folder."""
     out: Path
     """Where `images`, `masks` and `overlay` are made."""
     split: str | None = None
@@ -48,11 +48,8 @@ def run(config: UnpackConfig) -> int:
     splits = [manifest.split(name, config.data) for name in names]
     paint = mask_painter(manifest)
     seen: set[str] = set()
-    with tqdm(
-        total=sum(split.samples for split in splits),
-        desc="unpack",
-        unit="sample",
-        disable=not sys.stderr.isatty(),
+    with progress(
+        total=sum(split.samples for split in splits), desc="unpack", unit="sample"
     ) as bar:
         for split in splits:
             plan = EvalPlan(tuple(s.samples for s in split.shards), chunk=1, rank=0, world=1)

@@ -11,6 +11,11 @@ from PIL import Image, ImageOps, TiffImagePlugin
 from shards.headers import read_header
 from shards.sample import Channels, DataError, Uint8
 
+try:
+    import simplejpeg
+except ImportError:  # the extra `turbo`
+    simplejpeg = None
+
 IMAGE_EXTENSIONS = frozenset(
     {
         *(".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"),
@@ -131,6 +136,7 @@ NOTES = {
     "unturned": "with an EXIF orientation are stored as their pixels lie, as PNG without it",
     "frame": "with several frames are stored as one frame, as PNG",
     "resized": "are scaled down, stored as PNG",
+    "mask": "have a mask of another size, brought to theirs by nearest neighbour",
     "alpha": "have transparent pixels; the alpha is kept in the shard and dropped when decoded",
     "colour": "are CMYK or YCbCr; kept in the shard and converted to RGB when decoded",
     "deep": "have 16 bits; kept in the shard and scaled to 8 bits when decoded",
@@ -318,15 +324,14 @@ def examine(image: Image.Image, alpha: Alpha, deep: bool, where: str) -> tuple[C
     """
     notes = []
     if image.mode in DEEP_MODES:
+        wide = np.asarray(image)
+        held = f"values from {wide.min()} to {wide.max()}"
+        if wide.min() < 0 or wide.max() > 65535:
+            raise DataError(f"{where} holds {held}; convert it to 16-bit grey")
         if not deep:
             raise DataError(
-                f"{where} has more than 8 bits a pixel (mode {image.mode}); say what becomes "
-                "black and white: --image-range 0 65535, or --image-percentiles 0.5 99.5"
-            )
-        wide = np.asarray(image)
-        if wide.min() < 0 or wide.max() > 65535:
-            raise DataError(
-                f"{where} holds values from {wide.min()} to {wide.max()}; convert it to 16-bit grey"
+                f"{where} has more than 8 bits a pixel (mode {image.mode}, {held}); say what "
+                "becomes black and white: --image-range 0 65535, or --image-percentiles 0.5 99.5"
             )
         if alpha == "refuse" and "transparency" in image.info:
             raise DataError(f"{where} has a transparent grey; add --alpha drop to take it as it is")
@@ -370,15 +375,67 @@ def scaled_size(size: tuple[int, int], longest: int) -> tuple[int, int]:
     return max(1, round(size[0] * factor)), max(1, round(size[1] * factor))
 
 
+@dataclass(frozen=True, slots=True)
+class DecodedImage:
+    """A picture whose pixels are decoded and upright, not yet in the data set's channels."""
+
+    pixels: Image.Image | Uint8
+    """Pillow's picture of any mode, or an array that is [H, W, C] already."""
+    form: ImageFormat
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height)."""
+        if isinstance(self.pixels, Image.Image):
+            return self.pixels.size
+        height, width, _ = self.pixels.shape
+        return width, height
+
+    def region(self, left: int, top: int, right: int, bottom: int) -> Uint8:
+        """A part, right and bottom excluded, as uint8 [H, W, C] in the data set's channels."""
+        if not isinstance(self.pixels, Image.Image):
+            return self.pixels[top:bottom, left:right]
+        box = (left, top, right, bottom)
+        whole = box == (0, 0, *self.pixels.size)
+        return to_array(self.pixels if whole else self.pixels.crop(box), self.form)
+
+
+def open_pixels(data: bytes, form: ImageFormat, where: str) -> DecodedImage:
+    """Decode a picture file, and convert nothing yet.
+
+    Raises DataError for a damaged file and for what the format does not cover.
+    """
+    rule = ImageRule(alpha=form.alpha, max_pixels=form.max_pixels)
+    image = open_image(data, where, rule)
+    if (pixels := decode_turbo(data, image, form)) is not None:
+        return DecodedImage(pixels, form)
+    image, _ = load(image, where)
+    examine(image, form.alpha, form.range is not None, where)
+    return DecodedImage(image, form)
+
+
+def decode_turbo(data: bytes, image: Image.Image, form: ImageFormat) -> Uint8 | None:
+    """An ordinary JPEG by simplejpeg, where the extra `turbo` is installed: the same pixels sooner.
+
+    None for all that is left to Pillow, damaged files among it.
+    """
+    # RGB -> L is left to Pillow: the luma that a JPEG holds differs from what Pillow computes.
+    plain = image.format == "JPEG" and image.mode in ("L", form.channels)
+    if simplejpeg is None or not plain or orientation_of(image) != 1:
+        return None
+    try:
+        return simplejpeg.decode_jpeg(data, "GRAY" if form.channels == "L" else "RGB")
+    except ValueError:
+        return None
+
+
 def decode_image(data: bytes, form: ImageFormat, where: str) -> Uint8:
     """Picture bytes -> uint8 [H, W, C] in the data set's channels (L: C = 1, RGB: C = 3).
 
     Raises DataError for a damaged file and for what the format does not cover.
     """
-    rule = ImageRule(alpha=form.alpha, max_pixels=form.max_pixels)
-    image, _ = load(open_image(data, where, rule), where)
-    examine(image, form.alpha, form.range is not None, where)
-    return to_array(image, form)
+    decoded = open_pixels(data, form, where)
+    return decoded.region(0, 0, *decoded.size)
 
 
 def to_array(image: Image.Image, form: ImageFormat) -> Uint8:

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
+
 from shards.images import ImageFormat
 from shards.sample import INFO_EXTENSION, MASK_EXTENSION, DataError, Palette
 from shards.store import Store
@@ -80,11 +82,11 @@ class Manifest:
     digest: str = field(default="", compare=False)
     """sha256 of the file that this was read from."""
 
-    def split(self, name: str, folder: Path) -> SplitInfo:
-        """A split that has samples. Raises DataError naming those there are."""
+    def split(self, name: str, place: object) -> SplitInfo:
+        """A split that has samples. Raises DataError naming those there are, and the place."""
         if name not in self.splits or not self.splits[name].samples:
             there = ", ".join(k for k, v in self.splits.items() if v.samples)
-            raise DataError(f"{folder} has no samples in the split {name!r}, only in: {there}")
+            raise DataError(f"{place} has no samples in the split {name!r}, only in: {there}")
         return self.splits[name]
 
 
@@ -98,17 +100,21 @@ def write_manifest(store: Store, manifest: Manifest, within: str | None = None) 
     store.write(MANIFEST, text.encode(), within)
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a folder of shards.
+def read_manifest(place: Store | Path | str) -> Manifest:
+    """The manifest of a folder of shards, on disk or at a URL.
 
     Raises DataError where there is none, where it is none of ours or of a newer version.
     """
-    path = folder / MANIFEST
-    if not folder.is_dir():
-        raise DataError(f"{folder} is no folder of shards: it does not exist")
-    if not path.is_file():
-        raise DataError(f"{folder} is no data set: it has no {MANIFEST} (unet pack writes it last)")
-    data = path.read_bytes()
+    store = Store(place)
+    if store.local is not None and not store.local.is_dir():
+        raise DataError(f"{store} is no folder of shards: it does not exist")
+    path = store.path(MANIFEST)
+    try:
+        data = store.read(MANIFEST)
+    except FileNotFoundError as error:
+        raise DataError(
+            f"{store} is no data set: it has no {MANIFEST} (unet pack writes it last)"
+        ) from error
     try:
         plain = json.loads(data)
         if plain.pop("format", None) != FORMAT:
@@ -166,33 +172,54 @@ class SampleRange(NamedTuple):
 
 
 class ShardIndex:
-    """The `.idx` of one shard, kept as text and parsed a sample at a time."""
+    """The `.idx` of one shard, parsed a sample at a time.
 
-    def __init__(self, shard: Path) -> None:
-        path = shard.with_suffix(".idx")
-        try:
-            text = path.read_text(encoding="utf-8")
-            header, *lines = text.splitlines()
-        except (OSError, ValueError) as error:
-            raise DataError(f"{path} cannot be read ({error}); pack the data set again") from error
-        version, _, count = header.partition(" ")
-        whole = text.endswith("\n") and count.isdigit() and int(count) == len(lines)
-        if version != "v1.2" or not whole:
+    Args:
+        data: its content.
+        path: where it lies.
+        reread: it is a local file, whose lines are read again when they are asked for; else the
+            content is kept.
+
+    Raises DataError where the content is no whole index.
+    """
+
+    def __init__(self, data: bytes, path: str, *, reread: bool = False) -> None:
+        header, _, _ = data.partition(b"\n")
+        version, _, count = header.partition(b" ")
+        newlines = np.flatnonzero(np.frombuffer(data, dtype=np.uint8) == ord("\n"))
+        # Four bytes a line: a data set of a million samples has as many in each process.
+        self.ends = newlines.astype(np.uint32)
+        whole = data.endswith(b"\n") and count.isdigit() and int(count) == len(self.ends) - 1
+        if version != b"v1.2" or not whole:
             raise DataError(f"{path} is cut or no index of version v1.2; pack the data set again")
-        self.path, self.lines = path, lines
+        self.path, self.data = path, None if reread else data
 
     def __len__(self) -> int:
-        return len(self.lines)
+        return len(self.ends) - 1
+
+    @property
+    def num_bytes(self) -> int:
+        """What it takes in memory."""
+        return len(self.data or b"") + self.ends.nbytes
+
+    def line(self, row: int) -> bytes:
+        """The line of sample `row`. Raises OSError where its file has gone."""
+        begin, end = int(self.ends[row]) + 1, int(self.ends[row + 1])
+        if self.data is not None:
+            return self.data[begin:end]
+        with open(self.path, "rb", buffering=0) as file:
+            file.seek(begin)
+            return file.read(end - begin)
 
     def __getitem__(self, row: int) -> SampleRange:
         """The members of sample `row`. Raises DataError where one that is needed is missing."""
-        words = self.lines[row].split(" ")
         try:
+            words = self.line(row).decode().split(" ")
             members = [
                 MemberRange(words[i], int(words[i + 1]), int(words[i + 2]), words[i + 3])
                 for i in range(0, len(words), 4)
             ]
-        except (ValueError, IndexError) as error:
+        except (OSError, ValueError, IndexError) as error:
             raise DataError(f"{self.path}, line {row + 2} is damaged; pack it again") from error
         images = [m for m in members if m.extension not in (MASK_EXTENSION, INFO_EXTENSION)]
         mask = next((m for m in members if m.extension == MASK_EXTENSION), None)
@@ -206,6 +233,15 @@ class ShardIndex:
             )
         key = image.name.removesuffix(f".{image.extension}")
         return SampleRange(key, image, mask, info)
+
+
+def read_index(shard: Path) -> ShardIndex:
+    """The index beside a shard on disk. Raises DataError where there is none."""
+    path = shard.with_suffix(".idx")
+    try:
+        return ShardIndex(path.read_bytes(), str(path), reread=True)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error}); pack the data set again") from error
 
 
 def merge_sizes(counts: Sequence[SizeCount]) -> tuple[SizeCount, ...]:

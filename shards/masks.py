@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from shards.headers import read_header
+from shards.headers import PNG_BEGIN, PNG_END, read_header
 from shards.images import DEEP_MODES, ImageRule, load, open_image
 from shards.sample import IGNORE, Colour, DataError, Palette, Uint8
 
@@ -509,11 +509,15 @@ def decode_mask(data: bytes, num_classes: int, where: str) -> Uint8:
 
     Raises DataError for what is none, and for an index that no class has.
     """
-    image, _ = load(open_image(data, where, ANY), where)
-    if image.mode not in ("P", "L"):
-        raise DataError(f"{where} is no canonical mask: mode {image.mode}, not P; pack it again")
-    mask = np.asarray(image)
-    if ((mask >= num_classes) & (mask != IGNORE)).any():
+    mask = unpack_mask(data)
+    if mask is None:
+        image, _ = load(open_image(data, where, ANY), where)
+        if image.mode not in ("P", "L"):
+            raise DataError(
+                f"{where} is no canonical mask: mode {image.mode}, not P; pack it again"
+            )
+        mask = np.asarray(image)
+    if mask.max(initial=0) >= num_classes and ((mask >= num_classes) & (mask != IGNORE)).any():
         counts = count_values(mask)
         beyond = np.flatnonzero(counts[num_classes:IGNORE]) + num_classes
         raise DataError(
@@ -562,6 +566,56 @@ def pack_bits(mask: Uint8, bits: int) -> Uint8:
     for place in range(each):
         packed |= padded[:, place::each] << (8 - bits * (place + 1))
     return packed
+
+
+def unpack_mask(data: bytes) -> Uint8 | None:
+    """Class indices of a PNG as `encode_mask` writes it, in a third of Pillow's time.
+
+    None for every other file, damaged ones among them.
+    """
+    try:
+        width, height, bits = struct.unpack_from(">IIB", data, 16)
+        (palette_length,) = struct.unpack_from(">I", data, 33)
+        begin = 45 + palette_length
+        length, kind = struct.unpack_from(">I4s", data, begin)
+        # Each chunk, from its kind on, is followed by its check sum.
+        spans = [(12, 29), (37, begin - 4), (begin + 4, begin + 8 + length)]
+        if any(struct.unpack_from(">I", data, b)[0] != zlib.crc32(data[a:b]) for a, b in spans):
+            return None
+    except struct.error:
+        return None
+    packed = data[begin + 8 : begin + 8 + length]
+    ordinary = data.startswith(PNG_BEGIN) and data[37:41] == b"PLTE" and kind == b"IDAT"
+    if not ordinary or data[25:29] != bytes((3, 0, 0, 0)) or bits not in (1, 2, 4, 8):
+        return None
+    if palette_length > 3 * 2**bits or data[begin + 12 + length :] != PNG_END:
+        return None
+    if width * height > ANY.max_pixels:
+        return None
+    row = 1 + -(-width * bits // 8)
+    inflate = zlib.decompressobj()
+    try:
+        raw = inflate.decompress(packed, height * row + 1)
+    except zlib.error:
+        return None
+    if len(raw) != height * row or not inflate.eof:
+        return None
+    rows = np.frombuffer(raw, dtype=np.uint8).reshape(height, row)
+    # The first byte of a row names its filter.
+    return None if rows[:, 0].any() else unpack_bits(rows[:, 1:], bits, width)
+
+
+def unpack_bits(packed: Uint8, bits: int, width: int) -> Uint8:
+    """What `pack_bits` packed, [H, width]."""
+    if bits == 8:
+        return packed
+    if bits == 1:
+        return np.unpackbits(packed, axis=1, count=width)
+    each = 8 // bits
+    mask = np.empty((packed.shape[0], packed.shape[1] * each), dtype=np.uint8)
+    for place in range(each):
+        mask[:, place::each] = packed >> (8 - bits * (place + 1)) & (2**bits - 1)
+    return mask[:, :width]
 
 
 @lru_cache

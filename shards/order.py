@@ -14,9 +14,10 @@ Nothing here depends on the number of ranks or workers, and where W divides L a 
 lanes, so that it reads its own shards and (borders aside) no others.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -27,6 +28,10 @@ LANES = 96
 WINDOW = 4096
 WHOLE = 16_384
 """Up to this many samples are permuted as a whole."""
+
+
+SHARDS, SAMPLES, IN_WINDOW, SUBSTITUTE = range(4)
+"""Keep the random numbers of different uses apart."""
 
 
 class Address(NamedTuple):
@@ -67,23 +72,75 @@ class Order:
         length, longer = divmod(num_samples, self.lanes)
         start = lane * length + min(lane, longer)
         if num_samples <= WHOLE:
-            place = int(permutation(num_samples, self.seed, epoch, 1)[start + index])
+            place = int(permutation(num_samples, self.seed, epoch, SAMPLES)[start + index])
         else:
             size = length + (lane < longer)
             window, offset = divmod(index, self.window)
             first = window * self.window
             width = min(self.window, size - first)
-            place = (
-                start + first + int(permutation(width, self.seed, epoch, 2, lane, window)[offset])
-            )
+            shuffled = permutation(width, self.seed, epoch, IN_WINDOW, lane, window)
+            place = start + first + int(shuffled[offset])
         shards, starts = self.epoch(epoch)
         slot = int(np.searchsorted(starts, place, side="right")) - 1
         return Address(position, int(shards[slot]), place - int(starts[slot]))
 
+    def substitute(self, position: int, attempt: int) -> Address:
+        """Another sample for a position whose own cannot be used; attempts count from 1."""
+        words = np.random.SeedSequence((self.seed, position, attempt, SUBSTITUTE))
+        draw = int(words.generate_state(1, np.uint64)[0]) % self.num_samples
+        start = position - position % self.num_samples
+        return self.locate(start + draw)._replace(position=position)
+
+    def window_of(self, position: int) -> tuple[int, int]:
+        """(epoch, window) of a position: all lanes come to their windows together."""
+        epoch, j = divmod(position, self.num_samples)
+        return epoch, 0 if self.num_samples <= WHOLE else j // self.lanes // self.window
+
+    def next_window(self, epoch: int, window: int) -> tuple[int, int]:
+        """(epoch, window) of what comes after a window."""
+        longest = -(-self.num_samples // self.lanes)
+        last = self.num_samples <= WHOLE or (window + 1) * self.window >= longest
+        return (epoch + 1, 0) if last else (epoch, window + 1)
+
+    def shards_of(self, epoch: int, window: int, ranks: Sequence[int], world: int) -> list[int]:
+        """Shards that some ranks read in a window, each once, in the order of their first lanes."""
+        if self.num_samples <= WHOLE:
+            return [int(shard) for shard in self.epoch(epoch).shards if self.sizes[shard]]
+        lanes: Sequence[int] = range(self.lanes)
+        if self.lanes % world == 0:
+            # Position p belongs to rank p mod W, and to lane (p - epoch * N) mod L.
+            mine = {(rank - epoch * self.num_samples) % world for rank in ranks}
+            lanes = [lane for lane in lanes if lane % world in mine]
+        length, longer = divmod(self.num_samples, self.lanes)
+        shards, starts = self.epoch(epoch)
+        found: dict[int, None] = {}
+        for lane in lanes:
+            start, size = lane * length + min(lane, longer), length + (lane < longer)
+            first, end = window * self.window, min((window + 1) * self.window, size)
+            if first >= end:
+                continue
+            # Shards without samples share the place of the next; the last of equals is meant.
+            low = int(np.searchsorted(starts, start + first, side="right")) - 1
+            high = int(np.searchsorted(starts, start + end - 1, side="right"))
+            found.update((int(s), None) for s in shards[low:high] if self.sizes[s])
+        return list(found)
+
+    def most_in_use(self, weights: Sequence[int], ranks: Sequence[int], world: int) -> int:
+        """The most that the shards weigh which some ranks read in one window of the first epoch.
+
+        `weights`: of each shard, such as its bytes.
+        """
+        most, epoch, window = 0, 0, 0
+        while epoch == 0:
+            shards = self.shards_of(epoch, window, ranks, world)
+            most = max(most, sum(weights[shard] for shard in shards))
+            epoch, window = self.next_window(epoch, window)
+        return most
+
     def epoch(self, epoch: int) -> "Epoch":
         """The order of the shards in an epoch; the last two are remembered."""
         if epoch not in self._epochs:
-            shards = permutation(len(self.sizes), self.seed, epoch, 0)
+            shards = permutation(len(self.sizes), self.seed, epoch, SHARDS)
             permuted = np.asarray(self.sizes, dtype=np.int64)[shards]
             if len(self._epochs) > 1:
                 del self._epochs[min(self._epochs)]
@@ -121,6 +178,9 @@ class TrainPlan:
     world: int
     start: int
     """Position of the stream that the first global batch begins with."""
+    _upcoming: dict[tuple[int, int], list[int]] = field(
+        init=False, repr=False, compare=False, default_factory=dict
+    )
 
     def batches(self, worker: int, num_workers: int) -> Iterator[list[Address]]:
         """The addresses of this worker's batches, without end."""
@@ -130,6 +190,16 @@ class TrainPlan:
             begin = first + batch * self.batch_size * self.world
             yield [self.order.locate(begin + i * self.world) for i in range(self.batch_size)]
             batch += num_workers
+
+    def upcoming(self, position: int) -> list[int]:
+        """The shards that this rank reads in the window of a position, then those of the next."""
+        now = self.order.window_of(position)
+        if now not in self._upcoming:
+            both = (now, self.order.next_window(*now))
+            shards = (self.order.shards_of(*one, [self.rank], self.world) for one in both)
+            self._upcoming.clear()
+            self._upcoming[now] = list(dict.fromkeys(chain.from_iterable(shards)))
+        return self._upcoming[now]
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,8 +220,7 @@ class EvalPlan:
         """The addresses of this worker's chunks."""
         starts = np.cumsum((0, *self.sizes))
         num_samples = int(starts[-1])
-        num_chunks = -(-num_samples // self.chunk)
-        first, last = (r * num_chunks // self.world for r in (self.rank, self.rank + 1))
+        first, last = self.chunks()
         for chunk in range(first + worker, last, num_workers):
             places = range(chunk * self.chunk, min((chunk + 1) * self.chunk, num_samples))
             shards = np.searchsorted(starts, places, side="right") - 1
@@ -159,3 +228,15 @@ class EvalPlan:
                 Address(place, int(shard), place - int(starts[shard]))
                 for place, shard in zip(places, shards, strict=True)
             ]
+
+    def chunks(self) -> tuple[int, int]:
+        """This rank's first chunk, and that after its last."""
+        num_chunks = -(-sum(self.sizes) // self.chunk)
+        first, last = (r * num_chunks // self.world for r in (self.rank, self.rank + 1))
+        return first, last
+
+    def upcoming(self, position: int) -> list[int]:
+        """The shards that this rank reads from a position on, in order."""
+        last = self.chunks()[1] * self.chunk
+        ends = np.cumsum(self.sizes)
+        return [s for s, end in enumerate(ends) if end > position and end - self.sizes[s] < last]

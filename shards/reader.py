@@ -2,24 +2,35 @@
 
 import json
 import os
+import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import FileIO
-from pathlib import Path
-from typing import Any, Protocol, cast
+from itertools import chain, islice, repeat
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple, Protocol, cast
 
 from torch.utils.data import IterableDataset, get_worker_info
 from webdataset.pipeline import DataPipeline
 
-from shards.images import ImageFormat, decode_image
-from shards.index import MemberRange, ShardIndex, ShardInfo
+from shards.cache import Fetcher, ShardCache
+from shards.images import DecodedImage, ImageFormat, open_pixels
+from shards.index import MemberRange, SampleRange, ShardIndex, ShardInfo, read_index
 from shards.masks import decode_mask
 from shards.order import Address
-from shards.sample import DataError, Sample
+from shards.sample import DataError, Sample, Uint8
+from shards.store import ByteRange, Store
 
 MAX_OPEN = 64
 """Shards that one process keeps open."""
+
+TOGETHER = 4
+"""Batches of remote samples that are asked for at once."""
+
+INDEX_BYTES = 64 * 2**20
+"""Bytes of indexes that one process keeps: of half a million remote samples, or of 16 million."""
 
 MOST_BETWEEN = 2**16
 """Bytes between members of a sample that are read along rather than skipped."""
@@ -45,16 +56,24 @@ class RawSample:
 
     def decode(self, form: ImageFormat, num_classes: int) -> Sample:
         """Decode picture and mask. Raises DataError naming shard and key."""
-        image = decode_image(self.image, form, self.where)
+        image, mask = self.decode_pixels(form, num_classes)
+        return Sample(self.key, image.region(0, 0, *image.size), mask)
+
+    def decode_pixels(
+        self, form: ImageFormat, num_classes: int
+    ) -> tuple[DecodedImage, Uint8 | None]:
+        """The same, with the picture as its file had it: what is cut away need not be converted."""
+        image = open_pixels(self.image, form, self.where)
         if self.mask is None:
-            return Sample(self.key, image, None)
+            return image, None
         mask = decode_mask(self.mask, num_classes, self.where)
-        if mask.shape != image.shape[:2]:
+        (width, height), (rows, columns) = image.size, mask.shape
+        if (rows, columns) != (height, width):
             raise DataError(
-                f"{self.where}: the mask is {mask.shape[1]} x {mask.shape[0]}, the picture "
-                f"{image.shape[1]} x {image.shape[0]}; pack the data set again"
+                f"{self.where}: the mask is {columns} x {rows}, the picture {width} x {height}; "
+                "pack the data set again"
             )
-        return Sample(self.key, image, mask)
+        return image, mask
 
     def describe(self) -> dict[str, Any]:
         """The content of `KEY.json`, or its place in a foreign shard as `source`.
@@ -83,26 +102,86 @@ class Plan(Protocol):
         """Addresses of the batches of worker `worker` of `num_workers`."""
         ...
 
+    def upcoming(self, position: int) -> list[int]:
+        """The shards that are of use at a position of the stream and soon after."""
+        ...
+
+
+class Span(NamedTuple):
+    """Bytes `begin` to `end`, without the last, of a shard."""
+
+    shard: int
+    begin: int
+    end: int
+
 
 class ShardReader:
-    """Reads samples of one split by shard and row. Picklable; files are opened when first read."""
+    """Reads samples of one split by shard and row, out of local files or by range requests.
 
-    def __init__(self, folder: Path, shards: Sequence[ShardInfo]) -> None:
-        self.folder, self.shards = folder, tuple(shards)
-        self.opened: OrderedDict[int, tuple[FileIO, ShardIndex]] = OrderedDict()
+    Picklable; files are opened when first read. With a cache, remote shards that are in it are
+    read from there, and those that `expect` names are brought there in the background.
+    """
+
+    def __init__(
+        self,
+        place: Store | Path | str,
+        shards: Sequence[ShardInfo],
+        cache: ShardCache | None = None,
+    ) -> None:
+        self.store, self.shards, self.cache = Store(place), tuple(shards), cache
+        self.forget()
+
+    def forget(self) -> None:
+        """Close everything."""
+        self.files: OrderedDict[int, FileIO] = OrderedDict()
+        self.indexes: OrderedDict[int, ShardIndex] = OrderedDict()
+        self.fetcher: Fetcher | None = None
+        self.expected: list[int] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "opened": OrderedDict()}
+        return {"store": self.store, "shards": self.shards, "cache": self.cache}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.forget()
+
+    def where(self, shard: int) -> str:
+        """Where a shard lies, for messages."""
+        return self.store.path(self.shards[shard].name)
 
     def read(self, address: Address) -> RawSample:
-        """One sample, in one read. Raises DataError if the shard is missing, cut or changed."""
-        file, index = self.open(address.shard)
-        entry = index[address.row]
-        where = f"{self.folder / self.shards[address.shard].name}: {entry.key}"
-        members = [m for m in (entry.image, entry.mask, entry.info) if m is not None]
-        parts = read_members(file.fileno(), members)
-        if any(len(parts[member]) != member.size for member in members):
+        """One sample, as `read_all`."""
+        return self.read_all([address])[0]
+
+    def read_all(self, addresses: Sequence[Address]) -> list[RawSample]:
+        """Some samples: one read each from local files, from remote ones all at once.
+
+        Raises DataError if a shard is missing, cut or changed, or stays out of reach.
+        """
+        if self.fetcher is not None:
+            self.fetcher.check()
+        indexes = self.open_indexes({address.shard for address in addresses})
+        entries = [indexes[address.shard][address.row] for address in addresses]
+        spans = [
+            [Span(address.shard, *piece) for piece in pieces_of(members_of(entry))]
+            for address, entry in zip(addresses, entries, strict=True)
+        ]
+        read = self.read_spans(list(chain.from_iterable(spans)))
+        raws = zip(addresses, entries, spans, strict=True)
+        return [self.raw_sample(address, entry, own, read) for address, entry, own in raws]
+
+    def raw_sample(
+        self, address: Address, entry: SampleRange, spans: list[Span], read: dict[Span, bytes]
+    ) -> RawSample:
+        """One sample out of what was read. Raises DataError if its shard ends too early."""
+        where = f"{self.where(address.shard)}: {entry.key}"
+        if any(len(read[span]) != span.end - span.begin for span in spans):
             raise DataError(f"{where} ends too early; the shard is cut, copy or pack it again")
+        parts: dict[MemberRange, bytes] = {}
+        for member in members_of(entry):
+            end = member.offset + member.size
+            span = next(s for s in spans if s.begin <= member.offset and end <= s.end)
+            parts[member] = read[span][member.offset - span.begin : end - span.begin]
         return RawSample(
             key=entry.key,
             position=address.position,
@@ -114,52 +193,145 @@ class ShardReader:
             where=where,
         )
 
-    def open(self, shard: int) -> tuple[FileIO, ShardIndex]:
-        """The file and the offsets of a shard, the least recently used one closed."""
-        if shard in self.opened:
-            self.opened.move_to_end(shard)
-            return self.opened[shard]
-        info = self.shards[shard]
-        path = self.folder / info.name
-        index = ShardIndex(path)
-        if len(index) != info.samples:
-            raise DataError(
-                f"{index.path} lists {len(index)} samples, the manifest says {info.samples}; "
-                "copy or pack it again"
-            )
+    def read_spans(self, spans: Sequence[Span]) -> dict[Span, bytes]:
+        """Bytes of shards, short where a shard ends before."""
+        read, remote = {}, []
+        for span in spans:
+            file = self.open_file(span.shard)
+            if file is None:
+                remote.append(span)
+            else:
+                read[span] = os.pread(file.fileno(), span.end - span.begin, span.begin)
+        if remote:
+            ranges = [ByteRange(self.shards[s].name, begin, end) for s, begin, end in remote]
+            read.update(zip(remote, self.store.read_ranges(ranges), strict=True))
+        return read
+
+    def open_file(self, shard: int) -> FileIO | None:
+        """The file of a shard, None where it is remote and not in the cache."""
+        if (file := self.files.get(shard)) is not None:
+            self.files.move_to_end(shard)
+            if self.store.local is not None:
+                return file
+            if os.fstat(file.fileno()).st_nlink:
+                os.utime(file.fileno())
+                return file
+            # It had to make room; its bytes are freed when nobody holds it any more.
+            self.files.pop(shard).close()
+        if self.store.local is not None:
+            file = open_shard(self.store.local / self.shards[shard].name, self.shards[shard])
+        else:
+            file = None if self.cache is None else self.cache.open(self.shards[shard])
+        if file is not None:
+            self.files[shard] = file
+            if len(self.files) > MAX_OPEN:
+                self.files.popitem(last=False)[1].close()
+        return file
+
+    def open_indexes(self, shards: Collection[int]) -> dict[int, ShardIndex]:
+        """The indexes of some shards, those least recently used let go beyond a bound.
+
+        Remote shards are also checked for their size. Raises DataError as `read_all`.
+        """
+        missing = [shard for shard in shards if shard not in self.indexes]
+        found = {shard: self.indexes[shard] for shard in shards if shard in self.indexes}
+        if missing and self.store.local is not None:
+            local = self.store.local
+            found |= {shard: read_index(local / self.shards[shard].name) for shard in missing}
+        elif missing:
+            found |= self.remote_indexes(missing)
+        for shard in missing:
+            listed, info = len(found[shard]), self.shards[shard]
+            if listed != info.samples:
+                raise DataError(
+                    f"{found[shard].path} lists {listed} samples, the manifest says "
+                    f"{info.samples}; copy or pack it again"
+                )
+        for shard in shards:
+            self.indexes[shard] = found[shard]
+            self.indexes.move_to_end(shard)
+        held = sum(index.num_bytes for index in self.indexes.values()) if missing else 0
+        while held > INDEX_BYTES and len(self.indexes) > 1:
+            held -= self.indexes.popitem(last=False)[1].num_bytes
+        return found
+
+    def remote_indexes(self, shards: Sequence[int]) -> dict[int, ShardIndex]:
+        """Indexes of remote shards, and a look at the end of each shard, in one request each."""
+        infos = [self.shards[shard] for shard in shards]
+        names = [str(PurePosixPath(info.name).with_suffix(".idx")) for info in infos]
+        # A shard of the right size has one byte there; a longer one has two.
+        ends = [ByteRange(info.name, info.bytes - 1, info.bytes + 1) for info in infos]
         try:
-            # Unbuffered; closes itself when nobody holds it any more.
-            file = FileIO(path)
-        except OSError as error:
-            raise DataError(f"{path} cannot be opened: {error.strerror}") from error
-        size = os.fstat(file.fileno()).st_size
-        if size != info.bytes:
-            file.close()
-            raise DataError(
-                f"{path} has {size:,} bytes, the manifest says {info.bytes:,}; "
-                "copy or pack it again"
-            )
-        self.opened[shard] = (file, index)
-        if len(self.opened) > MAX_OPEN:
-            _, (oldest, _) = self.opened.popitem(last=False)
-            oldest.close()
-        return self.opened[shard]
+            read = self.store.read_ranges([*(ByteRange(name) for name in names), *ends])
+        except DataError as error:
+            # Some stores answer no request that begins behind the end of a file.
+            if not isinstance(error.__cause__, FileNotFoundError):
+                self.refuse_sizes(infos)
+            raise
+        if any(len(end) != 1 for end in read[len(names) :]):
+            self.refuse_sizes(infos)
+        indexes = zip(shards, names, read, strict=False)
+        return {shard: ShardIndex(data, self.store.path(name)) for shard, name, data in indexes}
+
+    def refuse_sizes(self, infos: Sequence[ShardInfo]) -> None:
+        """Raise DataError naming a remote shard that has not the size that the manifest says."""
+        for info in infos:
+            refuse_size(self.store.path(info.name), self.store.size(info.name), info)
+
+    def expect(self, shards: list[int]) -> None:
+        """Bring these shards into the cache, where there is one, while others are read."""
+        if self.cache is None or shards == self.expected:
+            return
+        self.expected = shards
+        if self.fetcher is None:
+            self.fetcher = Fetcher(self.cache, self.store)
+            # Its thread would keep it alive.
+            weakref.finalize(self, self.fetcher.close)
+        self.fetcher.want([self.shards[shard] for shard in shards])
 
 
-def read_members(handle: int, members: Sequence[MemberRange]) -> dict[MemberRange, bytes]:
-    """The bytes of a sample's members: in one read where they lie together, as ours do."""
-    begin = min(member.offset for member in members)
-    end = max(member.offset + member.size for member in members)
+def open_shard(path: Path, info: ShardInfo) -> FileIO:
+    """A local shard. Raises DataError where it is missing or has another size."""
+    try:
+        # Unbuffered; closes itself when nobody holds it any more.
+        file = FileIO(path)
+    except OSError as error:
+        raise DataError(f"{path} cannot be opened: {error.strerror}") from error
+    try:
+        refuse_size(str(path), os.fstat(file.fileno()).st_size, info)
+    except DataError:
+        file.close()
+        raise
+    return file
+
+
+def refuse_size(where: str, size: int, info: ShardInfo) -> None:
+    """Raise DataError where a shard has not the size that the manifest says."""
+    if size != info.bytes:
+        raise DataError(
+            f"{where} has {size:,} bytes, the manifest says {info.bytes:,}; copy or pack it again"
+        )
+
+
+def members_of(entry: SampleRange) -> list[MemberRange]:
+    """The members that a sample has."""
+    return [member for member in (entry.image, entry.mask, entry.info) if member is not None]
+
+
+def pieces_of(members: Sequence[MemberRange]) -> list[tuple[int, int]]:
+    """Begin and end of what is to be read: in one piece where members lie together, as ours do."""
+    each = [(member.offset, member.offset + member.size) for member in members]
+    begin, end = min(each)[0], max(end for _, end in each)
     if end - begin > 2 * sum(member.size for member in members) + MOST_BETWEEN:
-        return {member: os.pread(handle, member.size, member.offset) for member in members}
-    data = os.pread(handle, end - begin, begin)
-    return {m: data[m.offset - begin : m.offset - begin + m.size] for m in members}
+        return each
+    return [(begin, end)]
 
 
 class SampleSource(IterableDataset[list[RawSample]]):
     """The source stage of a webdataset pipeline, whose later stages map iterators to iterators.
 
-    Yields the raw samples of one planned batch at a time, those of this DataLoader worker.
+    Yields the raw samples of one planned batch at a time, those of this DataLoader worker. Remote
+    ones are read by a thread, some batches at once, while earlier ones are decoded.
     """
 
     def __init__(self, reader: ShardReader, plan: Plan) -> None:
@@ -168,8 +340,28 @@ class SampleSource(IterableDataset[list[RawSample]]):
     def __iter__(self) -> Iterator[list[RawSample]]:
         info = get_worker_info()
         worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
-        for addresses in self.plan.batches(worker, num_workers):
-            yield [self.reader.read(address) for address in addresses]
+        batches = self.plan.batches(worker, num_workers)
+        if self.reader.store.local is not None:
+            return map(self.reader.read_all, batches)
+        return self.read_ahead(batches)
+
+    def read_ahead(self, batches: Iterator[list[Address]]) -> Iterator[list[RawSample]]:
+        """The raw samples of remote batches; the first batch waits for no other."""
+        with ThreadPoolExecutor(1) as thread:
+            groups = ([*islice(batches, size)] for size in chain([1], repeat(TOGETHER)))
+            waiting = [thread.submit(self.read_group, next(groups))]
+            waiting.append(thread.submit(self.read_group, next(groups)))
+            while group := waiting.pop(0).result():
+                yield from group
+                waiting.append(thread.submit(self.read_group, next(groups)))
+
+    def read_group(self, batches: list[list[Address]]) -> list[list[RawSample]]:
+        """The raw samples of some batches, in one round of requests."""
+        if not batches:
+            return []
+        self.reader.expect(self.plan.upcoming(batches[0][0].position))
+        raws = iter(self.reader.read_all([*chain.from_iterable(batches)]))
+        return [[*islice(raws, len(batch))] for batch in batches]
 
 
 def read_samples(reader: ShardReader, plan: Plan, *stages: Stage) -> IterableDataset[Any]:

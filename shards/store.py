@@ -1,14 +1,17 @@
 """A folder that is written to, on disk or at any fsspec URL: files there are whole or absent."""
 
+import errno
 import os
+import random
 import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import fsspec
 
@@ -19,6 +22,23 @@ WHOLE_OR_NOT = ("abfs", "az", "gcs", "gs", "memory", "s3", "s3a")
 """Protocols whose uploads are seen only when they are complete; others get a name aside first."""
 
 
+PAUSES = (0.2, 0.4, 0.8, 1.6, 3.2, 6.4)
+"""Seconds before a read that failed is tried again, each half random."""
+
+LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotImplementedError)
+"""Errors that waiting does not mend; so is an OSError with EINVAL, as S3 says of wrong ranges."""
+
+T = TypeVar("T")
+
+
+class ByteRange(NamedTuple):
+    """Bytes `begin` to `end`, without the last, of a file; to its end where `end` is None."""
+
+    name: str
+    begin: int = 0
+    end: int | None = None
+
+
 def is_url(path: str) -> bool:
     """Whether a path is a URL such as `s3://bucket/folder`."""
     return re.match(r"[a-z][a-z0-9+.-]*://", path) is not None
@@ -27,7 +47,8 @@ def is_url(path: str) -> bool:
 class Store:
     """A folder, local or remote. Small and picklable; connects in the process that uses it."""
 
-    def __init__(self, place: str) -> None:
+    def __init__(self, place: "Store | Path | str") -> None:
+        place = str(place)
         self.place = place.rstrip("/") if is_url(place) else place
         self.local = None if is_url(place) else Path(place)
 
@@ -92,7 +113,49 @@ class Store:
             return (self.local / name).read_bytes()
         system, root = self.connect()
         with told(self.path(name)):
-            return system.cat_file(f"{root}/{name}")
+            return patiently(lambda: system.cat_file(f"{root}/{name}"))
+
+    def read_ranges(self, ranges: Sequence[ByteRange]) -> list[bytes]:
+        """Several pieces of remote files, asked for at once; short where a file ends before.
+
+        Raises DataError naming one that is not there or stays out of reach.
+        """
+        system, root = self.connect()
+        found: dict[ByteRange, bytes] = {}
+        failed = self.place
+
+        def ask() -> None:
+            nonlocal failed
+            missing = [piece for piece in dict.fromkeys(ranges) if piece not in found]
+            names, begins, ends = zip(*missing, strict=True) if missing else ((), (), ())
+            paths = [f"{root}/{name}" for name in names]
+            answers = system.cat_ranges(paths, [*begins], [*ends], on_error="return")
+            found.update(
+                (piece, answer)
+                for piece, answer in zip(missing, answers, strict=True)
+                if isinstance(answer, bytes)
+            )
+            for piece, answer in zip(missing, answers, strict=True):
+                if isinstance(answer, BaseException):
+                    failed = self.path(piece.name)
+                    raise answer
+
+        try:
+            patiently(ask)
+        except FileNotFoundError as error:
+            raise DataError(f"{failed} is not there; copy or pack the data set again") from error
+        except Exception as error:  # every client library has exceptions of its own
+            raise unreachable(failed, error) from error
+        return [found[piece] for piece in ranges]
+
+    def size(self, name: str) -> int:
+        """Bytes of a file."""
+        if self.local is not None:
+            return (self.local / name).stat().st_size
+        system, root = self.connect()
+        with told(self.path(name)):
+            system.invalidate_cache()
+            return patiently(lambda: int(system.info(f"{root}/{name}")["size"]))
 
     def write(self, name: str, data: bytes, within: str | None = None) -> None:
         """Write a small file; `within`: a local folder below this one for its temporary file."""
@@ -207,6 +270,20 @@ def put_once(file: Path, target: Path) -> bool:
     return True
 
 
+def patiently(work: Callable[[], T]) -> T:
+    """What `work` returns, tried again with growing pauses where that may help."""
+    for pause in PAUSES:
+        try:
+            return work()
+        except LASTING:
+            raise
+        except Exception as error:  # every client library has exceptions of its own
+            if getattr(error, "errno", None) == errno.EINVAL:
+                raise
+            time.sleep(random.uniform(pause / 2, pause))  # noqa: S311 (apart, not secret)
+    return work()
+
+
 @contextmanager
 def told(where: str) -> Iterator[None]:
     """Turns what a remote file system raises into one line."""
@@ -215,7 +292,12 @@ def told(where: str) -> Iterator[None]:
     except (DataError, FileNotFoundError):
         raise
     except Exception as error:  # every client library has exceptions of its own
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(
-            f"{where}: {reason}; check address, credentials and network, the same command goes on"
-        ) from error
+        raise unreachable(where, error) from error
+
+
+def unreachable(where: str, error: Exception) -> DataError:
+    """What a remote file system raised, in one line."""
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return DataError(
+        f"{where}: {reason}; check address, credentials and network, the same command goes on"
+    )

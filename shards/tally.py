@@ -3,7 +3,7 @@
 import hashlib
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import numpy as np
@@ -72,20 +72,30 @@ def read_sample(
     canonical = read_mask(
         mask, rule.masks, rule.palette, mask_where, rule=rule.images, pixels=pixels
     )
-    if canonical.size != stored.full_size and not rule.resize_mask:
-        turned = canonical.size == stored.full_size[::-1] and "turned" in stored.notes
-        raise DataError(
-            f"{mask_where} is {canonical.size[0]} x {canonical.size[1]}, its picture {image_where} "
-            f"{stored.full_size[0]} x {stored.full_size[1]}; "
-            + (
-                "the picture was turned as its EXIF orientation says: --exif ignore leaves it"
-                if turned
-                else "give both one size, or add --resize-mask"
+    if canonical.size != stored.full_size:
+        scaled = is_scaled(canonical.size, stored.full_size)
+        if not (scaled and rule.resize_mask):
+            turned = canonical.size == stored.full_size[::-1] and "turned" in stored.notes
+            raise DataError(
+                f"{mask_where} is {canonical.size[0]} x {canonical.size[1]}, its picture "
+                f"{image_where} {stored.full_size[0]} x {stored.full_size[1]}; "
+                + (
+                    "the picture was turned as its EXIF orientation says: --exif ignore leaves it"
+                    if turned
+                    else "give both one size, or add --resize-mask"
+                    if scaled
+                    else "neither is the other scaled: crop or pad one, or find the right mask"
+                )
             )
-        )
+        stored = replace(stored, notes=(*stored.notes, "mask"))
     if canonical.size != stored.size:
         canonical = canonical.resized(stored.size)
     return ReadSample(stored, canonical, digest)
+
+
+def is_scaled(size: tuple[int, int], other: tuple[int, int]) -> bool:
+    """Whether one (width, height) is the other scaled, but for a pixel of the smaller one."""
+    return abs(size[0] * other[1] - size[1] * other[0]) <= max(*size, *other)
 
 
 class Tally:

@@ -42,18 +42,9 @@ class ShardWriter:
         self.sealed = False
 
     def __enter__(self) -> Self:
-        handle = os.open(self.temporary, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            # The lock dies with its process, so a killed writer leaves nothing that blocks.
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Between opening and locking, its writer may have renamed the file to its final name.
-            if not os.path.samestat(os.fstat(handle), os.stat(self.temporary)):
-                raise FileNotFoundError(self.temporary)
-        except (BlockingIOError, FileNotFoundError) as error:
-            os.close(handle)
-            raise DataError(
-                f"another process is writing {self.path}; wait for it or stop it"
-            ) from error
+        handle = claim(self.temporary)
+        if handle is None:
+            raise DataError(f"another process is writing {self.path}; wait for it or stop it")
         os.ftruncate(handle, 0)
         self.stream = HashingStream(os.fdopen(handle, "wb"))
         return self
@@ -99,6 +90,24 @@ class ShardWriter:
         finally:
             # Last, since closing gives up the lock.
             self.stream.file.close()
+
+
+def claim(path: Path) -> int | None:
+    """A handle of a file, made if need be, that this process alone writes; None if another does.
+
+    The claim ends when the handle is closed, and with its process.
+    """
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        # The lock dies with its process, so a killed writer leaves nothing that blocks.
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Between opening and locking, its writer may have renamed or removed the file.
+        if os.path.samestat(os.fstat(handle), os.stat(path)):
+            return handle
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    os.close(handle)
+    return None
 
 
 def blank_header() -> bytes:

@@ -9,12 +9,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from importlib import import_module
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, Literal
+from urllib.request import Request, urlopen
 
 import numpy as np
 import pytest
@@ -50,6 +52,25 @@ class Ended:
     def said(self) -> str:
         """What stands on stderr, without the frames and line breaks that tyro adds."""
         return " ".join(re.sub("[\u2500-\u257f]", " ", self.err).split())
+
+
+def flags(folder: Path, out: Path, *more: object, mask_format: str = "binary") -> list[object]:
+    """What `pack` and `check` are told of a folder that `draw` or `pair` made."""
+    return [
+        *("--images", folder / "images", "--masks", folder / "masks", "--out", out),
+        *("--mask-format", mask_format, "--workers", 1, *more),
+    ]
+
+
+def picture(colour: int = 9, size: tuple[int, int] = (20, 16), mode: str = "RGB") -> Image.Image:
+    return Image.new(mode, size, colour if mode != "RGB" else (colour,) * 3)
+
+
+def levels(*values: int, like: type = np.uint8) -> np.ndarray:
+    """A mask of zeros that begins with these values."""
+    pixels = np.zeros((16, 20), like)
+    pixels[0, : len(values)] = values
+    return pixels
 
 
 def plain(arguments: Sequence[object]) -> list[str]:
@@ -192,6 +213,18 @@ def draw() -> Callable[..., Path]:
     return draw_into
 
 
+@pytest.fixture
+def pair(tmp_path: Path) -> Path:
+    """A folder with one good pair, `a.png`, 20 x 16."""
+    for part in ("images", "masks"):
+        (tmp_path / part).mkdir()
+    picture().save(tmp_path / "images" / "a.png")
+    mask = levels()
+    mask[4:8, 4:8] = 255
+    Image.fromarray(mask).save(tmp_path / "masks" / "a.png")
+    return tmp_path
+
+
 @pytest.fixture(scope="session")
 def content() -> Callable[[Path], dict[str, bytes]]:
     """{relative path: bytes} of all files below a folder, hidden ones too."""
@@ -297,6 +330,39 @@ def trained(
     )
     assert ended.code == 0, ended.err
     return run_dir
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[str]:
+    """An S3 server on this machine, to which this process and all that it starts are pointed."""
+    import fsspec
+
+    s3fs, moto = pytest.importorskip("s3fs"), pytest.importorskip("moto.server")
+    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    named = {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "x",
+        "AWS_SECRET_ACCESS_KEY": "x",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_CONFIG_FILE": os.devnull,
+        "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+        "NO_PROXY": "127.0.0.1",
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in named.items():
+            patch.setenv(name, value)
+        s3fs.S3FileSystem.clear_instance_cache()
+        # It would start workers in the environment that it began with.
+        forkserver._forkserver._stop()  # pyright: ignore[reportAttributeAccessIssue]
+        # What an earlier one held is still in this process.
+        urlopen(Request(f"{named['AWS_ENDPOINT_URL']}/moto-api/reset", method="POST")).close()
+        fsspec.filesystem("s3").mkdir("bucket")
+        yield named["AWS_ENDPOINT_URL"]
+    s3fs.S3FileSystem.clear_instance_cache()
+    forkserver._forkserver._stop()  # pyright: ignore[reportAttributeAccessIssue]
+    server.stop()
 
 
 @pytest.fixture(scope="session")

@@ -1,32 +1,46 @@
 """Holds the contract of batches: three tensors, the same for any number of workers and ranks."""
 
+import gc
 import io
 import json
-from itertools import islice
+import os
+from dataclasses import replace
+from itertools import count, islice
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from pipelines.augment import AugmentConfig, Cropper
 from pipelines.batches import (
     Batch,
     CropStage,
     WholeStage,
+    ahead,
     default_crop_size,
     eval_batches,
+    rare_classes,
     train_batches,
 )
+from pipelines.buffers import PLACES, Buffers
+from pipelines.dataset import DataSet
 from shards.images import ImageFormat
 from shards.index import Manifest, ShardInfo, SizeCount, SplitInfo
 from shards.masks import default_palette, encode_mask
 from shards.order import Order, TrainPlan
 from shards.reader import RawSample
 from shards.sample import DataError
+from shards.store import Store
 from shards.writer import ShardWriter
 
 CLASSES = ("background", "a", "b")
 RGB = ImageFormat("RGB")
+AS_IT_IS = AugmentConfig(warp_share=0, foreground_share=0)
+"""Crops anywhere, of their own size."""
+VARIED = AugmentConfig()
 
 
 def png(pixels):
@@ -49,6 +63,10 @@ def raw(position, height=8, width=8, *, channels=3, masked=True):
         *(f"k{position}", position, png(image), "png", False, encoded, b"{}"),
         where=f"s.tar: k{position}",
     )
+
+
+def crops(size, fill=(0, 0, 0), *, form=RGB, seed=0, config=AS_IT_IS) -> Any:
+    return CropStage(form, 3, Cropper(config, size, fill, (1, 2), seed))
 
 
 def check(batch, count, size, channels=3):
@@ -88,7 +106,7 @@ def data(tmp_path, monkeypatch):
         std=(0.1, 0.1, 0.1),
         splits=splits,
     )
-    return tmp_path, manifest
+    return DataSet(Store(tmp_path), manifest, None, 0)
 
 
 # ---------------------------------------------------------------------------------------- stages
@@ -96,7 +114,7 @@ def data(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("channels", "kind"), [(1, "L"), (3, "RGB")])
 def test_crops_of_any_picture_stack_to_three_tensors_of_bytes(channels, kind):
-    stage = CropStage(ImageFormat(kind), 3, 6, (1, 2, 3)[:channels], seed=0)
+    stage = crops(6, (1, 2, 3)[:channels], form=ImageFormat(kind), config=VARIED)
     raws = [raw(5, 8, 8, channels=channels), raw(9, 20, 3, channels=channels)]
     (batch,) = stage(iter([raws]))
     check(batch, 2, (6, 6), channels)
@@ -104,23 +122,23 @@ def test_crops_of_any_picture_stack_to_three_tensors_of_bytes(channels, kind):
 
 
 def test_a_crop_shows_picture_and_mask_of_one_place():
-    (batch,) = CropStage(RGB, 3, 6, (0, 0, 0), seed=0)(iter([[raw(i) for i in range(8)]]))
+    (batch,) = crops(6)(iter([[raw(i) for i in range(8)]]))
     assert torch.equal(batch.mask, batch.image[:, 0] % 3)
 
 
 def test_a_smaller_picture_is_padded_with_the_mean_and_255():
-    (batch,) = CropStage(RGB, 3, 6, (11, 12, 13), seed=0)(iter([[raw(0, 4, 4)]]))
+    (batch,) = crops(6, (11, 12, 13))(iter([[raw(0, 4, 4)]]))
     padding = batch.mask[0] == 255
     assert padding.sum() == 36 - 16
     assert batch.image[0][:, padding].T.unique(dim=0).tolist() == [[11, 12, 13]]
 
 
 def test_a_crop_depends_on_seed_and_position_and_not_on_its_batch():
-    stage = CropStage(RGB, 3, 4, (0, 0, 0), seed=3)
+    stage = crops(4, seed=3, config=VARIED)
     together = next(stage(iter([[raw(i) for i in range(6)]])))
     alone = [next(stage(iter([[raw(i)]]))) for i in range(6)]
     assert torch.equal(together.image, torch.cat([b.image for b in alone]))
-    other = next(CropStage(RGB, 3, 4, (0, 0, 0), seed=4)(iter([[raw(i) for i in range(6)]])))
+    other = next(crops(4, seed=4, config=VARIED)(iter([[raw(i) for i in range(6)]])))
     assert not torch.equal(together.image, other.image)
 
 
@@ -140,7 +158,7 @@ def test_pictures_are_converted_to_the_channels_of_the_data_set():
     assert torch.equal(batch.image[1, 0], batch.image[1, 2])
 
 
-@pytest.mark.parametrize("stage", [CropStage(RGB, 3, 4, (0, 0, 0), 0), WholeStage(RGB, 3)])
+@pytest.mark.parametrize("stage", [crops(4), WholeStage(RGB, 3)])
 def test_a_sample_without_mask_is_refused_with_the_remedy(stage):
     with pytest.raises(DataError, match=r"s\.tar: k1 has no mask; pack the pictures with --masks"):
         list(stage(iter([[raw(0), raw(1, masked=False)]])))
@@ -153,15 +171,57 @@ def test_a_batch_moves_as_a_whole_but_its_positions_stay_on_the_cpu():
     assert moved.position is batch.position
 
 
+def test_a_place_in_shared_memory_is_free_again_when_no_tensor_shares_it():
+    buffers = Buffers(2, 8)
+    assert [buffers.take(1) for _ in range(PLACES + 1)] == [*range(PLACES, 2 * PLACES), None]
+    assert buffers.take(0) == 0
+    buffers.array(PLACES + 1)[:] = range(8)
+    tensor = buffers.lend(PLACES + 1)
+    part = tensor.view(2, 2, 2).permute(2, 0, 1)[1]
+    del tensor
+    assert buffers.take(1) is None
+    assert part.tolist() == [[1, 3], [5, 7]]
+    del part
+    assert (buffers.take(1), buffers.take(1)) == (PLACES + 1, None)
+
+
+def test_batches_made_ahead_come_in_order_and_so_does_their_error():
+    def batches() -> Any:
+        yield from range(3)
+        raise DataError("s.tar: k")
+
+    coming: Any = ahead(batches())
+    assert [next(coming) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(DataError, match=r"s\.tar: k"):
+        next(coming)
+    whole: Any = iter(range(3))
+    assert list(ahead(whole)) == [0, 1, 2]
+
+
+def test_nothing_decoded_is_kept():
+    big = raw(0, 600, 600)
+
+    def taken(count):
+        """Bytes of memory that this process has, when it has seen so many batches."""
+        for _ in islice(stage, count):
+            pass
+        gc.collect()
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+    stage = crops(32, config=VARIED)([replace(big, position=p)] * 2 for p in count())
+    before = taken(20)
+    # Eighty pictures are 86 MB.
+    assert taken(40) - before < 10_000_000
+
+
 # --------------------------------------------------------------------------------------- loaders
 
 
-def train(data, *, rank=0, world=1, start=0, workers=0, count=6, batch_size=4):
-    folder, manifest = data
-    order = Order(tuple(s.samples for s in manifest.splits["train"].shards), 0)
+def train(data, *, rank=0, world=1, start=0, workers=0, count=6, batch_size=4, augment=VARIED):
+    order = Order(tuple(s.samples for s in data.manifest.splits["train"].shards), 0)
     plan = TrainPlan(order, batch_size, rank, world, start)
-    options = {"crop_size": 8, "seed": 0, "workers": workers, "pin": False}
-    return list(islice(train_batches(folder, manifest, plan, **options), count))
+    data = replace(data, workers=workers)
+    return list(islice(train_batches(data, plan, crop_size=8, augment=augment, seed=0), count))
 
 
 def joined(batches):
@@ -176,7 +236,9 @@ def joined(batches):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_training_batches_are_the_same_for_any_number_of_workers(data, workers):
-    expected, found = train(data), train(data, workers=workers)
+    # More than there are places in shared memory: none of what is kept is written again.
+    assert workers * PLACES < 30
+    expected, found = train(data, count=30), train(data, workers=workers, count=30)
     for one, other in zip(expected, found, strict=True):
         assert isinstance(other, Batch)
         check(other, 4, (8, 8))
@@ -201,7 +263,7 @@ def test_training_goes_on_where_the_plan_starts(data):
 def test_small_pictures_are_padded_with_the_mean_of_the_data_set(data):
     padded = [
         b.image[i][:, b.mask[i] == 255].T.unique(dim=0).tolist()
-        for b in train(data)
+        for b in train(data, augment=AS_IT_IS)
         for i in range(4)
         if (b.mask[i] == 255).any()
     ]
@@ -212,12 +274,11 @@ def test_small_pictures_are_padded_with_the_mean_of_the_data_set(data):
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("world", [1, 2, 9])
 def test_evaluation_sees_every_picture_whole_and_once(data, workers, world):
-    folder, manifest = data
-    options = {"batch_size": 2, "world": world, "workers": workers, "pin": False}
+    data = replace(data, workers=workers)
     batches = [
         batch
         for rank in range(world)
-        for batch in eval_batches(folder, manifest, manifest.splits["val"], rank=rank, **options)
+        for batch in eval_batches(data, "val", batch_size=2, rank=rank, world=world)
     ]
     assert sorted(p for b in batches for p in b.position.tolist()) == list(range(7))
     for batch in batches:
@@ -228,14 +289,29 @@ def test_evaluation_sees_every_picture_whole_and_once(data, workers, world):
 
 
 def test_a_manifest_without_a_train_split_is_refused(data):
-    folder, manifest = data
-    del manifest.splits["train"]
+    del data.manifest.splits["train"]
     plan = TrainPlan(Order((1,), 0), 1, 0, 1, 0)
     with pytest.raises(DataError, match="has no samples in the split 'train', only in: val"):
-        train_batches(folder, manifest, plan, crop_size=8, seed=0, workers=0, pin=False)
+        train_batches(data, plan, crop_size=8, augment=AS_IT_IS, seed=0)
 
 
-# ------------------------------------------------------------------------------------- crop size
+# ----------------------------------------------------------------------------------- the manifest
+
+
+@pytest.mark.parametrize(
+    ("counts", "expected"),
+    [
+        ([()], (1, 2)),
+        ([(), (9, 1, 1, 0)], (1, 2)),
+        ([(5, 4, 0, 9), (0, 4, 0, 9)], (0,)),
+        ([(0, 0, 7, 0)], ()),
+        ([(3, 3, 3, 0)], (1, 2)),
+    ],
+)
+def test_rare_are_the_classes_that_occur_less_the_commonest(data, counts, expected):
+    shards = tuple(ShardInfo(f"{i}.tar", 1, 1, "", pixels) for i, pixels in enumerate(counts))
+    splits = {"train": SplitInfo(shards, ())}
+    assert rare_classes(replace(data.manifest, splits=splits)) == expected
 
 
 @pytest.mark.parametrize(

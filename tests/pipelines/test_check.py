@@ -14,31 +14,9 @@ from PIL import Image
 
 from shards.index import read_manifest
 from shards.pairs import MOST_SHOWN
+from tests.conftest import flags, levels, picture
 
 Folder = Path
-
-
-def flags(folder: Path, *more: object, mask_format: str = "binary") -> list[object]:
-    return [
-        *("--images", folder / "images", "--masks", folder / "masks"),
-        *("--mask-format", mask_format, "--workers", 1, *more),
-    ]
-
-
-def picture(colour: int = 9, size: tuple[int, int] = (20, 16), mode: str = "RGB") -> Image.Image:
-    return Image.new(mode, size, colour if mode != "RGB" else (colour,) * 3)
-
-
-@pytest.fixture
-def pair(tmp_path: Path) -> Path:
-    """A folder with one good pair, `a.png`, 20 x 16."""
-    for part in ("images", "masks"):
-        (tmp_path / part).mkdir()
-    picture().save(tmp_path / "images" / "a.png")
-    mask = np.zeros((16, 20), np.uint8)
-    mask[4:8, 4:8] = 255
-    Image.fromarray(mask).save(tmp_path / "masks" / "a.png")
-    return tmp_path
 
 
 def report(out: Path) -> dict:
@@ -53,8 +31,7 @@ def test_the_table_says_what_the_data_hold(draw, call, tmp_path: Path) -> None:
     draw(folder, 2, size=(24, 32), name="small{}", seed=1)
     Image.new("L", (32, 24)).save(folder / "masks" / "small1.png")
     more = ("--mask-values", 0, 128, 255, 9, "--classes", "background", "cell", "rim", "ghost")
-    told = flags(folder, *more, mask_format="values")
-    ended = call("check", *told, "--out", tmp_path / "out")
+    ended = call("check", *flags(folder, tmp_path / "out", *more, mask_format="values"))
     assert ended.code == 0, ended.err
     masks = [np.asarray(Image.open(path)) for path in (folder / "masks").iterdir()]
     total = sum(mask.size for mask in masks)
@@ -74,9 +51,9 @@ def test_the_table_says_what_the_data_hold(draw, call, tmp_path: Path) -> None:
 
 def test_the_report_agrees_with_what_packing_finds(draw, call, tmp_path: Path) -> None:
     folder = draw(tmp_path / "in", 12, size=(32, 32), mode="L")
-    ended = call("check", *flags(folder, "--val-fraction", 0.3, "--out", tmp_path / "out"))
+    ended = call("check", *flags(folder, tmp_path / "out", "--val-fraction", 0.3))
     assert ended.code == 0, ended.err
-    told = flags(folder, "--val-fraction", 0.3, "--out", tmp_path / "shards")
+    told = flags(folder, tmp_path / "shards", "--val-fraction", 0.3)
     assert call("pack", *told).code == 0
     found, manifest = report(tmp_path / "out"), read_manifest(tmp_path / "shards")
     assert (found["pairs"], found["bad_pairs"], found["problems"]) == (12, 0, [])
@@ -102,8 +79,8 @@ def test_the_sheet_shows_the_colours_of_the_mask(pair: Path, call) -> None:
     mask = np.zeros((16, 20, 3), np.uint8)
     mask[4:8, 4:8] = (0, 250, 10)
     Image.fromarray(mask).save(pair / "masks" / "a.png")
-    more = ("--colours", pair / "colours.yaml", "--out", pair / "out")
-    ended = call("check", *flags(pair, *more, mask_format="rgb"))
+    told = flags(pair, pair / "out", "--colours", pair / "colours.yaml", mask_format="rgb")
+    ended = call("check", *told)
     assert ended.code == 0, ended.err
     sheet = np.asarray(Image.open(pair / "out" / "sheet.png").convert("RGB"))
     outlined = (sheet == (0, 250, 10)).all(axis=2)
@@ -115,7 +92,7 @@ def test_the_sheet_shows_the_colours_of_the_mask(pair: Path, call) -> None:
 
 def test_the_sheet_is_spread_over_the_data_set(draw, call, tmp_path: Path) -> None:
     folder = draw(tmp_path / "in", 70, size=(8, 8))
-    ended = call("check", *flags(folder, "--out", tmp_path / "out"))
+    ended = call("check", *flags(folder, tmp_path / "out"))
     assert ended.code == 0, ended.err
     width, height = Image.open(tmp_path / "out" / "sheet.png").size
     # Every third: 24 pictures, six in a row.
@@ -141,9 +118,9 @@ def test_the_report_does_not_depend_on_the_number_of_workers(
     for number in (3, 17, 30):
         (folder / "images" / f"p{number:03d}.png").write_bytes(b"")
     shutil.copy(folder / "images" / "p005.png", folder / "images" / "p006.png")
-    one = call("check", *flags(folder, "--val-fraction", 0, "--out", tmp_path / "one"))
-    more = ("--val-fraction", 0, "--workers", workers, "--out", tmp_path / "more")
-    several = call("check", *flags(folder, *more))
+    one = call("check", *flags(folder, tmp_path / "one", "--val-fraction", 0))
+    more = ("--val-fraction", 0, "--workers", workers)
+    several = call("check", *flags(folder, tmp_path / "more", *more))
     assert one.code == several.code == 1
     assert content(tmp_path / "one") == content(tmp_path / "more")
     assert report(tmp_path / "one")["duplicates"] == [["p005.png", "p006.png"]]
@@ -154,7 +131,7 @@ def test_nothing_is_written_but_its_own_folder(draw, call, content, tmp_path: Pa
     folder = draw(tmp_path / "in", 4, size=(16, 16))
     (folder / "masks" / "p001.png").write_bytes(b"")
     before = content(folder)
-    assert call("check", *flags(folder, "--out", tmp_path / "out")).code == 1
+    assert call("check", *flags(folder, tmp_path / "out")).code == 1
     assert content(folder) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
     assert set(content(tmp_path / "out")) == {"check.json", "problems.txt", "sheet.png"}
@@ -165,7 +142,7 @@ def test_a_second_look_forgets_what_was_repaired(draw, call, tmp_path: Path) -> 
     path = folder / "images" / "p001.png"
     good = path.read_bytes()
     path.write_bytes(b"")
-    told = flags(folder, "--out", tmp_path / "out")
+    told = flags(folder, tmp_path / "out")
     assert call("check", *told).code == 1
     assert (tmp_path / "out" / "problems.txt").read_text() != ""
     path.write_bytes(good)
@@ -184,8 +161,8 @@ def test_all_problems_of_all_kinds_are_told_at_once(draw, call, tmp_path: Path) 
         "path,split\n"
         + "".join(f"p{i:03d},{('train', 'val')[i % 2]}\n" for i in range(40) if i != 30)
     )
-    more = ("--split-file", tmp_path / "split.csv", "--out", tmp_path / "out")
-    ended = call("check", *flags(folder, *more))
+    told = flags(folder, tmp_path / "out", "--split-file", tmp_path / "split.csv")
+    ended = call("check", *told)
     assert ended.code == 1
     problems = report(tmp_path / "out")["problems"]
     assert len(problems) == 25 + 1 + 1
@@ -202,8 +179,8 @@ def test_all_problems_of_all_kinds_are_told_at_once(draw, call, tmp_path: Path) 
 def test_each_picture_that_a_split_file_lacks_is_a_problem_of_its_own(draw, call, tmp_path) -> None:
     folder = draw(tmp_path / "in", 4, size=(16, 16))
     (tmp_path / "split.csv").write_text("path,split\np001,train\n")
-    more = ("--split-file", tmp_path / "split.csv", "--out", tmp_path / "out")
-    assert call("check", *flags(folder, *more)).code == 1
+    told = flags(folder, tmp_path / "out", "--split-file", tmp_path / "split.csv")
+    assert call("check", *told).code == 1
     assert report(tmp_path / "out")["problems"] == [
         {
             "found": f"p00{number}.png is not in {tmp_path / 'split.csv'}",
@@ -215,7 +192,7 @@ def test_each_picture_that_a_split_file_lacks_is_a_problem_of_its_own(draw, call
 
 def test_a_sheet_of_nothing_good_is_not_drawn(pair: Path, call) -> None:
     (pair / "images" / "a.png").write_bytes(b"")
-    ended = call("check", *flags(pair, "--out", pair / "out"))
+    ended = call("check", *flags(pair, pair / "out"))
     assert ended.code == 1
     assert not (pair / "out" / "sheet.png").exists()
     assert report(pair / "out")["bad_pairs"] == 1
@@ -246,12 +223,6 @@ def frames(folder: Path) -> None:
     picture(mode="L").save(
         folder / "images" / "a.gif", save_all=True, append_images=[picture(99, mode="L")]
     )
-
-
-def levels(*values: int, like: type = np.uint8) -> np.ndarray:
-    pixels = np.zeros((16, 20), like)
-    pixels[0, : len(values)] = values
-    return pixels
 
 
 def save_mask(
@@ -349,9 +320,9 @@ BAD_DATA: dict[str, tuple[Callable[[Folder], object], tuple[object, ...], str]] 
     "frames": (frames, (), "a.gif holds 2 frames; add --frame 0"),
     "no such frame": (frames, ("--frame", 2), "a.gif holds 2 frames, none 2; lower --frame"),
     "16 bit": (
-        save_image(Image.fromarray(np.zeros((16, 20), np.uint16))),
+        save_image(Image.fromarray(np.arange(7, 327, dtype=np.uint16).reshape(16, 20))),
         (),
-        "more than 8 bits a pixel (mode I;16); say what becomes black and white: --image-range 0",
+        "than 8 bits a pixel (mode I;16, values from 7 to 326); say what becomes black and white",
     ),
     "float": (
         save_image(Image.fromarray(np.zeros((16, 20), np.float32)), "a.tif"),
@@ -364,6 +335,11 @@ BAD_DATA: dict[str, tuple[Callable[[Folder], object], tuple[object, ...], str]] 
         save_mask(np.zeros((16, 21), np.uint8)),
         (),
         "masks/a.png is 21 x 16, its picture",
+    ),
+    "shapes": (
+        save_mask(np.zeros((16, 16), np.uint8)),
+        ("--resize-mask",),
+        "a.png 20 x 16; neither is the other scaled: crop or pad one, or find the right mask",
     ),
     # masks
     "cut mask": (write("masks/a.png", b"\x89PNG"), (), "masks/a.png is no picture that can be re"),
@@ -474,9 +450,8 @@ BAD_DATA: dict[str, tuple[Callable[[Folder], object], tuple[object, ...], str]] 
 }
 
 
-def told(folder: Path, more: tuple[object, ...]) -> list[object]:
-    filled = [str(word).replace("{}", str(folder)) for word in more]
-    return flags(folder, *filled)
+def told(folder: Path, out: Path, more: tuple[object, ...]) -> list[object]:
+    return flags(folder, out, *(str(word).replace("{}", str(folder)) for word in more))
 
 
 @pytest.mark.parametrize("case", BAD_DATA)
@@ -485,12 +460,12 @@ def test_bad_data_is_refused_by_pack_and_check_in_the_same_words(
 ) -> None:
     prepare, more, said = BAD_DATA[case]
     prepare(pair)
-    packed = call("pack", *told(pair, more), "--out", pair / "shards")
+    packed = call("pack", *told(pair, pair / "shards", more))
     assert packed.code == 1, packed.out
     assert said in packed.err
     assert "Traceback" not in packed.err
     assert not (pair / "shards" / "index.json").exists()
-    checked = call("check", *told(pair, more), "--out", pair / "check")
+    checked = call("check", *told(pair, pair / "check", more))
     assert checked.code == 1, checked.out
     assert said.partition("; ")[0] in checked.err
     assert "Traceback" not in checked.err
@@ -522,9 +497,9 @@ GOOD_DATA: dict[str, tuple[Callable[[Folder], object], tuple[object, ...]]] = {
 def test_what_pack_takes_check_has_nothing_against(case: str, pair: Path, call) -> None:
     prepare, more = GOOD_DATA[case]
     prepare(pair)
-    checked = call("check", *told(pair, more), "--out", pair / "check")
+    checked = call("check", *told(pair, pair / "check", more))
     assert checked.code == 0, checked.err
-    packed = call("pack", *told(pair, more), "--out", pair / "shards")
+    packed = call("pack", *told(pair, pair / "shards", more))
     assert packed.code == 0, packed.err
 
 

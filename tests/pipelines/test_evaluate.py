@@ -11,6 +11,7 @@ from PIL import Image
 
 from pipelines import evaluate
 from pipelines.checkpoint import load_model
+from shards.index import read_index
 
 
 @pytest.fixture
@@ -155,6 +156,42 @@ def test_pictures_without_masks_cannot_be_scored(
     assert ended.code == 1
     assert "has no mask; pack the pictures with --masks" in ended.err
     assert "Traceback" not in ended.err
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_picture_that_does_not_decode_is_never_skipped(
+    workers: int, by_hand, shards: Path, call, tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(shards, data)
+    path = data / "val-000001.tar"
+    entry = read_index(path)[0]
+    with path.open("r+b") as file:
+        file.seek(entry.image.offset)
+        file.write(bytes(16))
+    told = ("--checkpoint", by_hand(), "--data", data, "--out", tmp_path / "out")
+    ended = call("evaluate", *told, "--workers", workers)
+    assert ended.code == 1
+    assert f"{path}: {entry.key} " in ended.err.strip().splitlines()[-1]
+    assert "Traceback" not in ended.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_flipped_byte_is_found_by_verify_shards_alone(
+    by_hand, shards: Path, call, tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(shards, data)
+    told = ("--checkpoint", by_hand(), "--data", data, "--out", tmp_path / "out", "--workers", 0)
+    assert call("evaluate", *told, "--verify-shards").code == 0
+    for name, code in (("train-000001.tar", 0), ("val-000001.tar", 1)):
+        path = data / name
+        path.write_bytes(path.read_bytes()[:-1] + b"\1")
+        assert call("evaluate", *told).code == 0
+        # Only the split that is scored is read.
+        ended = call("evaluate", *told, "--verify-shards")
+        assert ended.code == code
+    assert f"{path} is not what the manifest says (sha256); copy or pack it again" in ended.err
 
 
 def test_a_checkpoint_that_is_no_folder_needs_a_place_for_its_scores(

@@ -17,41 +17,13 @@ import webdataset
 from PIL import Image
 
 from shards.images import ImageFormat
-from shards.index import ShardIndex, read_manifest
+from shards.index import read_index, read_manifest
 from shards.masks import default_palette, encode_mask
 from shards.pairs import hash_fraction
 from shards.sample import DataError
+from tests.conftest import flags, levels, picture
 
 Folder = Path
-
-
-def flags(folder: Path, out: Path, *more: object, mask_format: str = "binary") -> list[object]:
-    return [
-        *("--images", folder / "images", "--masks", folder / "masks", "--out", out),
-        *("--mask-format", mask_format, "--workers", 1, *more),
-    ]
-
-
-def picture(colour: int = 9, size: tuple[int, int] = (20, 16), mode: str = "RGB") -> Image.Image:
-    return Image.new(mode, size, colour if mode != "RGB" else (colour,) * 3)
-
-
-def levels(*values: int) -> np.ndarray:
-    pixels = np.zeros((16, 20), np.uint8)
-    pixels[0, : len(values)] = values
-    return pixels
-
-
-@pytest.fixture
-def pair(tmp_path: Path) -> Path:
-    """A folder with one good pair, `a.png`, 20 x 16."""
-    for part in ("images", "masks"):
-        (tmp_path / part).mkdir()
-    picture().save(tmp_path / "images" / "a.png")
-    mask = np.zeros((16, 20), np.uint8)
-    mask[4:8, 4:8] = 255
-    Image.fromarray(mask).save(tmp_path / "masks" / "a.png")
-    return tmp_path
 
 
 # ---- what a data set holds
@@ -126,7 +98,7 @@ def test_a_sample_is_its_pictures_own_bytes_with_a_canonical_mask(
 
 def test_the_index_files_point_at_the_members(shards: Path) -> None:
     for shard in sorted(shards.glob("*.tar")):
-        data, index = shard.read_bytes(), ShardIndex(shard)
+        data, index = shard.read_bytes(), read_index(shard)
         with tarfile.open(shard) as tar:
             expected = {m.name: tar.extractfile(m).read() for m in tar}  # type: ignore[union-attr]
         found = {
@@ -602,6 +574,7 @@ def test_masks_of_another_size_are_brought_to_their_pictures_on_request(
     Image.fromarray(mask).save(pair / "masks" / "a.png")
     ended = call("pack", *flags(pair, pair / "out", "--resize-mask"))
     assert ended.code == 0, ended.err
+    assert "  1 pictures have a mask of another size, brought to theirs" in ended.out
     expected = np.repeat(np.repeat(mask // 255, 2, axis=0), 2, axis=1)
     np.testing.assert_array_equal(samples(pair / "out")["a.png"].mask, expected)
 

@@ -148,6 +148,47 @@ def test_a_part_with_other_flags_is_refused(
     assert content(out) == before
 
 
+def stopping_part(arguments: list[str]) -> None:
+    """Packs a part, and stops just before its first shard is there."""
+    from pipelines import pack
+
+    replace = os.replace
+
+    def stopping(source: object, target: object) -> None:
+        if str(target).endswith(".tar"):
+            os.kill(os.getpid(), signal.SIGSTOP)
+        replace(source, target)  # type: ignore[arg-type]
+
+    os.replace = stopping  # type: ignore[assignment]
+    os._exit(pack.main(arguments))
+
+
+def test_a_plan_without_shards_is_replaced_when_nobody_packs_by_it(
+    folder: Path, spawn, call, content, tmp_path: Path
+) -> None:
+    out, corrected = tmp_path / "out", ("--workers", 1, "--invert")
+    told = [str(flag) for flag in flags(folder, out, "--workers", 1, "--part", "1/2")]
+    process = multiprocessing.get_context("fork").Process(target=stopping_part, args=(told,))
+    process.start()
+    _, status = os.waitpid(process.pid, os.WUNTRACED)
+    assert os.WIFSTOPPED(status)
+    before = content(out)
+    ended = call("pack", *flags(folder, out, *corrected, "--part", "2/2"))
+    assert ended.code == 1
+    assert "another plan: other settings (mask format); another process packs by it" in ended.err
+    assert content(out) == before
+    process.kill()
+    process.join()
+    for part in [
+        spawn("pack", *flags(folder, out, *corrected, "--part", f"{i}/2")) for i in (1, 2)
+    ]:
+        _, complaint = part.communicate(timeout=60)
+        assert part.returncode == 0, complaint
+    assert call("pack", *flags(folder, out, *corrected, "--finish")).code == 0
+    assert call("pack", *flags(folder, tmp_path / "whole", *corrected)).code == 0
+    assert content(out) == content(tmp_path / "whole")
+
+
 def test_more_parts_than_shards_do_no_harm(draw, call, tmp_path: Path) -> None:
     few = draw(tmp_path / "in", 2, size=(16, 16))
     told = flags(few, tmp_path / "out", "--val-fraction", 0, "--workers", 1)
@@ -162,6 +203,9 @@ def test_bad_samples_of_all_parts_are_listed_at_the_end(draw, call, content, tmp
     bad = draw(tmp_path / "in", 8, size=(16, 16))
     for number in (1, 6):
         (bad / "images" / f"p{number:03d}.png").write_bytes(b"")
+    ended = call("pack", *flags(bad, tmp_path / "out", "--workers", 1, "--part", "1/1"))
+    (listed,) = re.findall("all of them: (.+)", ended.err)
+    assert len(Path(listed).read_text().splitlines()) == 2
     told = ("--keep-going", "--workers", 1)
     assert call("pack", *flags(bad, tmp_path / "whole", *told)).code == 3
     codes = {

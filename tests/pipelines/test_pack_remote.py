@@ -1,15 +1,14 @@
 """Packing to a remote store: the bytes of a local packing, whole or absent, in one line if not."""
 
-import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import fsspec
 import pytest
 
 s3fs = pytest.importorskip("s3fs")
-moto = pytest.importorskip("moto.server")
+pytestmark = pytest.mark.usefixtures("s3")
 
 Objects = dict[str, bytes]
 
@@ -21,33 +20,8 @@ def flags(folder: Path, out: object, *more: object) -> list[object]:
     ]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def server() -> Iterator[str]:
-    """An S3 server on this machine, to which this process and all that it starts are pointed."""
-    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    named = {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "x",
-        "AWS_SECRET_ACCESS_KEY": "x",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_CONFIG_FILE": os.devnull,
-        "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
-        "NO_PROXY": "127.0.0.1",
-    }
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in named.items():
-            patch.setenv(name, value)
-        s3fs.S3FileSystem.clear_instance_cache()
-        fsspec.filesystem("s3").mkdir("bucket")
-        yield named["AWS_ENDPOINT_URL"]
-    s3fs.S3FileSystem.clear_instance_cache()
-    server.stop()
-
-
 @pytest.fixture(scope="module")
-def objects(server: str) -> Callable[[str], Objects]:
+def objects(s3: str) -> Callable[[str], Objects]:
     """{name: bytes} below a URL."""
 
     def read(url: str) -> Objects:

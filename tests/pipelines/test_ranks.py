@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from shards.index import read_index
+
 pytestmark = pytest.mark.ranks
 
 
@@ -101,6 +103,28 @@ def test_two_ranks_train_on_the_same_batches_and_one_of_them_speaks(
     ended = call("train", *training(uneven, run_dir, tiny), "--workers", 0, "--steps", 10)
     assert ended.code == 0, ended.err
     assert [line["step"] for line in metrics(run_dir) if "train/loss" in line] == [*range(1, 11)]
+
+
+def test_the_same_samples_are_skipped_and_counted_over_ranks(
+    uneven, tiny, launch, call, metrics, tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(uneven, data)
+    for path in sorted(data.glob("train-*.tar")):
+        with path.open("r+b") as file:
+            file.seek(read_index(path)[0].image.offset)
+            file.write(bytes(16))
+    skip = ("--bad-samples", "skip", "--max-bad-share", 1, "--eval-every", 100)
+    given = [*training(data, tmp_path / "1", tiny), *skip, "--workers", 0]
+    alone = call("train", *given)
+    assert alone.code == 0, alone.err
+    given[3] = tmp_path / "2"
+    several = launch(2, "train", *given)
+    assert several.code == 0, several.err
+    names = ("train/skipped", *LOSSES)
+    expected = curve(metrics(tmp_path / "1"), *names)
+    assert 3 < expected[-1, 0] == alone.err.count("skipped: ") == several.err.count("skipped: ")
+    np.testing.assert_allclose(curve(metrics(tmp_path / "2"), *names), expected, atol=1e-5)
 
 
 def test_scores_are_the_same_to_the_last_digit(

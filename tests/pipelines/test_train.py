@@ -3,8 +3,10 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import yaml
 
 from pipelines import scoring, train
 from pipelines.budget import Budget
-from shards.index import read_manifest
+from shards.index import read_index, read_manifest
 from shards.reader import ShardReader
 from unet import UNet
 
@@ -80,8 +82,9 @@ def test_metrics_have_the_names_that_are_promised(trained: Path, metrics) -> Non
     for line in losses:
         assert set(line) == {
             *("step", "train/loss", "train/loss_cross_entropy", "train/loss_dice"),
-            *("train/lr", "train/samples_per_second", "train/data_wait"),
+            *("train/lr", "train/samples_per_second", "train/data_wait", "train/skipped"),
         }
+        assert line["train/skipped"] == 0
         parts = line["train/loss_cross_entropy"] + line["train/loss_dice"]
         assert math.isclose(line["train/loss"], parts, rel_tol=1e-5)
         assert 0 <= line["train/data_wait"] <= 1
@@ -241,21 +244,21 @@ def test_what_was_consumed_is_not_read_again(
     shards: Path, tiny, call, interrupt, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     positions: list[int] = []
-    read = ShardReader.read
+    read_all = ShardReader.read_all
 
-    def noting(self: ShardReader, address: Any) -> Any:
-        positions.append(address.position)
-        return read(self, address)
+    def noting(self: ShardReader, addresses: Any) -> Any:
+        positions.extend(address.position for address in addresses)
+        return read_all(self, addresses)
 
     monkeypatch.setattr(scoring, "score", lambda *_, **__: pytest.fail("nothing is scored here"))
-    monkeypatch.setattr(ShardReader, "read", noting)
+    monkeypatch.setattr(ShardReader, "read_all", noting)
     interrupt(3)
     more = ("--steps", 100, "--eval-every", 1000)
     assert call("train", *told(shards, tmp_path, tiny, *more)).code == 75
     assert positions == [*range(12)]
     positions.clear()
     monkeypatch.undo()
-    monkeypatch.setattr(ShardReader, "read", noting)
+    monkeypatch.setattr(ShardReader, "read_all", noting)
     advance = Budget.advance
 
     def stop(self: Budget) -> int | None:
@@ -368,14 +371,14 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_keys(
 
     monkeypatch.setattr(train.SegmentationLoss, "forward", spoiled)
     positions: list[tuple[int, str]] = []
-    read = ShardReader.read
+    read_all = ShardReader.read_all
 
-    def noting(self: ShardReader, address: Any) -> Any:
-        raw = read(self, address)
-        positions.append((address.position, raw.key))
-        return raw
+    def noting(self: ShardReader, addresses: Any) -> Any:
+        raws = read_all(self, addresses)
+        positions.extend((raw.position, raw.key) for raw in raws)
+        return raws
 
-    monkeypatch.setattr(ShardReader, "read", noting)
+    monkeypatch.setattr(ShardReader, "read_all", noting)
     ended = call("train", *told(shards, tmp_path, tiny, "--steps", 2000, "--eval-every", 2000))
     assert ended.code == 1
     keys = dict(positions)
@@ -432,6 +435,125 @@ def test_a_shard_that_was_cut_is_named_in_one_line(
     assert "Traceback" not in ended.err
 
 
+# ---- data that went bad after packing
+
+
+@pytest.fixture
+def spoil(shards: Path, tmp_path: Path) -> Callable[..., tuple[Path, list[str]]]:
+    """A copy of the shards with pictures that do not decode, and how messages name these."""
+
+    def spoiled(split: str, rows: tuple[int, ...]) -> tuple[Path, list[str]]:
+        data, names = tmp_path / "data", []
+        shutil.copytree(shards, data)
+        for path in sorted(data.glob(f"{split}-*.tar")):
+            index = read_index(path)
+            with path.open("r+b") as file:
+                for row in rows:
+                    if row >= len(index):
+                        continue
+                    file.seek(index[row].image.offset)
+                    file.write(bytes(16))
+                    names.append(f"{path}: {index[row].key} ")
+        return data, names
+
+    return spoiled
+
+
+SKIP = ("--bad-samples", "skip", "--max-bad-share", 1)
+
+
+def skips(err: str) -> list[str]:
+    return [line for line in err.splitlines() if line.startswith("skipped: ")]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_sample_that_does_not_decode_ends_the_run_by_name(
+    workers: int, spoil, tiny, call, tmp_path: Path
+) -> None:
+    data, names = spoil("train", (0,))
+    # Two steps are the whole epoch.
+    ended = call("train", *told(data, tmp_path / "run", tiny, "--steps", 2, "--workers", workers))
+    assert ended.code == 1
+    assert any(name in ended.err.strip().splitlines()[-1] for name in names)
+    assert "Traceback" not in ended.err
+
+
+def test_skipped_samples_are_told_and_counted_the_same_for_any_number_of_workers(
+    spoil, tiny, call, metrics, tmp_path: Path
+) -> None:
+    data, names = spoil("train", (0,))
+    more = ("--steps", 6, "--log-every", 2, "--eval-every", 3, *SKIP)
+    found = []
+    for workers in (0, 2):
+        run_dir = tmp_path / f"run{workers}"
+        ended = call("train", *told(data, run_dir, tiny, *more, "--workers", workers))
+        assert ended.code == 0, ended.err
+        lines = [line for line in metrics(run_dir) if "train/loss" in line]
+        counts = [line["train/skipped"] for line in lines]
+        # Three epochs of eight samples, three of which are bad; some stood in for each other.
+        assert 0 < counts[0] < counts[1] < counts[2] == len(skips(ended.err)) >= 9
+        assert {name for name in names for line in skips(ended.err) if name in line} == {*names}
+        found.append((counts, sorted(skips(ended.err)), [line["train/loss"] for line in lines]))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("allowed", [(), ("--max-bad-share", 0), ("--max-bad-share", 0.3)])
+def test_more_bad_samples_than_allowed_end_the_run_in_one_line(
+    allowed: tuple[object, ...], spoil, tiny, call, tmp_path: Path
+) -> None:
+    data, _ = spoil("train", (0,))
+    more = ("--steps", 50, "--log-every", 2, "--bad-samples", "skip", *allowed)
+    ended = call("train", *told(data, tmp_path / "run", tiny, *more))
+    assert ended.code == 1
+    assert skips(ended.err)
+    last = ended.err.strip().splitlines()[-1]
+    share = allowed[1] if allowed else 0.01
+    assert f"samples could not be decoded, more than --max-bad-share {share}" in last
+    assert "Traceback" not in ended.err
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_data_of_which_nothing_decodes_end_the_run_all_the_same(
+    workers: int, spoil, tiny, call, tmp_path: Path
+) -> None:
+    data, names = spoil("train", (0, 1, 2))
+    ended = call("train", *told(data, tmp_path / "run", tiny, *SKIP, "--workers", workers))
+    assert ended.code == 1
+    last = ended.err.strip().splitlines()[-1]
+    assert any(name in last for name in names)
+    assert "(and so are the 15 that were tried instead)" in last
+    assert "Traceback" not in ended.err
+
+
+def test_validation_skips_nothing(spoil, tiny, call, tmp_path: Path) -> None:
+    data, names = spoil("val", (0,))
+    ended = call("train", *told(data, tmp_path / "run", tiny, "--steps", 2, *SKIP))
+    assert ended.code == 1
+    assert any(name in ended.err.strip().splitlines()[-1] for name in names)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_flipped_byte_is_found_by_verify_shards_alone(
+    split: str, shards: Path, tiny, call, tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(shards, data)
+    verified = told(data, tmp_path / "run", tiny, "--steps", 1, "--verify-shards")
+    assert call("train", *verified).code == 0
+    path = sorted(data.glob(f"{split}-*.tar"))[-1]
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + b"\1")
+    assert call("train", *told(data, tmp_path / "other", tiny, "--steps", 1)).code == 0
+    for run_dir in ("other", "new"):
+        ended = call("train", *told(data, tmp_path / run_dir, tiny, *verified[-3:]))
+        assert ended.code == 1
+        assert f"{path} is not what the manifest says (sha256); copy or pack it again" in ended.err
+        assert "Traceback" not in ended.err
+
+
+# ---- settings
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [
@@ -442,10 +564,16 @@ def test_a_shard_that_was_cut_is_named_in_one_line(
         (("--global-batch-size", 0), "global_batch_size must be above 0, got 0"),
         (("--log-every", 0), "log_every must be at least 1, got 0"),
         (("--keep-checkpoints", 0), "keep_checkpoints must be at least 1, got 0"),
-        (("--seed", -1), "seed and workers must not be below 0"),
+        (("--max-bad-share", 1.5), "max_bad_share is a share, 0 to 1, got 1.5"),
+        (("--bad-samples", "ignore"), "ignore"),
+        (("--workers", -1), "workers must not be below 0, got -1"),
+        (("--cache-bytes", 0), "cache_bytes must be above 0, got 0"),
+        (("--cache-dir", "/tmp/c"), "--cache-dir is for data at a URL; "),
+        (("--augment.foreground-share", 2), "augment.foreground_share is a share, 0 to 1"),
+        (("--seed", -1), "seed must not be below 0"),
         (("--optim.lr", 0), "optim.lr must be above 0"),
         (("--optim.warmup", 1), "optim.warmup and optim.ema_decay must be in [0, 1)"),
-        (("--augment.scale", 0.5), "are factors, 1 or more"),
+        (("--augment.scale", 0.5), "augment.scale is a factor, 1 or more"),
         (("--loss.dice", -1), "loss weights must be 0 or more"),
         (("--tiles.tile", 4), "tile must be at least 16 pixels, got 4"),
         (("--model.preset", "paper"), "paper"),

@@ -2,6 +2,10 @@
 
 import io
 import re
+import struct
+import tracemalloc
+import zlib
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -9,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+import shards.masks
 from shards.images import ImageRule
 from shards.masks import (
     MaskFormat,
@@ -19,6 +24,7 @@ from shards.masks import (
     palette_of,
     read_mask,
     shown,
+    unpack_mask,
 )
 from shards.sample import DataError
 
@@ -822,6 +828,180 @@ def test_encoding_a_mask_leaves_the_array_alone_and_gives_the_same_bytes():
     before = mask.copy()
     assert encode_mask(mask, ((0, 0, 0),)) == encode_mask(mask, ((0, 0, 0),))
     assert np.array_equal(mask, before)
+
+
+# ------------------------------------------------------------------- canonical masks, the short way
+
+
+def drawn_mask(seed, height, width, bits):
+    return np.random.default_rng(seed).integers(0, 2**bits, (height, width), dtype=np.uint8)
+
+
+def encoded(mask):
+    return encode_mask(mask, default_palette(tuple(map(str, range(255)))))
+
+
+def decoded(data, *, by_pillow=False):
+    """The pixels of a mask, or what is said of it; `by_pillow`: without the short way."""
+    with pytest.MonkeyPatch.context() as patch:
+        if by_pillow:
+            patch.setattr(shards.masks, "unpack_mask", lambda _: None)
+        try:
+            return decode_mask(data, 255, "x").tolist()
+        except DataError as error:
+            return str(error)
+
+
+def chunks_of(data):
+    """[(kind, content)] of a PNG."""
+    at, found = 8, []
+    while at < len(data):
+        length, kind = struct.unpack_from(">I4s", data, at)
+        found.append((kind, data[at + 8 : at + 8 + length]))
+        at += 12 + length
+    return found
+
+
+def from_chunks(chunks):
+    out = [b"\x89PNG\r\n\x1a\n"]
+    for kind, content in chunks:
+        check = zlib.crc32(kind + content)
+        out.append(struct.pack(">I", len(content)) + kind + content + struct.pack(">I", check))
+    return b"".join(out)
+
+
+def with_header(data, **fields):
+    """The same with other numbers in its header."""
+    (kind, header), *rest = chunks_of(data)
+    names = ("width", "height", "bits", "colour_type", "compression", "filter", "interlace")
+    numbers = dict(zip(names, struct.unpack(">IIBBBBB", header), strict=True))
+    return from_chunks([(kind, struct.pack(">IIBBBBB", *{**numbers, **fields}.values())), *rest])
+
+
+@given(
+    st.integers(0, 2**32 - 1),
+    st.integers(1, 19),
+    st.integers(1, 19),
+    st.sampled_from([1, 2, 4, 8]),
+)
+def test_unpacking_gives_what_pillow_decodes(seed, height, width, bits):
+    mask = drawn_mask(seed, height, width, bits)
+    data = encoded(mask)
+    unpacked = unpack_mask(data)
+    assert unpacked is not None
+    assert unpacked.dtype == np.uint8
+    assert unpacked.tolist() == mask.tolist() == decoded(data, by_pillow=True)
+
+
+@given(
+    st.integers(0, 2**32 - 1),
+    st.integers(1, 9),
+    st.sampled_from([1, 2, 4, 8]),
+    st.integers(0, 10**6),
+    st.integers(1, 255),
+    st.booleans(),
+)
+def test_whatever_byte_is_flipped_pillow_has_the_last_word(
+    seed, width, bits, place, change, mended
+):
+    data = bytearray(encoded(drawn_mask(seed, 5, width, bits)))
+    data[place % len(data)] ^= change
+    flipped = bytes(data)
+    if mended:
+        # Every check sum is right again.
+        with suppress(struct.error):
+            flipped = from_chunks(chunks_of(flipped))
+    assert decoded(flipped) == decoded(flipped, by_pillow=True)
+
+
+def test_pngs_that_are_not_ours_are_left_to_pillow(to_bytes, raw_png, noise):
+    mask = noise((9, 12)) % 4
+    palette_image = Image.fromarray(mask)
+    palette_image.putpalette([c for i in range(4) for c in (i, 90, 90)])
+    palette = (b"PLTE", bytes(12))
+    filtered = raw_png([], 4, 8, 3, [palette])
+    rows = zlib.compress(b"".join(b"\1" + bytes([1, 0, 0, 0]) for _ in range(3)))
+    filtered = from_chunks([*chunks_of(with_header(filtered, height=3))[:-2], (b"IDAT", rows)])
+    others = {
+        "grey": to_bytes(Image.fromarray(mask)),
+        "colour": to_bytes(Image.new("RGB", (4, 4))),
+        "no palette": raw_png([bytes(4)] * 3, 4, 8, 0),
+        "transparent": to_bytes(palette_image, transparency=0),
+        "filtered": filtered + from_chunks([(b"IEND", b"")])[8:],
+        "jpeg": to_bytes(Image.fromarray(mask), "JPEG"),
+        "gif": to_bytes(palette_image, "GIF"),
+        "nothing": b"",
+        "signature": b"\x89PNG\r\n\x1a\n",
+    }
+    for name, data in others.items():
+        assert unpack_mask(data) is None, name
+    assert np.array_equal(decode_mask(others["filtered"], 9, "x"), np.ones((3, 4), np.uint8))
+    assert np.array_equal(decode_mask(others["grey"], 9, "x"), mask)
+
+
+OURS = encoded(drawn_mask(0, 6, 5, 2))
+HEADER, PALETTE, PIXELS, END = chunks_of(OURS)
+
+
+def flipped(place):
+    """Our mask with another byte at a place."""
+    return OURS[:place] + bytes([OURS[place] ^ 1]) + OURS[place + 1 :]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(flipped(len(OURS) - 13), id="check sum of the pixels"),
+        pytest.param(flipped(32), id="check sum of the header"),
+        pytest.param(flipped(44 + len(PALETTE[1])), id="check sum of the palette"),
+        pytest.param(flipped(OURS.index(b"IDAT") + 8), id="pixels"),
+        pytest.param(with_header(OURS, interlace=1), id="interlaced"),
+        pytest.param(with_header(OURS, filter=1), id="other filters"),
+        pytest.param(with_header(OURS, bits=16), id="16 bits"),
+        pytest.param(with_header(OURS, height=5), id="too many rows"),
+        pytest.param(with_header(OURS, height=7), id="too few rows"),
+        pytest.param(with_header(OURS, height=0), id="no rows"),
+        pytest.param(with_header(OURS, width=0), id="no columns"),
+        pytest.param(from_chunks([HEADER, PALETTE, (b"IDAT", b"\0" * 9), END]), id="no stream"),
+        pytest.param(
+            from_chunks([HEADER, PALETTE, (b"IDAT", PIXELS[1][:-4]), END]), id="cut stream"
+        ),
+        pytest.param(from_chunks([HEADER, PALETTE, PIXELS, PIXELS, END]), id="two streams"),
+        pytest.param(from_chunks([HEADER, (b"tEXt", b"a\0b"), PALETTE, PIXELS, END]), id="text"),
+        pytest.param(
+            from_chunks([HEADER, PALETTE, PIXELS, (b"eXIf", b"MM\0*"), END]), id="orientation"
+        ),
+        pytest.param(
+            from_chunks([HEADER, (b"PLTE", bytes(771)), PIXELS, END]), id="too many colours"
+        ),
+        pytest.param(from_chunks([HEADER, PALETTE, PIXELS]), id="no end"),
+        pytest.param(OURS + b"\0", id="more behind"),
+    ],
+)
+def test_damaged_and_unusual_masks_are_left_to_pillow(data):
+    assert unpack_mask(data) is None
+
+
+def test_wherever_a_mask_is_cut_it_is_left_to_pillow():
+    assert all(unpack_mask(OURS[:length]) is None for length in range(len(OURS)))
+
+
+def test_a_mask_that_claims_or_holds_too_much_takes_no_memory():
+    header, palette, _, end = chunks_of(encoded(drawn_mask(0, 4, 4, 8)))
+    bomb = zlib.compress(bytes(50_000_000), 9)
+    data = from_chunks([header, palette, (b"IDAT", bomb), end])
+    tracemalloc.start()
+    assert unpack_mask(data) is None
+    assert unpack_mask(with_header(data, width=2**31 - 1, height=2**31 - 1)) is None
+    assert unpack_mask(with_header(data, width=32_000, height=32_000)) is None
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1_000_000
+    with pytest.raises(DataError, match="x claims 32000 x 32000 pixels, more than 1,000,000,000"):
+        decode_mask(with_header(data, width=32_000, height=32_000), 2, "x")
+
+
+# ------------------------------------------------------------------------ what is no canonical mask
 
 
 def test_a_mask_of_another_mode_is_not_canonical(to_bytes):

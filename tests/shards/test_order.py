@@ -6,10 +6,12 @@ Data sets are imagined: only their shard sizes exist.
 import pickle
 from itertools import chain, islice
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import shards.order
 from shards.order import ORDER_VERSION, WHOLE, Address, EvalPlan, Order, TrainPlan
 
 UNEVEN = (5, 1, 12, 0, 7, 3)
@@ -31,6 +33,7 @@ PINNED = {
     10000000: (19, 28),
     1000000000000: (6, 506),
 }
+SUBSTITUTES = [(5, 17, 697), (10000000, 11, 234)]
 
 
 def rank_batches(order, batch_size, rank, world, count, *, start=0, workers=1):
@@ -193,12 +196,118 @@ def test_where_the_world_divides_the_lanes_ranks_read_few_shards_of_their_own(wo
     assert max(map(len, touched)) <= most < len(LARGE)
 
 
+@pytest.mark.parametrize(("num_shards", "most"), [(100, 2.0), (400, 1.3)])
+def test_eight_ranks_together_fetch_few_shards_twice(num_shards, most):
+    rng = np.random.default_rng(num_shards)
+    sizes = rng.integers(30_000 // num_shards, 50_000 // num_shards, num_shards)
+    order = Order(tuple(sizes.tolist()), 3)
+    n = order.num_samples
+    assert n > WHOLE
+    for number in (0, 1):
+        where = (order.locate(p) for p in range(number * n, (number + 1) * n))
+        pairs = {(address.position % 8, address.shard) for address in where}
+        assert len(pairs) <= most * num_shards
+
+
 def test_a_lane_is_read_window_by_window():
     order = Order((20_000,), 0, lanes=4, window=50)
     rows = [order.locate(4 * i).row for i in range(5000)]  # lane 0 of one shard
     for first in range(0, 5000, 50):
         assert sorted(rows[first : first + 50]) == list(range(first, first + 50))
     assert rows != sorted(rows)
+
+
+# ------------------------------------------------------------------------------- what is expected
+
+
+@pytest.fixture
+def windowed(monkeypatch):
+    """Small data sets are cut into lanes and windows as large ones are."""
+    monkeypatch.setattr(shards.order, "WHOLE", 0)
+    return Order((6, 0, 11, 1, 9, 9, 0, 2), 4, lanes=6, window=3)
+
+
+def by_window(order, epochs, ranks, world):
+    """{(epoch, window): the shards that some ranks read in it}, found by going through them all."""
+    read = {}
+    for p in range(epochs * order.num_samples):
+        if p % world in ranks:
+            read.setdefault(order.window_of(p), set()).add(order.locate(p).shard)
+    return read
+
+
+@pytest.mark.parametrize(
+    ("ranks", "world"), [([0], 1), ([1], 2), ([0], 3), ([0, 1], 3), ([4], 6), ([1, 2, 5], 6)]
+)
+def test_the_shards_of_a_window_are_those_that_are_read_in_it(windowed, ranks, world):
+    for (epoch, window), shards_read in by_window(windowed, 4, ranks, world).items():
+        found = windowed.shards_of(epoch, window, ranks, world)
+        assert set(found) == shards_read
+        assert len(found) == len(shards_read)
+
+
+def test_where_the_world_does_not_divide_the_lanes_any_shard_may_be_read(windowed):
+    for (epoch, window), shards_read in by_window(windowed, 3, [1], 4).items():
+        assert shards_read <= set(windowed.shards_of(epoch, window, [1], 4))
+
+
+def test_a_small_data_set_is_of_use_as_a_whole():
+    order = Order(UNEVEN, 0)
+    assert sorted(order.shards_of(3, 0, [1], 2)) == [0, 1, 2, 4, 5]
+    assert {order.window_of(p) for p in range(28)} == {(0, 0)}
+    assert order.next_window(0, 0) == (1, 0)
+
+
+def test_windows_follow_each_other_as_they_are_read(windowed):
+    seen = list(dict.fromkeys(windowed.window_of(p) for p in range(3 * windowed.num_samples)))
+    assert seen == sorted(seen)
+    assert [windowed.next_window(*one) for one in seen[:-1]] == seen[1:]
+
+
+@pytest.mark.parametrize(("ranks", "world"), [([0], 1), ([1], 2), ([0, 2], 3), ([0], 6)])
+def test_the_most_that_is_in_use_is_that_of_the_heaviest_window(windowed, ranks, world):
+    weights = [100 + 7 * shard for shard in range(8)]
+    read = by_window(windowed, 1, ranks, world).values()
+    expected = max(sum(weights[shard] for shard in some) for some in read)
+    assert windowed.most_in_use(weights, ranks, world) == expected
+
+
+@pytest.mark.parametrize(("rank", "world"), [(0, 1), (1, 3), (5, 6)])
+def test_a_plan_expects_the_shards_of_this_window_and_then_of_the_next(windowed, rank, world):
+    plan = TrainPlan(windowed, 1, rank, world, 0)
+    read = by_window(windowed, 4, [rank], world)
+    for p in range(rank, 3 * windowed.num_samples, world):
+        now = windowed.window_of(p)
+        soon = windowed.next_window(*now)
+        found = plan.upcoming(p)
+        assert len(found) == len(set(found))
+        assert set(found[: len(read[now])]) == read[now]
+        # the last window may be too short for every rank to have a part of it
+        assert set(found) == read[now] | read.get(soon, set())
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 9])
+@pytest.mark.parametrize("chunk", [1, 4])
+def test_an_evaluation_expects_the_shards_that_are_left(world, chunk):
+    for rank in range(world):
+        plan = EvalPlan((5, 1, 12, 7, 3), chunk, rank, world)
+        chunks = list(plan.batches(0, 1))
+        for number, some in enumerate(chunks):
+            left = list(dict.fromkeys(a.shard for a in chain.from_iterable(chunks[number:])))
+            assert plan.upcoming(some[0].position) == left
+
+
+def test_substitutes_are_other_samples_of_the_epoch_each_attempt_anew():
+    order = Order(UNEVEN, 2)
+    for position in (0, 27, 28, 1000):
+        found = [order.substitute(position, attempt) for attempt in range(1, 17)]
+        assert found == [Order(UNEVEN, 2).substitute(position, a) for a in range(1, 17)]
+        assert {address.position for address in found} == {position}
+        assert len({address[1:] for address in found}) > 8
+        assert {address[1:] for address in found} <= set(everything(UNEVEN))
+    drawn = [order.substitute(position, 1)[1:] for position in range(2000)]
+    times = [drawn.count(sample) for sample in everything(UNEVEN)]
+    assert min(times) > 2000 / 28 / 2
 
 
 def test_the_order_is_pinned():
@@ -209,6 +318,7 @@ def test_the_order_is_pinned():
         assert " ".join(f"{shard}.{row}" for shard, row in found) == expected
     large = Order((700,) * 30, seed=3, lanes=96, window=64)
     assert {p: tuple(large.locate(p)[1:]) for p in PINNED} == PINNED
+    assert [tuple(large.substitute(p, 2)) for p in (5, 10**7)] == SUBSTITUTES
 
 
 @pytest.mark.parametrize("sizes", [(), (0,), (0, 0)])

@@ -1,28 +1,37 @@
 """Holds the reader's contract: the right bytes by offset, named errors, stock webdataset agrees."""
 
+import gc
 import io
 import json
 import os
 import pickle
 import tarfile
-import tempfile
+import tracemalloc
 from dataclasses import replace
-from itertools import islice
+from itertools import chain, islice, takewhile
 
 import numpy as np
 import pytest
-import webdataset
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
+from webdataset.compat import WebDataset
+from webdataset.filters import map as map_samples
+from webdataset.pipeline import DataPipeline
 
 import shards.reader
 from shards.images import ImageFormat, decode_image
 from shards.index import MemberRange, ShardInfo
 from shards.masks import decode_mask, default_palette, encode_mask
-from shards.order import Address, EvalPlan, Order, TrainPlan
-from shards.reader import SampleSource, ShardReader, read_members, read_samples
+from shards.order import WHOLE, Address, EvalPlan, Order, TrainPlan
+from shards.reader import (
+    MOST_BETWEEN,
+    SampleSource,
+    ShardReader,
+    pieces_of,
+    read_samples,
+)
 from shards.sample import DataError
 from shards.writer import ShardWriter
 
@@ -40,8 +49,7 @@ def opened(request):
 
     yield make
     for reader in readers:
-        for file, _ in reader.opened.values():
-            file.close()
+        reader.forget()
 
 
 def infos_of(manifest):
@@ -107,7 +115,7 @@ def test_unlabelled_samples_have_no_mask(make_shards, opened):
 def test_stock_webdataset_yields_the_same_keys_and_bytes(make_shards):
     folder, manifest, content = make_shards([3, 2])
     urls = [str(folder / info.name) for info in infos_of(manifest)]
-    found = list(webdataset.WebDataset(urls, shardshuffle=False))
+    found = list(WebDataset(urls, shardshuffle=False))
     assert [sample["__key__"] for sample in found] == list(content)
     for sample in found:
         picture, mask = content[sample["__key__"]]
@@ -165,18 +173,19 @@ def test_members_with_little_between_them_are_one_read(foreign, monkeypatch):
 @given(
     st.lists(st.tuples(st.integers(0, 200_000), st.integers(0, 5000)), min_size=1, max_size=3),
 )
-def test_whatever_lies_between_members_their_bytes_are_right(gaps):
-    content = np.random.default_rng(0).bytes(700_000)
+def test_whatever_lies_between_members_they_are_read_and_not_much_more(gaps):
     members, offset = [], 0
     for number, (gap, size) in enumerate(gaps):
         offset += gap
         members.append(MemberRange("bin", offset, size, f"{number}.bin"))
         offset += size
-    with tempfile.TemporaryFile() as file:
-        file.write(content)
-        file.flush()
-        parts = read_members(file.fileno(), members)
-    assert parts == {m: content[m.offset : m.offset + m.size] for m in members}
+    pieces = pieces_of(members[::-1])
+    for member in members:
+        begin, end = member.offset, member.offset + member.size
+        assert any(low <= begin and end <= high for low, high in pieces)
+    read, needed = sum(high - low for low, high in pieces), sum(m.size for m in members)
+    assert read <= 2 * needed + MOST_BETWEEN
+    assert len(pieces) == 1 or read == needed
 
 
 def test_a_sample_of_a_foreign_shard_is_described_by_its_place(foreign, to_bytes, noise):
@@ -309,8 +318,8 @@ def test_at_most_so_many_shards_are_open_the_least_recently_used_closed(
     for shard in (0, 1, 2, 0, 3, 4, 0, 5, 1, 2, 0):
         raw = reader.read(Address(0, shard, 0))
         assert raw.image == content[raw.key][0]
-        assert num_open(folder) == len(reader.opened) <= 3
-    assert set(reader.opened) == {1, 2, 0}
+        assert num_open(folder) == len(reader.files) <= 3
+    assert set(reader.files) == {1, 2, 0}
 
 
 def test_the_promised_number_of_descriptors_is_modest():
@@ -322,8 +331,116 @@ def test_a_reader_is_picklable_and_opens_its_own_files(make_shards, opened):
     reader = opened(folder, infos_of(manifest))
     expected = reader.read(Address(0, 0, 1))
     copy = pickle.loads(pickle.dumps(reader))
-    assert (copy.opened, len(reader.opened)) == ({}, 1)
+    assert (len(copy.files), len(reader.files)) == (0, 1)
+    assert (len(copy.indexes), len(reader.indexes)) == (0, 1)
     assert copy.read(Address(0, 0, 1)) == expected
+
+
+def test_a_reader_that_forgets_has_closed_everything_and_can_go_on(make_shards, opened):
+    folder, manifest, _ = make_shards([2, 1])
+    reader = opened(folder, infos_of(manifest))
+    expected = reader.read_all(addresses(infos_of(manifest)))
+    assert num_open(folder) == 2
+    reader.forget()
+    assert num_open(folder) == 0
+    assert reader.read_all(addresses(infos_of(manifest))) == expected
+
+
+# ---------------------------------------------------------------------- many samples, no pictures
+
+
+@pytest.fixture
+def imagined(tmp_path):
+    """imagined([3, 2]) -> a folder and its shards: whole indexes, but tars of nothing but holes."""
+
+    def make(sizes):
+        rng, infos = np.random.default_rng(0), []
+        for number, samples in enumerate(sizes):
+            lines, offset = [f"v1.2 {samples}"], 0
+            for row in range(samples):
+                words = []
+                for extension, size in zip(
+                    ("jpg", "mask.png", "json"), rng.integers(1, 900, 3), strict=True
+                ):
+                    words.append(f"{extension} {offset + 512} {size} k{number}-{row}.{extension}")
+                    offset += 512 + -(-int(size) // 512) * 512
+                lines.append(" ".join(words))
+            path = tmp_path / f"train-{number:06}.tar"
+            path.with_suffix(".idx").write_text("\n".join(lines) + "\n")
+            path.touch()
+            os.truncate(path, offset + 1024)
+            infos.append(ShardInfo(path.name, samples, offset + 1024, "", ()))
+        return tmp_path, tuple(infos)
+
+    return make
+
+
+def sizes_of(infos):
+    return tuple(info.samples for info in infos)
+
+
+@pytest.mark.parametrize("world", [1, 3, 8])
+def test_over_all_ranks_an_epoch_reads_every_byte_once_and_ranks_their_own_shards(
+    imagined, opened, monkeypatch, world
+):
+    folder, infos = imagined([85] * 201)
+    order = Order(sizes_of(infos), 2)
+    assert order.num_samples > WHOLE
+    read, pread = [], os.pread
+
+    def noting(handle, size, begin):
+        read.append((os.fstat(handle).st_ino, begin, size))
+        return pread(handle, size, begin)
+
+    monkeypatch.setattr(os, "pread", noting)
+    pairs = 0
+    for rank in range(world):
+        reader, before = opened(folder, infos), len(read)
+        stream = chain.from_iterable(TrainPlan(order, 5, rank, world, 0).batches(0, 1))
+        for address in takewhile(lambda a: a.position < order.num_samples, stream):
+            reader.read(address)
+        pairs += len({shard for shard, _, _ in read[before:]})
+    # A sample is one read, its members and the tar headers between them.
+    reader, whole = opened(folder, infos), 0
+    for index in reader.open_indexes(range(201)).values():
+        for row in range(85):
+            entry = index[row]
+            assert entry.info is not None
+            whole += entry.info.offset + entry.info.size - entry.image.offset
+    assert len(set(read)) == len(read) == order.num_samples
+    assert sum(size for _, _, size in read) == whole
+    assert pairs <= (len(infos) if world == 1 else len(infos) + order.lanes)
+
+
+def test_epochs_leave_no_more_behind_than_the_first(imagined, opened, monkeypatch):
+    monkeypatch.setattr(shards.reader, "MAX_OPEN", 8)
+    monkeypatch.setattr(shards.reader, "INDEX_BYTES", 1000)
+    folder, infos = imagined([9] * 60)
+    reader, before = opened(folder, infos), len(os.listdir("/dev/fd"))
+    plan = TrainPlan(Order(sizes_of(infos), 0), 6, 0, 1, 0)
+    batches, held = iter(SampleSource(reader, plan)), []
+    tracemalloc.start()
+    for _ in range(6):
+        for raws in islice(batches, 90):
+            assert len(raws) == 6
+            assert len(reader.files) <= 8
+            assert sum(index.num_bytes for index in reader.indexes.values()) <= 1000
+        assert num_open(folder) == 8
+        gc.collect()
+        held.append(tracemalloc.get_traced_memory()[0])
+    tracemalloc.stop()
+    assert len(os.listdir("/dev/fd")) - before <= 8
+    assert len(reader.indexes) > 8
+    assert max(held[2:]) - held[1] < 500_000
+
+
+def test_a_single_index_may_be_larger_than_what_is_kept(imagined, opened, monkeypatch):
+    monkeypatch.setattr(shards.reader, "INDEX_BYTES", 30)
+    folder, infos = imagined([5, 5])
+    reader = opened(folder, infos)
+    raws = reader.read_all(addresses(infos))
+    assert [raw.key for raw in raws] == [f"k{shard}-{row}" for shard in (0, 1) for row in range(5)]
+    assert len(reader.indexes) == 1
 
 
 class KeepKeys:
@@ -340,10 +457,10 @@ def test_the_reader_is_the_first_stage_of_a_webdataset_pipeline(make_shards, ope
     infos = infos_of(manifest)
     plan = EvalPlan((3, 2), 2, 0, 1)
     source = SampleSource(opened(folder, infos), plan)
-    pipeline = webdataset.DataPipeline(source, webdataset.map(len))
+    pipeline = DataPipeline(source, map_samples(len))
     assert list(pipeline) == [2, 2, 1]
     ours = read_samples(opened(folder, infos), plan, KeepKeys())
-    assert isinstance(ours, webdataset.DataPipeline)
+    assert isinstance(ours, DataPipeline)
     assert [position for batch in ours for _, position in batch] == [0, 1, 2, 3, 4]
 
 

@@ -124,13 +124,39 @@ def test_a_mask_of_another_size_is_refused_with_both_sizes(picture, drawn):
     )
 
 
-def test_a_mask_is_brought_to_its_picture_on_request(picture, to_bytes):
+def test_a_mask_is_brought_to_its_picture_on_request_and_counted(picture, drawn, to_bytes):
     large = np.array([[0, 1], [2, 0]], dtype=np.uint8).repeat(6, 0).repeat(8, 1)
     pair = picture("RGB"), to_bytes(Image.fromarray(large))
     sample = read(pair, rule_of(resize_mask=True))
     index = decode_mask(sample.mask.encode(PALETTE), 3, "x")
     assert np.array_equal(index, large[::2, ::2])
     assert sample.mask.classes.pixels.sum() == index.size
+    assert tally_of([sample, read((picture("RGB"), drawn()), rule_of(resize_mask=True))]).notes == {
+        "mask": 1
+    }
+
+
+@pytest.mark.parametrize(
+    ("shape", "scaled"),
+    [
+        *(((8, 6), False), ((6, 6), False), ((12, 17), True), ((12, 20), False)),
+        *(((1, 1), True), ((2, 3), True), ((2, 5), False), ((30, 41), True), ((30, 50), False)),
+    ],
+)
+def test_a_mask_is_stretched_alike_in_both_directions_but_for_a_rounded_pixel(
+    shape, scaled, picture, drawn
+):
+    pair = picture("RGB"), drawn(shape=shape)
+    if scaled:
+        assert read(pair, rule_of(resize_mask=True)).mask.size == SHAPE[::-1]
+        return
+    for rule in (RULE, rule_of(resize_mask=True)):
+        with pytest.raises(DataError) as caught:
+            read(pair, rule)
+        assert str(caught.value) == (
+            f"masks/a.png is {shape[1]} x {shape[0]}, its picture images/a.png 8 x 6; "
+            "neither is the other scaled: crop or pad one, or find the right mask"
+        )
 
 
 def test_a_picture_that_was_turned_away_from_its_mask_is_told(to_bytes, noise, drawn):

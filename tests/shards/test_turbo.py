@@ -1,0 +1,229 @@
+"""Holds what decoding promises: simplejpeg or not, whole or in part, the same pixels."""
+
+import io
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+import shards.images
+from shards.images import DecodedImage, ImageFormat, decode_image, open_pixels, to_array
+from shards.sample import DataError
+
+simplejpeg = pytest.importorskip("simplejpeg")
+RGB, GREY = ImageFormat("RGB"), ImageFormat("L")
+SIZES = [(1, 1), (1, 9), (7, 5), (16, 16), (17, 33), (64, 50)]
+
+
+def smooth(height, width, channels=3):
+    """Colours that a JPEG keeps, with an edge and some noise."""
+    rng = np.random.default_rng(height * 100 + width)
+    y, x = np.mgrid[:height, :width]
+    bands = [x * 7 % 256, y * 5 % 256, (x * y) % 256][:channels]
+    pixels = np.stack(bands, -1) + rng.integers(0, 30, (height, width, channels))
+    return pixels.clip(0, 255).astype(np.uint8)
+
+
+def jpeg(height=33, width=17, mode="RGB", **options):
+    out = io.BytesIO()
+    Image.fromarray(smooth(height, width)).convert(mode).save(out, "JPEG", **options)
+    return out.getvalue()
+
+
+def pillow(data, form, where="s.tar: k"):
+    """What Pillow alone makes of a file: its pixels, or what is said of it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards.images, "simplejpeg", None)
+        return outcome(data, form, where)
+
+
+def outcome(data, form, where="s.tar: k"):
+    try:
+        return decode_image(data, form, where)
+    except DataError as error:
+        return str(error)
+
+
+def same(one, other):
+    return one == other if isinstance(one, str) else np.array_equal(one, other)
+
+
+@pytest.fixture
+def decoded_by(monkeypatch):
+    """decoded_by() -> how many pictures simplejpeg has decoded since."""
+    count = 0
+    decode = simplejpeg.decode_jpeg
+
+    def counting(*arguments, **options):
+        nonlocal count
+        pixels = decode(*arguments, **options)
+        count += 1
+        return pixels
+
+    def since():
+        nonlocal count
+        found, count = count, 0
+        return found
+
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", counting)
+    return since
+
+
+# ---------------------------------------------------------------------------- the same pixels
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0"])
+@pytest.mark.parametrize("quality", [30, 95])
+def test_colour_jpegs_are_the_same_pixels(subsampling, progressive, quality, decoded_by):
+    for height, width in SIZES:
+        options = {"subsampling": subsampling, "progressive": progressive, "quality": quality}
+        data = jpeg(height, width, **options)
+        pixels = decode_image(data, RGB, "x")
+        assert decoded_by() == 1
+        assert pixels.shape == (height, width, 3)
+        assert np.array_equal(pixels, pillow(data, RGB))
+
+
+@pytest.mark.parametrize("form", [RGB, GREY])
+def test_grey_jpegs_are_the_same_pixels_in_grey_and_in_colour(form, decoded_by):
+    for height, width in SIZES:
+        data = jpeg(height, width, "L")
+        pixels = decode_image(data, form, "x")
+        assert decoded_by() == 1
+        assert pixels.shape == (height, width, len(form.channels))
+        assert np.array_equal(pixels, pillow(data, form))
+
+
+@pytest.mark.parametrize("subsampling", ["440", "411"])
+def test_so_are_subsamplings_that_cameras_write(subsampling, decoded_by):
+    for height, width in SIZES[2:]:
+        data = simplejpeg.encode_jpeg(smooth(height, width), colorsubsampling=subsampling)
+        assert np.array_equal(decode_image(data, RGB, "x"), pillow(data, RGB))
+        assert decoded_by() == 1
+
+
+@pytest.mark.parametrize(
+    "options", [{"restart_marker_blocks": 2}, {"optimize": True}, {"dpi": (72, 72)}]
+)
+def test_so_are_files_with_restarts_and_other_tables(options, decoded_by):
+    data = jpeg(60, 70, **options)
+    assert np.array_equal(decode_image(data, RGB, "x"), pillow(data, RGB))
+    assert decoded_by() == 1
+
+
+# ------------------------------------------------------------------------ what is left to Pillow
+
+
+@pytest.mark.parametrize("orientation", [2, 3, 6, 8])
+def test_a_turned_jpeg_is_left_to_pillow(orientation, decoded_by):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = jpeg(20, 12, exif=exif)
+    pixels = decode_image(data, RGB, "x")
+    assert decoded_by() == 0
+    assert pixels.shape == ((20, 12, 3) if orientation < 5 else (12, 20, 3))
+    assert np.array_equal(pixels, pillow(data, RGB))
+
+
+def test_an_upright_exif_is_no_turn(decoded_by):
+    exif = Image.Exif()
+    exif[0x0112] = 1
+    data = jpeg(exif=exif)
+    assert np.array_equal(decode_image(data, RGB, "x"), pillow(data, RGB))
+    assert decoded_by() == 1
+
+
+def test_colour_becomes_grey_by_pillows_luma(decoded_by):
+    data = jpeg()
+    expected = np.asarray(Image.open(io.BytesIO(data)).convert("L"))[..., None]
+    assert np.array_equal(decode_image(data, GREY, "x"), expected)
+    assert decoded_by() == 0
+
+
+@pytest.mark.parametrize("form", [RGB, GREY])
+def test_cmyk_and_other_formats_are_left_to_pillow(form, decoded_by):
+    files = [jpeg(mode="CMYK")]
+    for kind in ("PNG", "BMP", "WEBP"):
+        out = io.BytesIO()
+        Image.fromarray(smooth(9, 8)).save(out, kind)
+        files.append(out.getvalue())
+    for data in files:
+        assert np.array_equal(decode_image(data, form, "x"), pillow(data, form))
+    assert decoded_by() == 0
+
+
+def test_without_simplejpeg_pillow_does_it_all(monkeypatch):
+    monkeypatch.setattr(shards.images, "simplejpeg", None)
+    data = jpeg()
+    expected = np.asarray(Image.open(io.BytesIO(data)))
+    assert np.array_equal(decode_image(data, RGB, "x"), expected)
+    assert isinstance(open_pixels(data, RGB, "x").pixels, Image.Image)
+
+
+# ------------------------------------------------------------------------------- damaged files
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_wherever_a_jpeg_is_cut_pillow_has_the_last_word(progressive):
+    data = jpeg(24, 24, progressive=progressive, quality=60)
+    for length in range(0, len(data), 3):
+        assert same(outcome(data[:length], RGB), pillow(data[:length], RGB)), length
+    said = outcome(data[: len(data) // 2], RGB)
+    assert isinstance(said, str)
+    assert said.startswith("s.tar: k ")
+
+
+@given(st.integers(0, 10**6), st.integers(1, 255), st.booleans(), st.sampled_from([RGB, GREY]))
+def test_whatever_byte_is_flipped_pillow_has_the_last_word(place, change, progressive, form):
+    data = bytearray(jpeg(40, 24, progressive=progressive, mode="L" if form is GREY else "RGB"))
+    data[place % len(data)] ^= change
+    assert same(outcome(bytes(data), form), pillow(bytes(data), form))
+
+
+# ----------------------------------------------------------------------------- parts of pictures
+
+
+def pictures():
+    """Pictures of every kind that is converted, with the format that they are read by."""
+    colours = smooth(20, 30)
+    wide = (colours[..., 0].astype(np.uint16) * 200) + colours[..., 1]
+    few = Image.fromarray(colours).quantize(17)
+    yield "I;16", Image.fromarray(wide), ImageFormat("L", range=(500, 40_000))
+    yield "I;16 in colour", Image.fromarray(wide), ImageFormat("RGB", range=(500, 40_000))
+    yield "P", few, RGB
+    yield "P in grey", few, GREY
+    yield "RGBA", Image.fromarray(colours).convert("RGBA"), RGB
+    yield "LA", Image.fromarray(colours).convert("LA"), GREY
+    yield "1", Image.fromarray(colours[..., 0] > 99), GREY
+    yield "CMYK", Image.fromarray(colours).convert("CMYK"), GREY
+    yield "RGB", Image.fromarray(colours), RGB
+
+
+@pytest.mark.parametrize(("image", "form"), [pytest.param(*rest, id=i) for i, *rest in pictures()])
+def test_a_part_is_the_slice_of_the_whole_and_only_it_is_converted(image, form, monkeypatch):
+    decoded = DecodedImage(image, form)
+    assert decoded.size == (30, 20)
+    whole = decoded.region(0, 0, 30, 20)
+    assert whole.shape == (20, 30, len(form.channels))
+    sizes = []
+
+    def noting(part, form):
+        sizes.append(part.size)
+        return to_array(part, form)
+
+    monkeypatch.setattr(shards.images, "to_array", noting)
+    boxes = [(0, 0, 1, 1), (3, 4, 17, 19), (29, 0, 30, 20), (0, 0, 30, 20), (10, 10, 30, 20)]
+    for left, top, right, bottom in boxes:
+        part = decoded.region(left, top, right, bottom)
+        assert np.array_equal(part, whole[top:bottom, left:right])
+        assert sizes.pop() == (right - left, bottom - top)
+
+
+def test_a_part_of_what_simplejpeg_decoded_is_its_slice():
+    decoded = open_pixels(jpeg(20, 30), RGB, "x")
+    assert isinstance(decoded.pixels, np.ndarray)
+    assert decoded.size == (30, 20)
+    assert np.array_equal(decoded.region(3, 4, 17, 19), decoded.pixels[4:19, 3:17])
