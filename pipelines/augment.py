@@ -214,7 +214,7 @@ class Augment:
     ) -> Tensor:
         """Displacements [B, H, W, 2] in units of half a side; `draws`: [B, 18] in -1 to 1."""
         height, width = image.shape[-2:]
-        # Uniform numbers reach sqrt(3) deviations and no farther: nothing folds over itself.
+        # Uniform, not normal: no rare draw folds a crop of 128 pixels or more over itself.
         pixels = draws.reshape(-1, 2, NODES, NODES) * (sqrt(3) * self.config.elastic)
         sides = np.array([width, height])[:, None, None]
         halves = 2 * pixels / sides * warped[:, None, None, None]

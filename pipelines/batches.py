@@ -1,10 +1,11 @@
 """Batches: from shards through worker processes to the device, as three tensors of bytes."""
 
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import groupby
-from multiprocessing import get_start_method
+from multiprocessing import get_context
 from typing import Any
 
 import numpy as np
@@ -187,7 +188,7 @@ def train_batches(
     # With a reader of its own: the other may be at work in a thread.
     substitutes = Substitutes(data.reader("train"), plan.order) if skip else None
     stage = CropStage(manifest.image_format, len(manifest.classes), cropper, substitutes)
-    if data.workers and reader.store.local is not None and get_start_method() == "fork":
+    if data.workers and start_method(reader) == "fork":
         buffers = Buffers(data.workers, stage.num_bytes(plan.batch_size))
         stage = replace(stage, buffers=buffers)
     batches = receive(load(reader, plan, stage, data.workers), stage)
@@ -235,18 +236,24 @@ def load(
     reader: ShardReader, plan: TrainPlan | EvalPlan, stage: Stage, workers: int, pin: bool = False
 ) -> DataLoader[Any]:
     """A DataLoader whose workers read, decode and stack."""
-    context = None
-    if workers and reader.store.local is None:
-        # The threads and connections of remote clients do not survive a fork.
-        context = torch.multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["pipelines.batches"])
+    method = start_method(reader) if workers else None
+    if method == "forkserver":
+        get_context(method).set_forkserver_preload(["pipelines.batches"])
     return DataLoader(
         read_samples(reader, plan, stage),
         batch_size=None,
         num_workers=workers,
         pin_memory=pin,
-        multiprocessing_context=context,
+        multiprocessing_context=method,
     )
+
+
+def start_method(reader: ShardReader) -> str | None:
+    """How workers are started; None: as the platform does."""
+    if reader.store.local is None:
+        # The threads and connections of remote clients do not survive a fork.
+        return "forkserver"
+    return "fork" if sys.platform == "linux" else None
 
 
 def rare_classes(manifest: Manifest) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
 
@@ -59,7 +59,7 @@ class ShardCache:
         if os.fstat(file.fileno()).st_size != shard.bytes:
             file.close()
             return None
-        os.utime(file.fileno())
+        mark_read(file)
         return file
 
     def holds(self, shard: ShardInfo) -> bool:
@@ -170,6 +170,13 @@ class ShardCache:
             yield
 
 
+def mark_read(file: FileIO) -> None:
+    """Note that a shard is in use."""
+    # Another user's file says only when it came.
+    with suppress(PermissionError):
+        os.utime(file.fileno())
+
+
 def remove_abandoned(part: Path) -> bool:
     """Remove a file if the process that was writing it is gone; whether it was."""
     handle = claim(part)
@@ -244,14 +251,16 @@ class Fetcher:
                     shard = missing.popleft()
                 # What is read sooner must not make room for what is read later.
                 sooner = wanted[: wanted.index(shard)]
-                if not self.cache.fetch(shard, self.store, sooner):
-                    self.look_again(shard, missing)
+                fetched = self.cache.fetch(shard, self.store, sooner)
+                if not fetched:
+                    # In turn where there is no room yet, else after what nobody is at.
+                    self.look_again(shard, missing, first=fetched is None)
         except Exception as error:  # told to who reads
             self.failure = error
 
-    def look_again(self, shard: ShardInfo, missing: deque[ShardInfo]) -> None:
-        """Put a shard to the end that another process is fetching, or that has no room yet."""
+    def look_again(self, shard: ShardInfo, missing: deque[ShardInfo], *, first: bool) -> None:
+        """Put back a shard that another process is fetching, or that has no room yet."""
         with self.changed:
-            missing.append(shard)
+            (missing.appendleft if first else missing.append)(shard)
             if not self.closed:
-                self.changed.wait(RETRY / len(missing))
+                self.changed.wait(RETRY if first else RETRY / len(missing))

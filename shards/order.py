@@ -71,16 +71,16 @@ class Order:
         index, lane = divmod(j, self.lanes)
         length, longer = divmod(num_samples, self.lanes)
         start = lane * length + min(lane, longer)
-        if num_samples <= WHOLE:
-            place = int(permutation(num_samples, self.seed, epoch, SAMPLES)[start + index])
+        shards, starts, samples = self.epoch(epoch)
+        if samples is not None:
+            place = int(samples[start + index])
         else:
             size = length + (lane < longer)
             window, offset = divmod(index, self.window)
             first = window * self.window
             width = min(self.window, size - first)
-            shuffled = permutation(width, self.seed, epoch, IN_WINDOW, lane, window)
+            shuffled = window_permutation(width, self.seed, epoch, lane, window)
             place = start + first + int(shuffled[offset])
-        shards, starts = self.epoch(epoch)
         slot = int(np.searchsorted(starts, place, side="right")) - 1
         return Address(position, int(shards[slot]), place - int(starts[slot]))
 
@@ -112,7 +112,7 @@ class Order:
             mine = {(rank - epoch * self.num_samples) % world for rank in ranks}
             lanes = [lane for lane in lanes if lane % world in mine]
         length, longer = divmod(self.num_samples, self.lanes)
-        shards, starts = self.epoch(epoch)
+        shards, starts, _ = self.epoch(epoch)
         found: dict[int, None] = {}
         for lane in lanes:
             start, size = lane * length + min(lane, longer), length + (lane < longer)
@@ -144,7 +144,10 @@ class Order:
             permuted = np.asarray(self.sizes, dtype=np.int64)[shards]
             if len(self._epochs) > 1:
                 del self._epochs[min(self._epochs)]
-            self._epochs[epoch] = Epoch(shards, np.cumsum(permuted) - permuted)
+            samples = None
+            if self.num_samples <= WHOLE:
+                samples = permutation(self.num_samples, self.seed, epoch, SAMPLES)
+            self._epochs[epoch] = Epoch(shards, np.cumsum(permuted) - permuted, samples)
         return self._epochs[epoch]
 
 
@@ -154,9 +157,10 @@ class Epoch(NamedTuple):
     shards: NDArray[np.uint32]
     starts: NDArray[np.int64]
     """First place of each in the permuted order."""
+    samples: NDArray[np.uint32] | None
+    """What stands at each place of the lanes, where the samples are permuted as a whole."""
 
 
-@lru_cache(maxsize=512)
 def permutation(size: int, *words: int) -> NDArray[np.uint32]:
     """A permutation of range(size) drawn from the words.
 
@@ -165,6 +169,14 @@ def permutation(size: int, *words: int) -> NDArray[np.uint32]:
     """
     draws = np.random.PCG64(np.random.SeedSequence(words)).random_raw(size)
     return np.argsort(draws, kind="stable").astype(np.uint32)
+
+
+@lru_cache(maxsize=512)
+def window_permutation(
+    size: int, seed: int, epoch: int, lane: int, window: int
+) -> NDArray[np.uint32]:
+    """The order inside a window of a lane; those of the lanes of now and next are remembered."""
+    return permutation(size, seed, epoch, IN_WINDOW, lane, window)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol, cast
 from torch.utils.data import IterableDataset, get_worker_info
 from webdataset.pipeline import DataPipeline
 
-from shards.cache import Fetcher, ShardCache
+from shards.cache import Fetcher, ShardCache, mark_read
 from shards.images import DecodedImage, ImageFormat, open_pixels
 from shards.index import MemberRange, SampleRange, ShardIndex, ShardInfo, read_index
 from shards.masks import decode_mask
@@ -23,8 +23,8 @@ from shards.order import Address
 from shards.sample import DataError, Sample, Uint8
 from shards.store import ByteRange, Store
 
-MAX_OPEN = 64
-"""Shards that one process keeps open."""
+MAX_OPEN = 128
+"""Shards that one process keeps open: more than a stream has lanes."""
 
 TOGETHER = 4
 """Batches of remote samples that are asked for at once."""
@@ -214,7 +214,7 @@ class ShardReader:
             if self.store.local is not None:
                 return file
             if os.fstat(file.fileno()).st_nlink:
-                os.utime(file.fileno())
+                mark_read(file)
                 return file
             # It had to make room; its bytes are freed when nobody holds it any more.
             self.files.pop(shard).close()

@@ -323,7 +323,7 @@ def test_at_most_so_many_shards_are_open_the_least_recently_used_closed(
 
 
 def test_the_promised_number_of_descriptors_is_modest():
-    assert 1 < shards.reader.MAX_OPEN <= 64
+    assert 1 < shards.reader.MAX_OPEN <= 128
 
 
 def test_a_reader_is_picklable_and_opens_its_own_files(make_shards, opened):
