@@ -238,7 +238,6 @@ class Augment:
 
 
 def on_device(numbers: Any, image: Tensor) -> Tensor:
-    """Numbers as float32 beside a picture; the copy overlaps with what the device is doing."""
-    return torch.tensor(np.asarray(numbers), dtype=torch.float32).to(
-        image.device, non_blocking=True
-    )
+    """Numbers as float32 beside a picture; a copy to a GPU overlaps with what it is doing."""
+    found = torch.tensor(np.asarray(numbers), dtype=torch.float32)
+    return found.to(image.device, non_blocking=image.device.type == "cuda")

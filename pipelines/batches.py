@@ -1,11 +1,14 @@
 """Batches: from shards through worker processes to the device, as three tensors of bytes."""
 
+import os
+import signal
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import groupby
 from multiprocessing import get_context
+from multiprocessing.forkserver import ensure_running
 from typing import Any
 
 import numpy as np
@@ -14,8 +17,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
 from pipelines.augment import AugmentConfig, Cropper
-from pipelines.buffers import Buffers
+from pipelines.buffers import WAITING, Buffers, keep_freed_memory
+from pipelines.config import RunError
 from pipelines.dataset import DataSet
+from pipelines.parallel import follow_parent
 from shards.images import ImageFormat
 from shards.index import Manifest, SplitInfo
 from shards.order import EvalPlan, Order, TrainPlan
@@ -41,7 +46,9 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The same on a device; the copy overlaps with what the device is doing."""
-        image, mask = (t.to(device, non_blocking=True) for t in (self.image, self.mask))
+        # Elsewhere memory may be used again before an overlapped copy is done.
+        overlap = device.type == "cuda"
+        image, mask = (t.to(device, non_blocking=overlap) for t in (self.image, self.mask))
         return replace(self, image=image, mask=mask)
 
     def pin_memory(self) -> "Batch":
@@ -53,7 +60,7 @@ class Batch:
 class Filled:
     """What a worker sends of a batch that lies in shared memory."""
 
-    place: int | None
+    place: int
     position: list[int]
     skipped: tuple[str, ...]
 
@@ -84,6 +91,7 @@ class CropStage:
 
     def __call__(self, source: Iterator[list[RawSample]]) -> Iterator[Batch | Filled]:
         """One batch for each list of raw samples."""
+        keep_freed_memory()
         worker = get_worker_info()
         for raws in source:
             place = self.buffers.take(worker.id) if self.buffers and worker else None
@@ -91,12 +99,15 @@ class CropStage:
                 pixels = np.empty(self.num_bytes(len(raws)), dtype=np.uint8)
             else:
                 pixels = self.buffers.array(place)
-            skipped: list[str] = []
+            lines: list[str] = []
             image, mask = self.views(pixels)
             for i, raw in enumerate(raws):
-                image[i], mask[i] = self.crop(raw, skipped)
-            filled = Filled(place, [raw.position for raw in raws], tuple(skipped))
-            yield filled if place is not None else self.batch(torch.from_numpy(pixels), filled)
+                image[i], mask[i] = self.crop(raw, lines)
+            position, skipped = [raw.position for raw in raws], tuple(lines)
+            if place is None:
+                yield self.batch(torch.from_numpy(pixels), position, skipped)
+            else:
+                yield Filled(place, position, skipped)
 
     def num_bytes(self, batch_size: int) -> int:
         """What a batch takes: pictures, then masks."""
@@ -109,11 +120,11 @@ class CropStage:
         # Pixels lie as Pillow decodes them, channels last.
         return pixels[:end].reshape(-1, size, size, channels), pixels[end:].reshape(-1, size, size)
 
-    def batch(self, pixels: Tensor, filled: Filled) -> Batch:
+    def batch(self, pixels: Tensor, position: list[int], skipped: tuple[str, ...]) -> Batch:
         """The batch in some bytes."""
         image, mask = self.views(pixels)
         # The permuted view costs no copy.
-        return Batch(image.permute(0, 3, 1, 2), mask, torch.tensor(filled.position), filled.skipped)
+        return Batch(image.permute(0, 3, 1, 2), mask, torch.tensor(position), skipped)
 
     def crop(self, raw: RawSample, skipped: list[str]) -> tuple[Uint8, Uint8]:
         """The crop of a sample, or of the one that stands in for it; `skipped` grows by the others.
@@ -143,6 +154,7 @@ class WholeStage:
 
     def __call__(self, source: Iterator[list[RawSample]]) -> Iterator[Batch]:
         """One or more batches for each list of raw samples."""
+        keep_freed_memory()
         for raws in source:
             decoded = [(raw, raw.decode(self.form, self.num_classes)) for raw in raws]
             for _, group in groupby(decoded, key=lambda item: item[1].image.shape):
@@ -191,19 +203,34 @@ def train_batches(
     if data.workers and start_method(reader) == "fork":
         buffers = Buffers(data.workers, stage.num_bytes(plan.batch_size))
         stage = replace(stage, buffers=buffers)
-    batches = receive(load(reader, plan, stage, data.workers), stage)
+    # Here, so that the workers are children of this thread and not of the one that pins.
+    loader = iter(load(reader, plan, stage, data.workers))
+    batches = receive(told(loader), stage)
     return ahead(batch.pin_memory() for batch in batches) if pin else batches
 
 
-def receive(loader: DataLoader[Batch | Filled], stage: CropStage) -> Iterator[Batch]:
+def receive(sent: Iterator[Batch | Filled], stage: CropStage) -> Iterator[Batch]:
     """The batches that workers sent, those in shared memory among them."""
-    for sent in loader:
-        if isinstance(sent, Batch):
-            yield sent
+    for batch in sent:
+        if isinstance(batch, Batch):
+            yield batch
         else:
             assert stage.buffers is not None
-            assert sent.place is not None
-            yield stage.batch(stage.buffers.lend(sent.place), sent)
+            pixels = stage.buffers.lend(batch.place)
+            yield stage.batch(pixels, batch.position, batch.skipped)
+
+
+def told(loader: Iterator[Any]) -> Iterator[Any]:
+    """What a loader yields; a worker that was killed is told in a line, as RunError."""
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise RunError(
+            "a process that reads samples was killed (out of memory?); give it more or lower "
+            "--workers; the same command goes on"
+        ) from error
 
 
 def ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
@@ -229,7 +256,7 @@ def eval_batches(
     reader = data.reader(split)
     plan = EvalPlan(tuple(s.samples for s in reader.shards), batch_size, rank, world)
     stage = WholeStage(data.manifest.image_format, len(data.manifest.classes))
-    return iter(load(reader, plan, stage, data.workers, pin))
+    return told(iter(load(reader, plan, stage, data.workers, pin)))
 
 
 def load(
@@ -238,14 +265,40 @@ def load(
     """A DataLoader whose workers read, decode and stack."""
     method = start_method(reader) if workers else None
     if method == "forkserver":
-        get_context(method).set_forkserver_preload(["pipelines.batches"])
+        start_forkserver()
     return DataLoader(
         read_samples(reader, plan, stage),
         batch_size=None,
         num_workers=workers,
         pin_memory=pin,
         multiprocessing_context=method,
+        prefetch_factor=WAITING if workers else None,
+        worker_init_fn=start_worker,
     )
+
+
+STOPPING = (signal.SIGTERM, signal.SIGUSR1)
+"""Signals that ask a run to save and end; they may be sent to all its processes."""
+
+
+def start_worker(number: int) -> None:
+    """Leave it to the trainer to end worker `number`, and end with it if it is killed."""
+    del number
+    # In a group of its own, so that what is sent to the run's group does not reach it.
+    os.setpgid(0, 0)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    follow_parent()
+
+
+def start_forkserver() -> None:
+    """Start the process that remote workers are forked from, deaf to the same signals."""
+    get_context("forkserver").set_forkserver_preload(["pipelines.batches"])
+    before = {name: signal.signal(name, signal.SIG_IGN) for name in STOPPING}
+    try:
+        ensure_running()
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)
 
 
 def start_method(reader: ShardReader) -> str | None:

@@ -5,6 +5,7 @@ the trainer: on virtual machines as long as a third of the decoding.
 """
 
 import mmap
+import os
 import weakref
 
 import numpy as np
@@ -13,8 +14,13 @@ from torch import Tensor
 
 from shards.sample import Uint8
 
-PLACES = 4
-"""Batches of each worker: one that it fills, two that wait (DataLoader's prefetch), one in use."""
+WAITING = 4
+"""Batches of each worker that are ready before they are asked for."""
+PLACES = WAITING + 2
+"""Batches that a worker has memory for: those, the one that it fills and the one in use."""
+
+LARGE = 31 * 2**20
+"""Bytes of an array, just small enough for glibc to learn from it."""
 
 
 class Buffers:
@@ -26,7 +32,7 @@ class Buffers:
     """
 
     def __init__(self, num_workers: int, num_bytes: int) -> None:
-        self.num_bytes = num_bytes
+        self.num_bytes, self.owner = num_bytes, os.getpid()
         self.memory = mmap.mmap(-1, num_workers * PLACES * num_bytes)
         self.taken = mmap.mmap(-1, num_workers * PLACES)
 
@@ -50,5 +56,16 @@ class Buffers:
         return torch.from_numpy(array)
 
     def release(self, place: int) -> None:
-        """Let a place be taken again."""
-        self.taken[place] = 0
+        """Let a place be taken again; not from a child that was forked with the tensor."""
+        if os.getpid() == self.owner:
+            self.taken[place] = 0
+
+
+def keep_freed_memory() -> None:
+    """Let this process use freed memory again that it would otherwise give back, page by page.
+
+    glibc takes up to 32 MiB from the system for each large array, and returns them, until it has
+    seen an array of that size come and go (mallopt(3), M_MMAP_THRESHOLD); elsewhere nothing
+    happens. Decoded pictures are such arrays.
+    """
+    np.empty(LARGE, dtype=np.uint8)

@@ -11,10 +11,11 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
+from pipelines.parallel import num_workers
 from pipelines.progress import progress
 from shards.cache import ShardCache, pieces, refuse_changed
 from shards.index import Manifest, ShardInfo
-from shards.order import Order
+from shards.order import EvalPlan, Order
 from shards.reader import ShardReader, open_shard
 from shards.store import Store, is_url
 
@@ -68,6 +69,7 @@ def open_data(
     splits: Sequence[str],
     accelerator: Accelerator,
     in_use: int,
+    remedy: str,
 ) -> DataSet:
     """The data set as this rank is to read it, its shards verified if that was asked for.
 
@@ -78,13 +80,14 @@ def open_data(
         accelerator: tells rank and world.
         in_use: bytes of shards that the ranks of this machine read from at one time; a cache that
             does not hold them would fetch them again and again, and is left alone.
+        remedy: what to do about a cache that is too small.
 
     Raises DataError naming a shard that is not what the manifest says.
     """
     workers = default_workers(accelerator) if config.workers is None else config.workers
     cache, word = None, ""
     if is_url(config.data):
-        cache, word = choose_cache(config, in_use)
+        cache, word = choose_cache(config, in_use, remedy)
     if word and accelerator.is_main_process:
         print(word, file=sys.stderr)
     data = DataSet(Store(config.data), manifest, cache, workers)
@@ -93,7 +96,7 @@ def open_data(
     return data
 
 
-def choose_cache(config: DataConfig, in_use: int) -> tuple[ShardCache | None, str]:
+def choose_cache(config: DataConfig, in_use: int, remedy: str) -> tuple[ShardCache | None, str]:
     """The cache of remote data, if it is of use; where it is not, a line that says why."""
     ranges = f"{config.data} is read by range requests"
     if config.cache_dir is None:
@@ -101,19 +104,25 @@ def choose_cache(config: DataConfig, in_use: int) -> tuple[ShardCache | None, st
     if config.cache_bytes < in_use:
         return None, (
             f"{ranges}: --cache-bytes {config.cache_bytes} is less than the {in_use:,} bytes of "
-            "shards that are read at a time; raise it, or lower --window or --lanes"
+            f"shards that are read at a time; {remedy}"
         )
     return ShardCache(config.cache_dir, config.cache_bytes), ""
 
 
-def train_in_use(order: Order, manifest: Manifest, accelerator: Accelerator) -> int:
-    """Bytes of shards that training and validation use at one time on this machine."""
+def train_in_use(order: Order, manifest: Manifest, accelerator: Accelerator, chunk: int) -> int:
+    """Bytes of shards that training and validation use at one time on this machine.
+
+    `chunk`: pictures that validation gives to a rank together.
+    """
     weights = [shard.bytes for shard in manifest.splits["train"].shards]
-    local = local_ranks()
+    local, world = local_ranks(), accelerator.num_processes
     first = accelerator.process_index // local * local
-    ranks = range(first, min(first + local, accelerator.num_processes))
-    validation = sum(shard.bytes for shard in manifest.splits["val"].shards)
-    return order.most_in_use(weights, ranks, accelerator.num_processes) + validation
+    ranks = range(first, min(first + local, world))
+    shards = manifest.splits["val"].shards
+    plans = [EvalPlan(tuple(s.samples for s in shards), chunk, rank, world) for rank in ranks]
+    validation = {shard for plan in plans for shard in plan.upcoming(plan.chunks()[0] * chunk)}
+    validated = sum(shards[shard].bytes for shard in validation)
+    return order.most_in_use(weights, ranks, world) + validated
 
 
 def split_in_use(manifest: Manifest, split: str) -> int:
@@ -159,7 +168,7 @@ def default_workers(accelerator: Accelerator) -> int:
     """Decoding processes for one rank: its share of the CPUs, one where the CPU also computes."""
     if accelerator.device.type == "cpu":
         return 1
-    return max(1, min(MOST_WORKERS, len(os.sched_getaffinity(0)) // local_ranks()))
+    return max(1, min(MOST_WORKERS, num_workers(0, sys.maxsize) // local_ranks()))
 
 
 def local_ranks() -> int:

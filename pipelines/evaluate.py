@@ -57,7 +57,7 @@ def run(config: EvaluateConfig) -> int:
     accelerator = start()
     model = loaded.model.to(accelerator.device)
     in_use = split_in_use(manifest, config.split)
-    data = open_data(config, manifest, [config.split], accelerator, in_use)
+    data = open_data(config, manifest, [config.split], accelerator, in_use, "raise it")
     scores = scoring.score(model, accelerator, data, config.split, config)
     if accelerator.is_main_process:
         out.mkdir(parents=True, exist_ok=True)

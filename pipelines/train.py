@@ -165,8 +165,9 @@ def run(config: TrainConfig) -> int:
     model, optimizer = accelerator.prepare(learner.model, learner.optimizer)
     model.train()
 
-    in_use = train_in_use(order, manifest, accelerator)
-    data = open_data(config, manifest, ["train", "val"], accelerator, in_use)
+    in_use = train_in_use(order, manifest, accelerator, config.tiles.batch_size)
+    remedy = "raise it, or begin a run with a smaller --window"
+    data = open_data(config, manifest, ["train", "val"], accelerator, in_use, remedy)
     budget = Budget(
         accelerator, config.limits(order.num_samples), step=state.step, seconds=state.seconds
     )

@@ -172,8 +172,8 @@ class ShardCache:
 
 def mark_read(file: FileIO) -> None:
     """Note that a shard is in use."""
-    # Another user's file says only when it came.
-    with suppress(PermissionError):
+    # Another user's file, or one on a disk that is only read, says only when it came.
+    with suppress(OSError):
         os.utime(file.fileno())
 
 
@@ -242,8 +242,10 @@ class Fetcher:
     def work(self) -> None:
         """The thread."""
         try:
-            while not self.closed:
+            while True:
                 with self.changed:
+                    if self.closed:
+                        return
                     if not self.missing:
                         self.changed.wait()
                         continue

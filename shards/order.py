@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import chain
+from math import gcd
 from typing import NamedTuple
 
 import numpy as np
@@ -106,11 +107,11 @@ class Order:
         """Shards that some ranks read in a window, each once, in the order of their first lanes."""
         if self.num_samples <= WHOLE:
             return [int(shard) for shard in self.epoch(epoch).shards if self.sizes[shard]]
-        lanes: Sequence[int] = range(self.lanes)
-        if self.lanes % world == 0:
-            # Position p belongs to rank p mod W, and to lane (p - epoch * N) mod L.
-            mine = {(rank - epoch * self.num_samples) % world for rank in ranks}
-            lanes = [lane for lane in lanes if lane % world in mine]
+        # Position p belongs to rank p mod W, and to lane (p - epoch * N) mod L: with rank and lane
+        # it is fixed modulo what divides both.
+        step = gcd(self.lanes, world)
+        mine = {(rank - epoch * self.num_samples) % step for rank in ranks}
+        lanes = [lane for lane in range(self.lanes) if lane % step in mine]
         length, longer = divmod(self.num_samples, self.lanes)
         shards, starts, _ = self.epoch(epoch)
         found: dict[int, None] = {}
@@ -126,15 +127,16 @@ class Order:
         return list(found)
 
     def most_in_use(self, weights: Sequence[int], ranks: Sequence[int], world: int) -> int:
-        """The most that the shards weigh which some ranks read in one window of the first epoch.
+        """The most that the shards weigh which some ranks read in a window and the next one.
 
-        `weights`: of each shard, such as its bytes.
+        Over the windows of the first epoch; `weights`: of each shard, such as its bytes.
         """
-        most, epoch, window = 0, 0, 0
-        while epoch == 0:
-            shards = self.shards_of(epoch, window, ranks, world)
-            most = max(most, sum(weights[shard] for shard in shards))
-            epoch, window = self.next_window(epoch, window)
+        most, now = 0, (0, 0)
+        shards = {*self.shards_of(*now, ranks, world)}
+        while now[0] == 0:
+            now = self.next_window(*now)
+            before, shards = shards, {*self.shards_of(*now, ranks, world)}
+            most = max(most, sum(weights[shard] for shard in before | shards))
         return most
 
     def epoch(self, epoch: int) -> "Epoch":

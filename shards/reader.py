@@ -29,8 +29,8 @@ MAX_OPEN = 128
 TOGETHER = 4
 """Batches of remote samples that are asked for at once."""
 
-INDEX_BYTES = 64 * 2**20
-"""Bytes of indexes that one process keeps: of half a million remote samples, or of 16 million."""
+INDEX_BYTES = 128 * 2**20
+"""Bytes of indexes that one process keeps: of a million remote samples, or of 32 million here."""
 
 MOST_BETWEEN = 2**16
 """Bytes between members of a sample that are read along rather than skipped."""
@@ -162,6 +162,8 @@ class ShardReader:
             self.fetcher.check()
         indexes = self.open_indexes({address.shard for address in addresses})
         entries = [indexes[address.shard][address.row] for address in addresses]
+        for address, entry in zip(addresses, entries, strict=True):
+            self.refuse_outside(address.shard, entry)
         spans = [
             [Span(address.shard, *piece) for piece in pieces_of(members_of(entry))]
             for address, entry in zip(addresses, entries, strict=True)
@@ -169,6 +171,15 @@ class ShardReader:
         read = self.read_spans(list(chain.from_iterable(spans)))
         raws = zip(addresses, entries, spans, strict=True)
         return [self.raw_sample(address, entry, own, read) for address, entry, own in raws]
+
+    def refuse_outside(self, shard: int, entry: SampleRange) -> None:
+        """Raise DataError where an index points behind the end of its shard."""
+        for member in members_of(entry):
+            if not 0 <= member.offset <= member.offset + member.size <= self.shards[shard].bytes:
+                raise DataError(
+                    f"{self.where(shard)}: {entry.key} ends too early; the shard is cut or its "
+                    "index damaged, copy or pack it again"
+                )
 
     def raw_sample(
         self, address: Address, entry: SampleRange, spans: list[Span], read: dict[Span, bytes]
@@ -283,6 +294,9 @@ class ShardReader:
         if self.cache is None or shards == self.expected:
             return
         self.expected = shards
+        # A file that made room keeps its bytes on the disk as long as it is open.
+        for shard in self.files.keys() - {*shards}:
+            self.files.pop(shard).close()
         if self.fetcher is None:
             self.fetcher = Fetcher(self.cache, self.store)
             # Its thread would keep it alive.
@@ -347,13 +361,16 @@ class SampleSource(IterableDataset[list[RawSample]]):
 
     def read_ahead(self, batches: Iterator[list[Address]]) -> Iterator[list[RawSample]]:
         """The raw samples of remote batches; the first batch waits for no other."""
-        with ThreadPoolExecutor(1) as thread:
+        thread = ThreadPoolExecutor(1)
+        try:
             groups = ([*islice(batches, size)] for size in chain([1], repeat(TOGETHER)))
-            waiting = [thread.submit(self.read_group, next(groups))]
-            waiting.append(thread.submit(self.read_group, next(groups)))
+            waiting = [thread.submit(self.read_group, next(groups)) for _ in range(2)]
             while group := waiting.pop(0).result():
                 yield from group
                 waiting.append(thread.submit(self.read_group, next(groups)))
+        finally:
+            # What failed is told before what was to come is asked for.
+            thread.shutdown(cancel_futures=True)
 
     def read_group(self, batches: list[list[Address]]) -> list[list[RawSample]]:
         """The raw samples of some batches, in one round of requests."""

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from itertools import chain, islice
+from itertools import chain, islice, pairwise
+from math import gcd
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -277,13 +278,15 @@ def test_a_cache_that_cannot_be_written_is_said_in_one_line(workers, refused, tm
 
 def test_one_process_says_once_what_would_change_the_cache(tmp_path: Path, capsys) -> None:
     config = DataConfig(data=URL, workers=0, cache_dir=tmp_path / "cache", cache_bytes=99)
-    assert choose_cache(config, 99)[1] == ""
+    assert choose_cache(config, 99, "raise it")[1] == ""
     for main in (True, False):
         rank: Any = SimpleNamespace(is_main_process=main, process_index=0, num_processes=1)
-        assert open_data(config, read_manifest(URL), ["train"], rank, 1000).cache is None
+        assert (
+            open_data(config, read_manifest(URL), ["train"], rank, 1000, "raise it").cache is None
+        )
     assert capsys.readouterr().err == (
         f"{URL} is read by range requests: --cache-bytes 99 is less than the 1,000 bytes of "
-        "shards that are read at a time; raise it, or lower --window or --lanes\n"
+        "shards that are read at a time; raise it\n"
     )
 
 
@@ -309,14 +312,16 @@ def test_what_is_in_use_and_what_comes_is_what_positions_say(sizes, numbers, som
     ranks, order = sorted({rank % world for rank in some}), Order(tuple(sizes), 3, lanes, window)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shards.order, "WHOLE", whole)
-        # Ranks that share lanes, or a permutation of everything, may read anywhere.
-        apart = lanes % world == 0 and order.num_samples > whole
-        expected = in_windows(order, ranks if apart else range(world), world)
+        # All ranks may read a permutation of everything, and what ranks share that share lanes.
+        step = gcd(lanes, world) if order.num_samples > whole else 1
+        reading = [rank for rank in range(world) if rank % step in {one % step for one in ranks}]
+        expected = in_windows(order, reading, world)
         for (epoch, number), found in expected.items():
             assert set(order.shards_of(epoch, number, ranks, world)) == found
         weights = [10 + 7 * number for number in range(len(sizes))]
-        first = [found for (epoch, _), found in expected.items() if epoch == 0]
-        most = max(sum(weights[shard] for shard in found) for found in first)
+        pairs = pairwise(expected.items())
+        both = [now | then for ((epoch, _), now), (_, then) in pairs if epoch == 0]
+        most = max(sum(weights[shard] for shard in found) for found in both)
         assert order.most_in_use(weights, ranks, world) == most
         mine, plan = in_windows(order, ranks[:1], world), TrainPlan(order, 1, ranks[0], world, 0)
         windows = list(mine)

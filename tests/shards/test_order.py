@@ -4,7 +4,7 @@ Data sets are imagined: only their shard sizes exist.
 """
 
 import pickle
-from itertools import chain, islice
+from itertools import chain, islice, pairwise
 
 import numpy as np
 import pytest
@@ -265,10 +265,13 @@ def test_windows_follow_each_other_as_they_are_read(windowed):
 
 
 @pytest.mark.parametrize(("ranks", "world"), [([0], 1), ([1], 2), ([0, 2], 3), ([0], 6)])
-def test_the_most_that_is_in_use_is_that_of_the_heaviest_window(windowed, ranks, world):
+def test_the_most_that_is_in_use_is_that_of_the_heaviest_window_and_the_next(
+    windowed, ranks, world
+):
     weights = [100 + 7 * shard for shard in range(8)]
-    read = by_window(windowed, 1, ranks, world).values()
-    expected = max(sum(weights[shard] for shard in some) for some in read)
+    read = pairwise(by_window(windowed, 2, ranks, world).items())
+    both = [now | then for ((epoch, _), now), (_, then) in read if epoch == 0]
+    expected = max(sum(weights[shard] for shard in some) for some in both)
     assert windowed.most_in_use(weights, ranks, world) == expected
 
 
