@@ -23,7 +23,7 @@ from unet import UNet
 Values = dict[str, Any]
 
 
-def told(data: Path, run_dir: Path, tiny: tuple[str, ...], *more: object) -> list[object]:
+def told(data: Path | str, run_dir: Path, tiny: tuple[str, ...], *more: object) -> list[object]:
     return ["--data", data, "--run-dir", run_dir, *tiny, "--workers", 0, *more]
 
 
@@ -291,6 +291,22 @@ def test_a_process_that_gets_sigterm_saves_and_says_so(
     ended = call("train", *told(shards, tmp_path, tiny, "--steps", state["step"] + 2))
     assert ended.code == 0
     assert metrics(tmp_path)[-1]["step"] == state["step"] + 2
+
+
+@pytest.mark.parametrize("place", ["", "file://"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_all_its_processes_is_for_the_trainer_alone(
+    shards: Path, tiny, spawn, wait_for, tmp_path: Path, place: str, number: int
+) -> None:
+    more = ("--steps", 1_000_000, "--log-every", 1, "--eval-every", 1_000_000, "--workers", 2)
+    data = f"{place}{shards.resolve()}" if place else shards
+    process = spawn("train", *told(data, tmp_path, tiny, *more))
+    log = tmp_path / "metrics.jsonl"
+    wait_for(lambda: log.exists() and log.read_text().count("\n") > 3, "the fourth step")
+    os.killpg(process.pid, number)
+    _, complaint = process.communicate(timeout=60)
+    assert process.returncode == 75, complaint
+    assert [*tmp_path.glob("checkpoints/step-*/training.pt")]
 
 
 def test_after_sigkill_the_run_goes_on_from_its_last_checkpoint(
