@@ -15,9 +15,9 @@ from torch import Tensor
 from shards.sample import Uint8
 
 WAITING = 4
-"""Batches of each worker that are ready before they are asked for."""
+"""Batches of each worker that are under way or ready (DataLoader's prefetch_factor)."""
 PLACES = WAITING + 2
-"""Batches that a worker has memory for: those, the one that it fills and the one in use."""
+"""Batches that a worker has memory for: those, the one in use, and the one that is drawn next."""
 
 LARGE = 31 * 2**20
 """Bytes of an array, just small enough for glibc to learn from it."""

@@ -10,8 +10,8 @@ The training stream is endless. Position p = epoch * N + j; global batch s is th
    as a whole before the cut);
 4. j is sample j // L of lane j mod L.
 
-Nothing here depends on the number of ranks or workers, and where W divides L a rank owns whole
-lanes, so that it reads its own shards and (borders aside) no others.
+Nothing here depends on the number of ranks or workers, and a rank draws from one lane in gcd(L, W):
+where W divides L it owns these lanes, and reads its own shards and (borders aside) no others.
 """
 
 from collections.abc import Iterator, Sequence
