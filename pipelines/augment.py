@@ -86,6 +86,15 @@ def factor(draw: float, most: float) -> float:
 
 
 @dataclass(frozen=True, slots=True)
+class Box:
+    """A square of a picture that becomes a crop; it may reach beyond the picture."""
+
+    left: int
+    top: int
+    side: int
+
+
+@dataclass(frozen=True, slots=True)
 class Cropper:
     """Cuts a square out of each picture and its mask."""
 
@@ -97,6 +106,9 @@ class Cropper:
     rare: tuple[int, ...]
     """Classes that some crops are centred on."""
     seed: int
+    margin: int = 0
+    """Pixels on each side of a crop that are context only, for networks without padding. They may
+    lie beyond the picture, which is then mirrored, as in the paper of 2015 (figure 2)."""
 
     def __call__(self, image: DecodedImage, mask: Uint8, position: int) -> tuple[Uint8, Uint8]:
         """The crop of the sample at a position of the stream.
@@ -107,29 +119,66 @@ class Cropper:
             position: where the sample stands in the stream.
 
         Returns:
-            uint8 [size, size, C] and [size, size]; what the picture does not cover is `fill` and
-            255.
+            uint8 [size, size, C] and [size, size]; what the picture does not cover is `fill`, or
+            mirrored where there is a margin, and 255.
         """
+        box = self.place(mask, position)
+        return self.cut_image(image, box), self.cut_mask(mask, box)
+
+    def place(self, mask: Uint8, position: int) -> Box:
+        """Where the crop of the sample at a position lies in its picture; mask: uint8 [H, W]."""
         height, width = mask.shape
         draws = uniform(self.seed, position, Purpose.CROP, 5)
-        side = self.side(draws[2:4], min(height, width))
-        room = (max(0, height - side), max(0, width - side))
-        top, left = (int(draw * (most + 1)) for draw, most in zip(draws, room, strict=False))
-        if draws[4] < self.config.foreground_share and any(room):
+        side = self.side(draws[2:4], min(height, width) + 2 * self.margin)
+        margin = self.scaled_margin(side)
+        room = [length - (side - 2 * margin) for length in mask.shape]
+        corner = [int(draw * (max(0, most) + 1)) for draw, most in zip(draws, room, strict=False)]
+        if draws[4] < self.config.foreground_share and max(room) > 0:
             center = self.rare_pixel(mask, position)
             if center is not None:
-                top, left = (
-                    min(max(0, c - side // 2), most) for c, most in zip(center, room, strict=True)
-                )
-        bottom, right = min(height, top + side), min(width, left + side)
-        region = image.region(left, top, right, bottom)
-        part = mask[top:bottom, left:right]
-        if part.shape != (side, side):
-            region, part = padded(region, side, self.fill), padded(part, side, (IGNORE,))
-        if side != self.size:
-            region = resized(region, self.size, Image.Resampling.BILINEAR)
-            part = resized(part, self.size, Image.Resampling.NEAREST)
-        return region, part
+                half = side // 2 - margin
+                corner = [
+                    min(max(0, c - half), max(0, most))
+                    for c, most in zip(center, room, strict=True)
+                ]
+        top, left = (
+            # A picture that is too small lies in the middle.
+            first - margin if most >= 0 else -((side - length) // 2)
+            for first, most, length in zip(corner, room, (height, width), strict=True)
+        )
+        return Box(left, top, side)
+
+    def scaled_margin(self, side: int) -> int:
+        """The margin in pixels of a picture of which `side` become a crop."""
+        return round(self.margin * side / self.size)
+
+    def cut_image(self, image: DecodedImage, box: Box) -> Uint8:
+        """The part of a picture in a box, uint8 [size, size, C]."""
+        width, height = image.size
+        inside = clipped(box, height, width)
+        around = beyond(box, height, width)
+        part = padded(image.region(*inside), around, None if self.margin else self.fill)
+        return self.resized(part, Image.Resampling.BILINEAR)
+
+    def cut_mask(self, mask: Uint8, box: Box) -> Uint8:
+        """The part of a mask in a box, uint8 [size, size]; 255 beyond it."""
+        left, top, right, bottom = clipped(box, *mask.shape)
+        part = padded(mask[top:bottom, left:right], beyond(box, *mask.shape), (IGNORE,))
+        return self.resized(part, Image.Resampling.NEAREST)
+
+    def cut_border(self, border: Uint8, box: Box) -> Uint8:
+        """The part of a border map in a box, uint8 [size, size]; 0 beyond it."""
+        left, top, right, bottom = clipped(box, *border.shape)
+        part = padded(border[top:bottom, left:right], beyond(box, *border.shape), (0,))
+        return self.resized(part, Image.Resampling.BILINEAR)
+
+    def resized(self, part: Uint8, how: Image.Resampling) -> Uint8:
+        """A square array [h, w] or [h, w, C] with the side of the crops."""
+        if len(part) == self.size:
+            return part
+        flat = part[..., 0] if part.shape[2:] == (1,) else part
+        image = Image.fromarray(np.ascontiguousarray(flat)).resize((self.size, self.size), how)
+        return np.asarray(image).reshape(self.size, self.size, *part.shape[2:])
 
     def side(self, draws: NDArray[np.float64], shorter: int) -> int:
         """Side of what a crop shows; more than `size` only as far as the picture reaches."""
@@ -149,22 +198,31 @@ class Cropper:
         return None
 
 
-def padded(pixels: Uint8, side: int, fill: tuple[int, ...]) -> Uint8:
-    """An array [h, w] or [h, w, C] in the middle of a larger square of one colour."""
+def clipped(box: Box, height: int, width: int) -> tuple[int, int, int, int]:
+    """What of a box lies in a picture: left, top, right, bottom."""
+    right, bottom = min(width, box.left + box.side), min(height, box.top + box.side)
+    return max(0, box.left), max(0, box.top), right, bottom
+
+
+def beyond(box: Box, height: int, width: int) -> list[tuple[int, int]]:
+    """How far a box reaches beyond a picture: (above, below), (left, right)."""
+    ends = ((box.top, height), (box.left, width))
+    return [(max(0, -begin), max(0, begin + box.side - length)) for begin, length in ends]
+
+
+def padded(pixels: Uint8, around: list[tuple[int, int]], fill: tuple[int, ...] | None) -> Uint8:
+    """An array [h, w] or [h, w, C] with more pixels around it, of one colour; None: mirrored."""
+    if not any(map(any, around)):
+        return pixels
+    if fill is None:
+        return np.pad(pixels, [*around, (0, 0)], mode="reflect")
+    (above, below), (left, right) = around
     height, width = pixels.shape[:2]
-    shape = (side, side, *pixels.shape[2:])
-    whole = np.broadcast_to(np.array(fill, dtype=np.uint8), (*shape[:2], len(fill))).reshape(shape)
-    whole = whole.copy()
-    top, left = (side - height) // 2, (side - width) // 2
-    whole[top : top + height, left : left + width] = pixels
+    shape = (above + height + below, left + width + right)
+    colour = np.array(fill, dtype=np.uint8)
+    whole = np.broadcast_to(colour, (*shape, len(fill))).reshape(*shape, *pixels.shape[2:]).copy()
+    whole[above : above + height, left : left + width] = pixels
     return whole
-
-
-def resized(pixels: Uint8, side: int, how: Image.Resampling) -> Uint8:
-    """A square array [h, w] or [h, w, C] with another side."""
-    flat = pixels[..., 0] if pixels.shape[2:] == (1,) else pixels
-    image = Image.fromarray(np.ascontiguousarray(flat)).resize((side, side), how)
-    return np.asarray(image).reshape(side, side, *pixels.shape[2:])
 
 
 class Augment:
@@ -184,18 +242,38 @@ class Augment:
         Returns:
             Picture and mask of the same shapes; outside the crop 0 (the mean) and 255.
         """
-        count = 8 + 2 * NODES * NODES
-        draws = np.stack([uniform(self.seed, p, Purpose.WARP, count) for p in position.tolist()])
-        warped = draws[:, 2] < self.config.warp_share
-        theta = on_device([self.matrix(d) for d in draws], image)
-        grid = F.affine_grid(theta, [*image.shape], align_corners=False)
-        if self.config.elastic and warped.any():
-            grid = grid + self.displacements(draws[:, 8:] * 2 - 1, warped, image)
+        draws = self.draws(position)
+        grid = self.grid(draws, image)
         image = F.grid_sample(image, grid, mode="bilinear", align_corners=False)
         # Shifted so that the zeros outside become 255.
         shifted = mask[:, None].float() - IGNORE
         moved = F.grid_sample(shifted, grid, mode="nearest", align_corners=False) + IGNORE
         return self.coloured(image, draws), moved[:, 0].round().to(torch.uint8)
+
+    def border(self, border: Tensor | None, position: Tensor) -> Tensor | None:
+        """Border maps uint8 [B, H, W], warped as their pictures: float32; None where there is none.
+
+        Outside the crop 0.
+        """
+        if border is None:
+            return None
+        planes = border[:, None].float()
+        grid = self.grid(self.draws(position), planes)
+        return F.grid_sample(planes, grid, mode="bilinear", align_corners=False)[:, 0]
+
+    def draws(self, position: Tensor) -> NDArray[np.float64]:
+        """The random numbers of each sample [B, 26]."""
+        count = 8 + 2 * NODES * NODES
+        return np.stack([uniform(self.seed, p, Purpose.WARP, count) for p in position.tolist()])
+
+    def grid(self, draws: NDArray[np.float64], image: Tensor) -> Tensor:
+        """Where each pixel of the warped pictures [B, C, H, W] comes from: [B, H, W, 2]."""
+        warped = draws[:, 2] < self.config.warp_share
+        theta = on_device([self.matrix(d) for d in draws], image)
+        grid = F.affine_grid(theta, [*image.shape], align_corners=False)
+        if self.config.elastic and warped.any():
+            grid = grid + self.displacements(draws[:, 8:] * 2 - 1, warped, image)
+        return grid
 
     def matrix(self, draws: NDArray[np.float64]) -> NDArray[np.float64]:
         """The affine map [2, 3] from warped to original coordinates of one sample."""

@@ -3,7 +3,7 @@
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -41,6 +41,8 @@ class Batch:
     """uint8 [B, H, W]."""
     position: Tensor
     """int64 [B], on the CPU: the place of each sample in its stream or split."""
+    border: Tensor | None = None
+    """uint8 [B, H, W], 255 where two cells touch; where it was asked for."""
     skipped: tuple[str, ...] = ()
     """Samples that could not be decoded and were replaced, a line each."""
 
@@ -48,12 +50,16 @@ class Batch:
         """The same on a device; the copy overlaps with what the device is doing."""
         # Elsewhere memory may be used again before an overlapped copy is done.
         overlap = device.type == "cuda"
-        image, mask = (t.to(device, non_blocking=overlap) for t in (self.image, self.mask))
-        return replace(self, image=image, mask=mask)
+        return self.each(lambda pixels: pixels.to(device, non_blocking=overlap))
 
     def pin_memory(self) -> "Batch":
         """The same in page-locked memory, for DataLoader."""
-        return replace(self, image=self.image.pin_memory(), mask=self.mask.pin_memory())
+        return self.each(Tensor.pin_memory)
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        """The same with other tensors of pixels."""
+        border = None if self.border is None else change(self.border)
+        return replace(self, image=change(self.image), mask=change(self.mask), border=border)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +92,8 @@ class CropStage:
     cropper: Cropper
     substitutes: Substitutes | None = None
     """None: a sample that cannot be decoded is an error."""
+    border: bool = False
+    """Whether the border maps are cut too."""
     buffers: Buffers | None = None
     """Where worker processes put their batches; None: into memory of their own."""
 
@@ -100,9 +108,11 @@ class CropStage:
             else:
                 pixels = self.buffers.array(place)
             lines: list[str] = []
-            image, mask = self.views(pixels)
+            image, maps = self.views(pixels)
             for i, raw in enumerate(raws):
-                image[i], mask[i] = self.crop(raw, lines)
+                image[i], *parts = self.crop(raw, lines)
+                for plane, part in zip(maps, parts, strict=True):
+                    plane[i] = part
             position, skipped = [raw.position for raw in raws], tuple(lines)
             if place is None:
                 yield self.batch(torch.from_numpy(pixels), position, skipped)
@@ -110,31 +120,40 @@ class CropStage:
                 yield Filled(place, position, skipped)
 
     def num_bytes(self, batch_size: int) -> int:
-        """What a batch takes: pictures, then masks."""
-        return batch_size * self.cropper.size**2 * (len(self.form.channels) + 1)
+        """What a batch takes: pictures, then masks, then border maps."""
+        return batch_size * self.cropper.size**2 * (len(self.form.channels) + 1 + self.border)
 
     def views(self, pixels: Any) -> Any:
-        """Pictures [B, size, size, C] and masks [B, size, size] in the bytes of a batch."""
-        size, channels = self.cropper.size, len(self.form.channels)
-        end = len(pixels) // (channels + 1) * channels
+        """In the bytes of a batch: pictures [B, size, size, C] and maps [1 or 2, B, size, size]."""
+        size, channels, maps = self.cropper.size, len(self.form.channels), 1 + self.border
+        end = len(pixels) // (channels + maps) * channels
         # Pixels lie as Pillow decodes them, channels last.
-        return pixels[:end].reshape(-1, size, size, channels), pixels[end:].reshape(-1, size, size)
+        image = pixels[:end].reshape(-1, size, size, channels)
+        return image, pixels[end:].reshape(maps, -1, size, size)
 
     def batch(self, pixels: Tensor, position: list[int], skipped: tuple[str, ...]) -> Batch:
         """The batch in some bytes."""
-        image, mask = self.views(pixels)
+        image, maps = self.views(pixels)
+        border = maps[1] if self.border else None
         # The permuted view costs no copy.
-        return Batch(image.permute(0, 3, 1, 2), mask, torch.tensor(position), skipped)
+        return Batch(image.permute(0, 3, 1, 2), maps[0], torch.tensor(position), border, skipped)
 
-    def crop(self, raw: RawSample, skipped: list[str]) -> tuple[Uint8, Uint8]:
-        """The crop of a sample, or of the one that stands in for it; `skipped` grows by the others.
+    def crop(self, raw: RawSample, skipped: list[str]) -> list[Uint8]:
+        """Picture, mask and perhaps border map of a sample, or of the one that stands in for it.
+
+        `skipped` grows by the samples that are replaced.
 
         Raises DataError where it cannot be decoded and nothing may stand in.
         """
         for attempt in range(1, MOST_ATTEMPTS + 1):
             try:
-                image, mask = raw.decode_pixels(self.form, self.num_classes)
-                return self.cropper(image, require_mask(mask, raw), raw.position)
+                image, found = raw.decode_pixels(self.form, self.num_classes)
+                mask = require_mask(found, raw)
+                box = self.cropper.place(mask, raw.position)
+                parts = [self.cropper.cut_image(image, box), self.cropper.cut_mask(mask, box)]
+                if self.border:
+                    parts.append(self.cropper.cut_border(require_border(raw, image.size), box))
+                return parts
             except DataError as error:
                 if self.substitutes is None:
                     raise
@@ -180,6 +199,14 @@ def require_mask(mask: Uint8 | None, raw: RawSample) -> Uint8:
     return mask
 
 
+def require_border(raw: RawSample, size: tuple[int, int]) -> Uint8:
+    """The border map. Raises DataError where there is none."""
+    border = raw.decode_border(size)
+    if border is None:
+        raise DataError(f"{raw.where} has no border map; pack the pictures with --border-sigma")
+    return border
+
+
 def train_batches(
     data: DataSet,
     plan: TrainPlan,
@@ -187,19 +214,23 @@ def train_batches(
     crop_size: int,
     augment: AugmentConfig,
     seed: int,
+    margin: int = 0,
+    border: bool = False,
     skip: bool = False,
     pin: bool = False,
 ) -> Iterator[Batch]:
     """The endless training batches of one rank, beginning where the plan does.
 
-    `skip`: another sample stands in for one that cannot be decoded, which is told with the batch.
+    `margin`: of the network. `border`: with border maps. `skip`: another sample stands in for one
+    that cannot be decoded, which is told with the batch.
     """
     manifest, reader = data.manifest, data.reader("train")
     fill = tuple(round(m * 255) for m in manifest.mean)
-    cropper = Cropper(augment, crop_size, fill, rare_classes(manifest), seed)
+    cropper = Cropper(augment, crop_size, fill, rare_classes(manifest), seed, margin)
     # With a reader of its own: the other may be at work in a thread.
     substitutes = Substitutes(data.reader("train"), plan.order) if skip else None
-    stage = CropStage(manifest.image_format, len(manifest.classes), cropper, substitutes)
+    form, num_classes = manifest.image_format, len(manifest.classes)
+    stage = CropStage(form, num_classes, cropper, substitutes, border)
     if data.workers and start_method(reader) == "fork":
         buffers = Buffers(data.workers, stage.num_bytes(plan.batch_size))
         stage = replace(stage, buffers=buffers)
@@ -318,12 +349,12 @@ def rare_classes(manifest: Manifest) -> tuple[int, ...]:
     return tuple(int(c) for c in np.flatnonzero(pixels) if c != pixels.argmax())
 
 
-def default_crop_size(split: SplitInfo, most: int) -> int:
-    """The largest multiple of 32 that most pictures hold in both directions, at most `most`."""
+def common_side(split: SplitInfo) -> int:
+    """The longest side of a square that half of the pictures hold."""
     total = sum(size.images for size in split.sizes)
     held = 0
     for size in sorted(split.sizes, key=lambda s: -min(s.width, s.height)):
         held += size.images
         if 2 * held >= total:
-            return max(32, min(most, min(size.width, size.height) // 32 * 32))
+            return min(size.width, size.height)
     raise AssertionError("a split with samples has sizes")

@@ -15,6 +15,7 @@ VERBS = {
     "train": "train a U-Net on shards, or resume",
     "evaluate": "exact scores of a checkpoint on a split",
     "predict": "masks for a picture, a folder, a list or shards, as shards",
+    "export": "a checkpoint -> ONNX or torch.export, checked against it",
     "demo": "the whole road on sample pictures that it draws itself",
 }
 

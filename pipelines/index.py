@@ -39,6 +39,7 @@ from shards.masks import (
 )
 from shards.pairs import SPLIT_NAMES, ProblemsError, Split, walk
 from shards.sample import (
+    BORDER_EXTENSION,
     IGNORE,
     INFO_EXTENSION,
     MASK_EXTENSION,
@@ -91,17 +92,22 @@ class IndexConfig(PictureConfig):
         """{extension: what such a member is}, the longest first."""
         pictures = {extension.lower().lstrip(".") for extension in self.image_ext}
         mask = self.mask_ext.lower().lstrip(".")
-        # In an .idx these two words mean json and mask, whoever wrote it.
-        if mask in ("", INFO_EXTENSION) or pictures & {"", INFO_EXTENSION, MASK_EXTENSION}:
+        # In an .idx these words mean json, mask and border map, whoever wrote it.
+        taken = {INFO_EXTENSION, MASK_EXTENSION, BORDER_EXTENSION}
+        if mask in ("", INFO_EXTENSION) or pictures & {"", *taken}:
             raise ValueError(
-                f"--image-ext must not hold {INFO_EXTENSION} or {MASK_EXTENSION}, --mask-ext must "
-                f"not be {INFO_EXTENSION}; no extension may be empty"
+                f"--image-ext must not hold {INFO_EXTENSION} or {MASK_EXTENSION} or "
+                f"{BORDER_EXTENSION}, --mask-ext must not be {INFO_EXTENSION}; no extension may be "
+                "empty"
             )
         if not pictures - {mask}:
             raise ValueError(
                 f"--mask-ext {self.mask_ext} leaves no extension for pictures; see --image-ext"
             )
         roles: dict[str, Role] = dict.fromkeys(pictures, "picture")
+        if self.classes:
+            # Made of masks. Where there are none, it can only be the name of a picture.
+            roles[BORDER_EXTENSION] = "border"
         roles |= {mask: "mask", INFO_EXTENSION: "json"}
         return dict(sorted(roles.items(), key=lambda item: (-len(item[0]), item[0])))
 
@@ -272,18 +278,18 @@ def check_index(found: FoundShard, rule: IndexRule) -> None:
 def add_sample(file: BinaryIO, key: str, group: Group, rule: IndexRule, found: FoundShard) -> None:
     """Check a sample and count it in. Raises DataError for what cannot be trained on."""
     path = rule.folder / found.name
-    picture, mask, info = (group.get(role) for role in ("picture", "mask", "json"))
+    picture, mask, info, border = map(group.get, ("picture", "mask", "json", "border"))
     if mask is not None and not rule.num_classes:
         raise DataError(f"{path}: {mask.name} is a mask; name the classes with --classes")
-    if picture is None and mask is None:
+    if picture is None and mask is None and border is None:
         found.ignored[f".{INFO_EXTENSION}"] += 1
         return
     if picture is None or (mask is None and rule.num_classes):
-        alone, lacks = (picture, "mask") if mask is None else (mask, "picture")
+        alone, lacks = picture or mask or border, "picture" if picture is None else "mask"
         assert alone is not None
         raise DataError(f"{path}: {alone.name} has no {lacks}; see --image-ext and --mask-ext")
     sample = read_members(file, picture, mask, rule, path)
-    members = [picture] if mask is None else [picture, mask]
+    members = [member for member in (picture, mask, border) if member is not None]
     source = f"{key}.{picture.extension.rpartition('.')[2].lower()}"
     if info is not None:
         described = read_info(read_member(file, info), key)

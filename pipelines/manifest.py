@@ -25,6 +25,8 @@ def make_manifest(
     tallies: Mapping[str, Tally],
     duplicates: Sequence[Sequence[str]],
     verified: Literal["full", "headers"],
+    border_sigma: float | None = None,
+    border_classes: tuple[str, ...] = (),
 ) -> Manifest:
     """Everything that was found, in one page.
 
@@ -37,6 +39,8 @@ def make_manifest(
         tallies: what those of each split hold.
         duplicates: names, `split:source`, of pictures that are equal.
         verified: whether every pixel was looked at.
+        border_sigma: pixels, of border maps; None: there are none.
+        border_classes: names of the classes that are cells in them.
     """
     measured = tallies["train"] if "train" in shards else merge_tallies(tallies.values())
     mean, std = statistics(measured.levels, image_format)
@@ -55,6 +59,8 @@ def make_manifest(
         },
         duplicates=tuple(tuple(names[:MOST_EQUAL]) for names in groups[:MOST_DUPLICATES]),
         verified=verified,
+        border_sigma=border_sigma,
+        border_classes=border_classes,
     )
 
 
@@ -70,6 +76,9 @@ def describe(
         yield f"  {name:<10}{split.samples:>8} samples, {len(split.shards)} shards; {sizes}{more}"
     if manifest.verified == "full":
         yield from class_lines(manifest.classes, total)
+    if manifest.border_sigma is not None:
+        cells = ", ".join(manifest.border_classes)
+        yield f"  border maps: sigma {manifest.border_sigma:g} pixels, the cells are: {cells}"
     yield from (f"  {count} pictures {notes[note]}" for note, count in sorted(total.notes.items()))
     if form.range is not None:
         yield f"  16-bit values {form.range[0]} to {form.range[1]} become 0 to 255"

@@ -9,6 +9,7 @@ finished shard; when the manifest is written, it goes.
 import json
 import re
 import sys
+import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -32,9 +33,10 @@ from pipelines.plan import (
 from pipelines.progress import progress
 from pipelines.propose import propose_format
 from pipelines.source import PROBLEMS, SourceConfig, check_rule, parse_part, save_problems
+from shards.border import NEEDS_SCIPY, BorderRule, has_scipy
 from shards.index import MANIFEST, Manifest, ShardInfo, write_manifest
 from shards.pairs import Pairing, ProblemsError
-from shards.sample import INFO_EXTENSION, MASK_EXTENSION, DataError
+from shards.sample import BORDER_EXTENSION, INFO_EXTENSION, MASK_EXTENSION, DataError
 from shards.store import Store, is_url
 from shards.tally import ReadSample, SampleRule, Tally, find_duplicates, merge_tallies, read_sample
 from shards.writer import ShardFile, ShardWriter
@@ -73,6 +75,13 @@ class PackConfig(SourceConfig):
     """Address of a running Dask scheduler (tcp://host:8786) whose workers pack."""
     seed: int = 0
     """Seed of the order in the shards."""
+    border_sigma: float | None = None
+    """Store a border map with each mask, for training with loss.border_weight: where two cells
+    nearly touch, exp(-(d1 + d2)^2 / (2 sigma^2)), d1 and d2 the distances to the two nearest; sigma
+    in pixels, 5 in the U-Net paper. Needs the extra `scipy`."""
+    border_classes: tuple[str, ...] = ()
+    """Classes whose connected pixels are cells; left out: all but `background`, or, where none is
+    called so, all but the first. Of classes that lie within each other, name one."""
 
     def __post_init__(self) -> None:
         SourceConfig.__post_init__(self)
@@ -88,6 +97,33 @@ class PackConfig(SourceConfig):
             raise ValueError("--part packs, --finish ends what all parts have packed; give one")
         if self.scheduler is not None and self.workers:
             raise ValueError("--workers are processes here; those of --scheduler are its own")
+        self.border_rule()
+
+    def border_names(self) -> tuple[str, ...]:
+        """Names of the classes that are cells in border maps."""
+        names = self.class_names()
+        if unknown := [name for name in self.border_classes if name not in names]:
+            raise ValueError(
+                f"--border-classes {unknown[0]}: there is no such class, only {' '.join(names)}"
+            )
+        if self.border_classes:
+            return tuple(name for name in names if name in self.border_classes)
+        cells = tuple(name for name in names if name.lower() != "background")
+        return cells if len(cells) < len(names) else names[1:]
+
+    def border_rule(self) -> BorderRule | None:
+        """How border maps are made; None: there are none. Raises ValueError for what cannot be."""
+        if not self.has_masks:
+            about = ("border_sigma", "border_classes")
+            self.refuse_idle(about, "needs --masks: unlabelled pictures have none")
+        if self.border_sigma is None:
+            self.refuse_idle(("border_classes",), "needs --border-sigma, which switches maps on")
+            return None
+        if not has_scipy():
+            raise ValueError(NEEDS_SCIPY)
+        # Before a format is proposed, no class has a name.
+        names = () if self.mask_format == "auto" else self.border_names()
+        return BorderRule(self.border_sigma, tuple(map(self.class_names().index, names)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,7 +259,7 @@ def left_out(config: PackConfig, pairing: Pairing) -> list[str]:
 def pack_rule(config: PackConfig, store: Store, pairing: Pairing) -> PackRule:
     """What every worker is to do."""
     stride = 1 if config.verify == "full" else -(-len(pairing.pairs) // MEASURED)
-    sample = check_rule(config, pairing)
+    sample = replace(check_rule(config, pairing), border=config.border_rule())
     images, masks = pairing.images, pairing.masks
     if config.scheduler is not None:
         # The workers of a cluster have working folders of their own.
@@ -240,6 +276,8 @@ def settings(config: PackConfig, rule: PackRule) -> dict[str, Any]:
         "resize mask": rule.sample.resize_mask,
         "pictures": asdict(rule.sample.images),
         "verify": config.verify,
+        "border sigma": config.border_sigma,
+        "border classes": config.border_names() if rule.sample.border else None,
     }
 
 
@@ -279,6 +317,8 @@ def write_shard(
     Raises RunError where the shard itself cannot be written, DataError where another process is
     at it or the store does not take it.
     """
+    if rule.sample.border is not None and not has_scipy():
+        raise RunError(f"a worker of the cluster cannot make border maps: {NEEDS_SCIPY}")
     problems: list[str] = []
     tally = Tally()
     try:
@@ -336,7 +376,7 @@ def read_pair(sample: PlannedSample, rule: PackRule, *, pixels: bool) -> ReadSam
 
 
 def members(sample: PlannedSample, read: ReadSample, rule: PackRule) -> dict[str, bytes]:
-    """{extension: bytes} of a sample."""
+    """{extension: bytes} of a sample. Raises DataError where its key is too long for them."""
     width, height = read.image.size
     info: dict[str, Any] = {
         "source": sample.source,
@@ -348,7 +388,21 @@ def members(sample: PlannedSample, read: ReadSample, rule: PackRule) -> dict[str
     found = {extension: read.image.data, INFO_EXTENSION: json.dumps(info).encode()}
     if read.mask is not None:
         found[MASK_EXTENSION] = read.mask.encode(rule.sample.palette)
+        if rule.sample.border is not None:
+            refuse_long_key(sample, rule)
+            assert read.mask.classes is not None
+            found[BORDER_EXTENSION] = rule.sample.border.encode(read.mask.classes.index)
     return found
+
+
+def refuse_long_key(sample: PlannedSample, rule: PackRule) -> None:
+    """Raise DataError where a border map's name would not fit a tar, as that of a mask does."""
+    longest = tarfile.LENGTH_NAME - len(f".{BORDER_EXTENSION}")
+    if len(sample.key) > longest:
+        raise DataError(
+            f"{rule.images}/{sample.source} has a key of {len(sample.key)} bytes; with border maps "
+            f"a tar has room for {longest}: shorten its name"
+        )
 
 
 def read_report(store: Store, planned: PlannedShard, plan: str) -> ShardReport:
@@ -398,6 +452,8 @@ def finish(
         tallies=tallies,
         duplicates=list(find_duplicates(digests, sources_of(plan)).values()),
         verified=config.verify,
+        border_sigma=config.border_sigma,
+        border_classes=config.border_names() if rule.sample.border else (),
     )
     if problems:
         save_problems(problems, store)

@@ -15,12 +15,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
@@ -52,9 +54,12 @@ WORK_DIR = ".predict"
 ENCODERS = 2
 """Threads that turn masks into PNG beside the device."""
 
+Predict = Callable[[Sequence[Tensor]], tuple[Tensor, Tensor]]
+"""Pictures uint8 [C, H, W] of one size -> masks uint8 [B, H, W] and mean confidence [B]."""
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PredictConfig:
+
+@dataclass(frozen=True, kw_only=True)
+class PredictConfig(TileConfig):
     """Predict masks for pictures and write them as shards.
 
     Given again after a kill, also on another number of GPUs, it makes what is missing.
@@ -68,12 +73,6 @@ class PredictConfig:
     """Folder for the results."""
     samples_per_shard: int = 256
     """Pictures whose masks share a shard."""
-    batch_size: int = 4
-    """Pictures of one size, or tiles of one picture, that a forward pass sees at once."""
-    tile: int = 1024
-    """Pictures larger than this many pixels a side are predicted in tiles."""
-    overlap: float = 0.25
-    """Share of a tile that the next one covers again."""
     png: bool = False
     """Also write OUT/png: a PNG of class indices, in the classes' colours, for each picture."""
     overlay: bool = False
@@ -82,15 +81,11 @@ class PredictConfig:
     """Decoding processes of each rank; left out: its share of the CPUs, at most 8."""
 
     def __post_init__(self) -> None:
+        TileConfig.__post_init__(self)
         if self.samples_per_shard < 1:
             raise ValueError(f"samples_per_shard must be at least 1, got {self.samples_per_shard}")
         if self.workers is not None and self.workers < 0:
             raise ValueError("workers must not be below 0")
-        self.tiles()
-
-    def tiles(self) -> TileConfig:
-        """How large pictures are cut."""
-        return TileConfig(tile=self.tile, overlap=self.overlap, batch_size=self.batch_size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,8 +137,14 @@ def run(config: PredictConfig) -> int:
     if not (config.out / MANIFEST).exists():
         model = loaded.model.to(accelerator.device)
         workers = default_workers(accelerator) if config.workers is None else config.workers
-        forward = make_forward(model, accelerator)
-        predict_shards(config, inputs, loaded, forward, mine, workers, quiet=not speaks)
+        predict = partial(
+            predict_mask,
+            make_forward(model, accelerator),
+            config=config,
+            margin=model.config.margin,
+            multiple=2**model.config.depth,
+        )
+        predict_shards(config, inputs, loaded, predict, mine, workers, quiet=not speaks)
         # The rank that ends last has something to say.
         speaks = finish_job(config, loaded, num_shards)
     else:
@@ -170,6 +171,7 @@ def begin_job(config: PredictConfig, inputs: Inputs, loaded: LoadedModel) -> Non
         "batch_size": config.batch_size,
         "tile": config.tile,
         "overlap": config.overlap,
+        "tta": config.tta,
         "png": config.png,
         "overlay": config.overlay,
     }
@@ -194,7 +196,7 @@ def predict_shards(
     config: PredictConfig,
     inputs: Inputs,
     loaded: LoadedModel,
-    forward: Callable[[Tensor], Tensor],
+    predict: Predict,
     shards: Sequence[int],
     workers: int,
     *,
@@ -222,7 +224,7 @@ def predict_shards(
         for shard, group in groupby(arriving, key=lambda item: item[0].shard):
             results: list[Future[Prediction | Decoded]] = []
             for _, decoded in group:
-                for item, mask, confidence in predict_chunk(decoded, forward, config.tiles()):
+                for item, mask, confidence in predict_chunk(decoded, predict):
                     results.append(encoders.submit(encode, item, mask, confidence))
                     if len(results) > 2 * ENCODERS * config.batch_size:
                         # Bounds the pictures that wait for an encoder.
@@ -276,7 +278,7 @@ class DecodeSource(IterableDataset[list[Decoded]]):
 
 
 def predict_chunk(
-    decoded: Sequence[Decoded], forward: Callable[[Tensor], Tensor], tiles: TileConfig
+    decoded: Sequence[Decoded], predict: Predict
 ) -> Iterator[tuple[Decoded, Uint8 | None, float]]:
     """Each input with its mask [H, W] and mean confidence.
 
@@ -287,10 +289,9 @@ def predict_chunk(
         if shape is None:
             yield from ((item, None, 0.0) for item in same)
             continue
-        images = torch.stack([item.image for item in same if item.image is not None])
-        masks, probability = predict_mask(forward, images.permute(0, 3, 1, 2), tiles)
-        confidence = probability.mean(dim=(1, 2), dtype=torch.float64).tolist()
-        yield from zip(same, masks.cpu().numpy(), confidence, strict=True)
+        images = [item.image.permute(2, 0, 1) for item in same if item.image is not None]
+        masks, confidence = predict(images)
+        yield from zip(same, masks.cpu().numpy(), confidence.tolist(), strict=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -307,7 +308,7 @@ class Encoder:
         if mask is None or item.image is None:
             return item
         spec = self.loaded.spec
-        pixels = np.bincount(mask.ravel(), minlength=len(spec.classes))
+        pixels = count_pixels(mask, len(spec.classes))
         png = encode_mask(mask, spec.palette)
         info = {
             "source": item.source,
@@ -335,6 +336,16 @@ class Encoder:
         path = self.config.out / name
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, data, durable=False, within=self.config.out / WORK_DIR)
+
+
+def count_pixels(mask: Uint8, num_classes: int) -> NDArray[np.int64]:
+    """Pixels of each class [num_classes] of a mask [H, W]."""
+    # NumPy counts in a copy of 8 bytes a pixel.
+    parts = np.array_split(mask.ravel(), 1 + mask.size // 2**20)
+    return sum(
+        (np.bincount(part, minlength=num_classes) for part in parts),
+        start=np.zeros(num_classes, dtype=np.int64),
+    )
 
 
 def write_shard(

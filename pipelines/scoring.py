@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -11,8 +12,20 @@ from tqdm import tqdm
 from pipelines.batches import eval_batches
 from pipelines.checkpoint import require_spec
 from pipelines.dataset import DataSet
+from pipelines.per_image import ImageCounts
 from shards.sample import DataError
-from unet import Scores, SegmentationScores, TileConfig, UNet, predict_mask
+from unet import (
+    Empty,
+    Scores,
+    SegmentationScores,
+    Surface,
+    SurfaceScores,
+    TileConfig,
+    UNet,
+    predict_mask,
+)
+
+SCORES = "scores.json"
 
 
 def make_forward(model: UNet, accelerator: Accelerator) -> Callable[[Tensor], Tensor]:
@@ -33,17 +46,22 @@ def score(
     data: DataSet,
     split_name: str,
     tiles: TileConfig,
+    *,
+    empty: Empty = "skip",
+    surface: SurfaceScores | None = None,
+    images: ImageCounts | None = None,
 ) -> Scores:
     """Score the unwrapped model on every picture of a split, at its own size.
 
     Ranks meet once, when the counts are added. Every rank must call this; all get the scores.
-    Raises DataError if not every sample was seen.
+    `surface`, on the accelerator's device, and `images` are shown the same pictures; what they
+    counted is left to the caller. Raises DataError if not every sample was seen.
     """
     spec = require_spec(model)
     split = data.manifest.split(split_name, data.store)
     was_training = model.training
     model.eval()
-    metric = SegmentationScores(spec.classes, spec.counted).to(accelerator.device)
+    metric = SegmentationScores(spec.classes, spec.counted, empty).to(accelerator.device)
     batches = eval_batches(
         data,
         split_name,
@@ -53,6 +71,7 @@ def score(
         pin=accelerator.device.type == "cuda",
     )
     forward = make_forward(model, accelerator)
+    geometry = {"margin": model.config.margin, "multiple": 2**model.config.depth}
     with tqdm(
         total=split.samples,
         desc=f"evaluate {split_name}",
@@ -62,8 +81,12 @@ def score(
     ) as bar:
         for batch in batches:
             batch = batch.to(accelerator.device)
-            prediction, _ = predict_mask(forward, batch.image, tiles)
+            prediction, _ = predict_mask(forward, batch.image, tiles, **geometry)
             metric.update(prediction, batch.mask)
+            if surface is not None:
+                surface.update(prediction, batch.mask)
+            if images is not None:
+                images.update(prediction, batch.mask, batch.position)
             bar.update(len(batch.position) * accelerator.num_processes)
     scores = metric.scores()
     model.train(was_training)
@@ -85,22 +108,52 @@ def headline(scores: Scores, split: str) -> str:
     return f"{split}/dice {dice}, {split}/iou {iou}"
 
 
-def table(scores: Scores) -> str:
-    """The scores for people: a line for each class, then the means."""
+def show_surface(hd95: float | None, surface_dice: float | None, failures: int) -> str:
+    """Three columns of the table."""
+    distance = f"{'n/a':>9}" if hd95 is None else f"{hd95:9.2f}"
+    return f"{distance}{show(surface_dice)}{failures:8d}"
+
+
+def table(scores: Scores, surface: Surface | None = None) -> str:
+    """The scores for people: a line for each class, then the means.
+
+    HD95 is in pixels; it and surface Dice are means per image in every line.
+    """
     width = max(12, *(len(c.name) for c in scores.classes)) + 2
-    lines = [f"{'class':<{width}}    Dice     IoU    prec.  recall"]
-    for c in scores.classes:
-        mark = "" if scores.classes.index(c) in scores.counted else "  (in no mean)"
-        lines.append(
-            f"{c.name:<{width}}{show(c.dice)}{show(c.iou)}{show(c.precision)}{show(c.recall)}{mark}"
-        )
+    more = "" if surface is None else "     HD95   sDice  failed"
+    lines = [f"{'class':<{width}}    Dice     IoU    prec.  recall{more}"]
+    for i, c in enumerate(scores.classes):
+        line = f"{c.name:<{width}}{show(c.dice)}{show(c.iou)}{show(c.precision)}{show(c.recall)}"
+        if surface is not None:
+            s = surface.classes[i]
+            line += show_surface(s.hd95, s.surface_dice, s.surface_failures)
+        lines.append(line if i in scores.counted else f"{line}  (in no mean)")
     for name, mean in (
         ("macro", scores.macro),
         ("micro", scores.micro),
         ("per image", scores.per_image),
     ):
         lines.append(f"{name:<{width}}{show(mean.dice)}{show(mean.iou)}")
+    if surface is not None:
+        means = show_surface(surface.hd95, surface.surface_dice, surface.surface_failures)
+        lines[-1] += f"{'':16}{means}"
     return "\n".join(lines)
+
+
+def to_plain(scores: Scores, surface: Surface | None = None) -> dict[str, Any]:
+    """What `scores.json` holds."""
+    plain = scores.to_plain()
+    if surface is not None:
+        plain["surface_tolerance"] = surface.tolerance
+        plain["per_image"] |= {"hd95": surface.hd95, "surface_dice": surface.surface_dice}
+        plain["surface_failures"] = surface.surface_failures
+        for c in surface.classes:
+            plain["classes"][c.name] |= {
+                "hd95": c.hd95,
+                "surface_dice": c.surface_dice,
+                "surface_failures": c.surface_failures,
+            }
+    return plain
 
 
 def named(scores: Scores, split: str) -> dict[str, float | None]:

@@ -17,12 +17,12 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from pipelines import scoring
 from pipelines.augment import Augment, AugmentConfig
-from pipelines.batches import Batch, default_crop_size, train_batches
+from pipelines.batches import Batch, common_side, train_batches
 from pipelines.budget import Budget, Limits
 from pipelines.checkpoint import Checkpoints, RunLock, TrainState, require_spec
 from pipelines.config import INTERRUPTED, RunError, UsageError, run_command, to_plain
@@ -34,12 +34,24 @@ from shards.index import Manifest, read_manifest
 from shards.order import LANES, ORDER_VERSION, WINDOW, Order, TrainPlan
 from shards.reader import ShardReader
 from shards.writer import write_json
-from unet import PRESETS, DataSpec, LossConfig, Scores, SegmentationLoss, TileConfig, UNet
+from unet import (
+    PRESETS,
+    DataSpec,
+    LossConfig,
+    Scores,
+    SegmentationLoss,
+    TileConfig,
+    UNet,
+    UNetConfig,
+    inverse_frequency,
+    valid_input,
+)
+from unet.blocks import Activation, Norm, Upsampling
 
 DEFAULT_STEPS = 10_000
-CROP_SIZE = {"modern": 512, "small": 256}
+CROP_SIZE = {"modern": 512, "paper": 572, "small": 256}
 """Largest default crop of each preset, in pixels."""
-GLOBAL_BATCH_SIZE = {"modern": 8, "small": 2}
+GLOBAL_BATCH_SIZE = {"modern": 8, "paper": 1, "small": 2}
 """Default of each preset. Where a step takes long, more and smaller steps learn faster."""
 
 
@@ -47,22 +59,31 @@ GLOBAL_BATCH_SIZE = {"modern": 8, "small": 2}
 class ModelConfig:
     """Which U-Net."""
 
-    preset: Literal["modern", "small"] = "modern"
-    """modern: 31 M parameters. small: 1.9 M, for laptops."""
+    preset: Literal["modern", "paper", "small"] = "modern"
+    """modern: 31 M parameters. small: 1.9 M, for laptops. paper: the network of 2015, which sees a
+    margin of mirrored pixels around each picture."""
     base_channels: int | None = None
     """Channels of the first level; left out: the preset's (64, 16)."""
     depth: int | None = None
     """How many times the picture is halved; left out: the preset's (4)."""
-    norm: Literal["group", "batch", "instance", "none"] | None = None
-    """Normalisation; left out: the preset's (instance)."""
+    norm: Norm | None = None
+    """Normalisation; left out: the preset's (instance; none in paper). batch is over all GPUs."""
+    activation: Activation | None = None
+    """Nonlinearity; left out: relu."""
+    up: Upsampling | None = None
+    """How maps are doubled in size; left out: transpose."""
+    dropout: float | None = None
+    """Share of values dropped at the end of the contracting path; left out: 0 (0.5 in paper)."""
 
     def __post_init__(self) -> None:
-        replace(PRESETS[self.preset], **self.changes())
+        self.network()
 
-    def changes(self) -> dict[str, Any]:
-        """What differs from the preset."""
-        given = {name: getattr(self, name) for name in ("base_channels", "depth", "norm")}
-        return {name: value for name, value in given.items() if value is not None}
+    def network(self, **data: int) -> UNetConfig:
+        """What decides the shape of the network; `data`: its in_channels and num_classes."""
+        names = ("base_channels", "depth", "norm", "activation", "up", "dropout")
+        given = {name: getattr(self, name) for name in names}
+        changes = {name: value for name, value in given.items() if value is not None}
+        return replace(PRESETS[self.preset], **changes, **data)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,12 +104,18 @@ class TrainConfig(DataConfig):
     """Wall-clock minutes of training, validation included, added up over resumes."""
     global_batch_size: int | None = None
     """Samples of one optimizer step, over all ranks. It belongs to the run, not to the machine.
-    Left out: 8 (2 with the preset small)."""
+    Left out: 8 (2 with the preset small, 1 with paper)."""
     accumulate: int = 1
     """Forward passes that a rank splits its part of a step into."""
+    compile: bool = False
+    """Compile the network for training (torch.compile): a minute at the start, faster steps."""
+    channels_last: bool = False
+    """Keep maps as [B, H, W, C] in memory, as the matrix units of GPUs want them in bf16."""
+    gradient_checkpointing: bool = False
+    """Keep fewer maps and compute the others twice: a third slower, for larger crops or batches."""
     crop_size: int | None = None
     """Side of the square training crops; left out: what most pictures hold, at most 512 pixels
-    (256 with the preset small)."""
+    (256 with the preset small). With the preset paper it includes the margin: 572 show 388."""
     bad_samples: Literal["raise", "skip"] = "raise"
     """A training sample that cannot be decoded ends the run, or another one takes its place."""
     max_bad_share: float = 0.01
@@ -131,6 +158,11 @@ class TrainConfig(DataConfig):
             raise ValueError("seed must not be below 0")
         if not 0 <= self.max_bad_share <= 1:
             raise ValueError(f"max_bad_share is a share, 0 to 1, got {self.max_bad_share}")
+        if self.gradient_checkpointing and self.model.network().norm == "batch":
+            raise ValueError(
+                "--gradient-checkpointing would count every batch twice in the averages of "
+                "--model.norm batch; take instance or group"
+            )
         DataConfig.__post_init__(self)
 
     def limits(self, num_samples: int) -> Limits:
@@ -157,10 +189,12 @@ def run(config: TrainConfig) -> int:
     _lock = RunLock(config.run_dir) if accelerator.is_main_process else None
 
     set_seed(config.seed)
-    learner = build_learner(build_model(config, manifest).to(accelerator.device), config.optim)
+    learner = build_learner(build_model(config, manifest, accelerator), config.optim)
     spec = require_spec(learner.model)
     checkpoints = Checkpoints(config.run_dir, config.keep_checkpoints)
     state = checkpoints.resume(fixed_settings(config, manifest), learner, accelerator.scaler)
+    if config.compile:
+        learner.model.compile()
     # Only these two: a prepared loader is split or dispatched a second time.
     model, optimizer = accelerator.prepare(learner.model, learner.optimizer)
     model.train()
@@ -177,7 +211,7 @@ def run(config: TrainConfig) -> int:
 
     tracker = Tracker(accelerator, config.tracking, config.run_dir, to_plain(config), state)
     state = replace(state, tracking_id=tracker.run_id)
-    criterion = SegmentationLoss(config.loss, spec.counted)
+    criterion = build_loss(config, manifest, spec).to(accelerator.device)
     augment = Augment(config.augment, config.seed)
     plan = TrainPlan(order, batch_size, rank, world, start=state.position)
     batches = open_batches(config, data, plan, accelerator)
@@ -203,9 +237,11 @@ def run(config: TrainConfig) -> int:
             with meter.waiting():
                 batch = next(batches)
             batch = batch.to(accelerator.device)
+            seed_dropout(config.seed, batch.position)
             with accelerator.accumulate(model):
                 image, mask = augment(spec.normalise(batch.image), batch.mask, batch.position)
-                loss, parts = criterion(model(image), mask)
+                border = augment.border(batch.border, batch.position)
+                loss, parts = criterion(model(image), mask, border)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients and config.optim.clip_norm:
                     accelerator.clip_grad_norm_(model.parameters(), config.optim.clip_norm)
@@ -245,11 +281,37 @@ def resolve(config: TrainConfig, manifest: Manifest) -> tuple[TrainConfig, Order
     train_split = manifest.split("train", config.data)
     manifest.split("val", config.data)
     config = replace(config, global_batch_size=config.step_samples())
+    network = config.model.network()
     if config.crop_size is None:
-        size = default_crop_size(train_split, CROP_SIZE[config.model.preset])
+        shown = common_side(train_split) + 2 * network.margin
+        size = default_crop_size(network, min(shown, CROP_SIZE[config.model.preset]))
         config = replace(config, crop_size=size)
+    try:
+        assert config.crop_size is not None
+        network.require_side(config.crop_size)
+    except ValueError as error:
+        raise UsageError(f"--crop-size: {error}") from error
+    if config.loss.border_weight and manifest.border_sigma is None:
+        raise UsageError(
+            f"--loss.border-weight needs border maps, {config.data} has none; pack it with "
+            "--border-sigma 5"
+        )
+    if config.loss.class_weights != "none" and not class_pixels(manifest):
+        raise UsageError(
+            f"--loss.class-weights needs the pixels of each class, which {config.data} does not "
+            "know; pack it with --verify full"
+        )
     sizes = tuple(shard.samples for shard in train_split.shards)
     return config, Order(sizes, config.seed, config.lanes, config.window)
+
+
+def default_crop_size(network: UNetConfig, most: int) -> int:
+    """The largest side of crops, at most `most` pixels; the least where there is none."""
+    if network.padding == "same":
+        return max(32, most // 32 * 32)
+    step = 2**network.depth
+    larger = valid_input(most - 2 * network.margin + 1, network.depth)
+    return max(valid_input(1, network.depth), larger - step)
 
 
 def rank_batch_size(config: TrainConfig, world: int) -> int:
@@ -267,8 +329,8 @@ def rank_batch_size(config: TrainConfig, world: int) -> int:
     return size
 
 
-def build_model(config: TrainConfig, manifest: Manifest) -> UNet:
-    """A fresh model that knows its data."""
+def build_model(config: TrainConfig, manifest: Manifest, accelerator: Accelerator) -> UNet:
+    """A fresh model that knows its data, on its device."""
     assert config.crop_size is not None
     spec = DataSpec(
         classes=manifest.classes,
@@ -280,13 +342,37 @@ def build_model(config: TrainConfig, manifest: Manifest) -> UNet:
         image_range=manifest.image_format.range,
         alpha=manifest.image_format.alpha,
     )
-    return UNet.from_preset(
-        config.model.preset,
-        in_channels=len(manifest.image_format.channels),
-        num_classes=len(manifest.classes),
-        spec=spec,
-        **config.model.changes(),
+    network = config.model.network(
+        in_channels=len(manifest.image_format.channels), num_classes=len(manifest.classes)
     )
+    model = UNet(network, spec).to(accelerator.device)
+    if config.channels_last:
+        # Which torch's stubs leave out.
+        model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
+        # In place; on CPUs there is no such norm.
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    model.gradient_checkpointing = config.gradient_checkpointing
+    return model
+
+
+def build_loss(config: TrainConfig, manifest: Manifest, spec: DataSpec) -> SegmentationLoss:
+    """The loss, with the weights of this data set's classes."""
+    weights = None
+    if config.loss.class_weights == "inverse":
+        weights = inverse_frequency(class_pixels(manifest))
+    return SegmentationLoss(config.loss, spec.counted, weights)
+
+
+def class_pixels(manifest: Manifest) -> list[int]:
+    """Pixels of each class in the training split; none where they were not counted."""
+    counts = [shard.pixels for shard in manifest.splits["train"].shards]
+    return [sum(pixels) for pixels in zip(*counts, strict=True)][: len(manifest.classes)]
+
+
+def seed_dropout(seed: int, position: Tensor) -> None:
+    """What is dropped belongs to the samples: after a resume it is the same."""
+    torch.manual_seed((seed * 2**40 + int(position[0])) % 2**63)
 
 
 def fixed_settings(config: TrainConfig, manifest: Manifest) -> dict[str, Any]:
@@ -323,6 +409,8 @@ def open_batches(
         crop_size=config.crop_size,
         augment=config.augment,
         seed=config.seed,
+        margin=config.model.network().margin,
+        border=config.loss.border_weight > 0,
         skip=config.bad_samples == "skip",
         pin=accelerator.device.type == "cuda",
     )

@@ -10,9 +10,15 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO, Literal
 
 from shards.index import MemberRange
-from shards.sample import INFO_EXTENSION, MASK_EXTENSION, DataError, is_safe_path
+from shards.sample import (
+    BORDER_EXTENSION,
+    INFO_EXTENSION,
+    MASK_EXTENSION,
+    DataError,
+    is_safe_path,
+)
 
-Role = Literal["picture", "mask", "json"]
+Role = Literal["picture", "mask", "json", "border"]
 
 COMPRESSED_MAGIC = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
 """How gzip, bzip2, xz and zstd files begin."""
@@ -142,7 +148,8 @@ def add_member(
         what = "occurs twice" if member.name == other else f"and {other} are two {role}s of one key"
         raise DataError(f"{path}: {member.name} {what}; keep one of them")
     # The names by which the index of a shard is read.
-    word = {"picture": extension, "mask": MASK_EXTENSION, "json": INFO_EXTENSION}[role]
+    words = {"mask": MASK_EXTENSION, "json": INFO_EXTENSION, "border": BORDER_EXTENSION}
+    word = words.get(role, extension)
     group[role] = MemberRange(word, member.offset_data, member.size, member.name)
 
 

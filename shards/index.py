@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from shards.images import ImageFormat
-from shards.sample import INFO_EXTENSION, MASK_EXTENSION, DataError, Palette
+from shards.sample import BORDER_EXTENSION, INFO_EXTENSION, MASK_EXTENSION, DataError, Palette
 from shards.store import Store
 
 MANIFEST = "index.json"
@@ -79,6 +79,10 @@ class Manifest:
     """Sources of pictures that are equal byte for byte, at most a thousand groups of twenty."""
     verified: Literal["full", "headers"] = "full"
     """Whether every pixel was looked at; with `headers`, mean and std come from a sample."""
+    border_sigma: float | None = None
+    """Pixels, of the samples' border maps; None: they have none."""
+    border_classes: tuple[str, ...] = ()
+    """Classes whose connected components are cells in the border maps."""
     digest: str = field(default="", compare=False)
     """sha256 of the file that this was read from."""
 
@@ -127,6 +131,8 @@ def read_manifest(place: Store | Path | str) -> Manifest:
             name: to_tuple(plain.pop(name))
             for name in ("classes", "palette", "mean", "std", "duplicates")
         }
+        # Manifests written before there were border maps do not name them.
+        tuples["border_classes"] = to_tuple(plain.pop("border_classes", []))
         form = plain.pop("image_format")
         return Manifest(
             **plain,
@@ -169,6 +175,8 @@ class SampleRange(NamedTuple):
     mask: MemberRange | None
     info: MemberRange | None
     """None in shards that others wrote."""
+    border: MemberRange | None
+    """None where no border maps were asked for."""
 
 
 class ShardIndex:
@@ -221,9 +229,11 @@ class ShardIndex:
             ]
         except (OSError, ValueError, IndexError) as error:
             raise DataError(f"{self.path}, line {row + 2} is damaged; pack it again") from error
-        images = [m for m in members if m.extension not in (MASK_EXTENSION, INFO_EXTENSION)]
-        mask = next((m for m in members if m.extension == MASK_EXTENSION), None)
-        info = next((m for m in members if m.extension == INFO_EXTENSION), None)
+        others = (MASK_EXTENSION, INFO_EXTENSION, BORDER_EXTENSION)
+        images = [m for m in members if m.extension not in others]
+        mask, info, border = (
+            next((m for m in members if m.extension == extension), None) for extension in others
+        )
         # Predictions without their pictures are samples too: the mask stands in as the picture.
         image = images[0] if images else mask
         if image is None or len(images) > 1:
@@ -232,7 +242,7 @@ class ShardIndex:
                 "pack it again"
             )
         key = image.name.removesuffix(f".{image.extension}")
-        return SampleRange(key, image, mask, info)
+        return SampleRange(key, image, mask, info, border)
 
 
 def read_index(shard: Path) -> ShardIndex:

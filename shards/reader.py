@@ -15,12 +15,13 @@ from typing import Any, NamedTuple, Protocol, cast
 from torch.utils.data import IterableDataset, get_worker_info
 from webdataset.pipeline import DataPipeline
 
+from shards.border import decode_border
 from shards.cache import Fetcher, ShardCache, mark_read
 from shards.images import DecodedImage, ImageFormat, open_pixels
 from shards.index import MemberRange, SampleRange, ShardIndex, ShardInfo, read_index
 from shards.masks import decode_mask
 from shards.order import Address
-from shards.sample import DataError, Sample, Uint8
+from shards.sample import BORDER_EXTENSION, DataError, Sample, Uint8
 from shards.store import ByteRange, Store
 
 MAX_OPEN = 128
@@ -53,6 +54,8 @@ class RawSample:
     """The member `json`; None in shards that others wrote."""
     where: str
     """Shard and member, for messages."""
+    border: bytes | None = None
+    """The member `border.png`; None where no border maps were packed."""
 
     def decode(self, form: ImageFormat, num_classes: int) -> Sample:
         """Decode picture and mask. Raises DataError naming shard and key."""
@@ -74,6 +77,15 @@ class RawSample:
                 "pack the data set again"
             )
         return image, mask
+
+    def decode_border(self, size: tuple[int, int]) -> Uint8 | None:
+        """The border map uint8 [H, W] of a picture of (width, height); None where there is none.
+
+        Raises DataError where it is damaged or of another size.
+        """
+        if self.border is None:
+            return None
+        return decode_border(self.border, size, f"{self.where}.{BORDER_EXTENSION}")
 
     def describe(self) -> dict[str, Any]:
         """The content of `KEY.json`, or its place in a foreign shard as `source`.
@@ -202,6 +214,7 @@ class ShardReader:
             mask=None if entry.mask is None else parts[entry.mask],
             info=None if entry.info is None else parts[entry.info],
             where=where,
+            border=None if entry.border is None else parts[entry.border],
         )
 
     def read_spans(self, spans: Sequence[Span]) -> dict[Span, bytes]:
@@ -329,7 +342,8 @@ def refuse_size(where: str, size: int, info: ShardInfo) -> None:
 
 def members_of(entry: SampleRange) -> list[MemberRange]:
     """The members that a sample has."""
-    return [member for member in (entry.image, entry.mask, entry.info) if member is not None]
+    members = (entry.image, entry.mask, entry.info, entry.border)
+    return [member for member in members if member is not None]
 
 
 def pieces_of(members: Sequence[MemberRange]) -> list[tuple[int, int]]:

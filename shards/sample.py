@@ -25,6 +25,7 @@ PLAIN_SOURCE = re.compile(r"(?:[A-Za-z0-9_-]+/)*[A-Za-z0-9_-]+\.[A-Za-z0-9]+")
 """Most paths; their keys are themselves, less the extension."""
 
 MASK_EXTENSION = "mask.png"
+BORDER_EXTENSION = "border.png"
 INFO_EXTENSION = "json"
 
 

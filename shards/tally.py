@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from shards.border import BorderRule
 from shards.images import (
     DEEP_MODES,
     ImageFormat,
@@ -36,6 +37,8 @@ class SampleRule:
     palette: Palette
     resize_mask: bool = False
     """A mask of another size than its picture is brought to it, by nearest neighbour."""
+    border: BorderRule | None = None
+    """Masks get a border map, for which they are decoded; None: they get none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +71,8 @@ def read_sample(
     digest = "" if unique else hashlib.sha256(image).hexdigest()
     if mask is None or rule.masks is None:
         return ReadSample(stored, None, digest)
-    pixels = pixels or rule.images.resize is not None or rule.resize_mask
+    changed = rule.images.resize is not None or rule.resize_mask
+    pixels = pixels or changed or rule.border is not None
     canonical = read_mask(
         mask, rule.masks, rule.palette, mask_where, rule=rule.images, pixels=pixels
     )

@@ -3,20 +3,28 @@
 Nothing here opens a file but weights, asks for a rank, or knows what a shard is.
 """
 
-from unet.losses import LossConfig, SegmentationLoss
-from unet.metrics import Scores, SegmentationScores
-from unet.model import PRESETS, DataSpec, UNet, UNetConfig
-from unet.tiling import TileConfig, predict_mask
+from unet.losses import LossConfig, SegmentationLoss, inverse_frequency
+from unet.metrics import Empty, Scores, SegmentationScores
+from unet.model import PRESETS, DataSpec, UNet, UNetConfig, valid_input
+from unet.surface import Surface, SurfaceScores
+from unet.tiling import Block, TileConfig, predict_blocks, predict_mask
 
 __all__ = [
     "PRESETS",
+    "Block",
     "DataSpec",
+    "Empty",
     "LossConfig",
     "Scores",
     "SegmentationLoss",
     "SegmentationScores",
+    "Surface",
+    "SurfaceScores",
     "TileConfig",
     "UNet",
     "UNetConfig",
+    "inverse_frequency",
+    "predict_blocks",
     "predict_mask",
+    "valid_input",
 ]

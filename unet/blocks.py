@@ -4,6 +4,7 @@ Ronneberger, Fischer, Brox: "U-Net: Convolutional Networks for Biomedical Image 
 (2015), figure 1. Shapes: B batch, C channels, H height, W width.
 """
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 
 Padding = Literal["same", "valid"]
 Norm = Literal["group", "batch", "instance", "none"]
+Activation = Literal["relu", "leaky_relu", "silu"]
+Upsampling = Literal["transpose", "bilinear"]
 
 GROUP_CHANNELS = 8
 """Channels that group norm averages together, or the next number that divides the layer."""
@@ -35,25 +38,62 @@ def make_norm(norm: Norm, channels: int) -> nn.Module:
             return nn.Identity()
 
 
+def make_activation(activation: Activation) -> nn.Module:
+    """The nonlinearity, computed in place."""
+    match activation:
+        case "relu":
+            return nn.ReLU(inplace=True)
+        case "leaky_relu":
+            return nn.LeakyReLU(0.01, inplace=True)
+        case "silu":
+            return nn.SiLU(inplace=True)
+
+
+def make_upsampling(up: Upsampling, in_channels: int, out_channels: int) -> nn.Module:
+    """[B, in_channels, H, W] -> [B, out_channels, 2H, 2W]."""
+    match up:
+        case "transpose":
+            return nn.ConvTranspose2d(in_channels, out_channels, 2, stride=2)
+        case "bilinear":
+            # A 1x1 convolution and an interpolation commute; in this order it costs a quarter.
+            return nn.Sequential(
+                nn.Conv2d(in_channels, out_channels, 1),
+                nn.Upsample(scale_factor=2, mode="bilinear"),
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class ConvConfig:
+    """What all convolutions of a network have in common."""
+
+    padding: Padding
+    """Whether maps keep their size or lose a pixel on each side."""
+    norm: Norm
+    """After each convolution."""
+    activation: Activation
+    """After each norm."""
+
+
 class DoubleConv(nn.Sequential):
-    """Two 3x3 convolutions, each followed by its norm and a ReLU.
+    """Two 3x3 convolutions, each followed by its norm and activation; dropout at the end.
 
     [B, in_channels, H, W] -> [B, out_channels, H, W], or H-4, W-4 with `valid` padding.
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, *, padding: Padding, norm: Norm
+        self, in_channels: int, out_channels: int, config: ConvConfig, *, dropout: float = 0.0
     ) -> None:
-        pad = 1 if padding == "same" else 0
+        pad = 1 if config.padding == "same" else 0
         # A convolution's bias is removed again by the mean that a norm subtracts.
-        bias = norm == "none"
+        bias = config.norm == "none"
         super().__init__(
             nn.Conv2d(in_channels, out_channels, 3, padding=pad, bias=bias),
-            make_norm(norm, out_channels),
-            nn.ReLU(inplace=True),
+            make_norm(config.norm, out_channels),
+            make_activation(config.activation),
             nn.Conv2d(out_channels, out_channels, 3, padding=pad, bias=bias),
-            make_norm(norm, out_channels),
-            nn.ReLU(inplace=True),
+            make_norm(config.norm, out_channels),
+            make_activation(config.activation),
+            *([nn.Dropout(dropout)] if dropout else []),
         )
 
 
@@ -61,10 +101,10 @@ class Down(nn.Module):
     """One step of the contracting path: the double convolution, then its map at half the size."""
 
     def __init__(
-        self, in_channels: int, out_channels: int, *, padding: Padding, norm: Norm
+        self, in_channels: int, out_channels: int, config: ConvConfig, *, dropout: float = 0.0
     ) -> None:
         super().__init__()
-        self.conv = DoubleConv(in_channels, out_channels, padding=padding, norm=norm)
+        self.conv = DoubleConv(in_channels, out_channels, config, dropout=dropout)
         self.pool = nn.MaxPool2d(2)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,11 +117,11 @@ class Up(nn.Module):
     """One step of the expanding path: up-convolution, the skip beside it, double convolution."""
 
     def __init__(
-        self, in_channels: int, out_channels: int, *, padding: Padding, norm: Norm
+        self, in_channels: int, out_channels: int, config: ConvConfig, *, up: Upsampling
     ) -> None:
         super().__init__()
-        self.up = nn.ConvTranspose2d(in_channels, out_channels, 2, stride=2)
-        self.conv = DoubleConv(2 * out_channels, out_channels, padding=padding, norm=norm)
+        self.up = make_upsampling(up, in_channels, out_channels)
+        self.conv = DoubleConv(2 * out_channels, out_channels, config)
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         """[B, in, H, W], skip [B, out, 2H, 2W] or larger -> [B, out, 2H, 2W] (`valid`: 4 less)."""

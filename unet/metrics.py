@@ -2,21 +2,30 @@
 
 Dice = 2 tp / (2 tp + fp + fn), IoU = tp / (tp + fp + fn).
     global     tp, fp, fn summed over all pixels of all pictures
-    per image  the score of each picture, then the mean over the pictures that have the class in
-               mask or prediction; a picture with neither is skipped (policy "skip")
+    per image  the score of each picture, then for each class the mean over pictures, then the mean
+               over classes
     macro      mean over the classes that count; micro: their tp, fp, fn pooled
-A class that occurs nowhere scores None ("n/a") and enters no mean.
+Dice and IoU are 0 / 0 for a class that is neither in a picture's mask nor in its prediction, and
+for one that is in none of all pictures. What it scores there is declared (`Empty`):
+    skip       None ("n/a"), and it enters no mean
+    one, zero  1 or 0, and it enters the means
+A picture without a pixel that counts (all 255) says nothing of any class: no policy scores it.
+Precision and recall are None wherever they would divide by 0.
 """
 
 import warnings
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
 from unet.losses import IGNORE
+
+Empty = Literal["skip", "one", "zero"]
+"""What Dice and IoU are of a class that is neither in mask nor in prediction."""
+EMPTY_SCORES: dict[Empty, float | None] = {"skip": None, "one": 1.0, "zero": 0.0}
 
 FIXED_POINT = 2**32
 """Scores of single pictures are summed as integers of 1/2^32: exact in any order of summation."""
@@ -35,9 +44,10 @@ class ClassScores:
     fp: int
     fn: int
     image_dice: float | None
-    """Mean of the Dice of the `images` pictures that have the class in mask or prediction."""
+    """Mean of the Dice of single pictures."""
     image_iou: float | None
     images: int
+    """Pictures that have the class in mask or prediction."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +62,10 @@ class Mean:
 class Scores:
     """The scores of a model over a set of pictures."""
 
+    empty_policy: Empty
     num_images: int
+    num_valid: int
+    """Those of them that have a pixel that is not 255."""
     counted: tuple[int, ...]
     """Indices of the classes that the means are over."""
     macro: Mean
@@ -67,12 +80,11 @@ class Scores:
         plain = asdict(self)
         plain["classes"] = {scores.pop("name"): scores for scores in plain["classes"]}
         plain["counted"] = [self.classes[i].name for i in self.counted]
-        plain["empty_policy"] = "skip"
         return plain
 
 
 class Counts(NamedTuple):
-    """The int64 sums that all scores follow from. K classes."""
+    """The int64 sums that all scores follow from, whatever the policy. K classes."""
 
     confusion: Tensor
     """Pixels [K, K], [true class, predicted class]."""
@@ -84,6 +96,8 @@ class Counts(NamedTuple):
     """Pictures [K] that have the class in mask or prediction."""
     num_images: Tensor
     """Pictures [] seen."""
+    num_valid: Tensor
+    """Pictures [] that have a pixel that counts."""
 
 
 class SegmentationScores(Metric):
@@ -98,10 +112,14 @@ class SegmentationScores(Metric):
     image_iou: Tensor
     image_count: Tensor
     num_images: Tensor
+    num_valid: Tensor
 
-    def __init__(self, classes: tuple[str, ...], counted: tuple[int, ...]) -> None:
+    def __init__(
+        self, classes: tuple[str, ...], counted: tuple[int, ...], empty: Empty = "skip"
+    ) -> None:
         super().__init__()
         self.names, self.counted = classes, counted
+        self.empty: Empty = empty
         k = len(classes)
         for name, shape in (
             ("confusion", (k, k)),
@@ -109,6 +127,7 @@ class SegmentationScores(Metric):
             ("image_iou", (k,)),
             ("image_count", (k,)),
             ("num_images", ()),
+            ("num_valid", ()),
         ):
             self.add_state(name, torch.zeros(shape, dtype=torch.int64), dist_reduce_fx="sum")
 
@@ -131,38 +150,49 @@ class SegmentationScores(Metric):
         self.image_iou += fixed_point(tp, both - tp).sum(dim=0)
         self.image_count += seen.sum(dim=0)
         self.num_images += batch
+        self.num_valid += seen.any(dim=1).sum()
 
     def compute(self) -> Counts:
         """The sums over everything that all ranks counted."""
         return Counts(
-            self.confusion, self.image_dice, self.image_iou, self.image_count, self.num_images
+            self.confusion,
+            self.image_dice,
+            self.image_iou,
+            self.image_count,
+            self.num_images,
+            self.num_valid,
         )
 
     def scores(self) -> Scores:
         """The scores over everything that all ranks counted."""
-        with warnings.catch_warnings():
-            # A rank without a picture is no mistake here.
-            warnings.filterwarnings("ignore", message="The ``compute`` method of metric")
-            counts = Counts(*(tensor.cpu() for tensor in self.compute()))
-        confusion = counts.confusion
+        counts = Counts(*sums_of_all_ranks(self))
+        confusion, num_valid = counts.confusion, int(counts.num_valid)
         tp = confusion.diagonal().tolist()
         fp = (confusion.sum(dim=0) - confusion.diagonal()).tolist()
         fn = (confusion.sum(dim=1) - confusion.diagonal()).tolist()
         images, image_dice, image_iou = (
             sums.tolist() for sums in (counts.image_count, counts.image_dice, counts.image_iou)
         )
+        absent = EMPTY_SCORES[self.empty] if num_valid else None
+
+        def image_mean(total: int, present: int) -> float | None:
+            if absent is None:
+                return divide(total, present * FIXED_POINT)
+            total += int(absent) * (num_valid - present) * FIXED_POINT
+            return divide(total, num_valid * FIXED_POINT)
+
         classes = tuple(
             ClassScores(
                 name=name,
-                dice=divide(2 * tp[c], 2 * tp[c] + fp[c] + fn[c]),
-                iou=divide(tp[c], tp[c] + fp[c] + fn[c]),
+                dice=divide(2 * tp[c], 2 * tp[c] + fp[c] + fn[c], absent),
+                iou=divide(tp[c], tp[c] + fp[c] + fn[c], absent),
                 precision=divide(tp[c], tp[c] + fp[c]),
                 recall=divide(tp[c], tp[c] + fn[c]),
                 tp=tp[c],
                 fp=fp[c],
                 fn=fn[c],
-                image_dice=divide(image_dice[c], images[c] * FIXED_POINT),
-                image_iou=divide(image_iou[c], images[c] * FIXED_POINT),
+                image_dice=image_mean(image_dice[c], images[c]),
+                image_iou=image_mean(image_iou[c], images[c]),
                 images=images[c],
             )
             for c, name in enumerate(self.names)
@@ -170,17 +200,27 @@ class SegmentationScores(Metric):
         pooled = [sum(values[c] for c in self.counted) for values in (tp, fp, fn)]
         of = [classes[c] for c in self.counted]
         return Scores(
+            empty_policy=self.empty,
             num_images=int(counts.num_images),
+            num_valid=num_valid,
             counted=self.counted,
             macro=Mean(mean([s.dice for s in of]), mean([s.iou for s in of])),
             micro=Mean(
-                divide(2 * pooled[0], 2 * pooled[0] + pooled[1] + pooled[2]),
-                divide(pooled[0], sum(pooled)),
+                divide(2 * pooled[0], 2 * pooled[0] + pooled[1] + pooled[2], absent),
+                divide(pooled[0], sum(pooled), absent),
             ),
             per_image=Mean(mean([s.image_dice for s in of]), mean([s.image_iou for s in of])),
             classes=classes,
             confusion=tuple(tuple(row) for row in confusion.tolist()),
         )
+
+
+def sums_of_all_ranks(metric: Metric) -> list[Tensor]:
+    """What `metric.compute()` returns, on the CPU. Every rank must make the call."""
+    with warnings.catch_warnings():
+        # A rank without a picture is no mistake here.
+        warnings.filterwarnings("ignore", message="The ``compute`` method of metric")
+        return [tensor.cpu() for tensor in metric.compute()]
 
 
 def fixed_point(numerator: Tensor, denominator: Tensor) -> Tensor:
@@ -191,9 +231,9 @@ def fixed_point(numerator: Tensor, denominator: Tensor) -> Tensor:
     return (ratio * FIXED_POINT).round().long().to(numerator.device)
 
 
-def divide(numerator: int, denominator: int) -> float | None:
-    """The ratio, or None where there is nothing to divide by."""
-    return numerator / denominator if denominator else None
+def divide(numerator: int, denominator: int, absent: float | None = None) -> float | None:
+    """The ratio, or `absent` where there is nothing to divide by."""
+    return numerator / denominator if denominator else absent
 
 
 def mean(values: list[float | None]) -> float | None:

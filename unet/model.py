@@ -8,9 +8,19 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub import ModelHubMixin
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from unet import weights
-from unet.blocks import DoubleConv, Down, Norm, Padding, Up
+from unet.blocks import (
+    Activation,
+    ConvConfig,
+    DoubleConv,
+    Down,
+    Norm,
+    Padding,
+    Up,
+    Upsampling,
+)
 
 MAX_CHANNELS = 65_536
 """A config.json from elsewhere may not ask for more at the bottom than any machine holds."""
@@ -33,11 +43,22 @@ class UNetConfig:
     norm: Norm = "instance"
     """Normalisation after each 3x3 convolution. Instance and group norm depend on neither the batch
     nor the rank; instance norm learns faster (tests/benchmarks)."""
+    activation: Activation = "relu"
+    """Nonlinearity after each norm."""
+    up: Upsampling = "transpose"
+    """How the expanding path doubles the size: a 2x2 transposed convolution, or bilinear
+    interpolation beside a 1x1 convolution."""
     dropout: float = 0.0
-    """Share of channels dropped at the end of the contracting path while training."""
+    """Share of the values dropped at the end of the contracting path (its last two levels) while
+    training."""
 
     def __post_init__(self) -> None:
-        for name, known in (("padding", Padding), ("norm", Norm)):
+        for name, known in (
+            ("padding", Padding),
+            ("norm", Norm),
+            ("activation", Activation),
+            ("up", Upsampling),
+        ):
             if getattr(self, name) not in get_args(known):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(known))}")
         for name, least in (
@@ -60,6 +81,24 @@ class UNetConfig:
             )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+
+    @property
+    def margin(self) -> int:
+        """Pixels on each side of a picture that the logits do not cover: 92 in the paper."""
+        return 6 * 2**self.depth - 4 if self.padding == "valid" else 0
+
+    def require_side(self, side: int) -> None:
+        """Raise ValueError, with the nearest that fit, for a side that the network cannot take."""
+        if self.padding == "same":
+            return
+        fitting = valid_input(side - 2 * self.margin, self.depth)
+        if side != fitting:
+            step = 2**self.depth
+            below = max(fitting - step, valid_input(1, self.depth))
+            raise ValueError(
+                f"the valid U-Net takes sides of {4 * (2 * step - 1)} + {step}b pixels, "
+                f"got {side}; the nearest are {below} and {below + step}"
+            )
 
 
 PRESETS: dict[str, UNetConfig] = {
@@ -108,26 +147,44 @@ def counted_classes(classes: tuple[str, ...]) -> tuple[int, ...]:
     return tuple(i for i, name in enumerate(classes) if name.lower() != "background")
 
 
+def valid_input(output: int, depth: int) -> int:
+    """Side of the smallest picture from which a network of valid convolutions gives `output`.
+
+    Valid are 2^depth b + 4 (2^(depth+1) - 1) -> 2^depth b - 4 (2^depth - 1) pixels, for depth 4
+    16 b + 124 -> 16 b - 60: 188 -> 4, 204 -> 20, ..., 572 -> 388, 588 -> 404.
+    """
+    step = 2**depth
+    least = 3 if depth == 1 else 4
+    b = max(least, -(-(output + 4 * (step - 1)) // step))
+    return step * b + 4 * (2 * step - 1)
+
+
 class UNet(nn.Module, ModelHubMixin):
     """A U-Net for pictures [B, in_channels, H, W] of any H and W from 1 pixel up (padding `same`).
 
-    With padding `valid` H and W must be 2^depth * b + 4 * (2^(depth+1) - 1), for depth 4:
-    16 b + 124 -> 16 b - 60, of which 572 -> 388 is the paper's.
+    With padding `valid` H and W must be sizes that `valid_input` gives. `gradient_checkpointing`
+    can be set to True: training then keeps the maps between blocks only and computes those within
+    a second time (Chen et al. 2016), a third slower for a fraction of the memory.
     """
+
+    gradient_checkpointing: bool
 
     def __init__(self, config: UNetConfig, spec: DataSpec | None = None) -> None:
         super().__init__()
         self.config, self.spec = config, spec
+        self.gradient_checkpointing = False
         channels = [config.base_channels * 2**level for level in range(config.depth + 1)]
-        kind: dict[str, Any] = {"padding": config.padding, "norm": config.norm}
+        conv = ConvConfig(config.padding, config.norm, config.activation)
+        dropout = [0.0] * (config.depth - 1) + [config.dropout]
         self.downs = nn.ModuleList(
-            Down(c_in, c_out, **kind)
-            for c_in, c_out in zip([config.in_channels, *channels], channels[:-1], strict=False)
+            Down(c_in, c_out, conv, dropout=p)
+            for c_in, c_out, p in zip(
+                [config.in_channels, *channels[:-2]], channels[:-1], dropout, strict=True
+            )
         )
-        self.bottom = DoubleConv(channels[-2], channels[-1], **kind)
-        self.dropout = nn.Dropout2d(config.dropout)
+        self.bottom = DoubleConv(channels[-2], channels[-1], conv, dropout=config.dropout)
         self.ups = nn.ModuleList(
-            Up(channels[level + 1], channels[level], **kind)
+            Up(channels[level + 1], channels[level], conv, up=config.up)
             for level in reversed(range(config.depth))
         )
         self.head = nn.Conv2d(channels[0], config.num_classes, 1)
@@ -155,41 +212,38 @@ class UNet(nn.Module, ModelHubMixin):
         H', W' are H, W with padding `same`; 12 * 2^depth - 8 less with `valid` (572 -> 388).
         """
         height, width = image.shape[-2:]
-        x = self.pad(image) if self.config.padding == "same" else self.require_valid_size(image)
+        for side in (height, width):
+            self.config.require_side(side)
+        x = self.pad(image) if self.config.padding == "same" else image
         skips: list[Tensor] = []
         for down in self.downs:
-            skip, x = down(x)
+            skip, x = self.run(down, x)
             skips.append(skip)
-        x = self.dropout(self.bottom(x))
+        x = self.run(self.bottom, x)
         for up in self.ups:
-            x = up(x, skips.pop())
+            x = self.run(up, x, skips.pop())
         logits = self.head(x)
         return logits[..., :height, :width] if self.config.padding == "same" else logits
 
+    def run(self, block: nn.Module, *maps: Tensor) -> Any:
+        """What a block gives; where that is asked for, it forgets what it computed within."""
+        if self.gradient_checkpointing and self.training:
+            return checkpoint(block, *maps, use_reentrant=False)
+        return block(*maps)
+
     def pad(self, image: Tensor) -> Tensor:
-        """Repeat the last row and column up to the next multiple of 2^depth."""
-        multiple = 2**self.config.depth
-        # One pixel at the bottom has no deviation to divide by.
-        least = 2 * multiple if self.config.norm == "instance" else multiple
-        bottom, right = (
-            max(least - side, -side % multiple) for side in (image.shape[-2], image.shape[-1])
-        )
+        """Repeat the last row and column up to `padded_side`."""
+        bottom, right = (self.padded_side(side) - side for side in image.shape[-2:])
         return F.pad(image, (0, right, 0, bottom), mode="replicate") if bottom or right else image
 
-    def require_valid_size(self, image: Tensor) -> Tensor:
-        """The picture itself if every level halves it evenly; ValueError with the nearest sizes."""
-        depth = self.config.depth
-        step, offset = 2**depth, 4 * (2 ** (depth + 1) - 1)
-        # Fewer pixels at the bottom leave nothing at the top: out = step * b - 4 * (step - 1) >= 1.
-        least = offset + step * (3 if depth == 1 else 4)
-        for side in image.shape[-2:]:
-            if side < least or (side - offset) % step:
-                below = max(least, offset + (side - offset) // step * step)
-                raise ValueError(
-                    f"the valid U-Net takes sides of {offset} + {step}b pixels, got {side}; "
-                    f"the nearest are {below} and {below + step}"
-                )
-        return image
+    def padded_side(self, side: int) -> int:
+        """The next multiple of 2^depth; two at least where pixels are normed by instance."""
+        multiple = 2**self.config.depth
+        # One pixel at the bottom has no deviation to divide by.
+        least = 2 if self.config.norm == "instance" else 1
+        # torch.export follows `sym_max` where it cannot follow `max`, and ONNX rounds quotients
+        # towards 0, so that none may be negative.
+        return multiple * torch.sym_max(least, (side + multiple - 1) // multiple)
 
     def _save_pretrained(self, save_directory: Path) -> None:
         weights.save(self, save_directory)
@@ -215,6 +269,30 @@ class UNet(nn.Module, ModelHubMixin):
         spec = weights.from_plain(DataSpec, header["data"], folder) if header.get("data") else None
         model = cls(config, spec)
         weights.load(model, folder)
+        return model.eval()
+
+    @classmethod
+    def from_milesial(cls, path: Path | str, spec: DataSpec | None = None) -> "UNet":
+        """The model of a `.pth` that milesial/Pytorch-UNet wrote, in evaluation mode.
+
+        Equal to the original for sides that are multiples of 16; others are padded before the
+        first block rather than within. It was trained on pixels in 0-1: a `spec` for it has mean 0
+        and std 1. Raises ValueError for another file, FileNotFoundError where there is none.
+        """
+        tensors = weights.read_milesial(Path(path))
+        try:
+            base_channels, in_channels = tensors["downs.0.conv.0.weight"].shape[:2]
+            config = UNetConfig(
+                in_channels=in_channels,
+                num_classes=len(tensors["head.weight"]),
+                base_channels=base_channels,
+                depth=sum(name.endswith(".up.weight") for name in tensors),
+                norm="batch",
+            )
+        except KeyError as error:
+            raise ValueError(f"{path} lacks {error}") from error
+        model = cls(config, spec)
+        weights.fill(model, tensors, Path(path))
         return model.eval()
 
     def header(self) -> dict[str, Any]:

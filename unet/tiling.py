@@ -1,17 +1,31 @@
-"""Overlap-tile prediction of pictures of any size, with Gaussian blending.
+"""Prediction of pictures of any size, tile by tile.
 
-Tiles overlap, each pixel's class probabilities are averaged over the tiles that cover it, weighted
-by a Gaussian that trusts a tile's middle (sigma = tile / 8, as nnU-Net does). One row of tiles is
-held at a time: rows of pixels that no later tile reaches are finished and leave as class indices,
-so memory grows with the width of a picture but not with its height.
+Networks with padding (`same`) see overlapping tiles. Each pixel's class probabilities are averaged
+over the tiles that cover it, weighted by a Gaussian that trusts a tile's middle (sigma = tile / 8,
+as in nnU-Net, Isensee et al. 2021). Sums are kept only where a later tile still reaches: for a band
+of the rows that the next row of tiles covers again, as wide as the picture, and for the columns
+that the next tile covers again. All other pixels are finished, and leave.
+
+Networks of valid convolutions lose a margin on each side: theirs is the overlap-tile strategy of
+the U-Net (Ronneberger et al. 2015, figure 2). Tiles of output lie side by side, each seen with its
+margin, and the picture is mirrored beyond its borders. Pooling makes such a network the same at
+every place modulo 2^depth only, so tiles begin at multiples of that; the result is then that of the
+whole picture at once, provided that no layer looks at all of a tile (instance and group norm do)
+and upsampling is by transposed convolution (the bilinear kind sees the border of a tile).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, product
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+Forward = Callable[[Tensor], Tensor]
+"""Pictures uint8 [B, C, h, w] on any device -> logits [B, K, h', w'], h' and w' 2 * margin less."""
+
+MIRRORS = ([-1], [-2], [-2, -1])
+"""Dimensions to flip for the mirror images of a tile."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -19,11 +33,15 @@ class TileConfig:
     """How large pictures are cut."""
 
     tile: int = 1024
-    """Side of a tile in pixels; smaller pictures are predicted whole."""
+    """Side of a tile in pixels; smaller pictures are predicted whole. Networks of valid
+    convolutions take the nearest size below that fits them."""
     overlap: float = 0.25
-    """Share of a tile that the next one covers again."""
+    """Share of a tile that the next one covers again. Tiles of valid convolutions need none."""
     batch_size: int = 4
     """Pictures of one size, or tiles of one picture, that a forward pass sees at once."""
+    tta: bool = False
+    """Average the probabilities of each tile and its mirror images, left-right, up-down and both:
+    four times the work."""
 
     def __post_init__(self) -> None:
         if self.tile < 16:
@@ -34,87 +52,230 @@ class TileConfig:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
 
 
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A finished part of one picture."""
+
+    picture: int
+    """Which of the pictures."""
+    rows: slice
+    columns: slice
+    probability: Tensor
+    """Of each class, float32 [K, rows, columns], on the device of the logits."""
+
+
 def predict_mask(
-    forward: Callable[[Tensor], Tensor], image: Tensor, config: TileConfig
+    forward: Forward,
+    images: Tensor | Sequence[Tensor],
+    config: TileConfig,
+    *,
+    margin: int = 0,
+    multiple: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """Class indices of pictures of one size.
 
+    Beside model and pictures, memory holds the classes and what `predict_blocks` says.
+
     Args:
-        forward: uint8 pictures [B, C, h, w] on any device -> logits [B, K, h, w].
-        image: uint8 [B, C, H, W].
-        config: tile, overlap and batch size.
+        forward: uint8 pictures [B, C, h, w] -> logits [B, K, h - 2 margin, w - 2 margin].
+        images: uint8 [B, C, H, W], or a list of [C, H, W]; H and W from 1 up.
+        config: tile, overlap, batch size, mirrors.
+        margin: pixels that the network loses on each side: `UNetConfig.margin`.
+        multiple: 2^depth; of no account without a margin.
 
     Returns:
-        Classes uint8 [B, H, W] and the probability of each, float32 [B, H, W], both on the
-        device of the logits.
+        Classes uint8 [B, H, W] on the device of the logits, and the mean over each picture of the
+        probability of the chosen class, float64 [B] on the CPU.
     """
-    if max(image.shape[-2:]) <= config.tile:
-        whole = [
-            classes_of(forward(part).float().softmax(dim=1))
-            for part in image.split(config.batch_size)
-        ]
-        return torch.cat([c for c, _ in whole]), torch.cat([p for _, p in whole])
-    tiled = [predict_tiled(forward, single, config) for single in image]
-    return torch.stack([c for c, _ in tiled]), torch.stack([p for _, p in tiled])
+    height, width = images[0].shape[-2:]
+    classes = total = None
+    for block in predict_blocks(forward, images, config, margin=margin, multiple=multiple):
+        best, index = block.probability.max(dim=0)
+        if classes is None or total is None:
+            classes = index.new_empty((len(images), height, width), dtype=torch.uint8)
+            # Apple's GPUs have no float64.
+            wide = torch.float32 if best.device.type == "mps" else torch.float64
+            total = best.new_zeros(len(images), dtype=wide)
+        classes[block.picture, block.rows, block.columns] = index
+        total[block.picture] += best.sum(dtype=total.dtype)
+        # Else its batch of probabilities would live on through the next forward pass.
+        del block
+    assert classes is not None
+    assert total is not None
+    return classes, total.cpu().double() / (height * width)
 
 
-def predict_tiled(
-    forward: Callable[[Tensor], Tensor], image: Tensor, config: TileConfig
-) -> tuple[Tensor, Tensor]:
-    """One picture uint8 [C, H, W], larger than a tile -> classes and probabilities [H, W]."""
-    height, width = image.shape[-2:]
-    tile_height, tile_width = min(config.tile, height), min(config.tile, width)
-    tops = tile_starts(height, tile_height, config.overlap)
-    lefts = tile_starts(width, tile_width, config.overlap)
-    finished: list[tuple[Tensor, Tensor]] = []
-    stripe = total = window = None
-    for row, top in enumerate(tops):
-        for some in (
-            lefts[i : i + config.batch_size] for i in range(0, len(lefts), config.batch_size)
-        ):
-            tiles = torch.stack(
-                [image[:, top : top + tile_height, x : x + tile_width] for x in some]
-            )
-            probability = forward(tiles).float().softmax(dim=1)
-            if stripe is None or total is None or window is None:
-                window = gaussian_window(tile_height, tile_width).to(probability.device)
-                stripe = probability.new_zeros(probability.shape[1], tile_height, width)
-                total = probability.new_zeros(tile_height, width)
-            for x, p in zip(some, probability, strict=True):
-                stripe[:, :, x : x + tile_width] += p * window
-                total[:, x : x + tile_width] += window
-        assert stripe is not None
-        assert total is not None
-        rows = tops[row + 1] - top if row + 1 < len(tops) else tile_height
-        finished.append(classes_of((stripe[:, :rows] / total[:rows])[None]))
-        # The rows left over move up; those below them are fresh.
-        stripe = F.pad(stripe[:, rows:], (0, 0, 0, rows))
-        total = F.pad(total[rows:], (0, 0, 0, rows))
-    classes, probability = (torch.cat(parts, dim=1)[0] for parts in zip(*finished, strict=True))
-    return classes, probability
+def predict_blocks(
+    forward: Forward,
+    images: Tensor | Sequence[Tensor],
+    config: TileConfig,
+    *,
+    margin: int = 0,
+    multiple: int = 1,
+) -> Iterator[Block]:
+    """Class probabilities of pictures of one size, part by part; the arguments of `predict_mask`.
+
+    Blocks come picture by picture, from left to right and then downwards; together they cover each
+    pixel once. At most a batch of tiles is in memory, and sums for a band of `overlap * tile` rows:
+    with 12 classes and tiles of 1024, 12 kB for each pixel of width and 50 MB for each tile.
+    """
+    rows, columns = (
+        cut_exactly(length, config.tile, margin, multiple)
+        if margin
+        else cut_evenly(length, config.tile, config.overlap, symmetric=config.tta)
+        for length in images[0].shape[-2:]
+    )
+    blend = Blend(rows, columns) if not margin and len(rows) * len(columns) > 1 else None
+    places = [*product(range(len(images)), range(len(rows)), range(len(columns)))]
+    for first in range(0, len(places), config.batch_size):
+        some = places[first : first + config.batch_size]
+        tiles = torch.stack([read_tile(images[n], rows, columns, i, j) for n, i, j in some])
+        probability = average(forward, tiles, config.tta)
+        for place, (n, i, j) in enumerate(some):
+            if blend is not None:
+                blend.add(probability[place], i, j)
+            down, right = rows.finished(i), columns.finished(j)
+            height, width = down.stop - down.start, right.stop - right.start
+            yield Block(n, down, right, probability[place, :, :height, :width])
+        # Else two batches of them would be in memory while the next is predicted.
+        del probability
 
 
-def classes_of(probability: Tensor) -> tuple[Tensor, Tensor]:
-    """The likeliest class and its probability: [B, K, H, W] -> uint8 and float32 [B, H, W]."""
-    best, index = probability.max(dim=1)
-    return index.to(torch.uint8), best
+@torch.no_grad()
+def average(forward: Forward, tiles: Tensor, tta: bool) -> Tensor:
+    """Class probabilities float32 [B, K, h', w'] of tiles uint8 [B, C, h, w]."""
+    probability = forward(tiles).softmax(dim=1, dtype=torch.float32)
+    if tta:
+        for dims in MIRRORS:
+            mirrored = forward(tiles.flip(dims)).softmax(dim=1, dtype=torch.float32)
+            probability += mirrored.flip(dims)
+            del mirrored
+        probability /= 1 + len(MIRRORS)
+    return probability
 
 
-def tile_starts(length: int, tile: int, overlap: float) -> list[int]:
-    """First pixels of evenly spread tiles that cover `length` and overlap by at least `overlap`."""
-    if length <= tile:
-        return [0]
-    stride = max(1, round(tile * (1 - overlap)))
-    count = -(-(length - tile) // stride) + 1
-    return [round(i * (length - tile) / (count - 1)) for i in range(count)]
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """How one side of a picture is cut."""
+
+    length: int
+    """Of the picture."""
+    side: int
+    """Of a tile as the network sees it, its margins included."""
+    starts: tuple[int, ...]
+    """First pixel of each tile, within its margin."""
+    margin: int = 0
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def finished(self, i: int) -> slice:
+        """The pixels that no tile after tile `i` reaches, but all before it left to it."""
+        return slice(self.starts[i], self.starts[i + 1] if i + 1 < len(self) else self.length)
+
+    def pixels(self, i: int, device: torch.device) -> Tensor:
+        """int64 [side]: the pixels of tile `i` and its margins, mirrored beyond the borders.
+
+        The border pixel itself is not repeated; a side of one pixel is.
+        """
+        first = self.starts[i] - self.margin
+        index = torch.arange(first, first + self.side, device=device)
+        index %= max(1, 2 * (self.length - 1))
+        return torch.minimum(index, 2 * (self.length - 1) - index)
 
 
-def gaussian_window(height: int, width: int) -> Tensor:
-    """Blending weights [height, width], 1 in the middle, sigma an eighth of each side."""
+def cut_evenly(length: int, tile: int, overlap: float, *, symmetric: bool = False) -> Cut:
+    """Evenly spread tiles that cover `length` and overlap by at least the share `overlap`.
 
-    def bell(size: int) -> Tensor:
-        x = (torch.arange(size, dtype=torch.float32) - (size - 1) / 2) / (size / 8)
-        return torch.exp(-0.5 * x**2)
+    A symmetric cut is its own mirror image, for which it sometimes needs one tile more.
+    """
+    side = min(tile, length)
+    spare, stride = length - side, max(1, round(tile * (1 - overlap)))
+    steps = -(-spare // stride)
+    if steps == 0:
+        return Cut(length, side, (0,))
+    if symmetric and spare % 2 and steps % 2 == 0:
+        steps += 1
+    # The longer steps are the outer ones, half of them on either side, and one in the middle.
+    step, longer = divmod(spare, steps)
+    outer, middle = [step + 1] * (longer // 2), [step] * (steps - longer // 2 * 2)
+    middle[len(middle) // 2] += longer % 2
+    return Cut(length, side, tuple(accumulate([*outer, *middle, *outer], initial=0)))
 
-    # A floor keeps the corners of the picture, which one tile alone covers, above rounding.
-    return torch.outer(bell(height), bell(width)).clamp(min=1e-4)
+
+def cut_exactly(length: int, tile: int, margin: int, multiple: int) -> Cut:
+    """Tiles of valid convolutions, as few as `tile` allows, then as small as that number allows.
+
+    A valid tile gives k * multiple + rest pixels, k >= 1 (or a rest alone): for depth 4, 16 k + 4
+    of 16 k + 188, of which the paper's are 388 of 572. It passes on k * multiple; the last, all.
+    """
+    rest = -margin % multiple
+    most = max(1, (tile - 2 * margin - rest) // multiple)
+    count = max(1, -(-(length - rest) // (most * multiple)))
+    k = max(0 if rest else 1, -(-(length - rest) // (count * multiple)))
+    side = k * multiple + rest + 2 * margin
+    return Cut(length, side, tuple(i * k * multiple for i in range(count)), margin)
+
+
+def read_tile(image: Tensor, rows: Cut, columns: Cut, i: int, j: int) -> Tensor:
+    """Tile [C, rows.side, columns.side] in row `i` and column `j` of a picture [C, H, W]."""
+    if rows.margin:
+        row, column = rows.pixels(i, image.device), columns.pixels(j, image.device)
+        return image[:, row[:, None], column]
+    top, left = rows.starts[i], columns.starts[j]
+    return image[:, top : top + rows.side, left : left + columns.side]
+
+
+class Blend:
+    """Weighted sums over overlapping tiles, kept only where a later tile still reaches.
+
+    The Gaussian is a product of one for rows and one for columns, and so is the sum of all tiles'
+    weights in a pixel: divided by it beforehand, weights add up to 1 everywhere.
+    """
+
+    def __init__(self, rows: Cut, columns: Cut) -> None:
+        self.rows, self.columns = rows, columns
+        self.row_weights, self.column_weights = blending_weights(rows), blending_weights(columns)
+        self.right = self.below = torch.empty(0)
+
+    def add(self, probability: Tensor, i: int, j: int) -> None:
+        """Weight tile (i, j) [K, h, w] in place and add to it what the tiles before it left.
+
+        Tiles come from left to right, then downwards. Then those of its rows and columns that are
+        finished hold the averages; the others are taken along for the tiles that follow.
+        """
+        if self.row_weights.device != probability.device:
+            self.row_weights = self.row_weights.to(probability.device)
+            self.column_weights = self.column_weights.to(probability.device)
+        if i == j == 0:
+            # Uneven steps differ by a pixel, and so do the bands that they leave.
+            deepest = max(self.remaining(self.rows, i) for i in range(len(self.rows)))
+            self.below = probability.new_empty(len(probability), deepest, self.columns.length)
+        probability *= torch.outer(self.row_weights[i], self.column_weights[j])
+        if j > 0:
+            probability[:, :, : self.right.shape[-1]] += self.right
+        right = self.columns.finished(j)
+        width = right.stop - right.start
+        self.right = probability[:, :, width:].clone()
+        done = probability[:, :, :width]
+        if i > 0:
+            above = self.remaining(self.rows, i - 1)
+            done[:, :above] += self.below[:, :above, right]
+        below = self.remaining(self.rows, i)
+        self.below[:, :below, right] = done[:, self.rows.side - below :]
+
+    @staticmethod
+    def remaining(cut: Cut, i: int) -> int:
+        """Pixels of tile `i` that the next one covers again."""
+        return cut.starts[i] + cut.side - cut.finished(i).stop
+
+
+def blending_weights(cut: Cut) -> Tensor:
+    """Weights float32 [tiles, side]: Gaussians that add up to 1 in each pixel that tiles cover."""
+    x = (torch.arange(cut.side, dtype=torch.float64) - (cut.side - 1) / 2) / (cut.side / 8)
+    bell = torch.exp(-0.5 * x**2)
+    total = torch.zeros(cut.length, dtype=torch.float64)
+    for start in cut.starts:
+        total[start : start + cut.side] += bell
+    shares = [bell / total[start : start + cut.side] for start in cut.starts]
+    return torch.stack(shares).float()

@@ -1,13 +1,16 @@
 """Weights on disk: safetensors and a readable `config.json`. Loading never unpickles anything."""
 
 import json
+import re
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
 from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 if TYPE_CHECKING:
     from unet.model import UNet
@@ -80,6 +83,11 @@ def load(model: "UNet", folder: Path) -> None:
         tensors = load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or no safetensors file: {error}") from error
+    fill(model, tensors, path)
+
+
+def fill(model: "UNet", tensors: dict[str, Tensor], path: Path) -> None:
+    """Load tensors into the model. Raises ValueError naming what does not fit."""
     expected = model.state_dict()
     for name in sorted(expected.keys() | tensors.keys()):
         if name not in tensors or name not in expected:
@@ -91,3 +99,57 @@ def load(model: "UNet", folder: Path) -> None:
                 f"the model needs {tuple(expected[name].shape)}"
             )
     model.load_state_dict(tensors)
+
+
+MILESIAL = (
+    (r"inc\.double_conv", "downs.0.conv"),
+    (r"down(\d+)\.maxpool_conv\.1\.double_conv", "downs.{}.conv"),
+    (r"up(\d+)\.up", "ups.{}.up"),
+    (r"up(\d+)\.conv\.double_conv", "ups.{}.conv"),
+    (r"outc\.conv", "head"),
+)
+"""Names of milesial/Pytorch-UNet's blocks, and ours."""
+
+
+def read_milesial(path: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint of milesial/Pytorch-UNet (a `.pth`), under our names.
+
+    A head for one class (a sigmoid) becomes the same for two (a softmax). Nothing is unpickled but
+    tensors and plain values. Raises ValueError where it is none, FileNotFoundError where there is
+    no file.
+    """
+    try:
+        plain = torch.load(path, map_location="cpu", weights_only=True)
+        tensors = {
+            name.removeprefix("module."): tensor
+            for name, tensor in plain.items()
+            if name != "mask_values" and isinstance(tensor, Tensor)
+        }
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # torch's reader raises whatever the bytes provoke
+        what = str(error).partition("\n")[0][:200]
+        raise ValueError(f"{path} is no file of weights alone: {what}") from error
+    depth = sum(re.fullmatch(r"down\d+\..*\.0\.weight", name) is not None for name in tensors)
+    found = {our_name(name, depth, path): tensor for name, tensor in tensors.items()}
+    if "ups.0.up.weight" not in found:
+        raise ValueError(
+            f"{path} has no transposed convolutions (trained with --bilinear?); that variant "
+            "cannot be imported"
+        )
+    if len(found.get("head.weight", ())) == 1:
+        # softmax([0, z]) is [1 - sigmoid(z), sigmoid(z)].
+        for name in ("head.weight", "head.bias"):
+            found[name] = torch.cat([torch.zeros_like(found[name]), found[name]])
+    return found
+
+
+def our_name(name: str, depth: int, path: Path) -> str:
+    """Our name of one of milesial's tensors. Raises ValueError for a name that is none."""
+    for theirs, ours in MILESIAL:
+        if match := re.match(theirs + r"\.", name):
+            number = int(match[1]) if match.groups() else 0
+            block = ours.format(number - 1 if ours.startswith("ups") else number)
+            block = "bottom" if block == f"downs.{depth}.conv" else block
+            return f"{block}.{name[match.end() :]}"
+    raise ValueError(f"{path} is no checkpoint of milesial/Pytorch-UNet: it has {name!r}")

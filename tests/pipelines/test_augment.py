@@ -1,6 +1,7 @@
 """Holds augmentation's contract: seeded by (seed, position), labels never change their value."""
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
-from pipelines.augment import Augment, AugmentConfig, Cropper, Purpose, uniform
+from pipelines.augment import Augment, AugmentConfig, Cropper, Purpose, clipped, uniform
 from shards.images import DecodedImage, ImageFormat
 
 PLAIN: dict[str, Any] = {"contrast": 1.0, "brightness": 0.0, "saturation": 1.0}
@@ -71,23 +73,9 @@ def decoded(pixels):
     return DecodedImage(pixels, ImageFormat("L" if pixels.shape[2] == 1 else "RGB"))
 
 
-class Boxes:
-    """A picture that only notes which parts of it are seen."""
-
-    def __init__(self):
-        self.seen = []
-
-    def region(self, left, top, right, bottom):
-        self.seen.append((left, top, right, bottom))
-        return np.zeros((bottom - top, right - left, 3), np.uint8)
-
-
 def boxes(crop, mask, positions=1000):
     """What some crops show: (left, top, right, bottom)."""
-    picture: Any = Boxes()
-    for position in range(positions):
-        crop(picture, mask, position)
-    return picture.seen
+    return [clipped(crop.place(mask, position), *mask.shape) for position in range(positions)]
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
@@ -115,6 +103,59 @@ def test_a_crop_is_a_part_of_the_picture_padded_with_fill_and_255(height, width,
     place = np.s_[top : top + len(rows), left : left + len(columns)]
     assert np.array_equal(image_crop[inner], image[place])
     assert np.array_equal(mask_crop[inner], mask[place])
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(
+    height=st.integers(1, 40),
+    width=st.integers(1, 40),
+    position=st.integers(0, 2**40),
+    scaled=st.booleans(),
+    foreground=st.booleans(),
+)
+def test_a_margin_lies_in_the_mirrored_picture_around_what_is_looked_at(
+    height, width, position, scaled, foreground
+):
+    rng = np.random.default_rng(0)
+    mask = rng.integers(0, 3, (height, width), dtype=np.uint8)
+    size, margin = 30, 10
+    crop = replace(
+        cropper(size, rare=(1,), foreground_share=int(foreground), warp_share=int(scaled)),
+        margin=margin,
+    )
+    box = crop.place(mask, position)
+    margin = crop.scaled_margin(box.side)
+    inner = box.side - 2 * margin
+    for first, length in ((box.top + margin, height), (box.left + margin, width)):
+        if inner <= length:
+            assert 0 <= first <= length - inner
+        else:
+            assert first <= 0
+            assert first + inner >= length
+    # mask values stand in for the picture's: what is cut is the picture, mirrored at its edges
+    around = 64
+    mirrored = np.pad(mask, around, mode="reflect")
+    top, left = box.top + around, box.left + around
+    expected = crop.resized(
+        mirrored[top : top + box.side, left : left + box.side, None], Image.Resampling.BILINEAR
+    )
+    image, cut = crop(decoded(mask[..., None]), mask, position)
+    assert np.array_equal(image, expected)
+    if box.side == size:
+        assert np.array_equal(cut[cut != 255], image[cut != 255, 0])
+        assert (cut != 255).sum() == np.prod(
+            [min(n, b + size) - max(0, b) for b, n in ((box.top, height), (box.left, width))]
+        )
+
+
+def test_a_border_map_is_cut_as_its_mask_and_is_0_beyond_it():
+    rng = np.random.default_rng(0)
+    mask = rng.integers(0, 2, (9, 20), dtype=np.uint8)
+    crop = cropper(16)
+    for position in range(20):
+        box = crop.place(mask, position)
+        cut, border = crop.cut_mask(mask, box), crop.cut_border(255 * mask, box)
+        assert np.array_equal(border, np.where(cut == 255, 0, 255 * cut))
 
 
 def test_crops_reach_every_place():
@@ -454,3 +495,14 @@ def test_impossible_augmentation_is_refused(names, value, said):
         fields: dict[str, Any] = {name: value}
         with pytest.raises(ValueError, match=f"augment.{name} {said}"):
             AugmentConfig(**fields)
+
+
+def test_a_border_map_is_warped_as_its_picture():
+    config = AugmentConfig(warp_share=1, elastic=2, **PLAIN)
+    border = (255 * torch.rand(6, 33, 33)).to(torch.uint8)
+    mask, position = torch.zeros_like(border), torch.arange(6)
+    image, _ = Augment(config, 3)(border[:, None].float(), mask, position)
+    warped = Augment(config, 3).border(border, position)
+    assert torch.equal(warped, image[:, 0])
+    assert not torch.equal(warped, border.float())
+    assert Augment(config, 3).border(None, position) is None

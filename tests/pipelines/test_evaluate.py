@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -75,13 +76,101 @@ def test_the_scores_are_those_worked_out_by_hand(hand, call, tmp_path: Path) -> 
     assert "n/a" in ended.out
 
 
+@pytest.mark.parametrize(
+    ("empty", "image_dice", "ghost"),
+    [("one", (2 / 4 + 6 / 7 + 1) / 3, 1), ("zero", (2 / 4 + 6 / 7 + 0) / 3, 0)],
+)
+def test_what_an_absent_class_scores_can_be_declared(
+    empty: str, image_dice: float, ghost: int, hand, call, tmp_path: Path
+) -> None:
+    checkpoint, data = hand
+    told = ("--checkpoint", checkpoint, "--data", data, "--out", tmp_path / "out", "--workers", 0)
+    ended = call("evaluate", *told, "--empty", empty)
+    assert ended.code == 0, ended.err
+    scores = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert (scores["empty_policy"], scores["num_images"], scores["num_valid"]) == (empty, 3, 3)
+    # The cell is in two of the three pictures, the ghost in none.
+    assert scores["classes"]["cell"]["image_dice"] == pytest.approx(image_dice, abs=1e-9)
+    assert scores["classes"]["cell"]["dice"] == 8 / 11
+    assert scores["classes"]["ghost"]["dice"] == ghost
+    assert scores["macro"]["dice"] == pytest.approx((8 / 11 + ghost) / 2)
+    assert scores["per_image"]["dice"] == pytest.approx((image_dice + ghost) / 2, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("more", "tolerance", "of_a", "of_b"), [((), 2, 1, 1), ((0.5,), 0.5, 2 / 4, 6 / 7)]
+)
+def test_boundaries_are_scored_as_worked_out_by_hand(
+    more: tuple, tolerance: float, of_a: float, of_b: float, hand, call, tmp_path: Path
+) -> None:
+    checkpoint, data = hand
+    told = ("--checkpoint", checkpoint, "--data", data, "--out", tmp_path / "out", "--workers", 0)
+    given = ("--surface", *(("--surface-tolerance", *more) if more else ()), "--empty", "one")
+    ended = call("evaluate", *told, *given)
+    assert ended.code == 0, ended.err
+    scores = json.loads((tmp_path / "out" / "scores.json").read_text())
+    # a: mask pixels 0 and 3 are 0 and 2 from the prediction's 0 and 1, these 0 and 1 from them;
+    # b: the prediction's four are 0 0 0 1 from the mask's three; c: no cell in what counts.
+    cell, ghost = scores["classes"]["cell"], scores["classes"]["ghost"]
+    assert cell["hd95"] == pytest.approx((1.9 + 0.85) / 2, abs=1e-7)
+    assert cell["surface_dice"] == pytest.approx((of_a + of_b) / 2, abs=1e-9)
+    assert cell["surface_failures"] == scores["surface_failures"] == 0
+    # The policy is about Dice and IoU.
+    assert (ghost["dice"], ghost["hd95"], ghost["surface_dice"]) == (1, None, None)
+    assert scores["per_image"]["hd95"] == cell["hd95"]
+    assert scores["per_image"]["surface_dice"] == cell["surface_dice"]
+    assert scores["classes"]["background"]["hd95"] > 0
+    assert scores["surface_tolerance"] == tolerance
+    header, *_ = ended.out.splitlines()
+    assert header.split()[-3:] == ["HD95", "sDice", "failed"]
+
+
+def test_boundaries_cost_nothing_and_are_nowhere_unless_asked_for(
+    hand, call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    checkpoint, data = hand
+    told = ("--checkpoint", checkpoint, "--data", data, "--out", tmp_path / "out", "--workers", 0)
+    # As if SciPy were not installed.
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    monkeypatch.setitem(sys.modules, "scipy.spatial", None)
+    ended = call("evaluate", *told)
+    assert ended.code == 0, ended.err
+    assert "surface" not in (tmp_path / "out" / "scores.json").read_text()
+    assert "HD95" not in ended.out
+
+
+def test_boundaries_without_scipy_are_refused_before_any_work(
+    call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    nowhere = ("--checkpoint", tmp_path / "nowhere", "--data", tmp_path / "nowhere")
+    ended = call("evaluate", *nowhere, "--surface")
+    said = "unet evaluate: --surface needs SciPy: pip install 'unet-shards[scipy]'\n"
+    assert (ended.code, ended.err) == (2, said)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (("--surface-tolerance", 3), "--surface-tolerance needs --surface"),
+        (("--surface", "--surface-tolerance", -1), "--surface-tolerance -1.0 is no number from 0"),
+        (("--surface", "--surface-tolerance", "nan"), "--surface-tolerance nan is no number"),
+        (("--empty", "two"), "--empty"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(given: tuple, said: str, call) -> None:
+    ended = call("evaluate", "--checkpoint", "x", "--data", "x", *given)
+    assert ended.code == 2
+    assert said in ended.said
+
+
 @pytest.mark.parametrize("batch_size", [1, 2])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_neither_workers_nor_batches_change_a_digit(
     batch_size: int, workers: int, hand, call, tmp_path: Path
 ) -> None:
     checkpoint, data = hand
-    told = ("--checkpoint", checkpoint, "--data", data)
+    told = ("--checkpoint", checkpoint, "--data", data, "--surface")
     assert call("evaluate", *told, "--out", tmp_path / "1", "--workers", 0).code == 0
     more = ("--batch-size", batch_size, "--workers", workers)
     assert call("evaluate", *told, "--out", tmp_path / "2", *more).code == 0

@@ -27,3 +27,17 @@ def test_training_and_scoring_run_on_the_card(shards: Path, tiny, call, metrics,
     assert all(math.isfinite(loss) for loss in losses)
     ended = call("evaluate", "--checkpoint", tmp_path, "--data", shards)
     assert ended.code == 0, ended.err
+
+
+def test_switches_of_speed_run_on_the_card(shards: Path, tiny, call, metrics, tmp_path) -> None:
+    for name, flags in {
+        "compiled": ("--compile", "--channels-last"),
+        "recomputed": ("--gradient-checkpointing",),
+        "batch norm": ("--model.norm", "batch", "--channels-last"),
+    }.items():
+        run_dir = tmp_path / name
+        more = (*flags, "--steps", 10, "--log-every", 1)
+        ended = call("train", "--data", shards, "--run-dir", run_dir, *tiny, *more)
+        assert ended.code == 0, ended.err
+        losses = [line["train/loss"] for line in metrics(run_dir) if "train/loss" in line]
+        assert all(math.isfinite(loss) for loss in losses)

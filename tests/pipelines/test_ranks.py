@@ -130,10 +130,13 @@ def test_the_same_samples_are_skipped_and_counted_over_ranks(
 def test_scores_are_the_same_to_the_last_digit(
     uneven: Path, alone: Path, launch, call, tmp_path: Path
 ) -> None:
-    told = ("--checkpoint", alone, "--data", uneven, "--out")
+    told = ("--checkpoint", alone, "--data", uneven, "--surface", "--empty", "one", "--out")
     assert call("evaluate", *told, tmp_path / "1", "--workers", 0).code == 0
     expected = (tmp_path / "1" / "scores.json").read_bytes()
-    assert json.loads(expected)["num_images"] == 5
+    scores = json.loads(expected)
+    assert scores["num_images"] == 5
+    assert scores["per_image"]["hd95"] > 0
+    assert 0 < scores["per_image"]["surface_dice"] < 1
     # Five pictures go through the model in two batches: of three ranks one has none.
     for world in (2, 3):
         ended = launch(world, "evaluate", *told, tmp_path / str(world))

@@ -44,6 +44,8 @@ MANIFEST = Manifest(
     },
     duplicates=(("train:a.png", "train:b.png"),),
     verified="headers",
+    border_sigma=2.5,
+    border_classes=("zelle",),
 )
 
 
@@ -68,6 +70,15 @@ def test_a_manifest_comes_back_as_it_was_written(tmp_path, bounds, alpha, verifi
     assert again == manifest
     assert again.image_format.range == bounds
     assert again.digest == hashlib.sha256((tmp_path / "index.json").read_bytes()).hexdigest()
+
+
+def test_a_manifest_from_before_there_were_border_maps_is_read(tmp_path):
+    write(tmp_path)
+    path = tmp_path / "index.json"
+    plain = json.loads(path.read_text())
+    del plain["border_sigma"], plain["border_classes"]
+    path.write_text(json.dumps(plain))
+    assert read_manifest(tmp_path) == replace(MANIFEST, border_sigma=None, border_classes=())
 
 
 def test_a_manifest_read_and_written_again_has_the_same_bytes(tmp_path):
@@ -230,8 +241,24 @@ def test_an_index_gives_the_members_of_each_sample(tmp_path):
     assert labelled.info == MemberRange("json", 1536, 2, "a/b%2Ec.json")
     assert (unlabelled.key, unlabelled.mask) == ("u", None)
     assert unlabelled.image.extension == "png"
+    assert labelled.border is None
     # a prediction without its picture: the mask stands in
     assert predicted.image == predicted.mask == MemberRange("mask.png", 6656, 70, "p.mask.png")
+
+
+def test_a_border_map_is_a_member_and_no_picture(tmp_path):
+    index = index_of(
+        tmp_path,
+        "v1.2 2\n"
+        "border.png 512 40 a.border.png jpg 1536 100 a.jpg json 2560 2 a.json "
+        "mask.png 3584 70 a.mask.png\n"
+        "border.png 4608 40 b.border.png json 5632 2 b.json\n",
+    )
+    assert index[0].border == MemberRange("border.png", 512, 40, "a.border.png")
+    assert (index[0].key, index[0].image.extension) == ("a", "jpg")
+    assert refusal(index.__getitem__, 1).endswith(
+        "line 3: a sample has 0 pictures, not one; pack it again"
+    )
 
 
 @pytest.mark.parametrize(

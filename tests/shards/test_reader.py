@@ -105,6 +105,28 @@ def test_raw_samples_decode_to_picture_and_mask(make_shards, opened, noise):
     assert np.array_equal(sample.mask, noise((6, 8), seed=1) % 2)
 
 
+def test_a_border_map_is_read_with_its_sample_and_decoded_on_request(tmp_path, to_bytes, opened):
+    border = np.arange(48, dtype=np.uint8).reshape(6, 8)
+    picture = to_bytes(Image.new("RGB", (8, 6)))
+    stored = to_bytes(Image.fromarray(border))
+    with ShardWriter(tmp_path / "train-000000.tar") as writer:
+        for key, data in (("a", stored), ("b", stored[:45]), ("c", None)):
+            members = {"png": picture, "json": b"{}"}
+            writer.add(key, members if data is None else {**members, "border.png": data})
+        file = writer.seal()
+    infos = (ShardInfo(file.name, file.samples, file.bytes, file.sha256, ()),)
+    good, cut, without = opened(tmp_path, infos).read_all([Address(0, 0, row) for row in range(3)])
+    assert (good.image, good.border) == (picture, stored)
+    assert np.array_equal(good.decode_border((8, 6)), border)
+    with pytest.raises(DataError, match=r"train-000000\.tar: a\.border\.png is 8 x 6, its picture"):
+        good.decode_border((6, 8))
+    # What is not asked for is not looked at.
+    assert cut.decode(RGB, 2).image.shape == (6, 8, 3)
+    with pytest.raises(DataError, match=r"train-000000\.tar: b\.border\.png is damaged"):
+        cut.decode_border((8, 6))
+    assert (without.border, without.decode_border((8, 6))) == (None, None)
+
+
 def test_unlabelled_samples_have_no_mask(make_shards, opened):
     folder, manifest, _ = make_shards([1], masks=False)
     raw = opened(folder, infos_of(manifest)).read(Address(0, 0, 0))

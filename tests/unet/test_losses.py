@@ -1,12 +1,24 @@
 """Holds the losses' contract: hand-computed values, exact ignore, means over samples, float32."""
 
-from math import log
+from math import exp, log
 
 import pytest
 import torch
 
-from unet import LossConfig, SegmentationLoss
-from unet.losses import cross_entropy, dice_loss
+from unet import LossConfig, SegmentationLoss, inverse_frequency
+from unet.losses import (
+    LOSSES,
+    binary_cross_entropy,
+    cross_entropy,
+    dice_loss,
+    focal_loss,
+    tversky_loss,
+)
+
+ALL = LossConfig(
+    bce=0.5, focal=2.0, tversky=0.25, label_smoothing=0.1, class_weights="inverse", border_weight=10
+)
+"""All losses at once, with all that weighs pixels."""
 
 
 def logits_of(probability):
@@ -40,6 +52,86 @@ def test_dice_loss_is_one_minus_the_smoothed_soft_dice():
     assert dice_loss(logits, mask, (0, 1)).tolist() == pytest.approx([(of_zero + of_one) / 2])
 
 
+def test_label_smoothing_spreads_a_share_of_the_truth_over_all_classes():
+    logits = logits_of([[[[0.5]], [[0.3]], [[0.2]]]])
+    mask = torch.tensor([[[1]]], dtype=torch.uint8)
+    truth = (0.1, 0.8, 0.1)  # (1 - 0.3) of class 1, 0.3 / 3 of each
+    expected = -sum(t * log(p) for t, p in zip(truth, (0.5, 0.3, 0.2), strict=True))
+    assert cross_entropy(logits, mask, smoothing=0.3).tolist() == pytest.approx([expected])
+    binary = torch.tensor([[[[-1.0]], [[2.0]]]], dtype=torch.float64)
+    odds = 1 / (1 + exp(1)), 1 / (1 + exp(-2))  # of classes 0 and 1; the truth 0.1 and 0.9
+    parts = [-(0.1 * log(odds[0]) + 0.9 * log(1 - odds[0])),
+             -(0.9 * log(odds[1]) + 0.1 * log(1 - odds[1]))]  # fmt: skip
+    found = binary_cross_entropy(binary, mask, smoothing=0.2)
+    assert found.tolist() == pytest.approx([sum(parts) / 2])
+
+
+def test_binary_cross_entropy_is_of_each_class_against_all_others():
+    logits = torch.tensor([[[[0.0, 3.0]], [[1.0, 9.0]]]], dtype=torch.float64)
+    mask = torch.tensor([[[1, 255]]], dtype=torch.uint8)
+    expected = (-log(0.5) - log(1 / (1 + exp(-1)))) / 2
+    assert binary_cross_entropy(logits, mask).tolist() == pytest.approx([expected])
+
+
+def test_focal_loss_looks_less_at_what_is_nearly_right():
+    logits = logits_of([[[[0.5, 0.1]], [[0.5, 0.9]]]])
+    mask = torch.tensor([[[0, 1]]], dtype=torch.uint8)
+    expected = -(0.5**2 * log(0.5) + 0.1**2 * log(0.9)) / 2
+    assert focal_loss(logits, mask, gamma=2).tolist() == pytest.approx([expected])
+    plain = focal_loss(logits, mask, gamma=0)
+    torch.testing.assert_close(plain, cross_entropy(logits, mask))
+
+
+def test_focal_loss_has_a_finite_gradient_where_a_pixel_is_right():
+    logits = torch.tensor([[[[90.0]], [[0.0]]]], requires_grad=True)
+    for gamma in (0.0, 0.5, 1.0, 2.0):
+        focal_loss(logits, torch.zeros(1, 1, 1, dtype=torch.uint8), gamma=gamma).sum().backward()
+    assert logits.grad is not None
+    assert logits.grad.isfinite().all()
+
+
+def test_tversky_loss_weighs_false_positives_and_false_negatives():
+    logits = logits_of([[[[0.5, 0.1, 0.4]], [[0.5, 0.9, 0.6]]]])
+    mask = torch.tensor([[[0, 1, 255]]], dtype=torch.uint8)
+    # class 1: tp 0.9, fp 0.5, fn 0.1
+    expected = 1 - (0.9 + 1) / (0.9 + 0.3 * 0.5 + 0.7 * 0.1 + 1)
+    assert tversky_loss(logits, mask, (1,), fp=0.3, fn=0.7).tolist() == pytest.approx([expected])
+
+
+def test_class_weights_weigh_pixels_and_are_1_on_average():
+    weights = inverse_frequency((900, 100, 0))
+    assert weights == pytest.approx((1000 / 1800, 1000 / 200, 1.0))
+    assert (900 * weights[0] + 100 * weights[1]) / 1000 == pytest.approx(1)
+    logits, mask = draw(batch=2)
+    mask[0] = 1
+    loss = SegmentationLoss(LossConfig(dice=0.0, class_weights="inverse"), (1, 2), weights)
+    # a sample of one class feels its weight too
+    first = cross_entropy(logits[:1].float(), mask[:1])
+    assert loss(logits[:1], mask[:1])[0].item() == pytest.approx(5 * first.item(), rel=1e-5)
+
+
+def test_border_weight_adds_w0_times_the_map():
+    logits = logits_of([[[[0.5, 0.1, 0.4]], [[0.5, 0.9, 0.6]]]])
+    mask = torch.tensor([[[0, 1, 255]]], dtype=torch.uint8)
+    border = torch.tensor([[[255, 51, 255]]], dtype=torch.uint8)
+    loss = SegmentationLoss(LossConfig(dice=0.0, border_weight=10.0), (1,))
+    expected = -((1 + 10) * log(0.5) + (1 + 2) * log(0.9)) / 2
+    assert loss(logits, mask, border)[0].item() == pytest.approx(expected, rel=1e-5)
+    assert loss(logits, mask)[0].item() == pytest.approx(-(log(0.5) + log(0.9)) / 2, rel=1e-5)
+
+
+def test_the_middle_of_a_larger_mask_is_what_valid_logits_are_of():
+    logits, mask = draw(side=5)
+    border = torch.randint(0, 256, mask.shape, dtype=torch.uint8)
+    loss = SegmentationLoss(ALL, (1, 2), (1.0, 2.0, 3.0))
+
+    def around(pixels):
+        return torch.nn.functional.pad(pixels, (2, 2, 2, 2), value=1)
+
+    whole = loss(logits, around(mask), around(border))
+    assert torch.equal(whole[0], loss(logits, mask, border)[0])
+
+
 def test_the_total_is_the_weighted_sum_of_the_parts():
     logits, mask = draw()
     loss = SegmentationLoss(LossConfig(cross_entropy=0.25, dice=2.0), (1, 2))
@@ -59,17 +151,31 @@ def test_a_loss_of_weight_zero_is_no_part():
     assert total == parts[0]
 
 
-@pytest.mark.parametrize(("ce", "dice"), [(-1.0, 1.0), (1.0, -0.5), (0.0, 0.0)])
-def test_impossible_weights_are_refused(ce, dice):
-    with pytest.raises(ValueError, match="loss weights must be 0 or more"):
-        LossConfig(cross_entropy=ce, dice=dice)
+@pytest.mark.parametrize(
+    ("fields", "complaint"),
+    [
+        ({"cross_entropy": -1.0}, "loss weights must be 0 or more"),
+        ({"focal": -0.5}, "loss weights must be 0 or more"),
+        ({"cross_entropy": 0.0, "dice": 0.0}, "one of them above 0"),
+        ({"label_smoothing": 1.0}, r"loss.label_smoothing must be in \[0, 1\), got 1.0"),
+        ({"focal_gamma": -1.0}, "loss.focal_gamma must be 0 or more"),
+        ({"border_weight": -1.0}, "loss.border_weight must be 0 or more"),
+    ],
+)
+def test_impossible_losses_are_refused(fields, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        LossConfig(**fields)
+
+
+def whole_loss():
+    return SegmentationLoss(ALL, (1, 2), (0.5, 2.0, 3.0))
 
 
 def test_logits_under_255_change_nothing_and_get_no_gradient():
     logits, mask = draw()
     ignored = (mask == 255)[:, None].expand(logits.shape)
     assert ignored.any()
-    loss = SegmentationLoss(LossConfig(), (1, 2))
+    loss = whole_loss()
     other = torch.where(ignored, 50 * torch.randn_like(logits), logits)
     assert torch.equal(loss(logits, mask)[0], loss(other, mask)[0])
     logits.requires_grad_()
@@ -81,10 +187,12 @@ def test_logits_under_255_change_nothing_and_get_no_gradient():
 def test_a_sample_without_valid_pixels_scores_zero_with_a_finite_gradient():
     logits, mask = draw()
     mask[1] = 255
-    assert cross_entropy(logits, mask)[1] == 0
-    assert dice_loss(logits, mask, (1, 2))[1] == 0
+    for name in LOSSES:
+        only = dict.fromkeys(LOSSES, 0.0) | {name: 1.0}
+        loss = SegmentationLoss(LossConfig(**only), (1, 2))
+        assert loss(logits[1:2], mask[1:2])[0] == 0
     logits.requires_grad_()
-    SegmentationLoss(LossConfig(), (1, 2))(logits, mask)[0].backward()
+    whole_loss()(logits, mask)[0].backward()
     assert logits.grad.isfinite().all()
     assert not logits.grad[1].any()
 
@@ -92,21 +200,22 @@ def test_a_sample_without_valid_pixels_scores_zero_with_a_finite_gradient():
 def test_a_batch_without_valid_pixels_scores_zero_with_a_finite_gradient():
     logits, mask = draw()
     logits.requires_grad_()
-    total, parts = SegmentationLoss(LossConfig(), (1,))(logits, torch.full_like(mask, 255))
+    total, parts = whole_loss()(logits, torch.full_like(mask, 255))
     total.backward()
     assert total == 0
-    assert parts.tolist() == [0, 0]
+    assert parts.tolist() == [0] * len(LOSSES)
     assert not logits.grad.any()
 
 
 def test_the_loss_of_a_batch_is_the_mean_of_the_losses_of_its_halves():
     logits, mask = draw(batch=6)
     mask[0] = 255  # the halves have unequal numbers of valid pixels
-    loss = SegmentationLoss(LossConfig(), (1, 2))
+    border = torch.randint(0, 256, mask.shape, dtype=torch.uint8)
+    loss = whole_loss()
 
     def gradient(*parts):
         leaf = logits.clone().requires_grad_()
-        values = [loss(leaf[p], mask[p])[0] for p in parts]
+        values = [loss(leaf[p], mask[p], border[p])[0] for p in parts]
         torch.stack(values).mean().backward()
         return torch.stack(values).mean(), leaf.grad
 
@@ -137,8 +246,16 @@ def test_gradients_agree_with_differences():
     logits, mask = draw(batch=2, side=3)
     mask[0, 0, 0] = 255
     logits.requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: cross_entropy(x, mask), logits)
-    assert torch.autograd.gradcheck(lambda x: dice_loss(x, mask, (0, 2)), logits)
+    weight = 3 * torch.rand(mask.shape, dtype=torch.float64)
+    for loss in (
+        lambda x: cross_entropy(x, mask, weight, smoothing=0.1),
+        lambda x: binary_cross_entropy(x, mask, weight, smoothing=0.1),
+        lambda x: focal_loss(x, mask, weight, gamma=2.0),
+        lambda x: focal_loss(x, mask, weight, gamma=0.5),
+        lambda x: dice_loss(x, mask, (0, 2)),
+        lambda x: tversky_loss(x, mask, (0, 2), fp=0.3, fn=0.7),
+    ):
+        assert torch.autograd.gradcheck(loss, logits)
 
 
 def test_a_perfect_prediction_costs_nothing():

@@ -1,17 +1,24 @@
-"""Holds the scores' contract: exact integers in any order, 255 left out, absent classes None."""
+"""Holds the scores' contract: exact integers in any order, 255 left out, absent classes as told."""
 
 import json
 
 import pytest
 import torch
+from torchmetrics.classification import (
+    MulticlassConfusionMatrix,
+    MulticlassF1Score,
+    MulticlassJaccardIndex,
+    MulticlassPrecision,
+    MulticlassRecall,
+)
 
 from unet import SegmentationScores
 
 CLASSES = ("background", "cell", "wall")
 
 
-def metric(classes=CLASSES, counted=(1, 2)):
-    return SegmentationScores(classes, counted)
+def metric(classes=CLASSES, counted=(1, 2), empty="skip"):
+    return SegmentationScores(classes, counted, empty)
 
 
 def draw(batch, seed=0, side=6, classes=3):
@@ -76,12 +83,75 @@ def test_ignored_pixels_count_nowhere():
     assert sum(map(sum, counts(one)["confusion"])) == (mask != 255).sum()
 
 
-def test_a_picture_of_255_alone_is_seen_but_scores_nothing():
-    m = metric()
+@pytest.mark.parametrize("empty", ["skip", "one", "zero"])
+def test_a_picture_of_255_alone_is_seen_but_scores_nothing(empty):
+    m = metric(empty=empty)
     m.update(torch.ones(1, 4, 4, dtype=torch.uint8), torch.full((1, 4, 4), 255, dtype=torch.uint8))
     scores = m.scores()
-    assert scores.num_images == 1
+    assert (scores.num_images, scores.num_valid) == (1, 0)
     assert scores.macro.dice is scores.micro.dice is scores.per_image.dice is None
+    assert all(c.dice is c.iou is c.image_dice is c.image_iou is None for c in scores.classes)
+
+
+def policies(empty):
+    """Three classes and `ghost`, which is nowhere; the second picture is 0 alone, the third 255.
+
+    Picture 1: truth 0 0 1 1 2 255, predicted 0 1 1 1 0 2.
+    """
+    m = metric((*CLASSES, "ghost"), (1, 2, 3), empty)
+    m.update(
+        torch.tensor([[[0, 1, 1], [1, 0, 2]], [[0] * 3] * 2, [[1] * 3] * 2], dtype=torch.uint8),
+        torch.tensor([[[0, 0, 1], [1, 2, 255]], [[0] * 3] * 2, [[255] * 3] * 2], dtype=torch.uint8),
+    )
+    return m
+
+
+@pytest.mark.parametrize(
+    ("empty", "cell_dice", "cell_iou", "wall", "ghost"),
+    [
+        # Pictures that count: the first, in which cell has 2 tp and 1 fp, and the second, without.
+        ("skip", 4 / 5, 2 / 3, 0, None),
+        ("one", (4 / 5 + 1) / 2, (2 / 3 + 1) / 2, 1 / 2, 1),
+        ("zero", (4 / 5 + 0) / 2, (2 / 3 + 0) / 2, 0, 0),
+    ],
+)
+def test_the_policy_says_what_a_class_scores_where_it_is_not(
+    empty, cell_dice, cell_iou, wall, ghost
+):
+    scores = policies(empty).scores()
+    classes = {c.name: c for c in scores.classes}
+    assert scores.empty_policy == empty
+    assert (scores.num_images, scores.num_valid) == (3, 2)
+    assert classes["cell"].image_dice == pytest.approx(cell_dice, abs=1e-9)
+    assert classes["cell"].image_iou == pytest.approx(cell_iou, abs=1e-9)
+    assert classes["wall"].image_dice == classes["wall"].image_iou == wall
+    # In both pictures: the policy does not touch it.
+    assert classes["background"].image_dice == pytest.approx((2 / 4 + 1) / 2, abs=1e-9)
+    assert [c.images for c in scores.classes] == [2, 1, 1, 0]
+    # A class that is in no picture scores the same globally, and enters the mean or does not.
+    absent = classes["ghost"]
+    assert absent.dice == absent.iou == absent.image_dice == absent.image_iou == ghost
+    assert absent.precision is absent.recall is None
+    known = [] if ghost is None else [ghost]
+    assert scores.macro.dice == pytest.approx(sum([4 / 5, 0, *known]) / (2 + len(known)))
+    assert scores.macro.iou == pytest.approx(sum([2 / 3, 0, *known]) / (2 + len(known)))
+    means = [cell_dice, wall, *known]
+    assert scores.per_image.dice == pytest.approx(sum(means) / len(means), abs=1e-9)
+    # tp 2, fp 1, fn 1 pooled: the policy has nothing to say.
+    assert (scores.micro.dice, scores.micro.iou) == (4 / 6, 2 / 4)
+
+
+@pytest.mark.parametrize(("empty", "expected"), [("skip", None), ("one", 1), ("zero", 0)])
+def test_the_policy_also_holds_where_no_class_that_counts_is_anywhere(empty, expected):
+    m = metric(empty=empty)
+    m.update(*[torch.zeros(2, 3, 3, dtype=torch.uint8)] * 2)
+    scores = m.scores()
+    for mean in (scores.macro, scores.micro, scores.per_image):
+        assert mean.dice == mean.iou == expected
+
+
+def test_the_policy_changes_no_integer():
+    assert counts(policies("skip")) == counts(policies("one")) == counts(policies("zero"))
 
 
 def test_an_absent_class_is_none_and_in_no_mean():
@@ -96,13 +166,17 @@ def test_an_absent_class_is_none_and_in_no_mean():
     assert scores.macro.dice == scores.classes[1].dice == 4 / 5
 
 
+@pytest.mark.parametrize("empty", ["skip", "one", "zero"])
 @pytest.mark.parametrize("sizes", [(8,), (1,) * 8, (3, 5), (5, 3), (1, 6, 1)])
-def test_order_and_batching_change_no_integer(sizes):
+def test_order_and_batching_change_no_integer(sizes, empty):
     prediction, mask = draw(8)
-    whole = metric()
+    # Some pictures lack a class, one has nothing that counts.
+    prediction[:3], mask[:3] = prediction[:3] % 2, torch.where(mask[:3] == 2, 0, mask[:3])
+    mask[3] = 255
+    whole = metric(empty=empty)
     whole.update(prediction, mask)
     shuffled = torch.randperm(8, generator=torch.Generator().manual_seed(len(sizes)))
-    parts = metric()
+    parts = metric(empty=empty)
     for some in shuffled.split(sizes):
         parts.update(prediction[some], mask[some])
     assert counts(parts) == counts(whole)
@@ -141,7 +215,7 @@ def test_a_rank_that_saw_nothing_contributes_zeros():
 
 def test_every_state_is_reduced_by_summation():
     m = metric()
-    assert len(m._reductions) == 5
+    assert len(m._reductions) == 6
     assert all(reduce(torch.tensor([1, 2])) == 3 for reduce in m._reductions.values())
 
 
@@ -173,3 +247,52 @@ def test_per_image_sums_stay_exact_over_many_pictures():
         backwards.update(prediction[63 - i :][:1], mask[63 - i :][:1])
     assert counts(forwards)["image_dice"] == counts(backwards)["image_dice"]
     assert counts(forwards)["image_iou"] == counts(backwards)["image_iou"]
+
+
+# ---- beside torchmetrics, where it answers the same question
+
+
+def theirs(kind, prediction, mask, **options):
+    measure = kind(num_classes=3, ignore_index=255, validate_args=True, **options)
+    return measure(prediction.long(), mask.long())
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_global_scores_are_those_of_torchmetrics(seed):
+    prediction, mask = draw(6, seed=seed)
+    m = metric(counted=(0, 1, 2))
+    m.update(prediction, mask)
+    scores = m.scores()
+    for kind, name in (
+        (MulticlassF1Score, "dice"),
+        (MulticlassJaccardIndex, "iou"),
+        (MulticlassPrecision, "precision"),
+        (MulticlassRecall, "recall"),
+    ):
+        expected = theirs(kind, prediction, mask, average="none").tolist()
+        assert [getattr(c, name) for c in scores.classes] == pytest.approx(expected)
+    for name, ours in (("macro", scores.macro), ("micro", scores.micro)):
+        f1, jaccard = (
+            theirs(kind, prediction, mask, average=name).item()
+            for kind in (MulticlassF1Score, MulticlassJaccardIndex)
+        )
+        assert (ours.dice, ours.iou) == (pytest.approx(f1), pytest.approx(jaccard))
+    expected = theirs(MulticlassConfusionMatrix, prediction, mask).tolist()
+    assert [list(row) for row in scores.confusion] == expected
+
+
+@pytest.mark.parametrize("empty", ["skip", "one", "zero"])
+def test_scores_of_single_pictures_are_those_of_torchmetrics(empty):
+    prediction, mask = draw(6, side=4)
+    prediction[:2], mask[:2] = 0, 0
+    samplewise = {"average": "none", "multidim_average": "samplewise"}
+    f1 = theirs(MulticlassF1Score, prediction, mask, **samplewise)
+    # Theirs is 0 in a picture without the class, whatever one would like it to be.
+    present = torch.stack([((prediction == c) | (mask == c)) & (mask != 255) for c in range(3)])
+    present = present.flatten(2).any(dim=2).T
+    assert 0 < present.sum() < present.numel()
+    m = metric(empty=empty)
+    m.update(prediction, mask)
+    f1[~present] = {"skip": torch.nan, "one": 1.0, "zero": 0.0}[empty]
+    ours = [c.image_dice for c in m.scores().classes]
+    assert ours == pytest.approx(f1.nanmean(dim=0).tolist(), abs=1e-6)

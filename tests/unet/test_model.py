@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from unet import PRESETS, DataSpec, UNet, UNetConfig
+from unet import PRESETS, DataSpec, UNet, UNetConfig, valid_input
 
 SPEC = DataSpec(
     classes=("background", "cell"),
@@ -47,8 +47,10 @@ def test_the_paper_preset_has_23_convolution_layers(paper):
     assert not any(isinstance(m, nn.GroupNorm | nn.BatchNorm2d) for m in paper.modules())
 
 
-def test_the_paper_preset_drops_channels_at_the_end_of_the_contracting_path(paper):
-    assert paper.dropout.p == 0.5
+def test_the_paper_preset_drops_out_at_the_end_of_the_contracting_path(paper):
+    dropping = [name for name, m in paper.named_modules() if isinstance(m, nn.Dropout)]
+    assert dropping == ["downs.3.conv.6", "bottom.6"]
+    assert paper.bottom[6].p == 0.5
 
 
 def test_the_paper_preset_maps_572_to_388_through_the_sizes_of_figure_1():
@@ -93,19 +95,55 @@ def test_an_invalid_size_names_the_two_nearest(side, near):
         tiny_valid(4)(torch.zeros(1, 1, 572, side))
 
 
-@settings(max_examples=40)
-@given(
-    height=st.integers(1, 21),
-    width=st.integers(1, 21),
-    depth=st.integers(1, 3),
-    norm=st.sampled_from(["group", "batch", "instance", "none"]),
-)
-def test_padded_presets_take_any_size_from_one_pixel(height, width, depth, norm):
-    model = tiny(depth=depth, norm=norm)
+def test_valid_sizes_are_16b_plus_124_to_16b_minus_60():
+    table = {valid_input(output, 4): output for output in (4, 20, 36, 372, 388, 404, 820)}
+    assert table == {16 * b + 124: 16 * b - 60 for b in (4, 5, 6, 27, 28, 29, 55)}
+    assert (valid_input(1, 4), valid_input(5, 4), valid_input(388, 4)) == (188, 204, 572)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 4])
+def test_the_margin_is_what_valid_convolutions_eat(depth):
+    model = tiny_valid(depth)
+    side = valid_input(17, depth)
     with torch.inference_mode():
-        logits = model(torch.randn(2, 3, height, width))
-    assert logits.shape == (2, 2, height, width)
+        logits = model(torch.zeros(1, 1, side, side))
+    assert side - logits.shape[-1] == 2 * model.config.margin
+    assert 17 <= logits.shape[-1] < 17 + 2**depth
+    assert tiny().config.margin == 0
+
+
+CONFIGS = st.fixed_dictionaries(
+    {
+        "depth": st.integers(1, 3),
+        "base_channels": st.sampled_from([1, 3, 4]),
+        "in_channels": st.sampled_from([1, 3]),
+        "num_classes": st.sampled_from([2, 5]),
+        "norm": st.sampled_from(["group", "batch", "instance", "none"]),
+        "up": st.sampled_from(["transpose", "bilinear"]),
+        "activation": st.sampled_from(["relu", "leaky_relu", "silu"]),
+        "dropout": st.sampled_from([0.0, 0.5]),
+    }
+)
+
+
+@settings(max_examples=60)
+@given(config=CONFIGS, height=st.integers(1, 21), width=st.integers(1, 21))
+def test_padded_networks_take_any_size_from_one_pixel(config, height, width):
+    model = UNet(UNetConfig(**config)).eval()
+    with torch.inference_mode():
+        logits = model(torch.randn(2, config["in_channels"], height, width))
+    assert logits.shape == (2, config["num_classes"], height, width)
     assert logits.isfinite().all()
+
+
+@settings(max_examples=40)
+@given(config=CONFIGS, height=st.integers(1, 40), width=st.integers(1, 40))
+def test_valid_networks_take_every_valid_size(config, height, width):
+    model = UNet(UNetConfig(**config, padding="valid")).eval()
+    sides = [valid_input(side, config["depth"]) for side in (height, width)]
+    with torch.inference_mode():
+        logits = model(torch.randn(1, config["in_channels"], *sides))
+    assert [*logits.shape[-2:]] == [side - 2 * model.config.margin for side in sides]
 
 
 @pytest.mark.parametrize("name", ["modern", "small"])
@@ -116,20 +154,68 @@ def test_the_padded_presets_are_padded_and_instance_normed(name):
         assert model(torch.zeros(1, 3, 33, 17)).shape == (1, 4, 33, 17)
 
 
-@pytest.mark.parametrize("norm", ["group", "batch", "instance", "none"])
-def test_gradients_reach_every_parameter(norm):
+@settings(max_examples=30)
+@given(config=CONFIGS, valid=st.booleans())
+def test_gradients_reach_every_parameter(config, valid):
     torch.manual_seed(0)
-    model = tiny(norm=norm, base_channels=4).train()
-    model(torch.randn(2, 3, 16, 16)).square().sum().backward()
+    config = {**config, "base_channels": 4, "dropout": 0.0}
+    model = UNet(UNetConfig(**config, padding="valid" if valid else "same")).train()
+    side = valid_input(17, config["depth"]) if valid else 16
+    model(torch.randn(2, config["in_channels"], side, side)).square().sum().backward()
     silent = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     assert silent == []
 
 
-def test_gradients_reach_every_parameter_of_a_valid_net():
+def gradients(model, image):
+    """Of a loss of the logits, what is dropped being the same each time."""
+    model.zero_grad()
+    torch.manual_seed(5)
+    model(image).square().sum().backward()
+    return [p.grad.clone() for p in model.parameters()]
+
+
+def test_gradient_checkpointing_changes_no_gradient_and_keeps_fewer_maps():
     torch.manual_seed(0)
-    model = tiny(padding="valid", norm="none", base_channels=4)
-    model(torch.randn(1, 3, 60, 60)).square().sum().backward()
-    assert all(p.grad is not None and p.grad.any() for p in model.parameters())
+    model = tiny(dropout=0.5, base_channels=4).train()
+    image = torch.randn(2, 3, 32, 32)
+    plain, kept = [], []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: plain.append(t) or t, lambda t: t):
+        expected = gradients(model, image)
+    model.gradient_checkpointing = True
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        model(image)
+    assert sum(t.numel() for t in kept) < sum(t.numel() for t in plain) / 2
+    for gradient, other in zip(gradients(model, image), expected, strict=True):
+        assert torch.equal(gradient, other)
+
+
+@torch.inference_mode()
+def test_the_bilinear_step_up_is_an_interpolation_and_a_1x1_convolution():
+    up = tiny(up="bilinear", base_channels=4).ups[0].up
+    x = torch.randn(1, 16, 5, 7)
+    larger = torch.nn.functional.interpolate(x, scale_factor=2, mode="bilinear")
+    torch.testing.assert_close(up(x), up[0](larger), rtol=1e-4, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_channels_last_changes_no_logits():
+    torch.manual_seed(0)
+    image = torch.randn(2, 3, 32, 32)
+    for norm in ("group", "batch", "instance", "none"):
+        model = tiny(norm=norm, base_channels=4)
+        expected = model(image)
+        other = model.to(memory_format=torch.channels_last)(image)
+        torch.testing.assert_close(other, expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_autocast_gives_logits_near_those_of_float32():
+    torch.manual_seed(0)
+    model, image = tiny(base_channels=4), torch.randn(2, 3, 32, 32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = model(image)
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), model(image), rtol=0.1, atol=0.1)
 
 
 def test_a_sample_under_group_norm_does_not_depend_on_its_batch():
@@ -173,6 +259,8 @@ def test_a_preset_is_changed_by_fields_of_the_config_only():
         ({"in_channels": 0}, "in_channels must be at least 1, got 0"),
         ({"base_channels": 0}, "base_channels must be at least 1, got 0"),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
+        ({"up": "nearest"}, "up must be one of transpose, bilinear"),
+        ({"activation": "gelu"}, "activation must be one of relu, leaky_relu, silu"),
     ],
 )
 def test_impossible_configs_are_refused(changes, message):

@@ -1,14 +1,17 @@
-"""Holds overlap-tile's contract: every pixel covered, stripes equal to blending all at once."""
+"""Holds tiling's contract: tiles make the picture whole, exactly or blended, in little memory."""
 
+import gc
+from dataclasses import replace
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from unet import TileConfig, UNet, predict_mask
-from unet.tiling import gaussian_window, predict_tiled, tile_starts
+from unet import TileConfig, UNet, predict_blocks, predict_mask, valid_input
+from unet.tiling import Cut, blending_weights, cut_evenly, cut_exactly
 
 
 def pointwise(image):
@@ -17,10 +20,23 @@ def pointwise(image):
     return torch.stack([4 * x[:, 0], 2 + 0 * x[:, 0], 3.2 * x[:, 1]], dim=1)
 
 
-def neighbourly():
+def network(preset, **config):
+    """A forward, margin and multiple of a small random U-Net of two channels."""
     torch.manual_seed(0)
-    model = UNet.from_preset("small", in_channels=2, num_classes=3, base_channels=2, depth=2).eval()
-    return lambda image: model(image.float() / 128 - 1)
+    model = UNet.from_preset(preset, in_channels=2, num_classes=3, **config).eval()
+    geometry = {"margin": model.config.margin, "multiple": 2**model.config.depth}
+    return (lambda image: model(image.float() / 64 - 2)), geometry
+
+
+@pytest.fixture(scope="module")
+def padded():
+    """Each pixel of its logits depends on all of the picture, through instance norm."""
+    return network("small", base_channels=2, depth=2)[0]
+
+
+@pytest.fixture(scope="module")
+def valid():
+    return network("paper", base_channels=2, depth=2)
 
 
 def picture(height, width, batch=1, seed=0):
@@ -28,78 +44,144 @@ def picture(height, width, batch=1, seed=0):
     return torch.randint(0, 256, (batch, 2, height, width), dtype=torch.uint8)
 
 
+def assemble(forward, images, config, **geometry):
+    """Probabilities [B, K, H, W] put together from blocks that cover each pixel once."""
+    height, width = images[0].shape[-2:]
+    whole, seen = None, torch.zeros(len(images), height, width, dtype=torch.int64)
+    for block in predict_blocks(forward, images, config, **geometry):
+        if whole is None:
+            whole = torch.zeros(len(images), len(block.probability), height, width)
+        whole[block.picture, :, block.rows, block.columns] = block.probability
+        seen[block.picture, block.rows, block.columns] += 1
+    assert (seen == 1).all()
+    return whole
+
+
 def blend_all(forward, image, tile, overlap):
     """Every tile into one canvas of the whole picture."""
     height, width = image.shape[-2:]
-    th, tw = min(tile, height), min(tile, width)
-    total = window = 0
-    for top in tile_starts(height, th, overlap):
-        for left in tile_starts(width, tw, overlap):
-            p = forward(image[None, :, top : top + th, left : left + tw]).float().softmax(1)[0]
-            canvas, weight = torch.zeros(len(p), height, width), torch.zeros(height, width)
-            canvas[:, top : top + th, left : left + tw] = p * gaussian_window(th, tw)
-            weight[top : top + th, left : left + tw] = gaussian_window(th, tw)
-            total, window = total + canvas, window + weight
-    best, index = (total / window).max(dim=0)
-    return index.to(torch.uint8), best
+    rows, columns = cut_evenly(height, tile, overlap), cut_evenly(width, tile, overlap)
+
+    def bell(side):
+        x = (torch.arange(side, dtype=torch.float64) - (side - 1) / 2) / (side / 8)
+        return torch.exp(-0.5 * x**2)
+
+    window = torch.outer(bell(rows.side), bell(columns.side))
+    total = weight = 0
+    for top in rows.starts:
+        for left in columns.starts:
+            here = (slice(top, top + rows.side), slice(left, left + columns.side))
+            p = forward(image[None, :, *here]).softmax(1)[0].double()
+            canvas, covered = torch.zeros(3, height, width).double(), torch.zeros(height, width)
+            canvas[:, *here], covered[here] = p * window, window.float()
+            total, weight = total + canvas, weight + covered.double()
+    return (total / weight).float()
 
 
-@torch.inference_mode()
+# ---- whole pictures
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (5, 31), (32, 32)])
-def test_a_picture_no_larger_than_a_tile_is_predicted_whole(shape):
-    forward, image = neighbourly(), picture(*shape, batch=3)
-    classes, probability = predict_mask(forward, image, TileConfig(tile=32, batch_size=2))
-    whole = forward(image).softmax(1).max(1)
-    assert (classes.dtype, probability.dtype) == (torch.uint8, torch.float32)
+def test_a_picture_no_larger_than_a_tile_is_predicted_whole(shape, padded):
+    images = picture(*shape, batch=3)
+    classes, confidence = predict_mask(padded, images, TileConfig(tile=32, batch_size=2))
+    whole = padded(images).softmax(1).max(1)
+    assert (classes.dtype, confidence.dtype) == (torch.uint8, torch.float64)
     assert torch.equal(classes, whole.indices.to(torch.uint8))
-    torch.testing.assert_close(probability, whole.values)
+    torch.testing.assert_close(confidence, whole.values.double().mean((1, 2)))
 
 
-@given(
-    length=st.integers(1, 5000),
-    tile=st.integers(16, 600),
-    overlap=st.floats(0, 0.75),
-)
+def test_pictures_may_come_as_a_list_and_in_any_layout(padded):
+    images = picture(40, 50, batch=2)
+    config = TileConfig(tile=32)
+    expected = predict_mask(padded, images, config)
+    channels_last = images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+    for given_as in (list(images), channels_last, list(channels_last)):
+        classes, confidence = predict_mask(padded, given_as, config)
+        assert torch.equal(classes, expected[0])
+        assert torch.equal(confidence, expected[1])
+
+
+def test_there_may_be_255_classes():
+    image = torch.arange(255, dtype=torch.uint8).view(1, 1, 15, 17)
+
+    def forward(tiles):
+        return 50 * torch.nn.functional.one_hot(tiles[:, 0].long(), 255).permute(0, 3, 1, 2).float()
+
+    classes, confidence = predict_mask(forward, image, TileConfig(tile=16))
+    assert torch.equal(classes, image[:, 0])
+    assert confidence.item() == pytest.approx(1)
+
+
+# ---- overlapping tiles
+
+
+@given(length=st.integers(1, 5000), tile=st.integers(16, 600), overlap=st.floats(0, 0.75))
 @example(length=17, tile=16, overlap=0.75)
 @example(length=32, tile=16, overlap=0.0)
 def test_tiles_cover_every_pixel_and_overlap_as_asked(length, tile, overlap):
-    starts = tile_starts(length, tile, overlap)
-    size = min(tile, length)
-    assert starts[0] == 0
-    assert starts[-1] + size == length
-    steps = [b - a for a, b in pairwise(starts)]
-    assert all(0 < step <= max(1, round(tile * (1 - overlap))) for step in steps)
+    cut = cut_evenly(length, tile, overlap)
+    assert cut.starts[0] == 0
+    assert cut.side == min(tile, length)
+    assert cut.starts[-1] + cut.side == length
+    steps = [b - a for a, b in pairwise(cut.starts)]
+    stride = max(1, round(tile * (1 - overlap)))
+    assert all(0 < step <= stride for step in steps)
     # evenly spread, and no more tiles than needed
     assert not steps or max(steps) - min(steps) <= 1
-    if len(starts) > 1:
-        assert size + (len(starts) - 2) * round(tile * (1 - overlap)) < length
+    assert len(cut) == 1 or cut.side + (len(cut) - 2) * stride < length
 
 
-@torch.inference_mode()
+@given(length=st.integers(1, 5000), tile=st.integers(16, 600), overlap=st.floats(0, 0.75))
+def test_a_symmetric_cut_is_its_own_mirror_image(length, tile, overlap):
+    cut = cut_evenly(length, tile, overlap, symmetric=True)
+    assert [length - cut.side - start for start in reversed(cut.starts)] == [*cut.starts]
+    steps = [b - a for a, b in pairwise(cut.starts)]
+    assert not steps or max(steps) - min(steps) <= 1
+    assert 0 <= len(cut) - len(cut_evenly(length, tile, overlap)) <= 1
+
+
+@given(length=st.integers(1, 3000), tile=st.integers(16, 600), overlap=st.floats(0, 0.75))
+def test_weights_add_up_to_one_in_every_pixel(length, tile, overlap):
+    cut = cut_evenly(length, tile, overlap)
+    total = torch.zeros(length)
+    for start, weights in zip(cut.starts, blending_weights(cut), strict=True):
+        assert weights.min() >= 0
+        total[start : start + cut.side] += weights
+    torch.testing.assert_close(total, torch.ones(length))
+
+
+def test_weights_are_gaussians_of_an_eighth_of_a_tile():
+    first, second = blending_weights(Cut(48, 32, (0, 16)))
+    x = torch.arange(16, 32)
+    ratio = torch.exp(-0.5 * ((x - 15.5) / 4) ** 2) / torch.exp(-0.5 * ((x - 31.5) / 4) ** 2)
+    torch.testing.assert_close(first[16:] / second[:16], ratio)
+    assert torch.equal(first[:16], torch.ones(16))
+
+
 @pytest.mark.parametrize("shape", [(16, 50), (50, 16), (17, 17), (61, 45), (9, 100)])
 @pytest.mark.parametrize("overlap", [0.0, 0.25, 0.75])
-def test_a_pointwise_model_scores_the_same_tiled_and_whole(shape, overlap):
-    image = picture(*shape, batch=2)
-    classes, probability = predict_mask(pointwise, image, TileConfig(tile=16, overlap=overlap))
-    whole = pointwise(image).softmax(1)
+def test_a_pointwise_model_gives_the_same_tiled_and_whole(shape, overlap):
+    images = picture(*shape, batch=2)
+    whole = pointwise(images).softmax(1)
+    config = TileConfig(tile=16, overlap=overlap)
+    torch.testing.assert_close(assemble(pointwise, images, config), whole)
+    classes, confidence = predict_mask(pointwise, images, config)
     two = whole.topk(2, dim=1).values
     clear = two[:, 0] - two[:, 1] > 1e-5
     assert clear.float().mean() > 0.99
     assert torch.equal(classes[clear], whole.argmax(1).to(torch.uint8)[clear])
-    torch.testing.assert_close(probability, whole.amax(1))
+    torch.testing.assert_close(confidence, whole.amax(1).double().mean((1, 2)))
 
 
-@torch.inference_mode()
 @pytest.mark.parametrize("shape", [(90, 20), (90, 41), (20, 90), (33, 10)])
 @pytest.mark.parametrize("overlap", [0.0, 0.5, 0.75])
-def test_finished_stripes_equal_blending_all_tiles_at_once(shape, overlap):
-    forward, image = neighbourly(), picture(*shape)[0]
-    config = TileConfig(tile=16, overlap=overlap, batch_size=1)
-    classes, probability = predict_tiled(forward, image, config)
-    expected_classes, expected = blend_all(forward, image, 16, overlap)
-    assert classes.shape == shape
-    torch.testing.assert_close(probability, expected)
-    assert (classes != expected_classes).float().mean() < 1e-3
+@torch.inference_mode()
+def test_finished_blocks_equal_blending_all_tiles_at_once(shape, overlap, padded):
+    images = picture(*shape, batch=2)
+    result = assemble(padded, images, TileConfig(tile=16, overlap=overlap, batch_size=1))
+    expected = torch.stack([blend_all(padded, image, 16, overlap) for image in images])
+    torch.testing.assert_close(result, expected)
 
 
 @torch.inference_mode()
@@ -115,26 +197,195 @@ def test_no_call_sees_more_tiles_than_the_batch_size():
     assert sum(n for n, *_ in seen) == 9
 
 
-@torch.inference_mode()
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 100])
-def test_the_result_does_not_depend_on_the_batch_size(batch_size):
-    image = picture(40, 70, batch=3)
-    expected = predict_mask(pointwise, image, TileConfig(tile=16, batch_size=3))
-    result = predict_mask(pointwise, image, TileConfig(tile=16, batch_size=batch_size))
-    assert torch.equal(result[0], expected[0])
-    torch.testing.assert_close(result[1], expected[1])
+@torch.inference_mode()
+def test_the_result_does_not_depend_on_the_batch_size(batch_size, padded, valid):
+    images = picture(40, 70, batch=3)
+    for forward, geometry in ((padded, {}), valid):
+        config = TileConfig(tile=48, overlap=0.5, batch_size=3)
+        expected = assemble(forward, images, config, **geometry)
+        result = assemble(forward, images, replace(config, batch_size=batch_size), **geometry)
+        torch.testing.assert_close(result, expected)
 
 
-def test_the_blending_window_trusts_the_middle_and_never_vanishes():
-    window = gaussian_window(32, 16)
-    assert window.shape == (32, 16)
-    assert window.argmax() in (15 * 16 + 7, 15 * 16 + 8, 16 * 16 + 7, 16 * 16 + 8)
-    assert window.min() > 0
-    torch.testing.assert_close(window, window.flip(0, 1))
-    # sigma is an eighth of a side
-    assert window[24, 8] / window[16, 8] == pytest.approx(
-        torch.exp(torch.tensor(-0.5 * ((8.5 / 4) ** 2 - (0.5 / 4) ** 2))).item(), rel=1e-4
-    )
+# ---- memory
+
+
+def floats_in_use():
+    """Bytes of the tensors of floats that came after `gc.freeze`."""
+    tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+    storages = [tensor.untyped_storage() for tensor in tensors if tensor.is_floating_point()]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+@pytest.fixture
+def most_floats():
+    """The most bytes of floats that are in use whenever a forward pass begins."""
+
+    def measure(height, width, config, num_classes=5):
+        most = 0
+
+        def forward(image):
+            nonlocal most
+            most = max(most, floats_in_use())
+            return image[:, :1].float().expand(-1, num_classes, -1, -1)
+
+        image = torch.zeros((1, 1, height, width), dtype=torch.uint8)
+        classes, _ = predict_mask(forward, image, config)
+        assert classes.shape == (1, height, width)
+        return most
+
+    gc.collect()
+    gc.freeze()
+    yield measure
+    gc.unfreeze()
+
+
+def test_memory_does_not_grow_with_height(most_floats):
+    config, low, high = TileConfig(tile=64, overlap=0.25), 64 + 4 * 48, 64 + 40 * 48
+    grown = most_floats(high, 640, config) - most_floats(low, 640, config)
+    # a weight for each row of a tile, a sum for each tile: of 12 kB that a row of sums takes
+    assert 0 <= grown <= 8 * (high - low)
+
+
+@pytest.mark.parametrize("overlap", [0.0, 0.25, 0.75])
+def test_memory_grows_with_width_by_the_rows_that_the_next_tiles_cover_again(overlap, most_floats):
+    config, step = TileConfig(tile=64, overlap=overlap), round(64 * (1 - overlap))
+    height, narrow, wide = (64 + n * step for n in (6, 5, 50))
+    used = [most_floats(height, width, config) for width in (narrow, wide)]
+    # 64 weights, and sums of 7 tiles and those of the batch, for each column of tiles
+    others = 4 * (64 + 8) * 45
+    assert used[1] - used[0] <= 5 * 4 * (64 - step) * (wide - narrow) + others
+    # what does not grow: sums for columns that the next tile covers again, a map of one tile
+    assert used[0] <= 5 * 4 * (64 - step) * (narrow + 64) + 4 * 64 * 64 + others
+
+
+# ---- exact tiles
+
+
+def predict_at_once(forward, image, depth):
+    """Probabilities [K, H, W] of one forward pass over the mirrored picture [C, H, W]."""
+    margin = 6 * 2**depth - 4
+    sides = [valid_input(side, depth) - 2 * margin - side for side in image.shape[-2:]]
+    borders = [(0, 0), *((margin, margin + more) for more in sides)]
+    mirrored = torch.from_numpy(np.pad(image.numpy(), borders, mode="reflect"))
+    height, width = image.shape[-2:]
+    return forward(mirrored[None])[0, :, :height, :width].softmax(0)
+
+
+@settings(max_examples=150)
+@given(
+    height=st.integers(1, 90),
+    width=st.integers(1, 90),
+    tile=st.integers(16, 120),
+    batch_size=st.integers(1, 5),
+)
+@example(height=1, width=1, tile=16, batch_size=1)
+@example(height=2, width=90, tile=16, batch_size=4)
+@torch.inference_mode()
+def test_valid_tiles_equal_the_whole_picture_in_every_pixel(height, width, tile, batch_size, valid):
+    forward, geometry = valid
+    image = picture(height, width, seed=height * 100 + width)
+    config = TileConfig(tile=tile, batch_size=batch_size)
+    result = assemble(forward, image, config, **geometry)[0]
+    torch.testing.assert_close(result, predict_at_once(forward, image[0], depth=2))
+
+
+@pytest.mark.parametrize("depth", [1, 3, 4])
+@pytest.mark.parametrize("shape", [(1, 150), (45, 47), (100, 21)])
+@torch.inference_mode()
+def test_valid_tiles_are_exact_at_any_depth(depth, shape):
+    forward, geometry = network("paper", base_channels=1, depth=depth)
+    image = picture(*shape)
+    result = assemble(forward, image, TileConfig(tile=16), **geometry)[0]
+    torch.testing.assert_close(result, predict_at_once(forward, image[0], depth))
+
+
+@given(
+    length=st.integers(1, 5000),
+    tile=st.integers(16, 1500),
+    depth=st.integers(1, 5),
+)
+def test_valid_tiles_are_of_sizes_that_the_network_takes(length, tile, depth):
+    multiple, margin = 2**depth, 6 * 2**depth - 4
+    cut = cut_exactly(length, tile, margin, multiple)
+    output = cut.side - 2 * margin
+    assert valid_input(output, depth) == cut.side
+    smallest = valid_input(multiple, depth)
+    assert cut.side <= max(tile, smallest)
+    assert all(start % multiple == 0 for start in cut.starts)
+    # side by side, without a gap, none in vain
+    assert all(b - a <= output for a, b in pairwise(cut.starts))
+    assert cut.starts[-1] < length <= cut.starts[-1] + output
+    if valid_input(length, depth) <= max(tile, smallest):
+        assert (cut.side, len(cut)) == (valid_input(length, depth), 1)
+
+
+def test_the_tiles_of_the_paper():
+    assert cut_exactly(388, 572, 92, 16) == Cut(388, 572, (0,), 92)
+    assert cut_exactly(768, 572, 92, 16) == Cut(768, 572, (0, 384), 92)
+    assert cut_exactly(512, 572, 92, 16) == Cut(512, 444, (0, 256), 92)
+
+
+@given(length=st.integers(1, 40), margin=st.integers(0, 100))
+def test_pictures_are_mirrored_without_repeating_the_border(length, margin):
+    cut = Cut(length, length + 2 * margin, (0,), margin)
+    expected = np.pad(np.arange(length), margin, mode="reflect")
+    assert cut.pixels(0, torch.device("cpu")).tolist() == expected.tolist()
+
+
+# ---- mirrors
+
+
+def mirrored_average(predict, image):
+    """By hand: the mean over the four mirror images, each turned back."""
+    total = 0
+    for dims in ([], [-1], [-2], [-2, -1]):
+        total = total + predict(image.flip(dims)).flip(dims)
+    return total / 4
+
+
+@pytest.mark.parametrize("shape", [(31, 32), (1, 5)])
+@torch.inference_mode()
+def test_tta_is_the_average_over_four_mirror_images(shape, padded, valid):
+    images = picture(*shape, batch=2)
+    config = TileConfig(tile=32, tta=True)
+    expected = mirrored_average(lambda x: padded(x).softmax(1), images)
+    torch.testing.assert_close(assemble(padded, images, config), expected)
+    expected_classes = expected.argmax(1).to(torch.uint8)
+    assert torch.equal(predict_mask(padded, images, config)[0], expected_classes)
+    assert not torch.allclose(assemble(padded, images, replace(config, tta=False)), expected)
+
+
+@settings(max_examples=40)
+@given(height=st.integers(1, 60), width=st.integers(1, 60), overlap=st.sampled_from([0, 0.3, 0.7]))
+@example(height=33, width=47, overlap=0)
+@torch.inference_mode()
+def test_with_tta_the_mirrored_picture_has_the_mirrored_prediction(height, width, overlap, padded):
+    image = picture(height, width, seed=height * 100 + width)
+    config = TileConfig(tile=16, overlap=overlap, tta=True)
+    expected = assemble(padded, image, config)
+    for dims in ([-1], [-2], [-2, -1]):
+        result = assemble(padded, image.flip(dims), config).flip(dims)
+        torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
+
+
+@settings(max_examples=40)
+@given(height=st.integers(1, 60), width=st.integers(1, 60), tile=st.integers(16, 100))
+@torch.inference_mode()
+def test_valid_tiles_with_tta_are_exact_too(height, width, tile, valid):
+    forward, geometry = valid
+    image = picture(height, width, seed=height * 100 + width)
+    whole = assemble(forward, image, TileConfig(tile=1000, tta=True), **geometry)
+    tiled = assemble(forward, image, TileConfig(tile=tile, tta=True), **geometry)
+    torch.testing.assert_close(tiled, whole)
+    # Of other sides, the mirrored picture is pooled in other places.
+    if width % 4 == 0:
+        mirrored = assemble(forward, image.flip([-1]), TileConfig(tile=tile, tta=True), **geometry)
+        torch.testing.assert_close(mirrored.flip([-1]), whole)
+
+
+# ---- settings
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,197 @@
+"""Which networks and losses a run can have: each trains, resumes, and is what was asked for."""
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipelines.budget import Budget
+from unet import UNet
+
+PAPER = (
+    *("--model.preset", "paper", "--model.base-channels", "2", "--model.depth", "2"),
+    *("--global-batch-size", "2", "--tracking.backend", "none"),
+)
+
+
+def told(data: Path, run_dir: Path, flags: tuple[str, ...], *more: object) -> list[object]:
+    steps = ("--steps", 4, "--log-every", 1, "--eval-every", 4)
+    return ["--data", data, "--run-dir", run_dir, *flags, "--workers", 0, *steps, *more]
+
+
+def losses(run_dir: Path) -> list[float]:
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [line["train/loss"] for line in lines if "train/loss" in line]
+
+
+def config_of(run_dir: Path) -> Any:
+    return UNet.from_pretrained(run_dir / "checkpoints" / "last").config
+
+
+def weights_of(run_dir: Path) -> dict[str, torch.Tensor]:
+    path = run_dir / "checkpoints" / "last" / "training.pt"
+    return torch.load(path, weights_only=True)["model"]
+
+
+@pytest.fixture(scope="session")
+def touching(tmp_path_factory: pytest.TempPathFactory, call) -> Path:
+    """Shards of pictures with cells three pixels apart, and their border maps."""
+    folder = tmp_path_factory.mktemp("touching")
+    for part in ("images", "masks"):
+        (folder / part).mkdir()
+    mask = np.zeros((48, 48), np.uint8)
+    for corner in (4, 20, 36):
+        mask[4:44, corner - 3 : corner + 10] = 255
+    for number in range(8):
+        rng = np.random.default_rng(number)
+        picture = rng.integers(0, 100, mask.shape) + mask // 2
+        Image.fromarray(picture.astype(np.uint8)).save(folder / "images" / f"p{number}.png")
+        Image.fromarray(mask).save(folder / "masks" / f"p{number}.png")
+    split = folder / "split.csv"
+    rows = [f"p{number}.png,{'val' if number < 2 else 'train'}" for number in range(8)]
+    split.write_text("\n".join(["path,split", *rows]) + "\n")
+    out = folder / "shards"
+    ended = call(
+        "pack",
+        *("--images", folder / "images", "--masks", folder / "masks", "--mask-format", "binary"),
+        *("--split-file", split, "--border-sigma", 5, "--workers", 1, "--out", out),
+    )
+    assert ended.code == 0, ended.err
+    return out
+
+
+def test_the_network_of_2015_trains_resumes_and_is_scored_at_full_size(
+    shards: Path, call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    ended = call("train", *told(shards, whole, PAPER))
+    assert ended.code == 0, ended.err
+    assert (config_of(whole).padding, config_of(whole).dropout) == ("valid", 0.5)
+    # The whole of 48 x 48 pictures, and a margin of 20 pixels on each side.
+    assert "crop_size: 88" in (whole / "config.yaml").read_text()
+    scores = call("evaluate", "--checkpoint", whole, "--data", shards, "--workers", 0)
+    assert scores.code == 0, scores.err
+    plain = json.loads((whole / "scores.json").read_text())
+    assert sum(map(sum, plain["confusion"])) == 4 * 48 * 48
+
+    # Dropout too is the same after a resume.
+    advance = Budget.advance
+
+    def told_to_stop(self: Budget) -> int | None:
+        if self.step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+            self.next_agreement = 2
+        return advance(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Budget, "advance", told_to_stop)
+        assert call("train", *told(shards, parts, PAPER)).code == 75
+    assert call("train", *told(shards, parts, PAPER)).code == 0
+    assert losses(parts) == losses(whole)
+    expected = weights_of(whole)
+    assert all(torch.equal(tensor, expected[n]) for n, tensor in weights_of(parts).items())
+
+
+def test_a_crop_that_valid_convolutions_cannot_take_is_refused_with_the_nearest(
+    shards: Path, call, tmp_path: Path
+) -> None:
+    ended = call("train", *told(shards, tmp_path / "run", PAPER, "--crop-size", 66))
+    assert ended.code == 2
+    assert "--crop-size: the valid U-Net takes sides of 28 + 4b pixels, got 66" in ended.said
+    assert "the nearest are 64 and 68" in ended.said
+
+
+@pytest.mark.parametrize(
+    ("flags", "field", "value"),
+    [
+        (("--model.norm", "batch"), "norm", "batch"),
+        (("--model.up", "bilinear"), "up", "bilinear"),
+        (("--model.activation", "silu"), "activation", "silu"),
+        (("--model.dropout", "0.25"), "dropout", 0.25),
+    ],
+)
+def test_the_network_is_what_was_asked_for(
+    flags, field, value, shards: Path, tiny, call, tmp_path: Path
+) -> None:
+    ended = call("train", *told(shards, tmp_path / "run", tiny, *flags))
+    assert ended.code == 0, ended.err
+    assert getattr(config_of(tmp_path / "run"), field) == value
+
+
+@pytest.mark.parametrize("switch", ["--channels-last", "--gradient-checkpointing", "--compile"])
+def test_switches_of_speed_and_memory_change_no_loss(
+    switch: str, shards: Path, tiny, call, tmp_path: Path
+) -> None:
+    plain, switched = tmp_path / "plain", tmp_path / "switched"
+    assert call("train", *told(shards, plain, tiny)).code == 0
+    ended = call("train", *told(shards, switched, tiny, switch))
+    assert ended.code == 0, ended.err
+    assert losses(switched) == pytest.approx(losses(plain), rel=1e-3)
+    # What was saved does not tell of the switch.
+    assert weights_of(switched).keys() == weights_of(plain).keys()
+    again = call("train", *told(shards, switched, tiny))
+    assert "had finished at step 4" in again.out
+
+
+def test_gradient_checkpointing_and_batch_norm_are_refused_together(
+    shards: Path, tiny, call, tmp_path: Path
+) -> None:
+    flags = ("--model.norm", "batch", "--gradient-checkpointing")
+    ended = call("train", *told(shards, tmp_path / "run", tiny, *flags))
+    assert ended.code == 2
+    assert "would count every batch twice" in ended.said
+
+
+def test_every_loss_is_logged_by_its_name(touching: Path, tiny, call, tmp_path: Path) -> None:
+    flags = [f"--loss.{name}=0.5" for name in ("bce", "focal", "tversky", "label-smoothing")]
+    weights = ("--loss.class-weights", "inverse", "--loss.border-weight", 10)
+    ended = call("train", *told(touching, tmp_path / "run", tiny, *flags, *weights))
+    assert ended.code == 0, ended.err
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    first = json.loads(lines[0])
+    assert {f"train/loss_{n}" for n in ("cross_entropy", "bce", "focal", "dice", "tversky")} <= (
+        first.keys()
+    )
+
+
+def test_border_weights_raise_the_loss_between_cells_for_any_number_of_workers(
+    touching: Path, tiny, call, tmp_path: Path
+) -> None:
+    found = {}
+    for name, flags in {
+        "plain": (),
+        "weighted": ("--loss.border-weight", 10),
+        "workers": ("--loss.border-weight", 10, "--workers", 2),
+    }.items():
+        run_dir = tmp_path / name
+        arguments = told(touching, run_dir, tiny, "--loss.dice", 0, *flags)
+        ended = call("train", *arguments)
+        assert ended.code == 0, ended.err
+        found[name] = losses(run_dir)
+    assert found["weighted"][0] > 1.2 * found["plain"][0]
+    assert found["workers"] == found["weighted"]
+
+
+def test_border_weights_need_border_maps(shards: Path, tiny, call, tmp_path: Path) -> None:
+    ended = call("train", *told(shards, tmp_path / "run", tiny, "--loss.border-weight", 10))
+    assert ended.code == 2
+    assert "has none; pack it with --border-sigma 5" in ended.said
+
+
+def test_class_weights_need_counted_pixels(cells: Path, tiny, call, tmp_path: Path) -> None:
+    ended = call(
+        "pack",
+        *("--images", cells / "images", "--masks", cells / "masks", "--mask-format", "binary"),
+        *("--verify", "headers", "--val-fraction", 0.4, "--workers", 1, "--out", tmp_path / "data"),
+    )
+    assert ended.code == 0, ended.err
+    flags = ("--loss.class-weights", "inverse")
+    ended = call("train", *told(tmp_path / "data", tmp_path / "run", tiny, *flags))
+    assert ended.code == 2
+    assert "does not know; pack it with --verify full" in ended.said
