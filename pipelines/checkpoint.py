@@ -49,13 +49,21 @@ class TrainState:
     """The tracker's run, continued on resume."""
     fixed: dict[str, Any]
     """What must not change on resume, by name."""
+    stale: int = 0
+    """Validations since the best one."""
 
 
 class Checkpoints:
     """The checkpoints of one run folder. Only the main process writes."""
 
-    def __init__(self, run_dir: Path, keep: int) -> None:
-        self.folder, self.keep = run_dir / CHECKPOINTS, keep
+    def __init__(self, run_dir: Path, keep: int, keep_every: int | None = None) -> None:
+        """`keep`: newest ones that stay; `keep_every`: those of steps that it divides stay too."""
+        self.folder, self.keep, self.keep_every = run_dir / CHECKPOINTS, keep, keep_every
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is one."""
+        return (self.folder / "last").is_dir()
 
     def save(
         self, state: TrainState, learner: Learner, scaler: GradScaler | None, *, is_best: bool
@@ -82,7 +90,7 @@ class Checkpoints:
         self.prune()
 
     def prune(self) -> None:
-        """Remove all but the newest `keep` and what `last` and `best` point at."""
+        """Remove all but the newest, those kept for good, and what `last` and `best` point at."""
         pinned = {
             os.readlink(link)
             for name in ("last", "best")
@@ -90,7 +98,9 @@ class Checkpoints:
         }
         steps = sorted(path for path in self.folder.glob("step-*"))
         for path in steps[: -self.keep]:
-            if path.name not in pinned:
+            step = int(path.name.removeprefix("step-"))
+            for_good = self.keep_every is not None and step % self.keep_every == 0
+            if path.name not in pinned and not for_good:
                 shutil.rmtree(path)
 
     def resume(
@@ -101,7 +111,7 @@ class Checkpoints:
         Raises UsageError naming what differs from the run that wrote it.
         """
         folder = self.folder / "last"
-        if not folder.is_dir():
+        if not self.begun:
             return TrainState(
                 step=0,
                 position=0,

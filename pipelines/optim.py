@@ -3,23 +3,31 @@
 from copy import deepcopy
 from dataclasses import dataclass
 from math import cos, pi
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import SGD, AdamW, Optimizer
 
 from unet import UNet
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimConfig:
-    """AdamW with a warm-up and a cosine, and an average of the weights."""
+    """The optimizer, its learning rate over the run, and an average of the weights."""
 
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """sgd: with Nesterov momentum, as the paper of 2015 and nnU-Net have it; its usual learning
+    rate is 1e-2."""
     lr: float = 2e-3
     """Highest learning rate."""
+    momentum: float = 0.99
+    """Of sgd."""
     weight_decay: float = 1e-4
-    """Decoupled weight decay of convolution weights (norms and biases have none)."""
+    """Weight decay of convolution weights (norms and biases have none); decoupled with adamw."""
+    schedule: Literal["cosine", "poly", "constant"] = "cosine"
+    """How the learning rate falls from its highest to 0: along half a cosine, as (1 - share of the
+    run)^0.9, or not at all."""
     warmup: float = 0.05
     """Share of the run in which the learning rate rises from 0."""
     clip_norm: float = 1.0
@@ -33,28 +41,38 @@ class OptimConfig:
             raise ValueError(
                 "optim.lr must be above 0, optim.weight_decay and .clip_norm not below"
             )
-        if not 0 <= self.warmup < 1 or not 0 <= self.ema_decay < 1:
-            raise ValueError("optim.warmup and optim.ema_decay must be in [0, 1)")
+        for name in ("momentum", "warmup", "ema_decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"optim.{name} must be in [0, 1), got {getattr(self, name)}")
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
-    """AdamW; parameters of one dimension (norms, biases) are not decayed."""
+    """The optimizer; parameters of one dimension (norms, biases) are not decayed."""
     decayed = [p for p in model.parameters() if p.ndim > 1]
     plain = [p for p in model.parameters() if p.ndim <= 1]
     groups = [
         {"params": decayed, "weight_decay": config.weight_decay},
         {"params": plain, "weight_decay": 0.0},
     ]
+    if config.optimizer == "sgd":
+        momentum = config.momentum
+        return SGD(groups, lr=config.lr, momentum=momentum, nesterov=momentum > 0)
     return AdamW(groups, lr=config.lr)
 
 
 def learning_rate(config: OptimConfig, progress: float) -> float:
-    """The learning rate at a share of the run done, 0 to 1: warm-up, then half a cosine to 0."""
+    """The learning rate at a share of the run done, 0 to 1: warm-up, then the schedule."""
     if progress < config.warmup:
         # Not quite 0, so that the first step is not lost.
         return config.lr * max(progress / config.warmup, 0.01)
-    done = (progress - config.warmup) / (1 - config.warmup)
-    return config.lr * 0.5 * (1 + cos(pi * min(done, 1.0)))
+    done = min((progress - config.warmup) / (1 - config.warmup), 1.0)
+    match config.schedule:
+        case "cosine":
+            return config.lr * 0.5 * (1 + cos(pi * done))
+        case "poly":
+            return config.lr * (1 - done) ** 0.9
+        case "constant":
+            return config.lr
 
 
 def set_learning_rate(optimizer: Optimizer, lr: float) -> None:

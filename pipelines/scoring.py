@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -26,6 +26,10 @@ from unet import (
 )
 
 SCORES = "scores.json"
+
+
+MeanName = Literal["dice", "iou", "image_dice", "image_iou"]
+"""Means over the classes that count: over all pixels, or over those of single pictures."""
 
 
 def make_forward(model: UNet, accelerator: Accelerator) -> Callable[[Tensor], Tensor]:
@@ -95,6 +99,12 @@ def score(
             f"{scores.num_images} samples of {split_name} were scored, it has {split.samples}"
         )
     return scores
+
+
+def mean_of(scores: Scores, name: MeanName) -> float | None:
+    """One of the mean scores."""
+    means = scores.per_image if name.startswith("image_") else scores.macro
+    return means.iou if name.endswith("iou") else means.dice
 
 
 def show(value: float | None) -> str:

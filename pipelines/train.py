@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from math import inf
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,68 +23,33 @@ from tqdm import tqdm
 
 from pipelines import scoring
 from pipelines.augment import Augment, AugmentConfig
-from pipelines.batches import Batch, common_side, train_batches
-from pipelines.budget import Budget, Limits
+from pipelines.batches import Batch, train_batches
+from pipelines.budget import Budget, Limits, NotFinite
 from pipelines.checkpoint import Checkpoints, RunLock, TrainState, require_spec
 from pipelines.config import INTERRUPTED, RunError, UsageError, run_command, to_plain
 from pipelines.dataset import DataConfig, DataSet, open_data, train_in_use
 from pipelines.devices import start
+from pipelines.network import (
+    ModelConfig,
+    begin_with,
+    build_loss,
+    build_model,
+    choose_crop_size,
+    refuse_missing,
+)
 from pipelines.optim import Learner, OptimConfig, build_learner, learning_rate, set_learning_rate
 from pipelines.tracking import Tracker, TrackingConfig
 from shards.index import Manifest, read_manifest
 from shards.order import LANES, ORDER_VERSION, WINDOW, Order, TrainPlan
 from shards.reader import ShardReader
 from shards.writer import write_json
-from unet import (
-    PRESETS,
-    DataSpec,
-    LossConfig,
-    Scores,
-    SegmentationLoss,
-    TileConfig,
-    UNet,
-    UNetConfig,
-    inverse_frequency,
-    valid_input,
-)
-from unet.blocks import Activation, Norm, Upsampling
+from unet import LossConfig, Scores, TileConfig, UNet
 
 DEFAULT_STEPS = 10_000
-CROP_SIZE = {"modern": 512, "paper": 572, "small": 256}
-"""Largest default crop of each preset, in pixels."""
+MOST_OVERFLOWS = 30
+"""Steps in a row that a loss scaler may leave out; it halves its scale of 65,536 each time."""
 GLOBAL_BATCH_SIZE = {"modern": 8, "paper": 1, "small": 2}
 """Default of each preset. Where a step takes long, more and smaller steps learn faster."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ModelConfig:
-    """Which U-Net."""
-
-    preset: Literal["modern", "paper", "small"] = "modern"
-    """modern: 31 M parameters. small: 1.9 M, for laptops. paper: the network of 2015, which sees a
-    margin of mirrored pixels around each picture."""
-    base_channels: int | None = None
-    """Channels of the first level; left out: the preset's (64, 16)."""
-    depth: int | None = None
-    """How many times the picture is halved; left out: the preset's (4)."""
-    norm: Norm | None = None
-    """Normalisation; left out: the preset's (instance; none in paper). batch is over all GPUs."""
-    activation: Activation | None = None
-    """Nonlinearity; left out: relu."""
-    up: Upsampling | None = None
-    """How maps are doubled in size; left out: transpose."""
-    dropout: float | None = None
-    """Share of values dropped at the end of the contracting path; left out: 0 (0.5 in paper)."""
-
-    def __post_init__(self) -> None:
-        self.network()
-
-    def network(self, **data: int) -> UNetConfig:
-        """What decides the shape of the network; `data`: its in_channels and num_classes."""
-        names = ("base_channels", "depth", "norm", "activation", "up", "dropout")
-        given = {name: getattr(self, name) for name in names}
-        changes = {name: value for name, value in given.items() if value is not None}
-        return replace(PRESETS[self.preset], **changes, **data)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,8 +91,20 @@ class TrainConfig(DataConfig):
     """Steps between lines of metrics.jsonl."""
     eval_every: int = 500
     """Steps between validations, each followed by a checkpoint; one always ends the run."""
+    save_every: int | None = None
+    """Steps between further checkpoints, without a validation."""
     keep_checkpoints: int = 2
     """Newest checkpoints to keep besides the best."""
+    keep_every: int | None = None
+    """Checkpoints of steps that this divides are kept for good."""
+    best_by: scoring.MeanName = "dice"
+    """The score that decides which checkpoint is the best: the mean over classes of Dice or IoU
+    over all pixels, or of those of single pictures."""
+    patience: int | None = None
+    """Validations in a row without a better score after which the run ends."""
+    init_from: str | None = None
+    """A run folder, checkpoint folder or hub id whose weights a new run begins with; the last layer
+    begins afresh where the classes are others."""
     seed: int = 0
     """Seed of weights, order, crops and augmentation."""
     lanes: int = LANES
@@ -148,12 +126,15 @@ class TrainConfig(DataConfig):
             "accumulate",
             "log_every",
             "eval_every",
+            "save_every",
             "keep_checkpoints",
+            "keep_every",
+            "patience",
             "lanes",
             "window",
         ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
         if self.seed < 0:
             raise ValueError("seed must not be below 0")
         if not 0 <= self.max_bad_share <= 1:
@@ -174,6 +155,11 @@ class TrainConfig(DataConfig):
             steps = [DEFAULT_STEPS]
         return Limits(min(steps) if steps else None, self.minutes)
 
+    def saves(self, step: int) -> bool:
+        """Whether weights are scored or saved after a step, not counting the last."""
+        often = (self.eval_every, *([self.save_every] if self.save_every else []))
+        return any(step % every == 0 for every in often)
+
     def step_samples(self) -> int:
         """Samples of one optimizer step, over all ranks."""
         return self.global_batch_size or GLOBAL_BATCH_SIZE[self.model.preset]
@@ -189,9 +175,10 @@ def run(config: TrainConfig) -> int:
     _lock = RunLock(config.run_dir) if accelerator.is_main_process else None
 
     set_seed(config.seed)
-    learner = build_learner(build_model(config, manifest, accelerator), config.optim)
-    spec = require_spec(learner.model)
-    checkpoints = Checkpoints(config.run_dir, config.keep_checkpoints)
+    checkpoints = Checkpoints(config.run_dir, config.keep_checkpoints, config.keep_every)
+    init_from = None if checkpoints.begun else config.init_from
+    model = prepare_model(config, manifest, accelerator, init_from)
+    learner, spec = build_learner(model, config.optim), require_spec(model)
     state = checkpoints.resume(fixed_settings(config, manifest), learner, accelerator.scaler)
     if config.compile:
         learner.model.compile()
@@ -202,16 +189,21 @@ def run(config: TrainConfig) -> int:
     in_use = train_in_use(order, manifest, accelerator, config.tiles.batch_size)
     remedy = "raise it, or begin a run with a smaller --window"
     data = open_data(config, manifest, ["train", "val"], accelerator, in_use, remedy)
+    criterion = build_loss(config.loss, manifest).to(accelerator.device)
     budget = Budget(
-        accelerator, config.limits(order.num_samples), step=state.step, seconds=state.seconds
+        accelerator,
+        config.limits(order.num_samples),
+        watched=("loss", *criterion.names, "gradient"),
+        saves=config.saves,
+        step=state.step,
+        seconds=state.seconds,
     )
-    if budget.spent and state.validated == state.step:
+    if (budget.spent and state.validated == state.step) or given_up(config, state):
         accelerator.end_training()
         return conclude(config, budget, state, None, accelerator)
 
     tracker = Tracker(accelerator, config.tracking, config.run_dir, to_plain(config), state)
     state = replace(state, tracking_id=tracker.run_id)
-    criterion = build_loss(config, manifest, spec).to(accelerator.device)
     augment = Augment(config.augment, config.seed)
     plan = TrainPlan(order, batch_size, rank, world, start=state.position)
     batches = open_batches(config, data, plan, accelerator)
@@ -223,12 +215,12 @@ def run(config: TrainConfig) -> int:
             scores = scoring.score(learner.scored, accelerator, data, "val", config.tiles)
             tracker.log(budget.step, scoring.named(scores, "val"))
             progress.say(f"step {budget.step}: {scoring.headline(scores, 'val')}")
-            dice = scores.macro.dice or 0.0
-            is_best = state.best is None or dice > state.best
-            state = replace(state, validated=budget.step, best=dice if is_best else state.best)
-            save(checkpoints, state, learner, accelerator, is_best=is_best)
+            state = judge(state, scoring.mean_of(scores, config.best_by) or 0.0)
+            save(checkpoints, state, learner, accelerator, is_best=state.stale == 0)
             meter.reset()
-        if budget.spent:
+        elif budget.step > plan.start // config.step_samples() and config.saves(budget.step):
+            save(checkpoints, state, learner, accelerator, is_best=False)
+        if budget.spent or given_up(config, state):
             break
 
         lr = learning_rate(config.optim, budget.progress)
@@ -243,16 +235,17 @@ def run(config: TrainConfig) -> int:
                 border = augment.border(batch.border, batch.position)
                 loss, parts = criterion(model(image), mask, border)
                 accelerator.backward(loss)
-                if accelerator.sync_gradients and config.optim.clip_norm:
-                    accelerator.clip_grad_norm_(model.parameters(), config.optim.clip_norm)
+                norm = clip_gradients(accelerator, model, config.optim.clip_norm)
                 optimizer.step()
                 optimizer.zero_grad()
-            budget.watch(loss)
-            meter.add(loss, parts, batch.skipped)
+            losses = torch.cat([loss.detach()[None], parts])
+            budget.watch(torch.cat([losses, norm[None]]))
+            meter.add(losses, batch.skipped)
+        meter.count_overflow(optimizer.step_was_skipped)
         if learner.average is not None:
             learner.average.update(learner.model, budget.step + 1)
-        if bad_step := budget.advance():
-            raise RunError(not_finite(bad_step, config, manifest, order))
+        if found := budget.advance():
+            raise RunError(not_finite(found, config, manifest, order))
 
         position = budget.step * config.step_samples()
         state = replace(state, step=budget.step, position=position, seconds=budget.seconds)
@@ -269,6 +262,34 @@ def run(config: TrainConfig) -> int:
     return conclude(config, budget, state, scores, accelerator)
 
 
+def judge(state: TrainState, score: float) -> TrainState:
+    """The state after a validation; `stale` is 0 where it is the best so far."""
+    is_best = state.best is None or score > state.best
+    return replace(
+        state,
+        validated=state.step,
+        best=score if is_best else state.best,
+        stale=0 if is_best else state.stale + 1,
+    )
+
+
+def given_up(config: TrainConfig, state: TrainState) -> bool:
+    """Whether validation has not become better for too long."""
+    return config.patience is not None and state.stale >= config.patience
+
+
+def clip_gradients(accelerator: Accelerator, model: nn.Module, most: float) -> Tensor:
+    """Shorten the gradients, if they are whole, to a norm of `most`; their norm before [].
+
+    0 where they are not whole yet, or where a loss scaler looks after those that overflow.
+    """
+    nothing = torch.zeros((), device=accelerator.device)
+    if not accelerator.sync_gradients:
+        return nothing
+    norm = accelerator.clip_grad_norm_(model.parameters(), most or inf)
+    return nothing if norm is None or accelerator.scaler is not None else norm
+
+
 def validation_due(config: TrainConfig, budget: Budget, state: TrainState) -> bool:
     """Whether these weights are to be scored now: every so often and at the end, but once."""
     if state.validated == budget.step:
@@ -281,37 +302,10 @@ def resolve(config: TrainConfig, manifest: Manifest) -> tuple[TrainConfig, Order
     train_split = manifest.split("train", config.data)
     manifest.split("val", config.data)
     config = replace(config, global_batch_size=config.step_samples())
-    network = config.model.network()
-    if config.crop_size is None:
-        shown = common_side(train_split) + 2 * network.margin
-        size = default_crop_size(network, min(shown, CROP_SIZE[config.model.preset]))
-        config = replace(config, crop_size=size)
-    try:
-        assert config.crop_size is not None
-        network.require_side(config.crop_size)
-    except ValueError as error:
-        raise UsageError(f"--crop-size: {error}") from error
-    if config.loss.border_weight and manifest.border_sigma is None:
-        raise UsageError(
-            f"--loss.border-weight needs border maps, {config.data} has none; pack it with "
-            "--border-sigma 5"
-        )
-    if config.loss.class_weights != "none" and not class_pixels(manifest):
-        raise UsageError(
-            f"--loss.class-weights needs the pixels of each class, which {config.data} does not "
-            "know; pack it with --verify full"
-        )
+    config = replace(config, crop_size=choose_crop_size(config.model, config.crop_size, manifest))
+    refuse_missing(config.loss, manifest, config.data)
     sizes = tuple(shard.samples for shard in train_split.shards)
     return config, Order(sizes, config.seed, config.lanes, config.window)
-
-
-def default_crop_size(network: UNetConfig, most: int) -> int:
-    """The largest side of crops, at most `most` pixels; the least where there is none."""
-    if network.padding == "same":
-        return max(32, most // 32 * 32)
-    step = 2**network.depth
-    larger = valid_input(most - 2 * network.margin + 1, network.depth)
-    return max(valid_input(1, network.depth), larger - step)
 
 
 def rank_batch_size(config: TrainConfig, world: int) -> int:
@@ -329,23 +323,15 @@ def rank_batch_size(config: TrainConfig, world: int) -> int:
     return size
 
 
-def build_model(config: TrainConfig, manifest: Manifest, accelerator: Accelerator) -> UNet:
-    """A fresh model that knows its data, on its device."""
+def prepare_model(
+    config: TrainConfig, manifest: Manifest, accelerator: Accelerator, init_from: str | None
+) -> UNet:
+    """A fresh model on its device, as the run wants it there; `init_from`: with these weights."""
     assert config.crop_size is not None
-    spec = DataSpec(
-        classes=manifest.classes,
-        palette=manifest.palette,
-        channels=manifest.image_format.channels,
-        mean=manifest.mean,
-        std=manifest.std,
-        crop_size=config.crop_size,
-        image_range=manifest.image_format.range,
-        alpha=manifest.image_format.alpha,
-    )
-    network = config.model.network(
-        in_channels=len(manifest.image_format.channels), num_classes=len(manifest.classes)
-    )
-    model = UNet(network, spec).to(accelerator.device)
+    model = build_model(config.model, manifest, config.crop_size)
+    if init_from is not None:
+        begin_with(model, init_from)
+    model = model.to(accelerator.device)
     if config.channels_last:
         # Which torch's stubs leave out.
         model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
@@ -354,20 +340,6 @@ def build_model(config: TrainConfig, manifest: Manifest, accelerator: Accelerato
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model.gradient_checkpointing = config.gradient_checkpointing
     return model
-
-
-def build_loss(config: TrainConfig, manifest: Manifest, spec: DataSpec) -> SegmentationLoss:
-    """The loss, with the weights of this data set's classes."""
-    weights = None
-    if config.loss.class_weights == "inverse":
-        weights = inverse_frequency(class_pixels(manifest))
-    return SegmentationLoss(config.loss, spec.counted, weights)
-
-
-def class_pixels(manifest: Manifest) -> list[int]:
-    """Pixels of each class in the training split; none where they were not counted."""
-    counts = [shard.pixels for shard in manifest.splits["train"].shards]
-    return [sum(pixels) for pixels in zip(*counts, strict=True)][: len(manifest.classes)]
 
 
 def seed_dropout(seed: int, position: Tensor) -> None:
@@ -384,6 +356,7 @@ def fixed_settings(config: TrainConfig, manifest: Manifest) -> dict[str, Any]:
         "window",
         "global_batch_size",
         "crop_size",
+        "init_from",
         "model",
         "loss",
         "optim",
@@ -422,7 +395,7 @@ class Meter:
     def __init__(self, names: Sequence[str], accelerator: Accelerator) -> None:
         self.names = ["train/loss", *(f"train/loss_{name}" for name in names)]
         self.accelerator = accelerator
-        self.skipped = 0
+        self.skipped = self.overflows = self.in_a_row = 0
         self.reset()
 
     def reset(self) -> None:
@@ -437,19 +410,33 @@ class Meter:
         yield
         self.waited += time.perf_counter() - began
 
-    def add(self, loss: Tensor, parts: Tensor, skipped: Sequence[str]) -> None:
-        """Count the losses of one forward pass, and tell what was skipped for it."""
-        self.sums += torch.cat([loss.detach()[None], parts])
+    def add(self, losses: Tensor, skipped: Sequence[str]) -> None:
+        """Count the loss and its parts in one forward pass, and tell what was skipped for it."""
+        self.sums += losses
         self.passes += 1
         self.skipped += len(skipped)
         for line in skipped:
             # Of every rank: nobody else knows.
             tqdm.write(f"skipped: {line}", file=sys.stderr)
 
+    def count_overflow(self, skipped: bool) -> None:
+        """Count a step that the loss scaler left out, for gradients too large for float16.
+
+        Raises RunError, on all ranks, where that happens step after step.
+        """
+        self.overflows += skipped
+        self.in_a_row = self.in_a_row + 1 if skipped else 0
+        if self.in_a_row >= MOST_OVERFLOWS:
+            raise RunError(
+                f"the gradients of {MOST_OVERFLOWS} steps in a row were too large for float16; "
+                "lower --optim.lr, or train in bf16 (accelerate launch --mixed_precision bf16)"
+            )
+
     def read(self, global_batch_size: int) -> dict[str, float]:
         """The means over passes and ranks, samples per second, and the share of time waited.
 
-        `train/skipped`: samples of all ranks that were replaced since the run was started.
+        `train/skipped`: samples of all ranks that were replaced since the run was started;
+        `train/overflows`: steps that the loss scaler left out, in float16.
         """
         skipped = torch.tensor([self.skipped], device=self.sums.device)
         mine = torch.cat([self.sums / max(1, self.passes), skipped])
@@ -464,6 +451,8 @@ class Meter:
             "train/data_wait": self.waited / seconds,
             "train/skipped": round(mean_skipped * self.accelerator.num_processes),
         }
+        if self.accelerator.scaler is not None:
+            values["train/overflows"] = self.overflows
         self.reset()
         return values
 
@@ -531,15 +520,16 @@ def refuse_many_skips(
         )
 
 
-def not_finite(step: int, config: TrainConfig, manifest: Manifest, order: Order) -> str:
-    """Which step, and which samples were in it."""
+def not_finite(found: NotFinite, config: TrainConfig, manifest: Manifest, order: Order) -> str:
+    """Which step, what of it, and which samples were in it."""
     reader = ShardReader(config.data, manifest.splits["train"].shards)
     samples = config.step_samples()
-    addresses = [order.locate((step - 1) * samples + i) for i in range(samples)]
+    addresses = [order.locate((found.step - 1) * samples + i) for i in range(samples)]
     keys = [reader.read(address).key for address in addresses[:8]]
     more = f" and {len(addresses) - 8} more" if len(addresses) > 8 else ""
     return (
-        f"the loss of step {step} is not finite; its samples are {', '.join(keys)}{more}; "
+        f"step {found.step}: {', '.join(found.names)} not finite; its samples are "
+        f"{', '.join(keys)}{more}; "
         "lower --optim.lr, or look at them; the last checkpoint is whole"
     )
 
@@ -572,9 +562,11 @@ def conclude(
                 print(f"{config.run_dir} had finished at step {state.step}")
                 print("to train on, raise its --steps, --epochs or --minutes")
             else:
-                print(
-                    f"finished at step {state.step}, {state.seconds:.0f} s\n{scoring.table(scores)}"
+                why = (
+                    f", no better for {state.stale} validations" if given_up(config, state) else ""
                 )
+                print(f"finished at step {state.step}, {state.seconds:.0f} s{why}")
+                print(scoring.table(scores))
             checkpoint = f"--checkpoint {config.run_dir}"
             print(f"next: unet evaluate {checkpoint} --data {config.data} --split val")
             print(f"      unet predict {checkpoint} --input PICTURES --out MASKS --png --overlay")

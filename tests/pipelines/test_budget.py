@@ -4,12 +4,13 @@ import os
 import signal
 from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from pipelines import budget as module
-from pipelines.budget import Budget, Limits
+from pipelines.budget import Budget, Limits, NotFinite
 
 
 class Ranks:
@@ -23,7 +24,7 @@ class Ranks:
 
     def gather(self, mine: torch.Tensor) -> torch.Tensor:
         self.gathers += 1
-        return torch.cat([mine, torch.tensor(self.others).reshape(-1, 3)])
+        return torch.cat([mine, torch.tensor(self.others).reshape(-1, mine.shape[1])])
 
 
 @pytest.fixture
@@ -41,7 +42,7 @@ def handlers() -> Iterator[None]:
         signal.signal(number, handler)
 
 
-def make(ranks: Ranks, limits: Limits, **state: float) -> Budget:
+def make(ranks: Ranks, limits: Limits, **state: Any) -> Budget:
     return Budget(ranks, limits, **state)  # type: ignore[arg-type]
 
 
@@ -142,13 +143,33 @@ def test_the_first_bad_loss_is_dated_however_late_it_is_noticed(clock) -> None:
         budget.watch(torch.tensor(value))
         found = budget.advance()
         assert (found is None) == (step < 10)
-    assert found == 4
+    assert found == NotFinite(4, ("loss",))
 
 
 def test_a_bad_loss_of_another_rank_counts_and_the_earliest_wins(clock) -> None:
     budget = make(Ranks((0, 0, 3.0), (0, 0, 0), (0, 0, 2.0)), Limits(100, None))
     budget.watch(torch.tensor(float("inf")))
-    assert budget.advance() == 1
+    assert budget.advance() == NotFinite(1, ("loss",))
     budget = make(Ranks((0, 0, 3.0), (0, 0, 0), (0, 0, 2.0)), Limits(100, None))
     budget.watch(torch.tensor(1.0))
-    assert budget.advance() == 2
+    assert budget.advance() == NotFinite(2, ("loss",))
+
+
+def test_what_was_not_finite_is_named(clock) -> None:
+    budget = make(Ranks(), Limits(9, None), watched=("loss", "dice", "gradient"))
+    budget.watch(torch.tensor([float("nan"), 0.5, float("inf")]))
+    assert budget.advance() == NotFinite(1, ("loss", "gradient"))
+
+
+def test_before_weights_are_saved_the_ranks_agree_that_they_are_finite(clock) -> None:
+    ranks = Ranks()
+    budget = make(ranks, Limits(1000, None), saves=lambda step: step == 30)
+    found = {}
+    for step in range(1, 31):
+        clock.seconds += 1e-4
+        if step == 29:
+            budget.watch(torch.tensor(float("nan")))
+        if bad := budget.advance():
+            found[step] = bad
+    assert found == {30: NotFinite(29, ("loss",))}
+    assert ranks.gathers < 10

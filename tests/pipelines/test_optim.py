@@ -49,6 +49,23 @@ def test_the_learning_rate_warms_up_and_falls_along_half_a_cosine(progress, expe
     assert learning_rate(CONFIG, progress) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    ("schedule", "halfway", "end"), [("poly", 0.1 * 0.5**0.9, 0.0), ("constant", 0.1, 0.1)]
+)
+def test_other_schedules_begin_alike_and_fall_as_they_say(schedule, halfway, end):
+    config = OptimConfig(lr=0.1, warmup=0.2, schedule=schedule)
+    rates = [learning_rate(config, progress) for progress in (0.1, 0.2, 0.6, 1.0)]
+    assert rates == pytest.approx([0.05, 0.1, halfway, end])
+
+
+def test_sgd_has_nesterov_momentum_and_the_same_groups():
+    optimizer = build_optimizer(model(), OptimConfig(optimizer="sgd", momentum=0.9))
+    assert type(optimizer).__name__ == "SGD"
+    for group, decay in zip(optimizer.param_groups, (1e-4, 0.0), strict=True):
+        found = [group[name] for name in ("momentum", "nesterov", "weight_decay")]
+        assert found == [0.9, True, decay]
+
+
 def test_without_warmup_the_learning_rate_starts_at_its_highest():
     assert learning_rate(OptimConfig(lr=0.1, warmup=0.0), 0.0) == pytest.approx(0.1)
 

@@ -14,11 +14,11 @@ import pytest
 import torch
 import yaml
 
-from pipelines import scoring, train
+from pipelines import scoring
 from pipelines.budget import Budget
 from shards.index import read_index, read_manifest
 from shards.reader import ShardReader
-from unet import UNet
+from unet import SegmentationLoss, UNet
 
 Values = dict[str, Any]
 
@@ -377,15 +377,15 @@ def test_other_data_are_refused(
 def test_a_loss_that_is_not_finite_stops_with_step_and_keys(
     shards: Path, tiny, call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    criterion = train.SegmentationLoss.forward
+    criterion = SegmentationLoss.forward
     calls = 0
 
-    def spoiled(self: Any, logits: torch.Tensor, mask: torch.Tensor) -> Any:
+    def spoiled(self: Any, logits: torch.Tensor, mask: torch.Tensor, border: Any) -> Any:
         nonlocal calls
         calls += 1
-        return criterion(self, logits * (float("nan") if calls == 3 else 1), mask)
+        return criterion(self, logits * (float("nan") if calls == 3 else 1), mask, border)
 
-    monkeypatch.setattr(train.SegmentationLoss, "forward", spoiled)
+    monkeypatch.setattr(SegmentationLoss, "forward", spoiled)
     positions: list[tuple[int, str]] = []
     read_all = ShardReader.read_all
 
@@ -398,7 +398,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_keys(
     ended = call("train", *told(shards, tmp_path, tiny, "--steps", 2000, "--eval-every", 2000))
     assert ended.code == 1
     keys = dict(positions)
-    assert "the loss of step 3 is not finite" in ended.err
+    assert "step 3: loss, cross_entropy, dice, gradient not finite" in ended.err
     assert f"its samples are {', '.join(keys[p] for p in range(8, 12))};" in ended.err
     assert "Traceback" not in ended.err
 
@@ -588,11 +588,13 @@ def test_a_flipped_byte_is_found_by_verify_shards_alone(
         (("--augment.foreground-share", 2), "augment.foreground_share is a share, 0 to 1"),
         (("--seed", -1), "seed must not be below 0"),
         (("--optim.lr", 0), "optim.lr must be above 0"),
-        (("--optim.warmup", 1), "optim.warmup and optim.ema_decay must be in [0, 1)"),
+        (("--optim.warmup", 1), "optim.warmup must be in [0, 1), got 1"),
         (("--augment.scale", 0.5), "augment.scale is a factor, 1 or more"),
         (("--loss.dice", -1), "loss weights must be 0 or more"),
         (("--tiles.tile", 4), "tile must be at least 16 pixels, got 4"),
-        (("--model.preset", "paper"), "paper"),
+        (("--model.preset", "papre"), "papre"),
+        (("--patience", 0), "patience must be at least 1, got 0"),
+        (("--best-by", "accuracy"), "accuracy"),
         (("--model.depth", 0), "depth must be at least 1, got 0"),
         (("--tracking.backend", "tensorboard"), "tensorboard"),
     ],
