@@ -224,11 +224,12 @@ def train_batches(
     `margin`: of the network. `border`: with border maps. `skip`: another sample stands in for one
     that cannot be decoded, which is told with the batch.
     """
-    manifest, reader = data.manifest, data.reader("train")
+    manifest, reader = data.manifest, data.reader("train", borders=border)
     fill = tuple(round(m * 255) for m in manifest.mean)
     cropper = Cropper(augment, crop_size, fill, rare_classes(manifest), seed, margin)
     # With a reader of its own: the other may be at work in a thread.
-    substitutes = Substitutes(data.reader("train"), plan.order) if skip else None
+    others = data.reader("train", borders=border)
+    substitutes = Substitutes(others, plan.order) if skip else None
     form, num_classes = manifest.image_format, len(manifest.classes)
     stage = CropStage(form, num_classes, cropper, substitutes, border)
     if data.workers and start_method(reader) == "fork":

@@ -138,6 +138,11 @@ class Checkpoints:
             for name in sorted(now.keys() | state.fixed.keys())
             if now.get(name) != state.fixed.get(name)
         ]
+        if unknown := sorted(now.keys() - state.fixed.keys()):
+            raise UsageError(
+                f"{self.folder.parent} was begun by a version of this program that did not know "
+                f"{unknown[0]}; begin in another --run-dir (--init-from takes its weights)"
+            )
         if differing:
             name = differing[0]
             raise UsageError(

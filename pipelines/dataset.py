@@ -58,9 +58,13 @@ class DataSet:
     workers: int
     """Processes of each rank that read and decode."""
 
-    def reader(self, split: str) -> ShardReader:
-        """A reader of the shards of a split. Raises DataError where it has no samples."""
-        return ShardReader(self.store, self.manifest.split(split, self.store).shards, self.cache)
+    def reader(self, split: str, *, borders: bool = False) -> ShardReader:
+        """A reader of the shards of a split, perhaps with its border maps.
+
+        Raises DataError where it has no samples.
+        """
+        shards = self.manifest.split(split, self.store).shards
+        return ShardReader(self.store, shards, self.cache, borders=borders)
 
 
 def open_data(

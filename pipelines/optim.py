@@ -17,12 +17,11 @@ class OptimConfig:
     """The optimizer, its learning rate over the run, and an average of the weights."""
 
     optimizer: Literal["adamw", "sgd"] = "adamw"
-    """sgd: with Nesterov momentum, as the paper of 2015 and nnU-Net have it; its usual learning
-    rate is 1e-2."""
+    """sgd: with Nesterov momentum, as nnU-Net has it; its usual learning rate is 1e-2."""
     lr: float = 2e-3
     """Highest learning rate."""
     momentum: float = 0.99
-    """Of sgd."""
+    """Of sgd (0.99 in the paper of 2015); adamw has none."""
     weight_decay: float = 1e-4
     """Weight decay of convolution weights (norms and biases have none); decoupled with adamw."""
     schedule: Literal["cosine", "poly", "constant"] = "cosine"

@@ -57,7 +57,7 @@ class TrainConfig(DataConfig):
     """Train a U-Net on shards. The same command, given again, goes on where it was interrupted.
 
     --steps, --epochs and --minutes bound the run, whichever is reached first; the learning rate
-    falls to 0 just then. Without any of them it makes 10,000 steps.
+    falls to 0 just then (--optim.schedule). Without any of them it makes 10,000 steps.
     """
 
     run_dir: Path
@@ -74,7 +74,8 @@ class TrainConfig(DataConfig):
     accumulate: int = 1
     """Forward passes that a rank splits its part of a step into."""
     compile: bool = False
-    """Compile the network for training (torch.compile): a minute at the start, faster steps."""
+    """Compile the network for training (torch.compile): a minute at the start, faster steps. Best
+    with the average of the weights on, which validation then uses uncompiled."""
     channels_last: bool = False
     """Keep maps as [B, H, W, C] in memory, as the matrix units of GPUs want them in bf16."""
     gradient_checkpointing: bool = False
@@ -172,6 +173,7 @@ def run(config: TrainConfig) -> int:
     accelerator = start(accumulate=config.accumulate, trackers=config.tracking.trackers())
     rank, world = accelerator.process_index, accelerator.num_processes
     batch_size = rank_batch_size(config, world)
+    refuse_batch_norm(config, accelerator, batch_size)
     _lock = RunLock(config.run_dir) if accelerator.is_main_process else None
 
     set_seed(config.seed)
@@ -321,6 +323,23 @@ def rank_batch_size(config: TrainConfig, world: int) -> int:
             f"{config.accumulate} accumulated passes; {' or '.join(fitting)} would"
         )
     return size
+
+
+def refuse_batch_norm(config: TrainConfig, accelerator: Accelerator, batch_size: int) -> None:
+    """Raise UsageError where batch norm would have nothing to norm, or not all of it."""
+    network = config.model.network()
+    if network.norm != "batch":
+        return
+    if accelerator.num_processes > 1 and accelerator.device.type != "cuda":
+        raise UsageError(
+            "--model.norm batch is over all ranks on GPUs only; on CPUs take instance or group"
+        )
+    assert config.crop_size is not None
+    if batch_size * (config.crop_size // 2**network.depth) < 2:
+        raise UsageError(
+            f"--model.norm batch sees one value of each channel in crops of {config.crop_size} "
+            "pixels, one a pass; raise --crop-size or --global-batch-size"
+        )
 
 
 def prepare_model(

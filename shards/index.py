@@ -98,6 +98,9 @@ def write_manifest(store: Store, manifest: Manifest, within: str | None = None) 
     """Write `index.json` into a folder, whole or not at all; `within`: see `Store.write`."""
     plain = asdict(manifest)
     del plain["digest"]
+    if manifest.border_sigma is None:
+        # So that programs which know nothing of border maps read it.
+        del plain["border_sigma"], plain["border_classes"]
     for info in plain["splits"].values():
         info["samples"] = sum(shard["samples"] for shard in info["shards"])
     text = json.dumps({"format": FORMAT, "version": VERSION, **plain}, indent=1) + "\n"

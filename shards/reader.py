@@ -139,8 +139,12 @@ class ShardReader:
         place: Store | Path | str,
         shards: Sequence[ShardInfo],
         cache: ShardCache | None = None,
+        *,
+        borders: bool = True,
     ) -> None:
+        """`borders`: border maps, where there are any, are read with their samples."""
         self.store, self.shards, self.cache = Store(place), tuple(shards), cache
+        self.borders = borders
         self.forget()
 
     def forget(self) -> None:
@@ -151,7 +155,8 @@ class ShardReader:
         self.expected: list[int] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"store": self.store, "shards": self.shards, "cache": self.cache}
+        names = ("store", "shards", "cache", "borders")
+        return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -174,6 +179,8 @@ class ShardReader:
             self.fetcher.check()
         indexes = self.open_indexes({address.shard for address in addresses})
         entries = [indexes[address.shard][address.row] for address in addresses]
+        if not self.borders:
+            entries = [entry._replace(border=None) for entry in entries]
         for address, entry in zip(addresses, entries, strict=True):
             self.refuse_outside(address.shard, entry)
         spans = [

@@ -7,6 +7,7 @@ of equal size changes nothing.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import Literal
 
 import torch
@@ -52,12 +53,22 @@ class LossConfig:
     of 2015); needs shards of unet pack --border-sigma. 0 is off."""
 
     def __post_init__(self) -> None:
-        weights = [getattr(self, name) for name in LOSSES]
-        if min(weights) < 0 or sum(weights) == 0:
-            raise ValueError("loss weights must be 0 or more, and one of them above 0")
-        for name in ("focal_gamma", "tversky_fp", "tversky_fn", "border_weight"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"loss.{name} must be 0 or more, got {getattr(self, name)}")
+        numbers = ("focal_gamma", "tversky_fp", "tversky_fn", "border_weight")
+        for name in (*LOSSES, *numbers):
+            value = getattr(self, name)
+            if not (isfinite(value) and value >= 0):
+                raise ValueError(f"loss.{name} must be a number from 0 on, got {value}")
+        summed = [name for name in LOSSES if getattr(self, name)]
+        if not summed:
+            raise ValueError(f"one of the loss weights must be above 0: {', '.join(LOSSES)}")
+        weighs = self.border_weight > 0 or self.class_weights != "none"
+        if weighs and not {"cross_entropy", "bce", "focal"} & {*summed}:
+            raise ValueError(
+                "loss.border_weight and loss.class_weights weigh pixels; give one of "
+                "loss.cross_entropy, loss.bce and loss.focal"
+            )
+        if self.label_smoothing and not {"cross_entropy", "bce"} & {*summed}:
+            raise ValueError("loss.label_smoothing is of loss.cross_entropy and loss.bce; give one")
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"loss.label_smoothing must be in [0, 1), got {self.label_smoothing}")
 

@@ -22,7 +22,7 @@ from unet.blocks import (
     Upsampling,
 )
 
-MAX_CHANNELS = 65_536
+MAX_CHANNELS = 16_384
 """A config.json from elsewhere may not ask for more at the bottom than any machine holds."""
 
 
@@ -68,13 +68,15 @@ class UNetConfig:
             ("depth", 1),
         ):
             got = getattr(self, name)
-            if not isinstance(got, int):
+            if type(got) is not int:
                 raise ValueError(f"{name} must be a whole number, got {got!r}")
             if got < least:
                 raise ValueError(f"{name} must be at least {least}, got {got}")
+            if got > MAX_CHANNELS:
+                raise ValueError(f"{name} must be at most {MAX_CHANNELS:,}, got {got}")
         if self.num_classes > 255:
             raise ValueError(f"num_classes must be at most 255, got {self.num_classes}")
-        if self.base_channels * 2**self.depth > MAX_CHANNELS:
+        if self.depth > 16 or self.base_channels * 2**self.depth > MAX_CHANNELS:
             raise ValueError(
                 f"base_channels {self.base_channels} and depth {self.depth} make more than "
                 f"{MAX_CHANNELS:,} channels"
@@ -280,17 +282,14 @@ class UNet(nn.Module, ModelHubMixin):
         and std 1. Raises ValueError for another file, FileNotFoundError where there is none.
         """
         tensors = weights.read_milesial(Path(path))
-        try:
-            base_channels, in_channels = tensors["downs.0.conv.0.weight"].shape[:2]
-            config = UNetConfig(
-                in_channels=in_channels,
-                num_classes=len(tensors["head.weight"]),
-                base_channels=base_channels,
-                depth=sum(name.endswith(".up.weight") for name in tensors),
-                norm="batch",
-            )
-        except KeyError as error:
-            raise ValueError(f"{path} lacks {error}") from error
+        base_channels, in_channels = tensors["downs.0.conv.0.weight"].shape[:2]
+        config = UNetConfig(
+            in_channels=in_channels,
+            num_classes=len(tensors["head.weight"]),
+            base_channels=base_channels,
+            depth=sum(name.endswith(".up.weight") for name in tensors),
+            norm="batch",
+        )
         model = cls(config, spec)
         weights.fill(model, tensors, Path(path))
         return model.eval()

@@ -132,12 +132,17 @@ def read_milesial(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} is no file of weights alone: {what}") from error
     depth = sum(re.fullmatch(r"down\d+\..*\.0\.weight", name) is not None for name in tensors)
     found = {our_name(name, depth, path): tensor for name, tensor in tensors.items()}
+    if not found:
+        raise ValueError(f"{path} is no checkpoint of milesial/Pytorch-UNet: it has no weights")
     if "ups.0.up.weight" not in found:
         raise ValueError(
             f"{path} has no transposed convolutions (trained with --bilinear?); that variant "
             "cannot be imported"
         )
-    if len(found.get("head.weight", ())) == 1:
+    for name, dimensions in (("downs.0.conv.0.weight", 4), ("head.weight", 4), ("head.bias", 1)):
+        if name not in found or found[name].ndim != dimensions:
+            raise ValueError(f"{path} has no {name} of {dimensions} dimensions")
+    if len(found["head.weight"]) == 1:
         # softmax([0, z]) is [1 - sigmoid(z), sigmoid(z)].
         for name in ("head.weight", "head.bias"):
             found[name] = torch.cat([torch.zeros_like(found[name]), found[name]])

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from pipelines.budget import Budget
+from shards.reader import ShardReader
 from unet import UNet
 
 PAPER = (
@@ -195,3 +196,40 @@ def test_class_weights_need_counted_pixels(cells: Path, tiny, call, tmp_path: Pa
     ended = call("train", *told(tmp_path / "data", tmp_path / "run", tiny, *flags))
     assert ended.code == 2
     assert "does not know; pack it with --verify full" in ended.said
+
+
+def test_batch_norm_of_a_single_value_is_refused(shards: Path, tiny, call, tmp_path: Path) -> None:
+    small = ("--crop-size", 4, "--global-batch-size", 2, "--accumulate", 2)
+    ended = call("train", *told(shards, tmp_path / "run", tiny, "--model.norm", "batch", *small))
+    assert ended.code == 2
+    assert "sees one value of each channel in crops of 4 pixels" in ended.said
+
+
+@pytest.mark.ranks
+def test_batch_norm_on_several_cpu_ranks_is_refused_by_one_of_them(
+    shards: Path, tiny, launch, tmp_path: Path
+) -> None:
+    arguments = told(shards, tmp_path / "run", tiny, "--model.norm", "batch")
+    ended = launch(2, "train", *arguments)
+    assert ended.code != 0
+    assert ended.err.count("--model.norm batch is over all ranks on GPUs only") == 1
+
+
+def test_border_maps_are_read_only_where_they_are_used(
+    touching: Path, tiny, call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    seen = set()
+    raw_sample = ShardReader.raw_sample
+
+    def noting(self: ShardReader, *arguments: Any) -> Any:
+        raw = raw_sample(self, *arguments)
+        seen.add(raw.border is not None)
+        return raw
+
+    monkeypatch.setattr(ShardReader, "raw_sample", noting)
+    for flags, expected in (((), {False}), (("--loss.border-weight", 10), {False, True})):
+        seen.clear()
+        ended = call("train", *told(touching, tmp_path / str(len(flags)), tiny, *flags))
+        assert ended.code == 0, ended.err
+        # Validation has no use for them in either case.
+        assert seen == expected

@@ -154,12 +154,15 @@ def test_a_loss_of_weight_zero_is_no_part():
 @pytest.mark.parametrize(
     ("fields", "complaint"),
     [
-        ({"cross_entropy": -1.0}, "loss weights must be 0 or more"),
-        ({"focal": -0.5}, "loss weights must be 0 or more"),
-        ({"cross_entropy": 0.0, "dice": 0.0}, "one of them above 0"),
+        ({"cross_entropy": -1.0}, "loss.cross_entropy must be a number from 0 on"),
+        ({"focal": float("nan")}, "loss.focal must be a number from 0 on, got nan"),
+        ({"cross_entropy": 0.0, "dice": 0.0}, "one of the loss weights must be above 0"),
+        ({"cross_entropy": 0.0, "border_weight": 10.0}, "weigh pixels; give one of"),
+        ({"cross_entropy": 0.0, "class_weights": "inverse"}, "weigh pixels; give one of"),
+        ({"cross_entropy": 0.0, "label_smoothing": 0.1}, "is of loss.cross_entropy and loss.bce"),
         ({"label_smoothing": 1.0}, r"loss.label_smoothing must be in \[0, 1\), got 1.0"),
-        ({"focal_gamma": -1.0}, "loss.focal_gamma must be 0 or more"),
-        ({"border_weight": -1.0}, "loss.border_weight must be 0 or more"),
+        ({"focal_gamma": -1.0}, "loss.focal_gamma must be a number from 0 on"),
+        ({"border_weight": float("inf")}, "loss.border_weight must be a number from 0 on"),
     ],
 )
 def test_impossible_losses_are_refused(fields, complaint):

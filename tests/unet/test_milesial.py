@@ -97,7 +97,9 @@ def test_code_in_a_checkpoint_is_refused_and_not_run(tmp_path):
     ("content", "complaint"),
     [
         ({"conv1.weight": torch.zeros(1)}, "is no checkpoint of milesial/Pytorch-UNet: it has"),
-        ({}, "has no transposed convolutions"),
+        ({}, "is no checkpoint of milesial/Pytorch-UNet: it has no weights"),
+        ({"state_dict": {}, "epoch": 3}, "is no checkpoint of milesial/Pytorch-UNet"),
+        ({"outc.conv.weight": torch.zeros(())}, "has no transposed convolutions"),
         (torch.zeros(3), "is no file of weights alone"),
     ],
 )
@@ -121,8 +123,13 @@ def test_a_missing_file_or_tensor_is_named(saved, tmp_path):
         UNet.from_milesial(tmp_path / "absent.pth")
     model = trained()
     path = saved(model)
-    state = torch.load(path, weights_only=True)
-    del state["down2.maxpool_conv.1.double_conv.3.weight"]
-    torch.save(state, path)
-    with pytest.raises(ValueError, match=r"downs\.2\.conv\.3\.weight is missing from the file"):
-        UNet.from_milesial(path)
+    for name, complaint in {
+        "down2.maxpool_conv.1.double_conv.3.weight": r"downs\.2\.conv\.3\.weight is missing from",
+        "outc.conv.bias": r"has no head\.bias of 1 dimensions",
+        "inc.double_conv.0.weight": r"has no downs\.0\.conv\.0\.weight of 4 dimensions",
+    }.items():
+        state = model.state_dict()
+        del state[name]
+        torch.save(state, path)
+        with pytest.raises(ValueError, match=complaint):
+            UNet.from_milesial(path)
