@@ -11,7 +11,7 @@ from pipelines.config import UsageError
 
 
 def start(
-    *, accumulate: int = 1, trackers: Sequence[str] = (), project_dir: Path | None = None
+    accumulate: int = 1, *, trackers: Sequence[str] = (), project_dir: Path | None = None
 ) -> Accelerator:
     """The Accelerator of this process.
 

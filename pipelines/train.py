@@ -6,11 +6,14 @@
 Devices, process count and precision are the launcher's; everything else is a TrainConfig.
 """
 
+import resource
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from functools import partial
 from math import inf
 from pathlib import Path
 from typing import Any, Literal
@@ -38,6 +41,7 @@ from pipelines.network import (
     refuse_missing,
 )
 from pipelines.optim import Learner, OptimConfig, build_learner, learning_rate, set_learning_rate
+from pipelines.pictures import draw_batch, draw_validation
 from pipelines.tracking import Tracker, TrackingConfig
 from shards.index import Manifest, read_manifest
 from shards.order import LANES, ORDER_VERSION, WINDOW, Order, TrainPlan
@@ -170,7 +174,8 @@ def run(config: TrainConfig) -> int:
     """Run or resume to the end; 75 if a signal interrupted it."""
     manifest = read_manifest(config.data)
     config, order = resolve(config, manifest)
-    accelerator = start(accumulate=config.accumulate, trackers=config.tracking.trackers())
+    trackers = config.tracking.trackers()
+    accelerator = start(config.accumulate, trackers=trackers, project_dir=config.run_dir)
     rank, world = accelerator.process_index, accelerator.num_processes
     batch_size = rank_batch_size(config, world)
     refuse_batch_norm(config, accelerator, batch_size)
@@ -219,6 +224,9 @@ def run(config: TrainConfig) -> int:
             progress.say(f"step {budget.step}: {scoring.headline(scores, 'val')}")
             state = judge(state, scoring.mean_of(scores, config.best_by) or 0.0)
             save(checkpoints, state, learner, accelerator, is_best=state.stale == 0)
+            drawn = partial(draw_validation, learner.scored, accelerator, data, config.tiles)
+            tracker.show(budget.step, "val/pictures", partial(drawn, config.tracking.pictures))
+            progress.dice = scores.macro.dice
             meter.reset()
         elif budget.step > plan.start // config.step_samples() and config.saves(budget.step):
             save(checkpoints, state, learner, accelerator, is_best=False)
@@ -235,6 +243,9 @@ def run(config: TrainConfig) -> int:
             with accelerator.accumulate(model):
                 image, mask = augment(spec.normalise(batch.image), batch.mask, batch.position)
                 border = augment.border(batch.border, batch.position)
+                if state.step == 0:
+                    drawn = partial(draw_batch, spec, image, mask, config.tracking.pictures)
+                    tracker.show(0, "train/first_batch", drawn)
                 loss, parts = criterion(model(image), mask, border)
                 accelerator.backward(loss)
                 norm = clip_gradients(accelerator, model, config.optim.clip_norm)
@@ -260,7 +271,7 @@ def run(config: TrainConfig) -> int:
         save(checkpoints, state, learner, accelerator, is_best=False)
 
     progress.close()
-    tracker.finish()
+    tracker.finish(checkpoints.folder / "best")
     return conclude(config, budget, state, scores, accelerator)
 
 
@@ -468,6 +479,7 @@ class Meter:
             **dict(zip(self.names, means, strict=True)),
             "train/samples_per_second": steps * global_batch_size / seconds,
             "train/data_wait": self.waited / seconds,
+            "train/memory_gib": memory_used(self.accelerator.device) / 2**30,
             "train/skipped": round(mean_skipped * self.accelerator.num_processes),
         }
         if self.accelerator.scaler is not None:
@@ -476,12 +488,23 @@ class Meter:
         return values
 
 
+def memory_used(device: torch.device) -> int:
+    """The most bytes that were in use so far: on the GPU, or, without one, by this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    # Linux counts in KiB, macOS in bytes.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
 class Progress:
     """What a person sees while a run goes on: a bar on a terminal, else a line now and then."""
 
     def __init__(self, accelerator: Accelerator, budget: Budget) -> None:
         self.speaks, self.budget = accelerator.is_main_process, budget
         self.terminal = sys.stderr.isatty()
+        self.dice: float | None = None
+        """Of the last validation."""
         self.bar = tqdm(
             total=1000,
             initial=round(1000 * budget.progress),
@@ -497,10 +520,13 @@ class Progress:
             f"{values['train/samples_per_second']:.1f} samples/s, "
             f"waited {values['train/data_wait']:.0%}"
         )
+        if self.dice is not None:
+            text += f", dice {self.dice:.4f}"
         self.bar.set_postfix_str(text, refresh=False)
         self.bar.update(round(1000 * self.budget.progress) - self.bar.n)
         if not self.terminal:
-            self.say(f"{self.budget.progress:4.0%}  {text}")
+            left = self.budget.seconds * (1 / max(self.budget.progress, 1e-9) - 1)
+            self.say(f"{self.budget.progress:4.0%}  {text}, {timedelta(seconds=round(left))} left")
 
     def say(self, line: str) -> None:
         """A line that stays."""

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 from accelerate import Accelerator
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pipelines import tracking
 from pipelines.tracking import forget_after, has_wandb_key
@@ -48,10 +50,80 @@ def test_without_a_key_wandb_writes_the_same_numbers_offline_and_a_resume_goes_o
     lines: dict[int, dict[str, Any]] = {}
     for line in metrics(tmp_path):
         lines.setdefault(line["step"], {}).update(line)
-    assert set(lines) == set(history) == {1, 2, 3}
+    assert set(lines) == set(history) - {0} == {1, 2, 3}
+    # The first batch of the run, once, and pictures of each validation.
+    for name, steps in (("train/first_batch", {0: 4}), ("val/pictures", {2: 4, 3: 4})):
+        counts = {step: values.get(f"{name}.count") for step, values in history.items()}
+        assert {step: count for step, count in counts.items() if count} == steps
     for step, line in lines.items():
         for name in set(line) - {"step"}:
             assert history[step][name] == pytest.approx(line[name])
+
+
+def test_the_first_batch_and_validation_can_be_looked_at_without_a_tracker(
+    trained: Path, shards: Path
+) -> None:
+    files = {path.name: Image.open(path) for path in (trained / "pictures").iterdir()}
+    assert files["train-first_batch.png"].size == (32, 4 * 32)
+    # picture, truth, prediction and difference of all four
+    assert files["val-pictures.png"].size == (4 * 48 + 3 * 8, 4 * 48)
+
+
+def test_pictures_can_be_left_out(shards: Path, tiny, call, tmp_path: Path) -> None:
+    flags = ("--steps", 1, "--tracking.pictures", 0, "--tracking.backend", "none")
+    assert call("train", *told(shards, tmp_path, tiny), *flags).code == 0
+    assert not (tmp_path / "pictures").exists()
+
+
+def test_drawing_changes_nothing_of_what_is_learned(
+    shards: Path, tiny, call, metrics, tmp_path: Path
+) -> None:
+    found = []
+    for number in (0, 3):
+        run_dir = tmp_path / str(number)
+        flags = ("--steps", 4, "--eval-every", 2, "--tracking.pictures", number)
+        arguments = told(shards, run_dir, tiny, *flags, "--model.dropout", 0.5)
+        ended = call("train", *arguments, "--tracking.backend", "none", "--optim.ema-decay", 0)
+        assert ended.code == 0, ended.err
+        found.append([line.get("train/loss", line.get("val/dice")) for line in metrics(run_dir)])
+    assert found[0] == found[1]
+
+
+def test_tensorboard_gets_the_same_numbers_and_pictures(
+    shards: Path, tiny, call, metrics, tmp_path: Path
+) -> None:
+    flags = ("--tracking.backend", "tensorboard", "--steps", 2)
+    ended = call("train", *told(shards, tmp_path, tiny)[:-2], *flags)
+    assert ended.code == 0, ended.err
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    for line in metrics(tmp_path):
+        for name in set(line) - {"step"}:
+            values = {event.step: event.value for event in events.Scalars(name)}
+            assert values[line["step"]] == pytest.approx(line[name])
+    assert {"train/first_batch", "val/pictures"} <= {*events.Tags()["images"]}
+
+
+def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_made(
+    shards: Path, tiny, call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tracking, "find_spec", lambda name: None)
+    flags = ("--tracking.backend", "tensorboard")
+    ended = call("train", *told(shards, tmp_path / "run", tiny)[:-2], *flags)
+    assert ended.code == 2
+    assert "pip install 'unet-shards[tensorboard]'" in ended.said
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_best_checkpoint_is_an_artifact_if_that_is_asked_for(
+    shards: Path, tiny, call, tmp_path: Path
+) -> None:
+    ended = call("train", *told(shards, tmp_path, tiny, "--steps", 1, "--tracking.artifact"))
+    assert ended.code == 0, ended.err
+    (run,) = (tmp_path / "wandb").glob("offline-run-*")
+    (artifact,) = (r["artifact"] for r in inspect(run) if r["type"] == "artifact")
+    assert artifact["name"].endswith("-best")
+    saved = {entry["path"] for entry in artifact["manifest"]["contents"]}
+    assert saved >= {"model.safetensors", "config.json", "state.json", "training.pt"}
 
 
 class Broken:
