@@ -83,7 +83,9 @@ def test_metrics_have_the_names_that_are_promised(trained: Path, metrics) -> Non
         assert set(line) == {
             *("step", "train/loss", "train/loss_cross_entropy", "train/loss_dice"),
             *("train/lr", "train/samples_per_second", "train/data_wait", "train/skipped"),
+            "train/memory_gib",
         }
+        assert 0.01 < line["train/memory_gib"] < 100
         assert line["train/skipped"] == 0
         parts = line["train/loss_cross_entropy"] + line["train/loss_dice"]
         assert math.isclose(line["train/loss"], parts, rel_tol=1e-5)
@@ -220,7 +222,7 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(
     assert_equal(parts, whole)
 
     def losses(run_dir: Path) -> list[Values]:
-        timed = ("train/samples_per_second", "train/data_wait")
+        timed = ("train/samples_per_second", "train/data_wait", "train/memory_gib")
         return [{k: v for k, v in line.items() if k not in timed} for line in metrics(run_dir)]
 
     assert losses(parts) == losses(whole)
@@ -596,7 +598,7 @@ def test_a_flipped_byte_is_found_by_verify_shards_alone(
         (("--patience", 0), "patience must be at least 1, got 0"),
         (("--best-by", "accuracy"), "accuracy"),
         (("--model.depth", 0), "depth must be at least 1, got 0"),
-        (("--tracking.backend", "tensorboard"), "tensorboard"),
+        (("--tracking.backend", "mlflow"), "mlflow"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(
