@@ -16,6 +16,7 @@ VERBS = {
     "evaluate": "exact scores of a checkpoint on a split",
     "predict": "masks for a picture, a folder, a list or shards, as shards",
     "export": "a checkpoint -> ONNX or torch.export, checked against it",
+    "report": "one page about a run: curves, scores, the worst and best pictures",
     "demo": "the whole road on sample pictures that it draws itself",
 }
 

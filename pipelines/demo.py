@@ -1,4 +1,4 @@
-"""`unet demo`: draws sample pictures, then packs, trains, evaluates and predicts, as a user would.
+"""`unet demo`: draws sample pictures, then packs, trains, evaluates, predicts, as a user would.
 
 Each step is the command that a user would type, and is shown before it runs.
 """
@@ -31,7 +31,8 @@ class DemoConfig:
     """The whole road on sample pictures: cells on a textured ground.
 
     Draws 60 pictures with masks and 12 without, packs them, trains a small U-Net on all GPUs (on
-    two processes where there is none), evaluates it and predicts the pictures without masks.
+    two processes where there is none), evaluates it, predicts the pictures without masks and makes
+    the report.
     """
 
     out: Path = Path("demo")
@@ -49,7 +50,7 @@ class DemoConfig:
 
 
 def run(config: DemoConfig) -> int:
-    """Draw, pack, train, evaluate, predict; then say where to look."""
+    """Draw, pack, train, evaluate, predict, report; then say where to look."""
     out = config.out
     pictures, shards, run_dir, masks = out / "pictures", out / "shards", out / "run", out / "masks"
     draw_all(pictures, config)
@@ -64,11 +65,13 @@ def run(config: DemoConfig) -> int:
     step("evaluate", words("--checkpoint", run_dir, "--data", shards, "--split", "val"))
     what = words("--checkpoint", run_dir, "--input", pictures / "unseen", "--out", masks)
     step("predict", f"{what} --png --overlay")
+    step("report", words("--run-dir", run_dir))
     scores = json.loads((run_dir / "scores.json").read_text())
     print(
         f"\nDice of the cells on {scores['num_images']} held-back pictures: "
         f"{scores['classes']['cell']['dice']:.4f}"
     )
+    print(f"report:    {run_dir / 'report.html'}")
     print(f"scores:    {run_dir / 'scores.json'}")
     print(f"overlays:  {masks / 'overlay'}")
     print(f"shards:    {masks}")

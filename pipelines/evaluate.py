@@ -18,10 +18,10 @@ from pipelines.devices import start
 from pipelines.gallery import panels, predict_some, side_by_side
 from pipelines.per_image import SCORES_CSV, Floats, ImageCounts, lowest, write_scores
 from shards.images import encode_png
-from shards.index import read_manifest
+from shards.index import Manifest, read_manifest
 from shards.sample import DataError
 from shards.writer import write_atomically, write_json
-from unet import Empty, SurfaceScores, TileConfig, UNet
+from unet import DataSpec, Empty, SurfaceScores, TileConfig, UNet
 
 SURFACE_TOLERANCE = 2.0
 WORST = "worst"
@@ -68,23 +68,14 @@ def run(config: EvaluateConfig) -> int:
     if config.surface and find_spec("scipy") is None:
         raise UsageError("--surface needs SciPy: pip install 'unet-shards[scipy]'")
     manifest = read_manifest(config.data)
-    manifest.split(config.split, config.data)
+    split = manifest.split(config.split, config.data)
     if config.out is None and not isinstance(find_checkpoint(config.checkpoint), Path):
         raise UsageError(
             f"--checkpoint {config.checkpoint} is no folder here: say where scores go with --out"
         )
     loaded = load_model(config.checkpoint)
     out = config.out or Path(config.checkpoint)
-    if loaded.spec.classes != manifest.classes:
-        raise DataError(
-            f"{config.checkpoint} knows the classes {', '.join(loaded.spec.classes)}, "
-            f"{config.data} has {', '.join(manifest.classes) or 'none'}; they must be the same"
-        )
-    if loaded.spec.channels != manifest.image_format.channels:
-        raise DataError(
-            f"{config.checkpoint} was trained on {loaded.spec.channels} pictures, "
-            f"{config.data} holds {manifest.image_format.channels}; they must be the same"
-        )
+    refuse_other_data(config, loaded.spec, manifest)
     # The range of 16-bit pictures is part of what the model has learned.
     manifest = replace(manifest, image_format=loaded.image_format)
     accelerator = start()
@@ -95,7 +86,13 @@ def run(config: EvaluateConfig) -> int:
     if config.surface:
         tolerance = config.surface_tolerance
         surface = SurfaceScores(spec.classes, spec.counted, tolerance).to(accelerator.device)
-    images = ImageCounts(data, config.split, config.batch_size, len(spec.classes), accelerator)
+    images = ImageCounts(
+        tuple(shard.samples for shard in split.shards),
+        len(spec.classes),
+        batch_size=config.batch_size,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+    )
     scores = scoring.score(
         model,
         accelerator,
@@ -107,7 +104,7 @@ def run(config: EvaluateConfig) -> int:
         images=images,
     )
     surface_scores = None if surface is None else surface.scores()
-    rows = images.gather()
+    rows = images.gather(accelerator)
     if rows is not None:
         out.mkdir(parents=True, exist_ok=True)
         # Written last, so that what lies beside it belongs to it.
@@ -116,13 +113,29 @@ def run(config: EvaluateConfig) -> int:
             out / SCORES_CSV, rows, data, config.split, spec.classes, spec.counted, config.empty
         )
         about = {"split": config.split, "checkpoint": loaded.digest, "manifest": manifest.digest}
-        plain = {**about, **scoring.to_plain(scores, surface_scores)}
+        tiles = {name: getattr(config, name) for name in ("tile", "overlap", "tta")}
+        plain = {**about, **tiles, **scoring.to_plain(scores, surface_scores)}
         write_json(out / scoring.SCORES, plain)
         print(scoring.table(scores, surface_scores))
-        print(f"{scores.num_images} pictures of {config.split}: {out / scoring.SCORES}")
+        where = f"{out / scoring.SCORES}, {SCORES_CSV}"
+        print(f"{scores.num_images} pictures of {config.split}: {where}")
         draw_worst(out / WORST, config, model, accelerator, data, dice)
     accelerator.end_training()
     return 0
+
+
+def refuse_other_data(config: EvaluateConfig, spec: DataSpec, manifest: Manifest) -> None:
+    """Raise DataError where a checkpoint is made for other classes or other pictures."""
+    if spec.classes != manifest.classes:
+        raise DataError(
+            f"{config.checkpoint} knows the classes {', '.join(spec.classes)}, "
+            f"{config.data} has {', '.join(manifest.classes) or 'none'}; they must be the same"
+        )
+    if spec.channels != manifest.image_format.channels:
+        raise DataError(
+            f"{config.checkpoint} was trained on {spec.channels} pictures, "
+            f"{config.data} holds {manifest.image_format.channels}; they must be the same"
+        )
 
 
 def draw_worst(

@@ -80,7 +80,7 @@ def run(config: ExportConfig) -> int:
     print(f"{config.out}: {num_bytes / 1e6:,.1f} MB, for pictures of {sides_name(loaded)}")
     print(
         f"Loaded again and run on {sizes}: its logits differ from the model's by at most "
-        f"{difference:.0e} of the largest (allowed: {TOLERANCE:.0e})"
+        f"{difference:.1g} of the largest (allowed: {TOLERANCE:.1g})"
     )
     return 0
 
@@ -233,10 +233,7 @@ def trace(loaded: LoadedModel) -> ExportedProgram:
     )
     with torch.no_grad(), oblivious:
         program = torch.export.export(
-            Exported(loaded),
-            (image,),
-            dynamic_shapes={"image": dims},
-            strict=False,
+            Exported(loaded), (image,), dynamic_shapes={"image": dims}, strict=False
         )
     for node in program.graph.nodes:
         # It names the folders of this machine.
@@ -246,14 +243,15 @@ def trace(loaded: LoadedModel) -> ExportedProgram:
 
 def metadata(loaded: LoadedModel) -> dict[str, Any]:
     """What someone must know who has nothing but the file."""
-    lost = loaded.model.config.margin
+    spec, lost = loaded.spec, loaded.model.config.margin
     return {
-        "image": f"uint8 [batch, {loaded.model.config.in_channels}, height, width], "
-        f"{loaded.spec.channels}, values 0-255 as they are: normalisation is inside",
+        "image": f"uint8 [batch, {len(spec.mean)}, height, width], {spec.channels}, values 0-255 "
+        "as they are: normalisation is inside"
+        + (f"; of 16-bit pictures {spec.image_range} become 0 and 255" if spec.image_range else ""),
         "sides": sides_name(loaded),
         "logits": "float32 [batch, classes, height, width]; a pixel's class is the largest"
         + (f"; {lost} pixels on each side of the image are not covered" if lost else ""),
-        **asdict(loaded.spec),
+        **asdict(spec),
         "model": asdict(loaded.model.config),
         "weights_sha256": loaded.digest,
         "producer": f"unet-shards {version('unet-shards')}",
@@ -339,7 +337,7 @@ def check(loaded: LoadedModel, run_file: RunFile) -> float:
             expected = loaded.model(loaded.spec.normalise(image))
             try:
                 logits = run_file(image)
-            except Exception as error:  # as above
+            except Exception as error:  # runtimes too raise what they like
                 raise RunError(
                     f"the exported file fails at {size_name(size)}: {one_line(error)}; "
                     "nothing is written"

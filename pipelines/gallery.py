@@ -58,7 +58,7 @@ def predict_some(
         ((address,),) = EvalPlan(sizes, 1, position, sum(sizes)).batches(0, 1)
         raw = reader.read(address)
         sample = raw.decode(manifest.image_format, len(manifest.classes))
-        image = torch.from_numpy(sample.image).permute(2, 0, 1)[None].to(accelerator.device)
+        image = torch.tensor(sample.image).permute(2, 0, 1)[None].to(accelerator.device)
         prediction, _ = predict_mask(
             forward, image, tiles, margin=network.margin, multiple=2**network.depth
         )

@@ -42,6 +42,8 @@ from pipelines.network import (
 )
 from pipelines.optim import Learner, OptimConfig, build_learner, learning_rate, set_learning_rate
 from pipelines.pictures import draw_batch, draw_validation
+from pipelines.record import write_environment
+from pipelines.summary import close_run
 from pipelines.tracking import Tracker, TrackingConfig
 from shards.index import Manifest, read_manifest
 from shards.order import LANES, ORDER_VERSION, WINDOW, Order, TrainPlan
@@ -209,6 +211,8 @@ def run(config: TrainConfig) -> int:
         accelerator.end_training()
         return conclude(config, budget, state, None, accelerator)
 
+    if accelerator.is_main_process:
+        write_environment(config.run_dir, accelerator)
     tracker = Tracker(accelerator, config.tracking, config.run_dir, to_plain(config), state)
     state = replace(state, tracking_id=tracker.run_id)
     augment = Augment(config.augment, config.seed)
@@ -612,6 +616,8 @@ def conclude(
                 )
                 print(f"finished at step {state.step}, {state.seconds:.0f} s{why}")
                 print(scoring.table(scores))
+            if scores is not None:
+                print(close_run(config.run_dir, accelerator))
             checkpoint = f"--checkpoint {config.run_dir}"
             print(f"next: unet evaluate {checkpoint} --data {config.data} --split val")
             print(f"      unet predict {checkpoint} --input PICTURES --out MASKS --png --overlay")

@@ -76,10 +76,14 @@ def test_the_whole_road(spawn, tmp_path: Path) -> None:
     process = spawn("demo", "--out", out, "--size", 64, "--steps", 4)
     said, complaint = process.communicate(timeout=240)
     assert process.returncode == 0, complaint
-    for shown in ("$ unet pack", "accelerate launch", "$ unet evaluate", "$ unet predict"):
-        assert shown in said
+    for verb in ("pack", "evaluate", "predict", "report"):
+        assert f"$ unet {verb} " in said
+    assert "accelerate launch" in said
     scores = json.loads((out / "run" / "scores.json").read_text())
     assert f"pictures: {scores['classes']['cell']['dice']:.4f}" in said
+    page = (out / "run" / "report.html").read_text()
+    assert "The best checkpoint on all val pictures" in page
+    assert "From all val pictures" in page
     assert read_manifest(out / "masks").splits["predicted"].samples == UNSEEN
     for kind in ("png", "overlay"):
         pictures = sorted((out / "masks" / kind).iterdir())

@@ -1,5 +1,6 @@
 """Evaluation: the scores that can be worked out by hand, and refusals that say what is there."""
 
+import csv
 import hashlib
 import json
 import shutil
@@ -8,10 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from pipelines import evaluate
+from pipelines import evaluate, per_image
 from pipelines.checkpoint import load_model
+from pipelines.gallery import GAP, IGNORED, WRONG
+from pipelines.per_image import ImageCounts
 from shards.index import read_index
 
 
@@ -69,6 +73,7 @@ def test_the_scores_are_those_worked_out_by_hand(hand, call, tmp_path: Path) -> 
     assert scores["classes"]["background"]["dice"] == 16 / 19
     assert (scores["num_images"], scores["split"]) == (3, "val")
     assert scores["empty_policy"] == "skip"
+    assert (scores["tile"], scores["overlap"], scores["tta"]) == (1024, 0.25, False)
     weights = (checkpoint / "model.safetensors").read_bytes()
     assert scores["checkpoint"] == hashlib.sha256(weights).hexdigest()
     assert scores["manifest"] == hashlib.sha256((data / "index.json").read_bytes()).hexdigest()
@@ -125,6 +130,160 @@ def test_boundaries_are_scored_as_worked_out_by_hand(
     assert header.split()[-3:] == ["HD95", "sDice", "failed"]
 
 
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return [*csv.DictReader(file)]
+
+
+def test_each_picture_has_a_line_as_worked_out_by_hand(hand, call, tmp_path: Path) -> None:
+    checkpoint, data = hand
+    told = ("--checkpoint", checkpoint, "--data", data, "--out", tmp_path / "out", "--workers", 0)
+    ended = call("evaluate", *told)
+    assert ended.code == 0, ended.err
+    assert "scores.csv" in ended.out
+    lines = read_csv(tmp_path / "out" / "scores.csv")
+    order = [read_index(data / "val-000000.tar")[row].key for row in range(3)]
+    assert [line["key"] for line in lines] == order
+    assert {(line["width"], line["height"]) for line in lines} == {("6", "1")}
+    a, b, c = sorted(lines, key=lambda line: line["key"])
+    # The ghost is nowhere; the cell is not in c, whose ignored pixel is the only bright one.
+    assert (float(a["dice/cell"]), float(a["iou/cell"])) == (2 / 4, 1 / 3)
+    assert (float(b["dice/cell"]), float(b["iou/cell"])) == (6 / 7, 3 / 4)
+    assert float(a["dice/background"]) == 4 / 6
+    assert (c["dice/cell"], c["iou/cell"], c["dice"], c["iou"]) == ("", "", "", "")
+    assert {line[f"{score}/ghost"] for line in lines for score in ("dice", "iou")} == {""}
+    # The background counts in no mean.
+    assert [float(line["dice"]) for line in (a, b)] == [2 / 4, 6 / 7]
+
+
+@pytest.mark.parametrize("empty", ["skip", "one", "zero"])
+def test_the_lines_of_the_pictures_add_up_to_the_scores(
+    empty: str, hand, call, tmp_path: Path
+) -> None:
+    checkpoint, data = hand
+    told = ("--checkpoint", checkpoint, "--data", data, "--out", tmp_path / "out", "--workers", 0)
+    assert call("evaluate", *told, "--empty", empty, "--worst", 0).code == 0
+    scores = json.loads((tmp_path / "out" / "scores.json").read_text())
+    lines = read_csv(tmp_path / "out" / "scores.csv")
+    assert len(lines) == scores["num_images"] == 3
+    for score in ("dice", "iou"):
+        means = {}
+        for name, found in scores["classes"].items():
+            of = [float(line[f"{score}/{name}"]) for line in lines if line[f"{score}/{name}"]]
+            means[name] = np.mean(of) if of else None
+            assert means[name] == (
+                None if not of else pytest.approx(found[f"image_{score}"], abs=1e-9)
+            )
+            assert empty != "skip" or len(of) == found["images"]
+        counted = [means[name] for name in scores["counted"] if means[name] is not None]
+        assert np.mean(counted) == pytest.approx(scores["per_image"][score], abs=1e-9)
+
+
+def test_the_worst_pictures_are_drawn_beside_their_truth(hand, call, tmp_path: Path) -> None:
+    checkpoint, data = hand
+    out = tmp_path / "out"
+    told = ("--checkpoint", checkpoint, "--data", data, "--out", out, "--workers", 0)
+    assert call("evaluate", *told).code == 0
+    # Of c nothing can be said.
+    names = sorted(path.name for path in (out / "worst").iterdir())
+    assert names == ["1-0.5000-a.png", "2-0.8571-b.png"]
+    drawn = np.asarray(Image.open(out / "worst" / names[0]))
+    assert drawn.shape == (1, 4 * 6 + 3 * GAP, 3)
+    picture, truth, prediction, difference = (
+        drawn[0, number * (6 + GAP) :][:6].tolist() for number in range(4)
+    )
+    black, red = [0, 0, 0], [255, 51, 51]
+    assert picture == [[200] * 3] * 2 + [black] * 4
+    assert truth == [red, black, black, red, [*IGNORED], black]
+    assert prediction == [red, red, black, black, black, black]
+    bright = [120, 120, 120]
+    assert difference == [bright, [*WRONG], black, [*WRONG], [*IGNORED], black]
+
+
+def test_pictures_of_other_scores_do_not_stay_and_other_files_do(
+    hand, call, tmp_path: Path
+) -> None:
+    checkpoint, data = hand
+    folder = tmp_path / "out" / "worst"
+    folder.mkdir(parents=True)
+    for name in ("8-0.1234-gone.png", "mine.png"):
+        (folder / name).write_bytes(b"")
+    told = ("--checkpoint", checkpoint, "--data", data, "--out", tmp_path / "out", "--workers", 0)
+    assert call("evaluate", *told, "--worst", 1).code == 0
+    assert {path.name for path in folder.iterdir()} == {"1-0.5000-a.png", "mine.png"}
+    assert call("evaluate", *told, "--worst", 0).code == 0
+    assert {path.name for path in folder.iterdir()} == {"mine.png"}
+
+
+def test_a_large_picture_is_drawn_smaller(by_hand, call, tmp_path: Path) -> None:
+    for part in ("images", "masks"):
+        (tmp_path / part).mkdir()
+    picture = np.zeros((40, 2000), np.uint8)
+    picture[:, 500:] = 255
+    Image.merge("RGB", [Image.fromarray(picture)] * 3).save(tmp_path / "images" / "a.png")
+    Image.fromarray(np.roll(picture, 40)).save(tmp_path / "masks" / "a.png")
+    folders = ("--images", tmp_path / "images", "--masks", tmp_path / "masks", "--workers", 1)
+    packed = ("--mask-format", "binary", "--val-fraction", 0, "--out", tmp_path / "data")
+    assert call("pack", *folders, *packed).code == 0
+    told = ("--checkpoint", by_hand(), "--data", tmp_path / "data", "--split", "train")
+    assert call("evaluate", *told, "--out", tmp_path / "out", "--workers", 0).code == 0
+    (drawn,) = (tmp_path / "out" / "worst").iterdir()
+    assert Image.open(drawn).size == (4 * 1000 + 3 * GAP, 20)
+
+
+@pytest.mark.ranks
+def test_every_file_is_the_same_for_any_number_of_ranks(
+    by_hand, shards: Path, launch, call, content, tmp_path: Path
+) -> None:
+    told = ("--checkpoint", by_hand(), "--data", shards, "--worst", 2, "--batch-size", 1)
+    assert call("evaluate", *told, "--out", tmp_path / "1", "--workers", 0).code == 0
+    expected = content(tmp_path / "1")
+    assert {name.partition("/")[0] for name in expected} == {"scores.json", "scores.csv", "worst"}
+    assert len(read_csv(tmp_path / "1" / "scores.csv")) == 4
+    for world in (2, 3):
+        ended = launch(world, "evaluate", *told, "--out", tmp_path / str(world), "--workers", 0)
+        assert ended.code == 0, ended.err
+        assert content(tmp_path / str(world)) == expected
+
+
+class Meeting:
+    """Stands in for the Accelerator of rank 0: knows what all ranks would send, call by call."""
+
+    is_main_process, device = True, torch.device("cpu")
+
+    def __init__(self, everyone: list[ImageCounts]) -> None:
+        self.everyone, self.sent = everyone, 0
+
+    def gather(self, mine: torch.Tensor) -> torch.Tensor:
+        first, self.sent = self.sent, self.sent + len(mine)
+        parts = [counts.rows[first : self.sent].astype(np.int64) for counts in self.everyone]
+        padded = [np.pad(part, ((0, len(mine) - len(part)), (0, 0))) for part in parts]
+        np.testing.assert_array_equal(mine.numpy(), padded[0])
+        return torch.from_numpy(np.concatenate(padded))
+
+
+@pytest.mark.parametrize("most", [2**22, 30])
+@pytest.mark.parametrize("world", [1, 2, 3, 7])
+def test_counts_come_together_in_pieces_as_they_do_at_once(
+    world: int, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(per_image, "MOST_GATHERED", most)
+    given = {"batch_size": 2, "world": world}
+    everyone = [ImageCounts((5, 1, 7), 2, rank=rank, **given) for rank in range(world)]
+    mask = torch.zeros(1, 3, 4, dtype=torch.uint8)
+    for counts in everyone:
+        first, last = counts.first, counts.first + len(counts.rows)
+        for position in range(first, last):
+            prediction = torch.zeros_like(mask)
+            prediction.view(-1)[: position % 12] = 1
+            counts.update(prediction, mask, torch.tensor([position]))
+    whole = everyone[0].gather(Meeting(everyone))
+    wrong = np.arange(13) % 12
+    expected = np.stack([0 * wrong + 4, 0 * wrong + 3, 12 - wrong, 0 * wrong, 0 * wrong,
+                         wrong, wrong, 0 * wrong], axis=1)  # fmt: skip
+    np.testing.assert_array_equal(whole, expected)
+
+
 def test_boundaries_cost_nothing_and_are_nowhere_unless_asked_for(
     hand, call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -156,6 +315,7 @@ def test_boundaries_without_scipy_are_refused_before_any_work(
         (("--surface", "--surface-tolerance", -1), "--surface-tolerance -1.0 is no number from 0"),
         (("--surface", "--surface-tolerance", "nan"), "--surface-tolerance nan is no number"),
         (("--empty", "two"), "--empty"),
+        (("--worst", -1), "--worst -1 is no number of pictures"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(given: tuple, said: str, call) -> None:
