@@ -72,9 +72,15 @@ class Page(HTMLParser):
 
 @pytest.fixture
 def run_dir(trained: Path, tmp_path: Path) -> Path:
-    """A finished run of six steps, validated after 3 and 6."""
-    shutil.copytree(trained, tmp_path / "run", symlinks=True)
-    return tmp_path / "run"
+    """A finished run of six steps, validated after 3 and 6, without what it made of itself."""
+    made = shutil.ignore_patterns("report.html", "environment.json")
+    return shutil.copytree(trained, tmp_path / "run", symlinks=True, ignore=made)
+
+
+def test_a_run_ends_with_its_report(trained: Path) -> None:
+    assert Page((trained / "report.html").read_text()).pictures == 16
+    written = json.loads((trained / "environment.json").read_text())
+    assert (written["ranks"], written["device"]) == (1, "cpu")
 
 
 @pytest.fixture
