@@ -38,7 +38,8 @@ class TileConfig:
     overlap: float = 0.25
     """Share of a tile that the next one covers again. Tiles of valid convolutions need none."""
     batch_size: int = 4
-    """Pictures of one size, or tiles of one picture, that a forward pass sees at once."""
+    """Pictures of one size, or tiles of them, that a forward pass sees at once. On a CPU 1 is as
+    fast as any other number, and takes the least memory."""
     tta: bool = False
     """Average the probabilities of each tile and its mirror images, left-right, up-down and both:
     four times the work."""
@@ -173,13 +174,24 @@ class Cut:
         """The pixels that no tile after tile `i` reaches, but all before it left to it."""
         return slice(self.starts[i], self.starts[i + 1] if i + 1 < len(self) else self.length)
 
+    def shared(self, i: int) -> int:
+        """How many pixels of tile `i` the next one covers again."""
+        return self.starts[i] + self.side - self.finished(i).stop
+
+    def first(self, i: int) -> int:
+        """The first pixel of tile `i`, its margin included: below 0 it lies beyond the border."""
+        return self.starts[i] - self.margin
+
+    def reaches_beyond(self, i: int) -> bool:
+        """Whether tile `i` with its margins sees more than the picture."""
+        return self.first(i) < 0 or self.first(i) + self.side > self.length
+
     def pixels(self, i: int, device: torch.device) -> Tensor:
         """int64 [side]: the pixels of tile `i` and its margins, mirrored beyond the borders.
 
         The border pixel itself is not repeated; a side of one pixel is.
         """
-        first = self.starts[i] - self.margin
-        index = torch.arange(first, first + self.side, device=device)
+        index = torch.arange(self.first(i), self.first(i) + self.side, device=device)
         index %= max(1, 2 * (self.length - 1))
         return torch.minimum(index, 2 * (self.length - 1) - index)
 
@@ -219,10 +231,10 @@ def cut_exactly(length: int, tile: int, margin: int, multiple: int) -> Cut:
 
 def read_tile(image: Tensor, rows: Cut, columns: Cut, i: int, j: int) -> Tensor:
     """Tile [C, rows.side, columns.side] in row `i` and column `j` of a picture [C, H, W]."""
-    if rows.margin:
+    if rows.reaches_beyond(i) or columns.reaches_beyond(j):
         row, column = rows.pixels(i, image.device), columns.pixels(j, image.device)
         return image[:, row[:, None], column]
-    top, left = rows.starts[i], columns.starts[j]
+    top, left = rows.first(i), columns.first(j)
     return image[:, top : top + rows.side, left : left + columns.side]
 
 
@@ -244,12 +256,11 @@ class Blend:
         Tiles come from left to right, then downwards. Then those of its rows and columns that are
         finished hold the averages; the others are taken along for the tiles that follow.
         """
-        if self.row_weights.device != probability.device:
+        if len(self.below) == 0:
             self.row_weights = self.row_weights.to(probability.device)
             self.column_weights = self.column_weights.to(probability.device)
-        if i == j == 0:
             # Uneven steps differ by a pixel, and so do the bands that they leave.
-            deepest = max(self.remaining(self.rows, i) for i in range(len(self.rows)))
+            deepest = max(self.rows.shared(row) for row in range(len(self.rows)))
             self.below = probability.new_empty(len(probability), deepest, self.columns.length)
         probability *= torch.outer(self.row_weights[i], self.column_weights[j])
         if j > 0:
@@ -259,15 +270,10 @@ class Blend:
         self.right = probability[:, :, width:].clone()
         done = probability[:, :, :width]
         if i > 0:
-            above = self.remaining(self.rows, i - 1)
+            above = self.rows.shared(i - 1)
             done[:, :above] += self.below[:, :above, right]
-        below = self.remaining(self.rows, i)
+        below = self.rows.shared(i)
         self.below[:, :below, right] = done[:, self.rows.side - below :]
-
-    @staticmethod
-    def remaining(cut: Cut, i: int) -> int:
-        """Pixels of tile `i` that the next one covers again."""
-        return cut.starts[i] + cut.side - cut.finished(i).stop
 
 
 def blending_weights(cut: Cut) -> Tensor:

@@ -10,7 +10,8 @@ import pytest
 
 SLEEPERS = """
 from pipelines.parallel import run_all
-piece = "import time; print('up', flush=True); time.sleep(600)"
+# `up` and a line's end in one write: two processes share the pipe.
+piece = "import os, time; os.write(1, bytes([117, 112, 10])); time.sleep(600)"
 list(run_all(exec, [piece] * 2, 2, remote={remote}))
 """
 

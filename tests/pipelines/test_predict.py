@@ -4,9 +4,13 @@ import io
 import json
 import multiprocessing
 import os
+import platform
 import shutil
 import signal
+import subprocess
+import sys
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +18,28 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipelines import predict
 from shards.index import read_manifest
 from shards.order import Address
 from shards.reader import ShardReader
+from unet import UNet
 
 
 @pytest.fixture(scope="module")
 def bright(by_hand) -> Path:
     """A model that finds what is above 127 in the red channel."""
     return by_hand()
+
+
+@pytest.fixture(scope="module")
+def valid(bright: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same of valid convolutions: it sees 8 pixels more on each side than it predicts."""
+    found = UNet.from_pretrained(bright)
+    model = UNet(replace(found.config, padding="valid"), found.spec)
+    model.load_state_dict(found.state_dict())
+    folder = tmp_path_factory.mktemp("valid") / "checkpoint"
+    model.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +111,84 @@ def test_tiles_join_without_a_seam(bright: Path, pictures: Path, call, tmp_path:
     assert call("predict", *told(bright, pictures, tmp_path, *more)).code == 0
     for source, (mask, _) in results(tmp_path).items():
         np.testing.assert_array_equal(mask, upright(pictures / source)[..., 0] > 127)
+
+
+def test_a_network_of_valid_convolutions_gives_masks_that_lie_on_the_pictures(
+    valid: Path, pictures: Path, call, tmp_path: Path
+) -> None:
+    more = ("--tile", 48, "--batch-size", 3)
+    assert call("predict", *told(valid, pictures, tmp_path, *more)).code == 0
+    found = results(tmp_path)
+    assert len(found) == 11
+    for source, (mask, _) in found.items():
+        np.testing.assert_array_equal(mask, upright(pictures / source)[..., 0] > 127)
+
+
+def test_evaluation_counts_the_masks_that_are_predicted(
+    valid: Path, shards: Path, cells: Path, call, tmp_path: Path
+) -> None:
+    tiles = ("--tile", 40, "--batch-size", 3)
+    given = ("--checkpoint", valid, "--data", shards, "--split", "val", "--out", tmp_path / "s")
+    assert call("evaluate", *given, "--workers", 0, *tiles).code == 0
+    scores = json.loads((tmp_path / "s" / "scores.json").read_text())
+    assert call("predict", *told(valid, shards, tmp_path / "m", *tiles)).code == 0
+    found = results(tmp_path / "m")
+    expected = {"tp": 0, "fp": 0, "fn": 0}
+    for name in (f"p{number:03d}.png" for number in range(scores["num_images"])):
+        mask, true = found[name][0] == 1, np.asarray(Image.open(cells / "masks" / name)) > 0
+        expected["tp"] += int((mask & true).sum())
+        expected["fp"] += int((mask & ~true).sum())
+        expected["fn"] += int((~mask & true).sum())
+    assert {name: scores["classes"]["foreground"][name] for name in expected} == expected
+
+
+def test_mirrors_are_averaged(trained: Path, pictures: Path, call, tmp_path: Path) -> None:
+    for name, more in (("plain", ()), ("tta", ("--tta",))):
+        assert call("predict", *told(trained, pictures, tmp_path / name, *more)).code == 0
+    turned = tmp_path / "turned"
+    for path in pictures.rglob("p*.png"):
+        (turned / path.parent.relative_to(pictures)).mkdir(parents=True, exist_ok=True)
+        image = Image.open(path).transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        image.save(turned / path.relative_to(pictures))
+    assert call("predict", *told(trained, turned, tmp_path / "back", "--tta")).code == 0
+    tta, back = results(tmp_path / "tta"), results(tmp_path / "back")
+    assert len(back) == 8
+    for source, (mask, info) in back.items():
+        # Two classes may be as likely as each other but for rounding.
+        assert (mask[:, ::-1] != tta[source][0]).mean() < 0.01
+        assert info["confidence"] == pytest.approx(tta[source][1]["confidence"], abs=1e-5)
+    plain = results(tmp_path / "plain")
+    assert any(
+        info["confidence"] != plain[source][1]["confidence"] for source, (_, info) in tta.items()
+    )
+
+
+FAULTS = """
+import resource, torch
+from pipelines.predict import hold_memory
+hold_memory()
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(2**24).add(1)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(*(faults() for _ in range(5)))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="elsewhere it does nothing")
+def test_memory_of_one_forward_pass_serves_the_next() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True
+    )
+    first, *_, last = map(int, done.stdout.split())
+    # 128 MiB are 32,768 pages, unless those are huge
+    assert last < first / 10
+
+
+def test_pixels_are_counted_in_parts() -> None:
+    mask = np.random.default_rng(0).integers(0, 12, (1500, 1501)).astype(np.uint8)
+    counts = predict.count_pixels(mask, 13)
+    assert counts.tolist() == [int((mask == value).sum()) for value in range(13)]
 
 
 def test_the_manifest_counts_what_was_predicted(
@@ -275,6 +370,7 @@ def test_a_kill_at_any_rename_leaves_nothing_behind(
         (("--tile", 512), "tile = 1024, now it is 512"),
         (("--overlap", 0.5), "overlap = 0.25, now it is 0.5"),
         (("--batch-size", 1), "batch_size = 4, now it is 1"),
+        (("--tta",), "tta = False, now it is True"),
         (("--png",), "png = False, now it is True"),
     ],
 )
