@@ -171,7 +171,7 @@ def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.ones(2**24).add(1)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-print(*(faults() for _ in range(5)))
+print(*(faults() for _ in range(20)))
 """
 
 
@@ -180,9 +180,10 @@ def test_memory_of_one_forward_pass_serves_the_next() -> None:
     done = subprocess.run(
         [sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True
     )
-    first, *_, last = map(int, done.stdout.split())
-    # 128 MiB are 32,768 pages, unless those are huge
-    assert last < first / 10
+    first, *later = map(int, done.stdout.split())
+    # 128 MiB are 32,768 pages, unless those are huge. A block taken from the middle of what is
+    # kept leaves too little beside it, so that the heap grows once or twice more.
+    assert sum(later) < len(later) * first / 4
 
 
 def test_pixels_are_counted_in_parts() -> None:
