@@ -1,6 +1,8 @@
 """Starting on devices: one Accelerator, the precision, and the proof that all ranks are one job."""
 
+import ctypes
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,13 +11,18 @@ from accelerate import Accelerator
 
 from pipelines.config import UsageError
 
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+"""Parameters of mallopt, from malloc.h."""
+
 
 def start(
     accumulate: int = 1, *, trackers: Sequence[str] = (), project_dir: Path | None = None
 ) -> Accelerator:
     """The Accelerator of this process.
 
-    Process count and precision are the launcher's; without one, a GPU that has bf16 uses it.
+    Process count and precision are the launcher's; without one, a GPU that has bf16 uses it. A
+    process that computes on a CPU keeps the memory that it frees.
+
     Raises UsageError where processes were started that do not know of each other.
     """
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ
@@ -32,4 +39,18 @@ def start(
             f"{world} processes were launched but each runs alone, {world} jobs side by side; "
             "without GPUs set ACCELERATE_USE_CPU=true before accelerate launch --multi_gpu"
         )
+    if accelerator.device.type == "cpu":
+        hold_memory()
     return accelerator
+
+
+def hold_memory() -> None:
+    """Let this process keep what it frees, for what it allocates next (mallopt(3)).
+
+    glibc gives large blocks back to the system at once and takes them anew, page by page, for each
+    layer of each pass: on a CPU a sixth of a training step, half of some predictions. Elsewhere
+    nothing happens.
+    """
+    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, -1)

@@ -8,7 +8,6 @@ that exists is finished, and that is the only state: no rank waits for another, 
 finds all shards there writes the manifest. OUT/job.json says first what the job is.
 """
 
-import ctypes
 import json
 import shutil
 import sys
@@ -54,9 +53,6 @@ from unet import DataSpec, TileConfig, predict_mask
 WORK_DIR = ".predict"
 ENCODERS = 2
 """Threads that turn masks into PNG beside the device."""
-
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-"""Parameters of mallopt, from malloc.h."""
 
 Predict = Callable[[Sequence[Tensor]], tuple[Tensor, Tensor]]
 """Pictures uint8 [C, H, W] of one size -> masks uint8 [B, H, W] and mean confidence [B]."""
@@ -139,8 +135,6 @@ def run(config: PredictConfig) -> int:
     ]
     speaks = accelerator.is_main_process
     if not (config.out / MANIFEST).exists():
-        if accelerator.device.type == "cpu":
-            hold_memory()
         model = loaded.model.to(accelerator.device)
         workers = default_workers(accelerator) if config.workers is None else config.workers
         predict = partial(
@@ -158,17 +152,6 @@ def run(config: PredictConfig) -> int:
         shutil.rmtree(config.out / WORK_DIR, ignore_errors=True)
     accelerator.end_training()
     return conclude(config, alone=accelerator.num_processes == 1, speaks=speaks)
-
-
-def hold_memory() -> None:
-    """Let this process keep what it frees, for what it allocates next (mallopt(3)).
-
-    glibc gives large blocks back to the system at once and takes them anew, page by page, for each
-    layer of each forward pass: on a CPU up to half of the time. Elsewhere nothing happens.
-    """
-    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def shard_name(number: int) -> str:
