@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch.amp.grad_scaler import GradScaler
 
 from pipelines.config import RunError, UsageError
@@ -68,9 +69,35 @@ class Checkpoints:
     def save(
         self, state: TrainState, learner: Learner, scaler: GradScaler | None, *, is_best: bool
     ) -> None:
-        """Write one checkpoint and point `last`, and `best`, at it. Old ones go only afterwards."""
+        """Write one checkpoint and point `last`, and `best`, at it. Old ones go only afterwards.
+
+        Raises RunError where it cannot be written; the one before is as it was.
+        """
         final = self.folder / f"step-{state.step:08d}"
         temporary = final.with_name(f".{final.name}.tmp")
+        try:
+            self.write(final, temporary, state, learner, scaler)
+            for name in ("last", "best") if is_best else ("last",):
+                point(self.folder / name, final.name)
+        # torch says RuntimeError of a full disk, and not that it is full.
+        except (OSError, RuntimeError, SafetensorError) as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            free = shutil.disk_usage(self.folder).free / 2**20
+            raise RunError(
+                f"{final} cannot be written ({error}); {free:,.0f} MiB are free there: make room, "
+                "and the same command goes on from the checkpoint before"
+            ) from error
+        self.prune()
+
+    def write(
+        self,
+        final: Path,
+        temporary: Path,
+        state: TrainState,
+        learner: Learner,
+        scaler: GradScaler | None,
+    ) -> None:
+        """Write a checkpoint aside and rename it when all its bytes are on the disk."""
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         learner.scored.save_pretrained(temporary)
@@ -85,9 +112,6 @@ class Checkpoints:
             shutil.rmtree(temporary)
         else:
             temporary.rename(final)
-        for name in ("last", "best") if is_best else ("last",):
-            point(self.folder / name, final.name)
-        self.prune()
 
     def prune(self) -> None:
         """Remove all but the newest, those kept for good, and what `last` and `best` point at."""
@@ -237,9 +261,14 @@ class RunLock:
     """One run at a time in a run folder; the lock dies with its process."""
 
     def __init__(self, run_dir: Path) -> None:
-        """Raises RunError where another process holds it."""
-        run_dir.mkdir(parents=True, exist_ok=True)
-        self.file = (run_dir / ".lock").open("w")
+        """Raises RunError where another process holds it, or where nothing can be written."""
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            self.file = (run_dir / ".lock").open("w")
+        except OSError as error:
+            raise RunError(
+                f"--run-dir {run_dir} cannot be written to: {error.strerror}; choose another"
+            ) from error
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

@@ -63,8 +63,28 @@ def run_command(
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         return complain(verb, f"{where}{error.strerror or error}", REFUSED)
+    except RuntimeError as error:
+        if not is_lost_rank(error):
+            raise
+        what = " ".join(str(error).split())[:200]
+        return complain(
+            verb,
+            f"another rank has ended, or cannot be reached ({what}): what it said last is the "
+            "cause; then give the same command again",
+            REFUSED,
+        )
     except KeyboardInterrupt:
         return complain(verb, "stopped; the same command goes on", 130)
+
+
+def is_lost_rank(error: RuntimeError) -> bool:
+    """Whether a collective failed because another rank has ended or cannot be reached.
+
+    NCCL and the store raise torch's DistError; Gloo, inside autograd, a plain RuntimeError.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    lost = distributed is not None and isinstance(error, distributed.DistError)
+    return lost or "gloo" in str(error)
 
 
 def own_words(error: Exception) -> str:

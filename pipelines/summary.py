@@ -23,7 +23,7 @@ from pipelines.page import (
     Table,
     render,
 )
-from pipelines.record import CONFIG, Record, number, read_record, write_environment
+from pipelines.record import CONFIG, Record, number, read_record
 from shards.sample import Palette
 from shards.writer import write_atomically
 
@@ -39,11 +39,10 @@ logger = logging.getLogger(__name__)
 def close_run(run_dir: Path, accelerator: Accelerator) -> str:
     """Make the report at the end of a run, on its main process alone; a line that says where it is.
 
-    Writes down first what the run ran on. The other ranks may have ended: nobody is waited for.
-    RUN/state.json should be there. A report that fails is told in the line and ends nothing.
+    The other ranks may have ended: nobody is waited for. RUN/state.json should be there. A report
+    that fails is told in the line and ends nothing.
     """
     try:
-        write_environment(run_dir, accelerator)
         return f"report: {write_report(run_dir, accelerator)}"
     except Exception as error:  # whatever it is: the run itself is done
         logger.debug("no report", exc_info=True)

@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from PIL import Image
 
 from pipelines.checkpoint import TrainState
+from pipelines.config import RunError
 from shards.images import encode_png
 from shards.writer import write_atomically
 
@@ -99,8 +100,14 @@ class Tracker:
         """Numbers of a step: a line of metrics.jsonl, and the tracker's curves."""
         if not self.accelerator.is_main_process:
             return
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        try:
+            with self.path.open("a") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+        except OSError as error:
+            raise RunError(
+                f"{self.path} cannot be written ({error.strerror}); mend that, and the same "
+                "command goes on from the last checkpoint"
+            ) from error
         known = {name: value for name, value in values.items() if value is not None}
         self.attempt(lambda: self.accelerator.log(known, step=step))
 
@@ -113,8 +120,11 @@ class Tracker:
             return
         drawn = [*draw()]
         sheet, file = stacked(drawn), f"{name.replace('/', '-')}.png"
-        self.pictures.mkdir(exist_ok=True)
-        write_atomically(self.pictures / file, encode_png(sheet), durable=False)
+        try:
+            self.pictures.mkdir(exist_ok=True)
+            write_atomically(self.pictures / file, encode_png(sheet), durable=False)
+        except OSError as error:
+            logger.warning("%s was not written, training goes on: %s", self.pictures / file, error)
         if self.config.backend == "wandb":
             self.attempt(lambda: self.log_images({name: drawn}, step))
         elif self.alive:

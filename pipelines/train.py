@@ -606,21 +606,19 @@ def conclude(
         )
         if not finished:
             print(f"interrupted at step {state.step}, checkpoint saved; the same command goes on")
+        elif scores is None:
+            print(f"{config.run_dir} had finished at step {state.step}")
+            print("to train on, raise its --steps, --epochs or --minutes")
         else:
-            if scores is None:
-                print(f"{config.run_dir} had finished at step {state.step}")
-                print("to train on, raise its --steps, --epochs or --minutes")
-            else:
-                why = (
-                    f", no better for {state.stale} validations" if given_up(config, state) else ""
-                )
-                print(f"finished at step {state.step}, {state.seconds:.0f} s{why}")
-                print(scoring.table(scores))
-            if scores is not None:
-                print(close_run(config.run_dir, accelerator))
+            why = f", no better for {state.stale} validations" if given_up(config, state) else ""
+            print(f"finished at step {state.step}, {state.seconds:.0f} s{why}")
+            print(scoring.table(scores))
+            print(close_run(config.run_dir, accelerator))
+        if finished:
             checkpoint = f"--checkpoint {config.run_dir}"
             print(f"next: unet evaluate {checkpoint} --data {config.data} --split val")
             print(f"      unet predict {checkpoint} --input PICTURES --out MASKS --png --overlay")
+            print(f"      unet export {checkpoint} --format onnx --out model.onnx")
     if budget.interrupted and accelerator.num_processes == 1:
         return INTERRUPTED
     return 0

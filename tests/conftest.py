@@ -126,10 +126,12 @@ def spawn() -> Callable[..., subprocess.Popen[str]]:
 
 
 @pytest.fixture(scope="session")
-def launch() -> Callable[..., Ended]:
-    """`accelerate launch` of a verb on several CPU ranks."""
+def spawn_ranks() -> Callable[..., subprocess.Popen[str]]:
+    """`accelerate launch` of a verb on several CPU ranks, not waited for; a process group."""
 
-    def run(ranks: int, verb: str, *arguments: object, use_cpu: bool = True) -> Ended:
+    def start(
+        ranks: int, verb: str, *arguments: object, use_cpu: bool = True
+    ) -> subprocess.Popen[str]:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -139,11 +141,27 @@ def launch() -> Callable[..., Ended]:
             *("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", port),
             *("-m", f"pipelines.{verb}", *arguments),
         ]
-        environment = {**os.environ, **({"ACCELERATE_USE_CPU": "true"} if use_cpu else {})}
-        ended = subprocess.run(
-            plain(command), cwd=REPO, env=environment, capture_output=True, text=True, timeout=200
+        return subprocess.Popen(
+            plain(command),
+            cwd=REPO,
+            env={**os.environ, **({"ACCELERATE_USE_CPU": "true"} if use_cpu else {})},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
         )
-        return Ended(ended.returncode, ended.stdout, ended.stderr)
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def launch(spawn_ranks: Callable[..., subprocess.Popen[str]]) -> Callable[..., Ended]:
+    """`accelerate launch` of a verb on several CPU ranks, to its end."""
+
+    def run(*arguments: Any, **named: Any) -> Ended:
+        process = spawn_ranks(*arguments, **named)
+        out, err = process.communicate(timeout=200)
+        return Ended(process.returncode, out, err)
 
     return run
 

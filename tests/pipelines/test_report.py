@@ -575,6 +575,7 @@ class Alone:
 
 
 def test_at_the_end_of_a_run_the_main_process_reports_alone(run_dir: Path) -> None:
+    record.write_environment(run_dir, Alone())
     line = summary.close_run(run_dir, Alone())
     assert line == f"report: {run_dir / 'report.html'}"
     made = Page((run_dir / "report.html").read_text())

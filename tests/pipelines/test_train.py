@@ -3,10 +3,13 @@
 import json
 import math
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ import yaml
 
 from pipelines import budget, scoring
 from pipelines.budget import Budget
+from pipelines.config import parse
 from shards.index import read_index, read_manifest
 from shards.reader import ShardReader
 from unet import SegmentationLoss, UNet
@@ -108,6 +112,23 @@ def test_the_run_folder_says_what_the_run_was_and_how_it_ended(trained: Path) ->
     assert config["model"]["base_channels"] == 2
     state = json.loads((trained / "state.json").read_text())
     assert (state["finished"], state["step"], state["go_on"]) == (True, 6, None)
+
+
+def test_a_run_ends_with_the_scores_of_each_class_and_three_commands_that_are_right(
+    shards: Path, tiny, call, tmp_path: Path
+) -> None:
+    ended = call("train", *told(shards, tmp_path, tiny, "--steps", 1))
+    assert ended.code == 0
+    for name in ("background", "foreground", "macro", "per image"):
+        assert re.search(rf"^{name} +[01]\.\d{{4}}", ended.out, re.MULTILINE)
+    commands = [line for line in ended.out.splitlines() if "unet " in line]
+    assert len(commands) == 3
+    for command, then in zip(commands, ("evaluate", "predict", "export"), strict=True):
+        _, verb, *arguments = shlex.split(command.removeprefix("next:"))
+        assert verb == then
+        module = import_module(f"pipelines.{verb}")
+        config = parse(getattr(module, f"{verb.capitalize()}Config"), arguments, verb)
+        assert config.checkpoint == str(tmp_path)
 
 
 def test_the_written_configuration_gives_the_same_run_again(
