@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 Padding = Literal["same", "valid"]
@@ -17,6 +18,20 @@ Upsampling = Literal["transpose", "bilinear"]
 
 GROUP_CHANNELS = 8
 """Channels that group norm averages together, or the next number that divides the layer."""
+
+
+class InstanceNorm(nn.InstanceNorm2d):
+    """torch's, on CPUs computed as the group norm of groups of one channel: ten times as fast.
+
+    On GPUs autocast would do a group norm in float32, at twice the memory; in channels_last torch's
+    kernel subtracts squares of means, and loses digits.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[B, C, H, W] -> the same shape."""
+        if input.device.type != "cpu" or not input.is_contiguous():
+            return super().forward(input)
+        return F.group_norm(input, self.num_features, self.weight, self.bias, self.eps)
 
 
 def make_norm(norm: Norm, channels: int) -> nn.Module:
@@ -33,7 +48,7 @@ def make_norm(norm: Norm, channels: int) -> nn.Module:
         case "batch":
             return nn.BatchNorm2d(channels)
         case "instance":
-            return nn.InstanceNorm2d(channels, affine=True)
+            return InstanceNorm(channels, affine=True)
         case "none":
             return nn.Identity()
 

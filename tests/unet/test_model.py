@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from unet import PRESETS, DataSpec, UNet, UNetConfig, valid_input
+from unet.blocks import make_norm
 
 SPEC = DataSpec(
     classes=("background", "cell"),
@@ -144,6 +145,25 @@ def test_valid_networks_take_every_valid_size(config, height, width):
     with torch.inference_mode():
         logits = model(torch.randn(1, config["in_channels"], *sides))
     assert [*logits.shape[-2:]] == [side - 2 * model.config.margin for side in sides]
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_instance_norm_is_torchs(channels_last):
+    ours, theirs = make_norm("instance", 6), nn.InstanceNorm2d(6, affine=True)
+    with torch.no_grad():
+        ours.weight.uniform_(0.5, 2)
+        ours.bias.uniform_(-1, 1)
+    theirs.load_state_dict(ours.state_dict())
+    image = torch.randn(3, 6, 17, 20) * torch.rand(3, 6, 1, 1) + torch.randn(3, 6, 1, 1)
+    gradient, found = torch.randn(3, 6, 17, 20), []
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    for norm in (ours, theirs):
+        x = image.clone(memory_format=layout).requires_grad_()
+        y = norm(x)
+        y.backward(gradient)
+        found.append((y, x.grad, norm.weight.grad, norm.bias.grad))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["modern", "small"])
