@@ -1,28 +1,36 @@
-"""`unet evaluate`: exact scores of a checkpoint on a split, for any number of ranks."""
+"""`unet evaluate`: exact scores of a checkpoint, or of predictions, for any number of ranks."""
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from math import isfinite
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 
 from pipelines import scoring
-from pipelines.checkpoint import find_checkpoint, load_model
+from pipelines.checkpoint import LoadedModel, find_checkpoint, load_model
 from pipelines.config import UsageError, run_command
+from pipelines.counting import count_split
 from pipelines.dataset import DataConfig, DataSet, open_data, split_in_use
 from pipelines.devices import start
-from pipelines.gallery import panels, predict_some, side_by_side
+from pipelines.gallery import Predicted, panels, predict_some, side_by_side
 from pipelines.per_image import SCORES_CSV, Floats, ImageCounts, lowest, write_scores
+from pipelines.predictions import open_predictions
 from shards.images import encode_png
 from shards.index import Manifest, read_manifest
-from shards.sample import DataError
+from shards.sample import DataError, Palette
+from shards.store import is_url
 from shards.writer import write_atomically, write_json
-from unet import DataSpec, Empty, SurfaceScores, TileConfig, UNet
+from unet import DataSpec, Empty, Scores, SurfaceScores, TileConfig
+from unet.model import counted_classes
 
+TILES = ("tile", "overlap", "tta")
+"""How pictures are predicted; scores.json says it."""
 SURFACE_TOLERANCE = 2.0
 WORST = "worst"
 """Folder of the worst pictures, beside the scores."""
@@ -32,14 +40,17 @@ WORST_SIDE = 1000
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(DataConfig, TileConfig):
-    """Score a checkpoint on every picture of a split, at its own size."""
+    """Score a checkpoint, or masks that were predicted, on every picture of a split."""
 
-    checkpoint: str
+    checkpoint: str | None = None
     """Run folder (its best, else last, checkpoint), checkpoint folder or hub id."""
+    predictions: str | None = None
+    """Instead of a checkpoint: what unet predict wrote, a folder or a URL. Masks are found by the
+    keys of the pictures."""
     split: str = "val"
     """Split to score on."""
     out: Path | None = None
-    """Folder for scores.json, scores.csv and worst; left out: the run or checkpoint folder."""
+    """Folder for scores.json, scores.csv and worst; left out: the folder that is scored."""
     worst: int = 8
     """Pictures with the lowest Dice to draw into OUT/worst: picture, truth, prediction and their
     difference, side by side. 0: none."""
@@ -55,6 +66,12 @@ class EvaluateConfig(DataConfig, TileConfig):
     def __post_init__(self) -> None:
         DataConfig.__post_init__(self)
         TileConfig.__post_init__(self)
+        if (self.checkpoint is None) == (self.predictions is None):
+            raise ValueError("give either --checkpoint or --predictions")
+        if self.predictions is not None:
+            for name in TILES:
+                if getattr(self, name) != getattr(TileConfig(), name):
+                    raise ValueError(f"--{name} is for a --checkpoint; --predictions are made")
         if self.worst < 0:
             raise ValueError(f"--worst {self.worst} is no number of pictures")
         if not (isfinite(self.surface_tolerance) and self.surface_tolerance >= 0):
@@ -69,30 +86,84 @@ def run(config: EvaluateConfig) -> int:
         raise UsageError("--surface needs SciPy: pip install 'unet-shards[scipy]'")
     manifest = read_manifest(config.data)
     split = manifest.split(config.split, config.data)
-    if config.out is None and not isinstance(find_checkpoint(config.checkpoint), Path):
-        raise UsageError(
-            f"--checkpoint {config.checkpoint} is no folder here: say where scores go with --out"
-        )
-    loaded = load_model(config.checkpoint)
-    out = config.out or Path(config.checkpoint)
-    refuse_other_data(config, loaded.spec, manifest)
-    # The range of 16-bit pictures is part of what the model has learned.
-    manifest = replace(manifest, image_format=loaded.image_format)
+    out = folder_of(config)
+    loaded = None
+    if config.checkpoint is not None:
+        loaded = load_model(config.checkpoint)
+        refuse_other_data(config, loaded.spec, manifest)
+        # The range of 16-bit pictures is part of what the model has learned.
+        manifest = replace(manifest, image_format=loaded.image_format)
     accelerator = start()
-    model = loaded.model.to(accelerator.device)
     in_use = split_in_use(manifest, config.split)
     data = open_data(config, manifest, [config.split], accelerator, in_use, "raise it")
-    spec, surface = loaded.spec, None
+    counted, surface = counted_classes(manifest.classes), None
     if config.surface:
         tolerance = config.surface_tolerance
-        surface = SurfaceScores(spec.classes, spec.counted, tolerance).to(accelerator.device)
+        surface = SurfaceScores(manifest.classes, counted, tolerance).to(accelerator.device)
     images = ImageCounts(
         tuple(shard.samples for shard in split.shards),
-        len(spec.classes),
+        len(manifest.classes),
         batch_size=config.batch_size,
         rank=accelerator.process_index,
         world=accelerator.num_processes,
     )
+    if loaded is not None:
+        scored = score_model(config, loaded, accelerator, data, surface, images)
+    else:
+        scored = score_predictions(config, accelerator, data, surface, images)
+    surface_scores = None if surface is None else surface.scores()
+    rows = images.gather(accelerator)
+    if rows is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        # Written last, so that what lies beside it belongs to it.
+        (out / scoring.SCORES).unlink(missing_ok=True)
+        dice = write_scores(
+            out / SCORES_CSV, rows, data, config.split, manifest.classes, counted, config.empty
+        )
+        about = {"split": config.split, "manifest": manifest.digest, **scored.about}
+        plain = {**about, **scoring.to_plain(scored.scores, surface_scores)}
+        write_json(out / scoring.SCORES, plain)
+        print(scoring.table(scored.scores, surface_scores))
+        where = f"{out / scoring.SCORES}, {SCORES_CSV}"
+        print(f"{scored.scores.num_images} pictures of {config.split}: {where}")
+        draw_worst(out / WORST, config.worst, scored.again, manifest.palette, dice)
+    accelerator.end_training()
+    return 0
+
+
+def folder_of(config: EvaluateConfig) -> Path:
+    """Where scores go. Raises UsageError where that must be said."""
+    if config.out is not None:
+        return config.out
+    scored = config.checkpoint or config.predictions or ""
+    here = not is_url(scored) if config.predictions else isinstance(find_checkpoint(scored), Path)
+    if not here:
+        flag = "checkpoint" if config.checkpoint else "predictions"
+        raise UsageError(f"--{flag} {scored} is no folder here: say where scores go with --out")
+    return Path(scored)
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """What was scored, and how it did."""
+
+    scores: Scores
+    about: dict[str, Any]
+    """What scores.json says of it."""
+    again: Callable[[Sequence[int]], Iterator[Predicted]]
+    """The pictures at some places of the split, with truth and prediction."""
+
+
+def score_model(
+    config: EvaluateConfig,
+    loaded: LoadedModel,
+    accelerator: Accelerator,
+    data: DataSet,
+    surface: SurfaceScores | None,
+    images: ImageCounts,
+) -> Scored:
+    """Predict every picture and score it."""
+    model = loaded.model.to(accelerator.device)
     scores = scoring.score(
         model,
         accelerator,
@@ -103,25 +174,40 @@ def run(config: EvaluateConfig) -> int:
         surface=surface,
         images=images,
     )
-    surface_scores = None if surface is None else surface.scores()
-    rows = images.gather(accelerator)
-    if rows is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        # Written last, so that what lies beside it belongs to it.
-        (out / scoring.SCORES).unlink(missing_ok=True)
-        dice = write_scores(
-            out / SCORES_CSV, rows, data, config.split, spec.classes, spec.counted, config.empty
+    again = partial(predict_some, model, accelerator, data, config.split, tiles=config)
+    tiles = {name: getattr(config, name) for name in TILES}
+    return Scored(scores, {"checkpoint": loaded.digest, **tiles}, again)
+
+
+def score_predictions(
+    config: EvaluateConfig,
+    accelerator: Accelerator,
+    data: DataSet,
+    surface: SurfaceScores | None,
+    images: ImageCounts,
+) -> Scored:
+    """Score every picture by the mask that was predicted for it."""
+    assert config.predictions is not None
+    predictions = open_predictions(config.predictions, data, config.split)
+    if predictions.others and accelerator.is_main_process:
+        print(
+            f"{config.predictions}: {predictions.others} masks of pictures that are not in "
+            f"{config.split}",
+            file=sys.stderr,
         )
-        about = {"split": config.split, "checkpoint": loaded.digest, "manifest": manifest.digest}
-        tiles = {name: getattr(config, name) for name in ("tile", "overlap", "tta")}
-        plain = {**about, **tiles, **scoring.to_plain(scores, surface_scores)}
-        write_json(out / scoring.SCORES, plain)
-        print(scoring.table(scores, surface_scores))
-        where = f"{out / scoring.SCORES}, {SCORES_CSV}"
-        print(f"{scores.num_images} pictures of {config.split}: {where}")
-        draw_worst(out / WORST, config, model, accelerator, data, dice)
-    accelerator.end_training()
-    return 0
+    scores = count_split(
+        predictions.beside,
+        accelerator,
+        data,
+        config.split,
+        batch_size=config.batch_size,
+        empty=config.empty,
+        surface=surface,
+        images=images,
+    )
+    # As for a checkpoint, as far as it was written down.
+    about = {name: predictions.job.get(name) for name in ("checkpoint", *TILES)}
+    return Scored(scores, {**about, "predictions": predictions.manifest.digest}, predictions.some)
 
 
 def refuse_other_data(config: EvaluateConfig, spec: DataSpec, manifest: Manifest) -> None:
@@ -140,25 +226,23 @@ def refuse_other_data(config: EvaluateConfig, spec: DataSpec, manifest: Manifest
 
 def draw_worst(
     folder: Path,
-    config: EvaluateConfig,
-    model: UNet,
-    accelerator: Accelerator,
-    data: DataSet,
+    most: int,
+    again: Callable[[Sequence[int]], Iterator[Predicted]],
+    palette: Palette,
     dice: Floats,
 ) -> None:
-    """Predict the pictures with the lowest `dice` [N] again and draw them, the worst first."""
+    """Draw the pictures with the lowest `dice` [N] with truth and prediction, the worst first."""
     for old in folder.glob("[0-9]*-[01].[0-9][0-9][0-9][0-9]-*.png"):
         old.unlink()
-    positions = lowest(dice, config.worst)
+    positions = lowest(dice, most)
     if not positions:
         return
     folder.mkdir(exist_ok=True)
-    again = predict_some(model, accelerator, data, config.split, positions, config)
-    for number, (position, shown) in enumerate(zip(positions, again, strict=True), 1):
+    for number, (position, shown) in enumerate(zip(positions, again(positions), strict=True), 1):
         # A key of shards that others wrote may be anything.
         key = re.sub(r"[^A-Za-z0-9_%-]", "_", shown.key)[-90:]
         name = f"{number:0{len(str(len(positions)))}d}-{dice[position]:.4f}-{key}.png"
-        drawn = side_by_side(panels(shown, data.manifest.palette, WORST_SIDE))
+        drawn = side_by_side(panels(shown, palette, WORST_SIDE))
         write_atomically(folder / name, encode_png(drawn))
     print(f"the worst {len(positions)}: {folder}")
 

@@ -1,182 +1,323 @@
-"""What `unet predict` can be given: a picture, a folder, a glob, a list of paths, or shards."""
+"""What `unet predict` can be given: a picture, a folder, a pattern, a list, a data set or tars."""
 
-import bisect
 import glob
-import hashlib
+import io
 import os
+import posixpath
 import re
-from collections.abc import Sequence
+from array import array
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import accumulate
-from pathlib import Path, PurePosixPath
-from typing import Protocol
+from itertools import chain
+from pathlib import Path
+from typing import BinaryIO, TextIO, cast
+from urllib.parse import unquote
+
+import numpy as np
+from numpy.typing import NDArray
 
 from pipelines.config import UsageError
-from shards.index import MANIFEST, ShardInfo, read_manifest
-from shards.order import Address
-from shards.pairs import ProblemsError, list_images
-from shards.reader import ShardReader
-from shards.sample import DataError, encode_key
+from pipelines.readers import FileInputs, Inputs, Names, ShardInputs, TarInputs, member_key
+from shards.foreign import DECOMPRESS, Role, find_members
+from shards.images import IMAGE_EXTENSIONS
+from shards.index import MANIFEST
+from shards.pairs import ProblemsError, walk
+from shards.sample import BORDER_EXTENSION, INFO_EXTENSION, MASK_EXTENSION, DataError
+from shards.store import RemoteFile, Store, is_url
 
 LIST_EXTENSIONS = (".txt", ".lst", ".list")
 
+TAR = ".tar"
+COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
-@dataclass(frozen=True, slots=True)
-class Picture:
-    """The bytes of one input."""
+ROLES: dict[str, Role] = {
+    MASK_EXTENSION: "mask",
+    BORDER_EXTENSION: "border",
+    INFO_EXTENSION: "json",
+    **dict.fromkeys(sorted(extension[1:] for extension in IMAGE_EXTENSIONS), "picture"),
+}
+"""What members of tars are, by the ends of their names; as `unet index` has it."""
 
-    key: str
-    source: str
-    """Relative path that the results are named after."""
-    data: bytes
+WILDCARD = re.compile(r"[*?[]|\{.*(?:\.\.|,).*\}")
 
-
-class Inputs(Protocol):
-    """An ordered list of pictures, the same on every rank. Picklable and small."""
-
-    def __len__(self) -> int:
-        """How many there are."""
-        ...
-
-    def name(self, number: int) -> str:
-        """Where picture `number` lies, for messages."""
-        ...
-
-    def read(self, number: int) -> Picture:
-        """Read picture `number`. Raises DataError or OSError."""
-        ...
-
-    def digest(self) -> str:
-        """A hash of what the list says."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class FileInputs:
-    """Pictures in files."""
-
-    root: Path
-    sources: Sequence[str]
-    """Paths below `root`, sorted, with `/` between parts."""
-
-    def __len__(self) -> int:
-        return len(self.sources)
-
-    def name(self, number: int) -> str:
-        """The path."""
-        return str(self.root / self.sources[number])
-
-    def read(self, number: int) -> Picture:
-        """Read the file."""
-        source = self.sources[number]
-        return Picture(encode_key(source), source, (self.root / source).read_bytes())
-
-    def digest(self) -> str:
-        """Of the names; two runs over one list are one job even if a picture has vanished."""
-        return hash_lines(self.sources)
-
-
-class ShardInputs:
-    """Pictures in a data set of shards, all splits."""
-
-    def __init__(self, folder: Path) -> None:
-        manifest = read_manifest(folder)
-        self.manifest_digest = manifest.digest
-        shards: list[ShardInfo] = [s for split in manifest.splits.values() for s in split.shards]
-        self.reader = ShardReader(folder, shards)
-        self.starts = [0, *accumulate(shard.samples for shard in shards)]
-
-    def __len__(self) -> int:
-        return self.starts[-1]
-
-    def address(self, number: int) -> Address:
-        """Where picture `number` lies."""
-        shard = bisect.bisect_right(self.starts, number) - 1
-        return Address(number, shard, number - self.starts[shard])
-
-    def name(self, number: int) -> str:
-        """Shard and row."""
-        address = self.address(number)
-        return f"{self.reader.where(address.shard)}, sample {address.row}"
-
-    def read(self, number: int) -> Picture:
-        """Read the sample's picture."""
-        raw = self.reader.read(self.address(number))
-        source = str(raw.describe().get("source", f"{raw.key}.{raw.extension}"))
-        return Picture(encode_key(source), source, raw.image)
-
-    def digest(self) -> str:
-        """Of the manifest, which holds every shard's own."""
-        return self.manifest_digest
+AT_ONCE = 8
+"""Remote tars whose headers are read together."""
+HEADERS = 2**18
+"""Bytes of one request for headers: over small members it reads on, to large ones it jumps."""
 
 
 def find_inputs(given: str) -> Inputs:
     """The pictures that `--input` means.
 
-    Raises UsageError where it means nothing, DataError where two pictures would share a result.
+    Raises UsageError where it means nothing, DataError where it is out of reach or two pictures
+    would share a result.
     """
+    if is_url(given):
+        return find_remote(given)
     path = Path(given)
-    if re.match(r"[a-z0-9]+://", given):
-        raise UsageError(
-            f"--input {given}: remote inputs are not supported yet; copy them here first"
-        )
     if (path / MANIFEST).is_file():
         return ShardInputs(path)
     if path.is_dir():
-        return file_inputs(path, list_images(path))
+        return inputs_below(prefix(path), walk(str(path)))
     if path.suffix.lower() in LIST_EXTENSIONS and path.is_file():
-        return listed_inputs(path)
+        with path.open(encoding="utf-8-sig") as lines:
+            return listed_inputs(given, prefix(path.parent.resolve()), lines)
     if path.is_file():
-        return file_inputs(path.parent, [path.name])
-    if glob.has_magic(given):
-        found = sorted(name for name in glob.glob(given, recursive=True) if os.path.isfile(name))
-        if found:
-            literal = Path(
-                *[part for part in path.parts if not glob.has_magic(part)][: first_magic(path)]
-            )
-            return file_inputs(literal, [str(Path(name).relative_to(literal)) for name in found])
-    raise UsageError(
+        return inputs_of(prefix(path.parent), [path.name])
+    # Without the `./` that what is found would begin with.
+    pattern = str(path)
+    if (root := literal(pattern)) is not None:
+        names = [name for one in expand(pattern) for name in match(one)]
+        if any(map(os.path.exists, names)):
+            return inputs_of(root, [name[len(root) :] for name in names])
+    raise nothing_there(given)
+
+
+def find_remote(url: str) -> Inputs:
+    """The same for a URL."""
+    root = literal(url)
+    if root is not None and root.endswith("://"):
+        # Of a bucket's name nothing can be left open.
+        raise nothing_there(url)
+    store = Store(url)
+    kind = store.kind()
+    if kind == "folder":
+        if store.exists(MANIFEST):
+            return ShardInputs(store)
+        return inputs_below(f"{store}/", store.find())
+    if kind == "file":
+        folder, _, name = str(store).rpartition("/")
+        if posixpath.splitext(name)[1].lower() in LIST_EXTENSIONS:
+            data = io.BytesIO(Store(folder).read(name))
+            with io.TextIOWrapper(data, encoding="utf-8-sig") as lines:
+                return listed_inputs(url, f"{folder}/", lines)
+        return inputs_of(f"{folder}/", [name])
+    if root is not None:
+        below, patterns = Store(root), expand(url[len(root) :])
+        found = [below.find(one) if glob.has_magic(one) else [one] for one in patterns]
+        names = [name for name in chain.from_iterable(found) if not is_hidden(name)]
+        if names:
+            return inputs_of(root, names)
+    raise nothing_there(url)
+
+
+def nothing_there(given: str) -> UsageError:
+    """What to say where `--input` means nothing."""
+    return UsageError(
         f"--input {given}: no picture, folder, list (.txt), pattern or folder of shards is there"
     )
 
 
-def first_magic(path: Path) -> int:
-    """Parts of a pattern before the first that has a wildcard."""
-    return next(i for i, part in enumerate(path.parts) if glob.has_magic(part))
+def prefix(folder: Path) -> str:
+    """What comes before the names in a folder."""
+    return "" if folder == Path() else f"{folder}/".replace("//", "/")
 
 
-def listed_inputs(path: Path) -> FileInputs:
-    """A file with one path a line; relative ones start at the file's folder."""
+def is_hidden(name: str) -> bool:
+    """Whether a file, or a folder on the way to it, is hidden."""
+    return name.startswith(".") or "/." in name
+
+
+def literal(pattern: str) -> str | None:
+    """The folder that a pattern's first wildcard lies in; None where it has none."""
+    first = WILDCARD.search(pattern)
+    return None if first is None else pattern[: pattern.rfind("/", 0, first.start()) + 1]
+
+
+def match(pattern: str) -> list[str]:
+    """The local files that a pattern names; one without a wildcard names itself."""
+    if not glob.has_magic(pattern):
+        return [pattern]
+    return [name for name in glob.glob(pattern, recursive=True) if os.path.isfile(name)]
+
+
+def expand(pattern: str) -> list[str]:
+    """The patterns that one with braces stands for: `{000..010}` counts, `{jpg,png}` lists."""
+    for braces in re.finditer(r"\{([^{}]*)\}", pattern):
+        if numbers := re.fullmatch(r"(\d+)\.\.(\d+)", braces[1]):
+            first, last = numbers.groups()
+            words = [f"{n:0{len(first)}d}" for n in range(int(first), int(last) + 1)]
+        elif "," in braces[1]:
+            words = braces[1].split(",")
+        else:
+            continue
+        before, after = pattern[: braces.start()], pattern[braces.end() :]
+        each = (expand(before + word + after) for word in words)
+        return [*dict.fromkeys(chain.from_iterable(each))]
+    return [pattern]
+
+
+def listed_inputs(given: str, base: str, lines: TextIO) -> Inputs:
+    """A list with one path or URL a line; relative ones start at the list's folder, `base`."""
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+        stripped = map(str.strip, lines)
+        names = [absolute(line, base) for line in stripped if line and line[0] != "#"]
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is no list of paths: it is not UTF-8 text") from error
-    names = [line for line in lines if line and not line.startswith("#")]
+        raise DataError(f"{given} is no list of paths: it is not UTF-8 text") from error
     if not names:
-        raise DataError(f"{path} lists no picture")
-    absolute = [os.path.normpath(path.parent.resolve() / name) for name in names]
-    root = Path(os.path.commonpath([os.path.dirname(name) for name in absolute]))
-    return file_inputs(root, [str(Path(name).relative_to(root)) for name in absolute])
+        raise DataError(f"{given} lists no picture")
+    names.sort()
+    # What the first and the last begin with, all between them begin with.
+    common = os.path.commonprefix([names[0], names[-1]])  # noqa: RUF071 (cut at a slash below)
+    root = common[: common.rfind("/") + 1]
+    if not root:
+        raise DataError(
+            f"{given} lists files of several kinds of place, such as {names[0]} and {names[-1]}; "
+            "make a list for each"
+        )
+    return inputs_of(root, [name[len(root) :] for name in names])
 
 
-def file_inputs(root: Path, sources: Sequence[str]) -> FileInputs:
-    """Sorted, with every key given once. Raises DataError naming those that would collide."""
-    ordered = sorted(PurePosixPath(source).as_posix() for source in sources)
-    stems: dict[str, str] = {}
+def absolute(line: str, base: str) -> str:
+    """The path or URL that a line of a list means."""
+    path = line if line[0] == "/" or ("://" in line and is_url(line)) else base + line
+    return path if not has_odd_parts(path) or is_url(path) else os.path.normpath(path)
+
+
+def stem_of(name: str) -> str:
+    """A path without its extension."""
+    stem, _, extension = name.rpartition(".")
+    if not stem or "/" in extension:
+        stem = name
+    return os.path.normpath(stem) if has_odd_parts(stem) else stem
+
+
+def has_odd_parts(path: str) -> bool:
+    """Whether a path may have parts that are empty, `.` or `..`; most have none."""
+    return "//" in path or "/." in path
+
+
+def inputs_below(root: str, names: Iterable[str]) -> Inputs:
+    """All pictures, or all shards, among the files of a folder.
+
+    Raises DataError where there is none.
+    """
+    known = (*IMAGE_EXTENSIONS, TAR, *COMPRESSED)
+    found = [n for n in names if n.lower().endswith(known) and not is_hidden(n)]
+    if not found:
+        raise DataError(
+            f"{root.rstrip('/') or '.'} holds no picture ({' '.join(sorted(IMAGE_EXTENSIONS))}) "
+            f"and no shard (*{TAR})"
+        )
+    return inputs_of(root, found)
+
+
+def inputs_of(root: str, names: list[str]) -> Inputs:
+    """Files of pictures, or tars; `names` is sorted.
+
+    Raises DataError where both are there, where a tar is compressed or damaged, and naming those
+    that would have one result.
+    """
+    names.sort()
+    tars = [name for name in names if name.endswith((TAR, *COMPRESSED))]
+    if not tars:
+        return file_inputs(root, names)
+    if len(tars) < len(names):
+        raise DataError(
+            f"{root.rstrip('/') or '.'} holds pictures ({len(names) - len(tars)}) and shards "
+            f"({len(tars)}, such as {tars[0]}); say which: --input '{root}**/*.{{jpg,png}}' or "
+            f"'{root}**/*{TAR}'"
+        )
+    compressed = [f"{root}{tar} is compressed" for tar in tars if not tar.endswith(TAR)]
+    if compressed:
+        raise ProblemsError(compressed, DECOMPRESS)
+    return tar_inputs([*dict.fromkeys(root + tar for tar in tars)])
+
+
+def file_inputs(root: str, ordered: Sequence[str]) -> FileInputs:
+    """Pictures in files, with every key given once."""
+    inputs = FileInputs(root, Names(ordered))
+    refuse_one_result(
+        ordered,
+        stem_of,
+        lambda one, other: f"{inputs.name(one)} and {inputs.sources[other]}",
+    )
+    return inputs
+
+
+def tar_inputs(tars: Sequence[str]) -> TarInputs:
+    """Pictures in tars, by their headers alone."""
+    remote = is_url(tars[0])
+    with ThreadPoolExecutor(AT_ONCE if remote else 1) as threads:
+        found = [*threads.map(read_headers, tars)]
+    counts = [len(tar.names) for tar in found]
+    numbers = np.repeat(np.arange(len(tars), dtype=np.int64), counts)
+    inputs = TarInputs(
+        tars=tuple(tars),
+        members=Names(chain.from_iterable(tar.names for tar in found)),
+        places=np.column_stack([numbers, np.concatenate([tar.places for tar in found])]),
+        problems=tuple(
+            (tar, problem)
+            for tar, headers in zip(tars, found, strict=True)
+            for problem in headers.problems
+        ),
+    )
+    if not len(inputs):
+        raise DataError(f"{tars[0]}{' and the others' * (len(tars) > 1)}: no picture is in there")
+    refuse_one_result(
+        inputs.members,
+        # Our own keys are paths in percent encoding, and the json of a sample may say so.
+        lambda name: unquote(member_key(name)[0], errors="surrogateescape"),
+        lambda one, other: f"{inputs.name(one)} and {inputs.name(other)}",
+    )
+    return inputs
+
+
+@dataclass(frozen=True, slots=True)
+class Headers:
+    """The pictures of one tar."""
+
+    names: Names
+    places: NDArray[np.int64]
+    """[n, 4]: offset and size of each, and of the json of its sample."""
+    problems: list[str]
+
+
+def read_headers(tar: str) -> Headers:
+    """The pictures of a tar. Raises DataError or OSError where it is damaged or out of reach."""
+    with open_tar(tar) as file:
+        # The path is for messages alone, and a Path would lose a slash of a URL.
+        found = find_members(file, cast(Path, tar), ROLES)
+    names: list[str] = []
+    places = array("q")
+    for group in found.groups.values():
+        picture, info = group.get("picture"), group.get("json")
+        if picture is not None:
+            names.append(picture.name)
+            places.extend((picture.offset, picture.size))
+            places.extend((0, 0) if info is None else (info.offset, info.size))
+    return Headers(Names(names), np.array(places, np.int64).reshape(-1, 4), found.problems)
+
+
+def open_tar(tar: str) -> BinaryIO:
+    """A tar, here or at a URL."""
+    if not is_url(tar):
+        return open(tar, "rb")
+    folder, _, name = tar.rpartition("/")
+    remote = io.BufferedReader(RemoteFile(Store(folder), name), HEADERS)
+    return cast(BinaryIO, remote)
+
+
+def refuse_one_result(
+    names: Sequence[str], stem: Callable[[str], str], pair: Callable[[int, int], str]
+) -> None:
+    """Raise DataError naming inputs that would share a result.
+
+    Args:
+        names: of the inputs.
+        stem: what the result of one is named after.
+        pair: two of them, by number, for people.
+    """
+    # Numbers, since a set of a million strings takes ten times their memory.
+    hashes = np.fromiter(map(hash, map(stem, names)), np.int64, len(names))
+    order = np.argsort(hashes, kind="stable")
+    equal = np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]])
+    first: dict[str, int] = {}
     problems = []
-    for source in ordered:
-        stem = os.path.splitext(source)[0]
-        if stem in stems:
-            problems.append(f"{root / stems[stem]} and {source} would have one result")
-        stems[stem] = source
+    for number in map(int, np.unique(order[np.concatenate([equal, equal + 1])])):
+        one = first.setdefault(stem(names[number]), number)
+        if one != number:
+            problems.append(f"{pair(one, number)} would have one result")
     if problems:
         raise ProblemsError(problems, "rename one of each, or predict them into two folders")
-    return FileInputs(root, ordered)
-
-
-def hash_lines(lines: Sequence[str]) -> str:
-    """sha256 over lines."""
-    digest = hashlib.sha256()
-    for line in lines:
-        digest.update(line.encode("utf-8", "surrogateescape") + b"\n")
-    return digest.hexdigest()

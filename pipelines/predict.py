@@ -6,60 +6,72 @@
 The inputs are sorted and cut into output shards; rank r of W makes the shards r, r + W, ... A shard
 that exists is finished, and that is the only state: no rank waits for another, and whichever
 finds all shards there writes the manifest. OUT/job.json says first what the job is.
+
+Decoding runs in processes, the model here, encoding and writing in threads, all at once; a GPU
+works at one batch while the results of the one before are on their way back.
 """
 
 import json
-import shutil
+import re
 import sys
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from functools import partial
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, fields, replace
 from itertools import groupby
-from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
+from accelerate import Accelerator
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from pipelines.batches import start_forkserver, start_worker, told
 from pipelines.checkpoint import LoadedModel, load_model
-from pipelines.config import INCOMPLETE, UsageError, run_command
+from pipelines.config import INCOMPLETE, RunError, UsageError, refuse_url, run_command
 from pipelines.dataset import default_workers
+from pipelines.decoding import Chunk, Cutting, Decoded, Decoder, DecodeSource
 from pipelines.devices import start
-from pipelines.inputs import Inputs, find_inputs
-from pipelines.overlay import draw_overlay
-from pipelines.scoring import make_forward
-from shards.images import ImageFormat, decode_image, encode_png
-from shards.index import (
-    MANIFEST,
-    Manifest,
-    ShardInfo,
-    SizeCount,
-    SplitInfo,
-    merge_sizes,
-    write_manifest,
+from pipelines.inputs import find_inputs
+from pipelines.progress import progress
+from pipelines.readers import Inputs
+from pipelines.results import (
+    ERRORS,
+    STATE,
+    WORK_DIR,
+    Encoder,
+    Found,
+    ResultConfig,
+    finish_job,
+    to_json,
+    write_shard,
 )
-from shards.masks import encode_mask
-from shards.sample import INFO_EXTENSION, MASK_EXTENSION, DataError, Uint8, is_safe_path
-from shards.store import Store
-from shards.writer import ShardWriter, write_atomically, write_json
-from unet import DataSpec, TileConfig, predict_mask
+from pipelines.scoring import TileTooLargeError, make_forward
+from pipelines.specks import NEEDS_SCIPY, has_scipy
+from shards.index import MANIFEST
+from shards.sample import DataError
+from shards.store import Store, is_url
+from unet import MaskRule, Masks, TileConfig, halve_tile, predict_masks
 
-WORK_DIR = ".predict"
+JOB = "job.json"
 ENCODERS = 2
 """Threads that turn masks into PNG beside the device."""
+MOST_WAITING = 512 * 2**20
+"""Bytes of results that wait to be encoded and written before the model waits for them."""
+OVERHEAD = 2**16
+"""Bytes that a result counts for besides its pixels."""
 
-Predict = Callable[[Sequence[Tensor]], tuple[Tensor, Tensor]]
-"""Pictures uint8 [C, H, W] of one size -> masks uint8 [B, H, W] and mean confidence [B]."""
+Predict = Callable[[Sequence[Tensor]], Masks]
+"""Pictures uint8 [C, H, W] of one size -> what is predicted for them."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
-class PredictConfig(TileConfig):
+class PredictConfig(TileConfig, ResultConfig):
     """Predict masks for pictures and write them as shards.
 
     Given again after a kill, also on another number of GPUs, it makes what is missing.
@@ -68,98 +80,85 @@ class PredictConfig(TileConfig):
     checkpoint: str
     """Run folder (its best, else last, checkpoint), checkpoint folder or hub id."""
     input: str
-    """A picture, a folder (searched recursively), a pattern, a list file (.txt) or shards."""
-    out: Path
-    """Folder for the results."""
-    samples_per_shard: int = 256
-    """Pictures whose masks share a shard."""
-    png: bool = False
-    """Also write OUT/png: a PNG of class indices, in the classes' colours, for each picture."""
-    overlay: bool = False
-    """Also write OUT/overlay: each picture with its mask drawn over it."""
+    """A picture, a folder (searched recursively), a pattern, a list file (.txt) or shards, here or
+    at a URL such as s3://bucket/folder."""
+    out: str
+    """Folder for the results, or a URL."""
+    fail_fast: bool = False
+    """The first input that cannot be read ends the job with exit code 1. Else it is listed in
+    OUT/errors.jsonl, the job goes on, and ends with 3."""
     workers: int | None = None
     """Decoding processes of each rank; left out: its share of the CPUs, at most 8."""
 
     def __post_init__(self) -> None:
         TileConfig.__post_init__(self)
-        if self.samples_per_shard < 1:
-            raise ValueError(f"samples_per_shard must be at least 1, got {self.samples_per_shard}")
+        ResultConfig.__post_init__(self)
+        if not is_url(self.out):
+            refuse_url("--out", self.out)
+        elif re.search(r"://$|[?*\[\]]", self.out):
+            raise ValueError(f"--out {self.out}: a URL names a bucket, without ? * [ ]")
         if self.workers is not None and self.workers < 0:
             raise ValueError("workers must not be below 0")
 
+    def settings(self) -> dict[str, Any]:
+        """What decides the bytes of the results, by name."""
+        named = (*fields(TileConfig), *fields(ResultConfig))
+        return {field.name: getattr(self, field.name) for field in named}
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """Inputs first..last-1 of one output shard, decoded together."""
-
-    shard: int
-    first: int
-    last: int
-
-
-@dataclass(frozen=True, slots=True)
-class Decoded:
-    """One input on its way to the model: a picture, or why there is none."""
-
-    number: int
-    key: str
-    source: str
-    image: Tensor | None
-    """uint8 [H, W, C]."""
-    error: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class Prediction:
-    """One encoded result."""
-
-    key: str
-    members: dict[str, bytes]
-    width: int
-    height: int
-    pixels: tuple[int, ...]
-    """Pixels of each class."""
+    def mask_rule(self) -> MaskRule:
+        """What is made of class probabilities."""
+        kept = {"none": None, "png": torch.uint16, "float16": torch.float16}
+        return MaskRule(
+            threshold=self.threshold,
+            min_confidence=self.min_confidence,
+            keep=kept[self.probabilities],
+        )
 
 
 def run(config: PredictConfig) -> int:
     """Make the shards that are missing; 3 if some inputs could not be read."""
+    if config.min_area > 1 and not has_scipy():
+        raise UsageError(NEEDS_SCIPY)
     inputs = find_inputs(config.input)
     loaded = load_model(config.checkpoint)
-    begin_job(config, inputs, loaded)
-    accelerator = start()
-    num_shards = -(-len(inputs) // config.samples_per_shard)
-    mine = [
-        number
-        for number in range(accelerator.process_index, num_shards, accelerator.num_processes)
-        if not (config.out / shard_name(number)).exists()
-    ]
-    speaks = accelerator.is_main_process
-    if not (config.out / MANIFEST).exists():
-        model = loaded.model.to(accelerator.device)
-        workers = default_workers(accelerator) if config.workers is None else config.workers
-        predict = partial(
-            predict_mask,
-            make_forward(model, accelerator),
-            config=config,
-            margin=model.config.margin,
-            multiple=2**model.config.depth,
+    classes = loaded.spec.classes
+    if config.threshold is not None and len(classes) != 2:
+        raise UsageError(
+            f"--threshold is for models of two classes; {config.checkpoint} has {len(classes)}: "
+            f"{', '.join(classes)}"
         )
-        predict_shards(config, inputs, loaded, predict, mine, workers, quiet=not speaks)
+    store = Store(config.out)
+    store.make()
+    begin_job(config, store, inputs, loaded)
+    accelerator = start()
+    cutting = Cutting(len(inputs), config.samples_per_shard, config.batch_size)
+    speaks = accelerator.is_main_process
+    present = {*store.names()}
+    if MANIFEST not in present:
+        rank, world = accelerator.process_index, accelerator.num_processes
+        mine = [
+            number
+            for number in range(rank, cutting.num_shards, world)
+            if config.shard_name(number) not in present
+        ]
+        try:
+            if mine:
+                predict_shards(config, store, inputs, loaded, cutting, mine, accelerator)
+        except torch.OutOfMemoryError as error:
+            raise RunError(
+                f"the memory of this GPU ({accelerator.device}) does not suffice; lower "
+                "--batch-size or --tile, into another --out, for they make other masks"
+            ) from error
         # The rank that ends last has something to say.
-        speaks = finish_job(config, loaded, num_shards)
+        speaks = finish_job(config, store, loaded.spec, cutting.num_shards)
     else:
         # Left by a kill between the manifest and the end.
-        shutil.rmtree(config.out / WORK_DIR, ignore_errors=True)
+        store.remove(WORK_DIR)
     accelerator.end_training()
-    return conclude(config, alone=accelerator.num_processes == 1, speaks=speaks)
+    return conclude(config, store, alone=accelerator.num_processes == 1, speaks=speaks)
 
 
-def shard_name(number: int) -> str:
-    """The name of output shard `number`."""
-    return f"predicted-{number:06d}.tar"
-
-
-def begin_job(config: PredictConfig, inputs: Inputs, loaded: LoadedModel) -> None:
+def begin_job(config: PredictConfig, store: Store, inputs: Inputs, loaded: LoadedModel) -> None:
     """Write down what decides the bytes of the results, or check that it is what was begun.
 
     Raises UsageError naming the difference.
@@ -167,284 +166,309 @@ def begin_job(config: PredictConfig, inputs: Inputs, loaded: LoadedModel) -> Non
     job = {
         "checkpoint": loaded.digest,
         "inputs": {"count": len(inputs), "sha256": inputs.digest()},
-        "samples_per_shard": config.samples_per_shard,
-        "batch_size": config.batch_size,
-        "tile": config.tile,
-        "overlap": config.overlap,
-        "tta": config.tta,
-        "png": config.png,
-        "overlay": config.overlay,
+        **config.settings(),
     }
-    path = config.out / "job.json"
-    if path.exists():
-        begun = json.loads(path.read_text())
+    present = store.names()
+    if JOB in present:
+        try:
+            begun = json.loads(store.read(JOB))
+        except ValueError as error:
+            raise DataError(f"{store.path(JOB)} is damaged; predict into another --out") from error
         for name in job:
             if begun.get(name) != job[name]:
                 raise UsageError(
-                    f"{config.out} was begun with {name} = {begun.get(name)}, now it is "
+                    f"{store} was begun with {name} = {begun.get(name)}, now it is "
                     f"{job[name]}; keep it, or predict into another --out"
                 )
         return
-    if any(config.out.glob("*.tar")):
-        raise UsageError(f"{config.out} holds shards of something else; predict into another --out")
-    (config.out / WORK_DIR).mkdir(parents=True, exist_ok=True)
-    write_json(path, job, within=config.out / WORK_DIR)
+    if any(name.endswith(".tar") for name in present):
+        raise UsageError(f"{store} holds shards of something else; predict into another --out")
+    if store.local is not None:
+        (store.local / WORK_DIR).mkdir(exist_ok=True)
+    store.write(JOB, to_json(job), WORK_DIR)
 
 
 @torch.inference_mode()
 def predict_shards(
     config: PredictConfig,
+    store: Store,
     inputs: Inputs,
     loaded: LoadedModel,
-    predict: Predict,
+    cutting: Cutting,
     shards: Sequence[int],
-    workers: int,
-    *,
-    quiet: bool,
+    accelerator: Accelerator,
 ) -> None:
-    """Decode in processes, predict here, encode in threads, write in one more: all at once."""
-    chunks = [chunk for shard in shards for chunk in cut(shard, len(inputs), config)]
+    """Decode in processes, predict here, encode in threads, write in one more: all at once.
+
+    Raises DataError with `fail_fast` for an input that cannot be read.
+    """
+    decode = Decoder(
+        inputs,
+        loaded.image_format,
+        config.include_image,
+        config.longest_key(len(loaded.spec.classes)),
+    )
+    encode = Encoder(config, store, loaded, figure=len(inputs) == 1)
+    decoded = load(DecodeSource(decode, cutting, shards), config, accelerator, store)
+    predict = make_predict(config, loaded, accelerator)
+    launched = launch(cutting.chunks(shards), decoded, predict)
+    total = sum(cutting.size(shard) for shard in shards)
+    waiting = Waiting(MOST_WAITING)
+    with (
+        ExitStack() as begun,
+        threads(ENCODERS) as encoders,
+        threads(1) as writer,
+        Speaker(total, accelerator) as speaker,
+    ):
+        for shard, group in groupby(one_behind(launched), key=lambda item: item.shard):
+            writing = write_shard(store, config.shard_name(shard), loaded.spec)
+            # Closed when no thread is at it any more; if it was not finished, it leaves nothing.
+            begun.callback(writing.close)
+            waiting.add(writer.submit(next, writing))
+            for item, found in (pair for part in group for pair in part.results()):
+                if item.error is not None and config.fail_fast:
+                    raise DataError(item.error)
+                speaker.count(item, found)
+                if not encode.draws:
+                    item = replace(item, image=None)
+                encoded = encoders.submit(encode, item, found)
+                waiting.add(writer.submit(pass_on, encoded, writing.send), held_by(item, found))
+            waiting.add(writer.submit(next, writing, None))
+        waiting.finish()
+
+
+def load(
+    source: DecodeSource, config: PredictConfig, accelerator: Accelerator, store: Store
+) -> Iterator[list[Decoded]]:
+    """The decoded chunks, in order."""
+    workers = default_workers(accelerator) if config.workers is None else config.workers
+    method = None
+    if workers and (store.local is None or source.decode.inputs.remote):
+        # The threads and connections of remote clients do not survive a fork.
+        method = "forkserver"
+        start_forkserver()
     loader = DataLoader(
-        DecodeSource(inputs, chunks, loaded.image_format),
+        source,
         batch_size=None,
         num_workers=workers,
-        prefetch_factor=4 if workers else None,
+        prefetch_factor=2 if workers else None,
+        multiprocessing_context=method,
+        worker_init_fn=start_worker,
     )
-    total = sum(chunk.last - chunk.first for chunk in chunks)
-    encode = Encoder(config, loaded)
-    with (
-        ThreadPoolExecutor(ENCODERS) as encoders,
-        ThreadPoolExecutor(1) as writer,
-        tqdm(
-            total=total, desc="predict", unit="image", disable=quiet or not sys.stderr.isatty()
-        ) as bar,
-    ):
-        writing: Future[None] | None = None
-        arriving = zip(chunks, loader, strict=True)
-        for shard, group in groupby(arriving, key=lambda item: item[0].shard):
-            results: list[Future[Prediction | Decoded]] = []
-            for _, decoded in group:
-                for item, mask, confidence in predict_chunk(decoded, predict):
-                    results.append(encoders.submit(encode, item, mask, confidence))
-                    if len(results) > 2 * ENCODERS * config.batch_size:
-                        # Bounds the pictures that wait for an encoder.
-                        results[-2 * ENCODERS * config.batch_size].result()
-                bar.update(len(decoded))
-            if writing is not None:
-                writing.result()
-            writing = writer.submit(write_shard, config, shard, results, loaded.spec)
-        if writing is not None:
-            writing.result()
+    return told(iter(loader))
 
 
-def cut(shard: int, num_inputs: int, config: PredictConfig) -> Iterator[Chunk]:
-    """The chunks of one shard; none crosses its borders."""
-    begin = shard * config.samples_per_shard
-    end = min(begin + config.samples_per_shard, num_inputs)
-    for first in range(begin, end, config.batch_size):
-        yield Chunk(shard, first, min(first + config.batch_size, end))
+def make_predict(config: PredictConfig, loaded: LoadedModel, accelerator: Accelerator) -> Predict:
+    """What predicts pictures of one size, in smaller tiles where these give the same result.
 
-
-class DecodeSource(IterableDataset[list[Decoded]]):
-    """Decodes chunks in a DataLoader's workers; what cannot be read becomes an error record."""
-
-    def __init__(self, inputs: Inputs, chunks: Sequence[Chunk], form: ImageFormat) -> None:
-        self.inputs, self.chunks = inputs, chunks
-        self.form = form
-
-    def __iter__(self) -> Iterator[list[Decoded]]:
-        info = get_worker_info()
-        worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
-        for chunk in self.chunks[worker::num_workers]:
-            yield [self.decode(number) for number in range(chunk.first, chunk.last)]
-
-    def decode(self, number: int) -> Decoded:
-        """One input."""
-        name = self.inputs.name(number)
-        try:
-            picture = self.inputs.read(number)
-            if not is_safe_path(picture.source):
-                raise DataError(
-                    f"{name} names {picture.source!r} as its source, a path that leaves the folder"
-                )
-            image = torch.from_numpy(np.array(decode_image(picture.data, self.form, name)))
-            return Decoded(number, picture.key, picture.source, image, None)
-        except DataError as error:
-            return Decoded(number, "", name, None, str(error))
-        except OSError as error:
-            return Decoded(
-                number, "", name, None, f"{name} cannot be read: {error.strerror or error}"
-            )
-
-
-def predict_chunk(
-    decoded: Sequence[Decoded], predict: Predict
-) -> Iterator[tuple[Decoded, Uint8 | None, float]]:
-    """Each input with its mask [H, W] and mean confidence.
-
-    Those of one size that follow each other share a forward pass.
+    Raises RunError where a tile does not fit into the memory of a GPU.
     """
-    for shape, group in groupby(decoded, key=lambda d: None if d.image is None else d.image.shape):
-        same = list(group)
-        if shape is None:
-            yield from ((item, None, 0.0) for item in same)
-            continue
-        images = [item.image.permute(2, 0, 1) for item in same if item.image is not None]
-        masks, confidence = predict(images)
-        yield from zip(same, masks.cpu().numpy(), confidence.tolist(), strict=True)
+    model = loaded.model.to(accelerator.device).eval()
+    forward, rule = make_forward(model, accelerator), config.mask_rule()
+    margin, multiple = model.config.margin, 2**model.config.depth
+    tiles = TileConfig(**{field.name: getattr(config, field.name) for field in fields(TileConfig)})
+    said = False
+
+    def predict(images: Sequence[Tensor]) -> Masks:
+        nonlocal tiles, said
+        before = tiles
+        while True:
+            try:
+                masks = predict_masks(
+                    forward, images, tiles, rule, margin=margin, multiple=multiple
+                )
+                break
+            except TileTooLargeError as error:
+                smaller = halve_tile(
+                    tiles, error.height, error.width, margin=margin, multiple=multiple
+                )
+                if smaller is None:
+                    raise RunError(too_large(error, margin)) from error
+            tiles = smaller
+        if tiles != before and not said:
+            said = True
+            tqdm.write(
+                f"tiles of {before.tile} do not fit into the memory of this GPU "
+                f"({accelerator.device}): going on with {tiles.tile}, one at a time, as --tile "
+                f"{tiles.tile} --batch-size 1 would have from the start; the masks are the same",
+                file=sys.stderr,
+            )
+        return masks
+
+    return predict
+
+
+def too_large(error: TileTooLargeError, margin: int) -> str:
+    """What to do about a tile that does not fit, in a network with such a margin."""
+    if margin:
+        return (
+            f"the smallest tile of this network, {error.height} x {error.width} pixels, does not "
+            "fit into the memory of this GPU; end what else it is used for, or use a larger one"
+        )
+    return f"{error}, and give another --out, since other tiles make other masks"
 
 
 @dataclass(frozen=True, slots=True)
-class Encoder:
-    """Turns masks into members of a shard and, if asked, into pictures beside it."""
+class Launched:
+    """Inputs of one size that the device is at, or some that could not be read."""
 
-    config: PredictConfig
-    loaded: LoadedModel
+    shard: int
+    items: Sequence[Decoded]
+    masks: Masks | None
+    """On the CPU, or on their way there."""
+    arrived: torch.cuda.Event | None
 
-    def __call__(
-        self, item: Decoded, mask: Uint8 | None, confidence: float
-    ) -> Prediction | Decoded:
-        """An encoded result, or the input as it is where it could not be read."""
-        if mask is None or item.image is None:
-            return item
-        spec = self.loaded.spec
-        pixels = count_pixels(mask, len(spec.classes))
-        png = encode_mask(mask, spec.palette)
-        info = {
-            "source": item.source,
-            "width": mask.shape[1],
-            "height": mask.shape[0],
-            "group": None,
-            "checkpoint": self.loaded.digest,
-            "shares": {
-                name: round(n / mask.size, 6)
-                for name, n in zip(spec.classes, pixels.tolist(), strict=True)
-            },
-            "confidence": round(confidence, 6),
-        }
-        name = PurePosixPath(item.source).with_suffix(".png")
-        if self.config.png:
-            self.write_picture(Path("png", name), png)
-        if self.config.overlay:
-            drawn = draw_overlay(item.image.numpy(), mask, spec.palette)
-            self.write_picture(Path("overlay", name), encode_png(drawn))
-        members = {MASK_EXTENSION: png, INFO_EXTENSION: json.dumps(info).encode()}
-        return Prediction(item.key, members, mask.shape[1], mask.shape[0], tuple(pixels.tolist()))
-
-    def write_picture(self, name: Path, data: bytes) -> None:
-        """A picture for people, whole."""
-        path = self.config.out / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, data, durable=False, within=self.config.out / WORK_DIR)
+    def results(self) -> Iterator[tuple[Decoded, Found | None]]:
+        """Each input with what was found in it, when it is there."""
+        if self.masks is None:
+            yield from ((item, None) for item in self.items)
+            return
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        masks = self.masks
+        confidence = masks.confidence.tolist()
+        for i, item in enumerate(self.items):
+            unsure = None if masks.unsure is None else masks.unsure[i].numpy()
+            kept = None if masks.probabilities is None else masks.probabilities[i].numpy()
+            yield item, Found(masks.classes[i].numpy(), confidence[i], unsure, kept)
 
 
-def count_pixels(mask: Uint8, num_classes: int) -> NDArray[np.int64]:
-    """Pixels of each class [num_classes] of a mask [H, W]."""
-    # NumPy counts in a copy of 8 bytes a pixel.
-    parts = np.array_split(mask.ravel(), 1 + mask.size // 2**20)
-    return sum(
-        (np.bincount(part, minlength=num_classes) for part in parts),
-        start=np.zeros(num_classes, dtype=np.int64),
-    )
-
-
-def write_shard(
-    config: PredictConfig,
-    number: int,
-    results: Sequence[Future[Prediction | Decoded]],
-    spec: DataSpec,
-) -> None:
-    """Write one shard, and before it what goes with it: errors and the report."""
-    name = shard_name(number)
-    pixels = np.zeros(len(spec.classes) + 1, dtype=np.int64)
-    sizes: Counter[tuple[int, int]] = Counter()
-    errors: list[str] = []
-    with ShardWriter(config.out / name) as writer:
-        for result in (future.result() for future in results):
-            if isinstance(result, Decoded):
-                errors.append(json.dumps({"input": result.source, "error": result.error}) + "\n")
+def launch(
+    chunks: Iterable[Chunk], decoded: Iterable[list[Decoded]], predict: Predict
+) -> Iterator[Launched]:
+    """Predict chunk by chunk; the pictures of one size that follow each other go together."""
+    for chunk, items in zip(chunks, decoded, strict=True):
+        for shape, group in groupby(
+            items, key=lambda d: None if d.image is None else d.image.shape
+        ):
+            same = list(group)
+            if shape is None:
+                yield Launched(chunk.shard, same, None, None)
                 continue
-            writer.add(result.key, result.members)
-            pixels[:-1] += result.pixels
-            sizes[result.width, result.height] += 1
-        file = writer.seal()
-        if errors:
-            path = config.out / f"{name.removesuffix('.tar')}.errors.jsonl"
-            write_atomically(path, "".join(errors).encode(), within=config.out / WORK_DIR)
-        info = ShardInfo(file.name, file.samples, file.bytes, file.sha256, tuple(pixels.tolist()))
-        counts = [SizeCount(w, h, spec.channels, n) for (w, h), n in sorted(sizes.items())]
-        report = {
-            "shard": asdict(info),
-            "sizes": [asdict(c) for c in counts],
-            "errors": len(errors),
-        }
-        write_json(config.out / WORK_DIR / f"{name}.json", report)
+            images = [item.image.permute(2, 0, 1) for item in same if item.image is not None]
+            yield Launched(chunk.shard, same, *send_back(predict(images)))
 
 
-def finish_job(config: PredictConfig, loaded: LoadedModel, num_shards: int) -> bool:
-    """If all shards are there, write errors.jsonl, state.json and last the manifest.
+def send_back(masks: Masks) -> tuple[Masks, torch.cuda.Event | None]:
+    """Masks on the CPU; from a GPU they are there only when the event has happened."""
+    on_gpu = masks.classes.is_cuda
+    # Into page-locked memory, beside what the GPU does next.
+    here = Masks(
+        masks.classes.to("cpu", non_blocking=on_gpu),
+        masks.confidence.to("cpu", non_blocking=on_gpu),
+        None if masks.unsure is None else masks.unsure.to("cpu", non_blocking=on_gpu),
+        masks.probabilities,
+    )
+    if not on_gpu:
+        return here, None
+    arrived = torch.cuda.Event()
+    arrived.record()
+    return here, arrived
 
-    Every rank that finds them all does this, with the same bytes. Returns whether they were.
-    """
-    work_dir = config.out / WORK_DIR
-    names = [shard_name(number) for number in range(num_shards)]
-    if not all((config.out / name).exists() for name in names):
-        return False
+
+def one_behind(items: Iterator[T]) -> Iterator[T]:
+    """The same, each when the next one has been made: the device need not wait for us."""
+    held = [item for _, item in zip(range(1), items, strict=False)]
+    for item in items:
+        yield held.pop()
+        held.append(item)
+    yield from held
+
+
+def held_by(item: Decoded, found: Found | None) -> int:
+    """Bytes that wait with a result."""
+    pixels = 0 if item.image is None else item.image.numel()
+    return len(item.file) + pixels + (0 if found is None else found.num_bytes)
+
+
+def pass_on(encoded: Future[T], receive: Callable[[T], object]) -> None:
+    """Give a result on when it is there."""
+    receive(encoded.result())
+
+
+@contextmanager
+def threads(number: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads that are not given what waits for them when something has failed."""
+    pool = ThreadPoolExecutor(number)
     try:
-        reports = [json.loads((work_dir / f"{name}.json").read_text()) for name in names]
-        parts = [config.out / f"{name.removesuffix('.tar')}.errors.jsonl" for name in names]
-        errors = "".join(part.read_text() for part in parts if part.exists())
-        num_errors = sum(report["errors"] for report in reports)
-        if errors:
-            write_atomically(config.out / "errors.jsonl", errors.encode(), within=work_dir)
-        samples = sum(report["shard"]["samples"] for report in reports)
-        state = {"finished": True, "images": samples, "errors": num_errors}
-        write_json(config.out / "state.json", state, within=work_dir)
-        manifest = predicted_manifest(loaded.spec, reports)
-        write_manifest(Store(str(config.out)), manifest, within=WORK_DIR)
-    except FileNotFoundError:
-        if (config.out / MANIFEST).exists():
-            return False  # another rank was quicker and has cleared up
-        raise
-    shutil.rmtree(work_dir, ignore_errors=True)
-    return True
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
-def predicted_manifest(spec: DataSpec, reports: Sequence[dict[str, Any]]) -> Manifest:
-    """The manifest of the results: a data set like any other."""
-    num_classes = len(spec.classes)
-    shards = tuple(
-        ShardInfo(**{**r["shard"], "pixels": tuple(r["shard"]["pixels"])}) for r in reports
-    )
-    sizes = merge_sizes([SizeCount(**size) for report in reports for size in report["sizes"]])
-    return Manifest(
-        classes=spec.classes,
-        palette=spec.palette,
-        image_format=ImageFormat(spec.channels, spec.alpha, spec.image_range),
-        mask_format={
-            "kind": "index",
-            "num_classes": num_classes,
-            "source_values": [*range(num_classes)],
-        },
-        mean=spec.mean,
-        std=spec.std,
-        splits={"predicted": SplitInfo(shards, sizes)},
-    )
+class Waiting:
+    """Work under way, in order and of bounded size; what fails in it is raised here."""
+
+    def __init__(self, most: int) -> None:
+        self.most, self.held = most, 0
+        self.work: deque[tuple[Future[Any], int]] = deque()
+
+    def add(self, work: Future[Any], size: int = 0) -> None:
+        """Take up some, and wait for the oldest where it is too much; one is never too much."""
+        self.work.append((work, size + OVERHEAD))
+        self.held += size + OVERHEAD
+        while self.work and (
+            self.work[0][0].done() or (self.held > self.most and len(self.work) > 1)
+        ):
+            self.end_oldest()
+
+    def end_oldest(self) -> None:
+        """Wait for it."""
+        work, size = self.work.popleft()
+        work.result()
+        self.held -= size
+
+    def finish(self) -> None:
+        """Wait for all."""
+        while self.work:
+            self.end_oldest()
 
 
-def conclude(config: PredictConfig, *, alone: bool, speaks: bool) -> int:
+class Speaker:
+    """Says on one rank of each machine how far that rank is: no rank asks another."""
+
+    def __init__(self, total: int, accelerator: Accelerator) -> None:
+        world = accelerator.num_processes
+        self.name = (
+            f"predict (rank {accelerator.process_index} of {world})" if world > 1 else "predict"
+        )
+        self.bar = progress(
+            total=total,
+            desc=self.name,
+            unit="image",
+            disable=not accelerator.is_local_main_process,
+        )
+        self.begin, self.pixels, self.errors = time.monotonic(), 0, 0
+
+    def count(self, item: Decoded, found: Found | None) -> None:
+        """One more."""
+        self.errors += item.error is not None
+        self.pixels += 0 if found is None else found.classes.size
+        rate = self.pixels / 1e6 / max(1e-9, time.monotonic() - self.begin)
+        self.bar.set_description_str(
+            f"{self.name}, {rate:,.1f} megapixels/s, {self.errors} errors", refresh=False
+        )
+        self.bar.update()
+
+    def __enter__(self) -> "Speaker":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.close()
+
+
+def conclude(config: PredictConfig, store: Store, *, alone: bool, speaks: bool) -> int:
     """Say where the results are; 3 where inputs were left out and no launcher would be misled."""
-    state_file = config.out / "state.json"
-    if not state_file.exists():
+    if not store.exists(STATE):
         return 0  # other ranks are still at work; the last of them finishes the job
-    state = json.loads(state_file.read_text())
+    state = json.loads(store.read(STATE))
     if speaks:
-        print(f"{state['images']} masks in {config.out}")
+        print(f"{state['images']} masks in {store}")
         for kind, wanted in (("png", config.png), ("overlay", config.overlay)):
             if wanted:
-                print(f"  {kind}: {config.out / kind}")
+                print(f"  {kind}: {store.path(kind)}")
         if state["errors"]:
-            print(f"  {state['errors']} inputs could not be read: {config.out / 'errors.jsonl'}")
+            print(f"  {state['errors']} inputs could not be read: {store.path(ERRORS)}")
     return INCOMPLETE if state["errors"] and alone else 0
 
 

@@ -1,7 +1,7 @@
 """Scores of a model over a split: exact, for any number of ranks."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -9,15 +9,15 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
-from pipelines.batches import eval_batches
+from pipelines.batches import Batch
 from pipelines.checkpoint import require_spec
+from pipelines.config import RunError
+from pipelines.counting import count_split
 from pipelines.dataset import DataSet
 from pipelines.per_image import ImageCounts
-from shards.sample import DataError
 from unet import (
     Empty,
     Scores,
-    SegmentationScores,
     Surface,
     SurfaceScores,
     TileConfig,
@@ -32,13 +32,59 @@ MeanName = Literal["dice", "iou", "image_dice", "image_iou"]
 """Means over the classes that count: over all pixels, or over those of single pictures."""
 
 
+class TileTooLargeError(RunError):
+    """One tile alone does not fit into the memory of a GPU."""
+
+    def __init__(self, height: int, width: int) -> None:
+        super().__init__(
+            f"a tile of {height} x {width} pixels alone does not fit into the memory of this GPU; "
+            f"lower --tile, to {max(height, width) // 2} perhaps"
+        )
+        self.height, self.width = height, width
+
+
 def make_forward(model: UNet, accelerator: Accelerator) -> Callable[[Tensor], Tensor]:
-    """uint8 pictures [B, C, H, W] -> logits, in the precision of the accelerator."""
-    spec = require_spec(model)
+    """uint8 pictures [B, C, H, W] -> logits, in the precision of the accelerator.
+
+    A batch that does not fit into a GPU's memory is halved until it does, and so are those after
+    it; that is said once. Raises TileTooLargeError where half of it would be no picture.
+    """
+    spec, device = require_spec(model), accelerator.device
+    most, said = sys.maxsize, False
+
+    def attempt(image: Tensor) -> Tensor | None:
+        try:
+            parts = [compute(part) for part in image.split(min(most, len(image)))]
+            return parts[0] if len(parts) == 1 else torch.cat(parts)
+        except torch.OutOfMemoryError:
+            # The traceback, which holds what was allocated, ends here.
+            return None
+
+    def compute(image: Tensor) -> Tensor:
+        if device.type == "cuda" and image.device.type == "cpu":
+            # Else the copy would wait for all that the GPU has to do.
+            image = image.pin_memory()
+        with accelerator.autocast():
+            return model(spec.normalise(image.to(device, non_blocking=True)))
 
     def forward(image: Tensor) -> Tensor:
-        with accelerator.autocast():
-            return model(spec.normalise(image.to(accelerator.device, non_blocking=True)))
+        nonlocal most, said
+        before = most
+        while (logits := attempt(image)) is None:
+            size = min(most, len(image))
+            if size == 1:
+                raise TileTooLargeError(*image.shape[-2:])
+            most = size // 2
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+        if most < before and not said:
+            said = True
+            tqdm.write(
+                f"{len(image)} tiles at a time do not fit into the memory of this GPU ({device}): "
+                f"going on with {most}, as --batch-size {most} would have from the start",
+                file=sys.stderr,
+            )
+        return logits
 
     return forward
 
@@ -61,43 +107,28 @@ def score(
     `surface`, on the accelerator's device, and `images` are shown the same pictures; what they
     counted is left to the caller. Raises DataError if not every sample was seen.
     """
-    spec = require_spec(model)
-    split = data.manifest.split(split_name, data.store)
-    was_training = model.training
+    spec, was_training = require_spec(model), model.training
+    assert spec.classes == data.manifest.classes
+    forward = make_forward(model, accelerator)
+    geometry = {"margin": model.config.margin, "multiple": 2**model.config.depth}
+
+    def predict(batches: Iterator[Batch]) -> Iterator[tuple[Batch, Tensor]]:
+        for batch in batches:
+            prediction, _ = predict_mask(forward, batch.image, tiles, **geometry)
+            yield batch, prediction
+
     model.eval()
-    metric = SegmentationScores(spec.classes, spec.counted, empty).to(accelerator.device)
-    batches = eval_batches(
+    scores = count_split(
+        predict,
+        accelerator,
         data,
         split_name,
         batch_size=tiles.batch_size,
-        rank=accelerator.process_index,
-        world=accelerator.num_processes,
-        pin=accelerator.device.type == "cuda",
+        empty=empty,
+        surface=surface,
+        images=images,
     )
-    forward = make_forward(model, accelerator)
-    geometry = {"margin": model.config.margin, "multiple": 2**model.config.depth}
-    with tqdm(
-        total=split.samples,
-        desc=f"evaluate {split_name}",
-        unit="image",
-        leave=False,
-        disable=not (sys.stderr.isatty() and accelerator.is_main_process),
-    ) as bar:
-        for batch in batches:
-            batch = batch.to(accelerator.device)
-            prediction, _ = predict_mask(forward, batch.image, tiles, **geometry)
-            metric.update(prediction, batch.mask)
-            if surface is not None:
-                surface.update(prediction, batch.mask)
-            if images is not None:
-                images.update(prediction, batch.mask, batch.position)
-            bar.update(len(batch.position) * accelerator.num_processes)
-    scores = metric.scores()
     model.train(was_training)
-    if scores.num_images != split.samples:
-        raise DataError(
-            f"{scores.num_images} samples of {split_name} were scored, it has {split.samples}"
-        )
     return scores
 
 

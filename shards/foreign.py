@@ -14,6 +14,7 @@ from shards.sample import (
     BORDER_EXTENSION,
     INFO_EXTENSION,
     MASK_EXTENSION,
+    PROBABILITY_NAME,
     DataError,
     is_safe_path,
 )
@@ -72,7 +73,7 @@ def split_name(name: str, roles: Mapping[str, Role]) -> tuple[str, str] | None:
 
     The longest extension that was declared counts, so a key may hold dots.
     """
-    if PurePosixPath(name).name.startswith("."):
+    if PurePosixPath(name).name.startswith(".") or PROBABILITY_NAME.fullmatch(name):
         return None
     for extension in roles:
         cut = len(name) - len(extension)

@@ -28,6 +28,9 @@ MASK_EXTENSION = "mask.png"
 BORDER_EXTENSION = "border.png"
 INFO_EXTENSION = "json"
 
+PROBABILITY_NAME = re.compile(r".+\.probability-\d+\.png", re.DOTALL)
+"""Names of members that `unet predict` adds on request: no picture of a sample."""
+
 
 class DataError(Exception):
     """Data that is refused. Its text is one line, `what and where; what to do`."""

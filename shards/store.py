@@ -1,6 +1,7 @@
 """A folder that is written to, on disk or at any fsspec URL: files there are whole or absent."""
 
 import errno
+import io
 import os
 import random
 import re
@@ -11,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import fsspec
 
@@ -98,6 +99,34 @@ class Store:
                 return []
         return sorted(name.rstrip("/").rpartition("/")[2] for name in found)
 
+    def kind(self) -> Literal["file", "folder"] | None:
+        """What a URL names: a folder, or against its nature a file; None: nothing."""
+        system, root = self.connect()
+        with told(self.place):
+            system.invalidate_cache()
+            try:
+                found = patiently(lambda: system.info(root))
+            except FileNotFoundError:
+                return None
+        return "file" if found["type"] == "file" else "folder"
+
+    def find(self, pattern: str | None = None) -> list[str]:
+        """Paths below a URL of its files at any depth, or of those a pattern names, sorted."""
+        system, root = self.connect()
+
+        def ask() -> list[str]:
+            system.invalidate_cache()
+            if pattern is None:
+                return system.find(root)
+            found = system.glob(f"{root}/{pattern}", detail=True)
+            return [path for path, info in found.items() if info["type"] == "file"]
+
+        with told(self.place):
+            found = patiently(ask)
+            # A listing of millions would stay in memory.
+            system.invalidate_cache()
+        return sorted(path.removeprefix(f"{root}/") for path in found)
+
     def exists(self, name: str) -> bool:
         """Whether a file is there."""
         if self.local is not None:
@@ -112,8 +141,16 @@ class Store:
         if self.local is not None:
             return (self.local / name).read_bytes()
         system, root = self.connect()
+
+        def ask() -> bytes:
+            # To read one file s3fs makes two requests, one to read several.
+            (answer,) = system.cat_ranges([f"{root}/{name}"], [None], [None], on_error="return")
+            if isinstance(answer, BaseException):
+                raise answer
+            return answer
+
         with told(self.path(name)):
-            return patiently(lambda: system.cat_file(f"{root}/{name}"))
+            return patiently(ask)
 
     def read_ranges(self, ranges: Sequence[ByteRange]) -> list[bytes]:
         """Several pieces of remote files, asked for at once; short where a file ends before.
@@ -257,6 +294,47 @@ class Store:
                 file.unlink(missing_ok=True)
 
 
+class RemoteFile(io.RawIOBase):
+    """A remote file to read from any place, by range requests with the patience of its store."""
+
+    def __init__(self, store: Store, name: str) -> None:
+        """Raises DataError or FileNotFoundError where it is out of reach."""
+        self.store, self.name = store, name
+        self.place, self.size = 0, store.size(name)
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def seekable(self) -> bool:
+        """It is."""
+        return True
+
+    def tell(self) -> int:
+        """Where the next byte comes from."""
+        return self.place
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Go to a place."""
+        begin = {os.SEEK_SET: 0, os.SEEK_CUR: self.place, os.SEEK_END: self.size}[whence]
+        self.place = begin + offset
+        return self.place
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill a buffer as far as the file goes. Raises OSError where that fails for good."""
+        end = min(self.place + len(buffer), self.size)
+        if end <= self.place:
+            return 0
+        try:
+            (data,) = self.store.read_ranges([ByteRange(self.name, self.place, end)])
+        except DataError as error:
+            # What reads files expects errors of files.
+            raise OSError(str(error)) from error
+        buffer[: len(data)] = data
+        self.place += len(data)
+        return len(data)
+
+
 def put_once(file: Path, target: Path) -> bool:
     """Give a file its final name unless that is taken; whether it was given."""
     try:
@@ -289,8 +367,11 @@ def told(where: str) -> Iterator[None]:
     """Turns what a remote file system raises into one line."""
     try:
         yield
-    except (DataError, FileNotFoundError):
+    except DataError:
         raise
+    except FileNotFoundError as error:
+        # Clients word it each in their own way.
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), where) from error
     except Exception as error:  # every client library has exceptions of its own
         raise unreachable(where, error) from error
 

@@ -49,14 +49,21 @@ class ShardWriter:
         self.stream = HashingStream(os.fdopen(handle, "wb"))
         return self
 
-    def add(self, key: str, members: Mapping[str, bytes]) -> None:
-        """Append a sample: {extension: bytes}, stored side by side in the order of their names."""
+    def add(
+        self, key: str, members: Mapping[str, bytes], unlisted: Mapping[str, bytes] | None = None
+    ) -> None:
+        """Append a sample: {extension: bytes}, stored side by side in the order of their names.
+
+        `unlisted` are members that belong to no sample for our readers: the index leaves them out.
+        """
+        unlisted = unlisted or {}
         blocks, words = [], []
         offset = self.stream.size
-        for extension, data in sorted(members.items()):
+        for extension, data in sorted([*members.items(), *unlisted.items()]):
             name = f"{key}.{extension}"
             blocks += [tar_header(name, len(data)), data, bytes(-len(data) % tarfile.BLOCKSIZE)]
-            words.append(f"{extension} {offset + tarfile.BLOCKSIZE} {len(data)} {name}")
+            if extension not in unlisted:
+                words.append(f"{extension} {offset + tarfile.BLOCKSIZE} {len(data)} {name}")
             offset += sum(map(len, blocks[-3:]))
         self.stream.write(b"".join(blocks))
         self.lines.append(" ".join(words))

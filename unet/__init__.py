@@ -7,7 +7,16 @@ from unet.losses import LossConfig, SegmentationLoss, inverse_frequency
 from unet.metrics import Empty, Scores, SegmentationScores
 from unet.model import PRESETS, DataSpec, UNet, UNetConfig, valid_input
 from unet.surface import Surface, SurfaceScores
-from unet.tiling import Block, TileConfig, predict_blocks, predict_mask
+from unet.tiling import (
+    Block,
+    MaskRule,
+    Masks,
+    TileConfig,
+    halve_tile,
+    predict_blocks,
+    predict_mask,
+    predict_masks,
+)
 
 __all__ = [
     "PRESETS",
@@ -15,6 +24,8 @@ __all__ = [
     "DataSpec",
     "Empty",
     "LossConfig",
+    "MaskRule",
+    "Masks",
     "Scores",
     "SegmentationLoss",
     "SegmentationScores",
@@ -23,8 +34,10 @@ __all__ = [
     "TileConfig",
     "UNet",
     "UNetConfig",
+    "halve_tile",
     "inverse_frequency",
     "predict_blocks",
     "predict_mask",
+    "predict_masks",
     "valid_input",
 ]

@@ -15,7 +15,7 @@ and upsampling is by transposed convolution (the bilinear kind sees the border o
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, product
 
 import torch
@@ -65,6 +65,35 @@ class Block:
     """Of each class, float32 [K, rows, columns], on the device of the logits."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MaskRule:
+    """What is made of class probabilities."""
+
+    threshold: float | None = None
+    """Of two classes: the second wherever its probability is at least this. None: the likelier."""
+    min_confidence: float = 0.0
+    """Pixels whose chosen class is less probable are unsure."""
+    keep: torch.dtype | None = None
+    """float16: the probabilities of all classes are kept. uint16: those of all but the first, as
+    round(65535 p). None: they are not."""
+
+
+@dataclass(frozen=True, slots=True)
+class Masks:
+    """What is predicted for pictures of one size, on the device of the logits."""
+
+    classes: Tensor
+    """uint8 [B, H, W]."""
+    confidence: Tensor
+    """Mean over each picture of the probability of the chosen class, float64 [B] (float32 on
+    Apple's GPUs, which know no other)."""
+    unsure: Tensor | None
+    """bool [B, H, W]; None where no confidence is asked for."""
+    probabilities: Tensor | None
+    """[B, K, H, W] (all classes) or [B, K - 1, H, W] (all but the first) of the dtype that is kept,
+    on the CPU; None where none is."""
+
+
 def predict_mask(
     forward: Forward,
     images: Tensor | Sequence[Tensor],
@@ -73,37 +102,93 @@ def predict_mask(
     margin: int = 0,
     multiple: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """Class indices of pictures of one size.
+    """The likeliest classes of pictures of one size; the arguments of `predict_masks`.
 
-    Beside model and pictures, memory holds the classes and what `predict_blocks` says.
+    Returns:
+        `Masks.classes` and `Masks.confidence`.
+    """
+    found = predict_masks(forward, images, config, MaskRule(), margin=margin, multiple=multiple)
+    return found.classes, found.confidence
+
+
+def predict_masks(
+    forward: Forward,
+    images: Tensor | Sequence[Tensor],
+    config: TileConfig,
+    rule: MaskRule,
+    *,
+    margin: int = 0,
+    multiple: int = 1,
+) -> Masks:
+    """Class indices of pictures of one size, and what `rule` asks for.
+
+    Beside model and pictures, memory holds the result and what `predict_blocks` says.
 
     Args:
         forward: uint8 pictures [B, C, h, w] -> logits [B, K, h - 2 margin, w - 2 margin].
         images: uint8 [B, C, H, W], or a list of [C, H, W]; H and W from 1 up.
         config: tile, overlap, batch size, mirrors.
+        rule: how classes are chosen, and what is kept beside them.
         margin: pixels that the network loses on each side: `UNetConfig.margin`.
         multiple: 2^depth; of no account without a margin.
-
-    Returns:
-        Classes uint8 [B, H, W] on the device of the logits, and the mean over each picture of the
-        probability of the chosen class, float64 [B] on the CPU.
     """
     height, width = images[0].shape[-2:]
-    classes = total = None
+    shape = (len(images), height, width)
+    classes = total = unsure = kept = None
     for block in predict_blocks(forward, images, config, margin=margin, multiple=multiple):
-        best, index = block.probability.max(dim=0)
+        best, index = choose(block.probability, rule.threshold)
         if classes is None or total is None:
-            classes = index.new_empty((len(images), height, width), dtype=torch.uint8)
+            classes = index.new_empty(shape, dtype=torch.uint8)
             # Apple's GPUs have no float64.
             wide = torch.float32 if best.device.type == "mps" else torch.float64
             total = best.new_zeros(len(images), dtype=wide)
+            if rule.min_confidence > 0:
+                unsure = index.new_empty(shape, dtype=torch.bool)
         classes[block.picture, block.rows, block.columns] = index
         total[block.picture] += best.sum(dtype=total.dtype)
+        if unsure is not None:
+            unsure[block.picture, block.rows, block.columns] = best < rule.min_confidence
+        if rule.keep is not None:
+            part = compact(block.probability, rule.keep)
+            if kept is None:
+                kept = torch.empty((len(images), len(part), height, width), dtype=rule.keep)
+            kept[block.picture, :, block.rows, block.columns] = part
         # Else its batch of probabilities would live on through the next forward pass.
         del block
     assert classes is not None
     assert total is not None
-    return classes, total.cpu().double() / (height * width)
+    return Masks(classes, total / (height * width), unsure, kept)
+
+
+def choose(probability: Tensor, threshold: float | None) -> tuple[Tensor, Tensor]:
+    """The chosen class [h, w] of probabilities [K, h, w], and before it how probable it is."""
+    if threshold is None:
+        best, index = probability.max(dim=0)
+        return best, index
+    second = probability[1] >= threshold
+    return torch.where(second, probability[1], probability[0]), second
+
+
+def compact(probability: Tensor, dtype: torch.dtype) -> Tensor:
+    """Probabilities float32 [K, h, w] as they are kept: see `MaskRule.keep`; on the CPU."""
+    if dtype == torch.float16:
+        return probability.half().cpu()
+    # Sums of weighted tiles may exceed 1 by a rounding. Few devices know uint16.
+    return (probability[1:] * 65535).round().clamp(max=65535).int().cpu()
+
+
+def halve_tile(
+    config: TileConfig, height: int, width: int, *, margin: int, multiple: int
+) -> TileConfig | None:
+    """Tiles of half the sides of one that was too large [height, width].
+
+    None where smaller tiles would not give the same result: networks with padding blend others, and
+    those of valid convolutions have a smallest one.
+    """
+    smallest = -margin % multiple + multiple + 2 * margin
+    if not margin or max(height, width) <= smallest:
+        return None
+    return replace(config, tile=max(16, max(height, width) // 2))
 
 
 def predict_blocks(
@@ -114,7 +199,7 @@ def predict_blocks(
     margin: int = 0,
     multiple: int = 1,
 ) -> Iterator[Block]:
-    """Class probabilities of pictures of one size, part by part; the arguments of `predict_mask`.
+    """Class probabilities of pictures of one size, part by part; arguments as of `predict_masks`.
 
     Blocks come picture by picture, from left to right and then downwards; together they cover each
     pixel once. At most a batch of tiles is in memory, and sums for a band of `overlap * tile` rows:

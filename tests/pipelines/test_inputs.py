@@ -9,8 +9,10 @@ import pytest
 
 from pipelines.config import UsageError
 from pipelines.inputs import find_inputs
-from shards.images import ImageFormat
+from pipelines.readers import Names
+from shards.images import ImageFormat, decode_image
 from shards.index import Manifest, ShardInfo, SplitInfo, write_manifest
+from shards.pairs import ProblemsError
 from shards.sample import DataError, encode_key
 from shards.store import Store
 from shards.writer import ShardWriter
@@ -25,6 +27,14 @@ def tree(tmp_path, monkeypatch):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(name.encode())
     return tmp_path / "pics"
+
+
+def check_data(inputs, root):
+    """Every picture is what lies under its source."""
+    for i in range(len(inputs)):
+        picture = inputs.read(i)
+        assert picture.data == (root / picture.source).read_bytes()
+        assert picture.key == encode_key(picture.source)
 
 
 def sources(inputs):
@@ -64,6 +74,10 @@ def test_a_folder_is_taken_with_all_below_it_but_what_is_hidden(tree, slash):
         ("pics/x/[a-z]/*.tif", "pics/x", ["y/c.tif"]),
         ("*/b.png", ".", ["pics/b.png"]),
         ("./pics/*.png", "pics", ["b.png"]),
+        ("pics/x/../*.png", "pics/x/..", ["b.png"]),
+        ("pics/*.{png,jpg}", "pics", ["a.jpg", "b.png"]),
+        ("pics/{a.jpg,x/y/c.tif}", "pics", ["a.jpg", "x/y/c.tif"]),
+        ("pics/x/{a,y/{b,c}}.jpg", "pics/x", None),
     ],
 )
 @pytest.mark.parametrize("absolute", [False, True])
@@ -71,8 +85,25 @@ def test_a_pattern_is_named_from_its_first_wildcard(tree, pattern, root, expecte
     if absolute:
         pattern, root = f"{tree.parent}/{pattern}", tree.parent / root
     inputs = find_inputs(pattern)
+    if expected is None:
+        # What braces count or list is asked for, there or not.
+        expected = ["a.jpg", "y/b.jpg", "y/c.jpg"]
+        assert [inputs.name(i) for i in range(3)] == [f"{root}/{name}" for name in expected]
+        return
     check(inputs, Path(root))
     assert sources(inputs) == expected
+
+
+def test_braces_count_with_leading_zeros(tree):
+    for number in (8, 9, 11):
+        (tree / f"n{number:03}.png").write_bytes(b"%d" % number)
+    inputs = find_inputs(f"{tree}/n{{008..011}}.png")
+    assert [Path(inputs.name(i)).name for i in range(4)] == [
+        *("n008.png", "n009.png", "n010.png", "n011.png"),
+    ]
+    assert inputs.read(3).data == b"11"
+    with pytest.raises(FileNotFoundError):
+        inputs.read(2)
 
 
 def test_a_file_whose_name_looks_like_a_pattern_is_that_file(tree):
@@ -97,12 +128,82 @@ def test_results_of_a_list_are_named_below_the_folder_that_all_share(tree):
     assert sources(inputs) == ["a.jpg", "y/c.tif"]
 
 
+def test_lines_of_a_list_are_paths_whatever_they_hold(tree):
+    names = ["a#b.png", "q=1;c.png", "{1,2}.png", "*.png", "x y.png", "\u00e4.png", "[1].png"]
+    for name in names:
+        (tree / name).write_bytes(name.encode())
+    (tree / "list.txt").write_text("\n".join(names), encoding="utf-8-sig")
+    inputs = find_inputs(str(tree / "list.txt"))
+    check_data(inputs, tree)
+    assert sources(inputs) == sorted(names)
+
+
 def test_a_list_may_name_what_is_missing_which_reading_says(tree):
     (tree / "list.txt").write_text("b.png\ngone.png\n")
     inputs = find_inputs(str(tree / "list.txt"))
     assert inputs.name(1) == str(tree / "gone.png")
     with pytest.raises(FileNotFoundError, match=r"gone\.png"):
         inputs.read(1)
+
+
+def test_what_cannot_be_read_is_an_error_of_its_own(tree):
+    # Each of them a line in errors.jsonl: the other pictures do not suffer.
+    (tree / "empty.png").touch()
+    (tree / "folder.png").mkdir()
+    os.mkfifo(tree / "pipe.png")
+    (tree / "loop.png").symlink_to("loop.png")
+    with (tree / "huge.png").open("wb") as file:
+        file.truncate(2**40)
+    names = ["b.png", "empty.png", "folder.png", "gone.png", "huge.png", "loop.png", "pipe.png"]
+    (tree / "list.txt").write_text("\n".join(names))
+    inputs = find_inputs(str(tree / "list.txt"))
+    expected = {
+        "folder.png": (IsADirectoryError, "Is a directory"),
+        "gone.png": (FileNotFoundError, "No such file"),
+        "huge.png": (DataError, f"{tree}/huge.png has 1,099,511,627,776 bytes, more than any pict"),
+        "loop.png": (OSError, "Too many levels"),
+        "pipe.png": (DataError, f"{tree}/pipe.png is a pipe or a device, not a file; remove it"),
+    }
+    assert [inputs.name(i) for i in range(7)] == [str(tree / name) for name in names]
+    for number, name in enumerate(names):
+        if name in expected:
+            kind, said = expected[name]
+            with pytest.raises(kind, match=said):
+                inputs.read(number)
+    assert inputs.read(0).data == b"b.png"
+    with pytest.raises(DataError, match="is empty"):
+        decode_image(inputs.read(1).data, ImageFormat("RGB"), inputs.name(1))
+
+
+def test_a_picture_that_vanishes_after_it_was_listed_is_an_error(tree):
+    inputs = find_inputs(str(tree))
+    (tree / "b.png").unlink()
+    with pytest.raises(FileNotFoundError):
+        inputs.read(1)
+    assert inputs.read(0).data == b"a.jpg"
+
+
+def test_folders_called_like_pictures_are_gone_into_and_no_pictures(tree):
+    (tree / "y.png").mkdir()
+    (tree / "y.png" / "d.png").write_bytes(b"d")
+    assert "y.png/d.png" in sources(find_inputs(str(tree)))
+    assert sources(find_inputs("pics/*.png")) == ["b.png"]
+
+
+def test_a_list_that_is_no_text_is_refused(tree):
+    (tree / "list.txt").write_bytes(b"\xff\xfe\x00b")
+    with pytest.raises(DataError, match=r"list\.txt is no list of paths: it is not UTF-8 text"):
+        find_inputs(str(tree / "list.txt"))
+
+
+def test_a_list_of_several_kinds_of_place_is_refused(tree):
+    (tree / "list.txt").write_text("b.png\ns3://bucket/b.png\n")
+    with pytest.raises(DataError) as caught:
+        find_inputs(str(tree / "list.txt"))
+    assert str(caught.value) == (
+        f"{tree}/list.txt lists files of several kinds of place, such as {tree}/b.png and "
+        "s3://bucket/b.png; make a list for each"
+    )
 
 
 def test_an_empty_list_is_refused(tree):
@@ -158,19 +259,22 @@ def test_two_pictures_that_would_have_one_result_are_refused(tree):
     )
 
 
+def test_all_pictures_that_would_have_one_result_are_named(tree):
+    for name in ("b.jpg", "b.tif", "x/y/c.png", "b.jpg.png"):
+        (tree / name).write_bytes(b"")
+    with pytest.raises(ProblemsError) as caught:
+        find_inputs(str(tree))
+    assert caught.value.lines == [
+        f"{tree / 'b.jpg'} and b.png would have one result",
+        f"{tree / 'b.jpg'} and b.tif would have one result",
+        f"{tree / 'x/y/c.png'} and x/y/c.tif would have one result",
+    ]
+
+
 def test_a_picture_listed_twice_is_refused(tree):
     (tree / "list.txt").write_text("b.png\n./b.png\n")
     with pytest.raises(DataError, match=r"b\.png and b\.png would have one result"):
         find_inputs(str(tree / "list.txt"))
-
-
-@pytest.mark.parametrize("given", ["s3://bucket/pics", "https://x.org/a.png", "gs://b/*.png"])
-def test_remote_inputs_are_refused_in_one_line(given):
-    with pytest.raises(UsageError) as caught:
-        find_inputs(given)
-    assert str(caught.value) == (
-        f"--input {given}: remote inputs are not supported yet; copy them here first"
-    )
 
 
 def test_a_folder_without_pictures_is_refused(tmp_path):
@@ -200,6 +304,32 @@ def test_inputs_are_picklable_and_have_a_digest_of_what_they_list(tree, packed):
         copy = pickle.loads(pickle.dumps(inputs))
         assert sources(copy) == sources(inputs)
         assert copy.digest() == inputs.digest() == find_inputs(str(given)).digest()
+
+
+def test_a_million_names_are_as_small_as_their_text():
+    names = [f"a folder/\u00e4-{number:06}.png" for number in range(20_000)] + [
+        "x\ny",
+        "\udcff",
+        "",
+    ]
+    kept = Names(iter(names))
+    assert list(kept) == names
+    assert kept[5:7] == names[5:7]
+    assert [*pickle.loads(pickle.dumps(kept))] == names
+    text = sum(len(name.encode("utf-8", "surrogateescape")) for name in names)
+    assert len(pickle.dumps(kept)) < text + 10 * len(names)
+    with pytest.raises(IndexError):
+        kept[len(names)]
+
+
+def test_a_name_that_is_no_text_is_read(tree):
+    path = os.fsencode(tree) + b"/\xff\xfe.png"
+    Path(os.fsdecode(path)).write_bytes(b"odd")
+    (picture,) = [
+        picture for picture in map(find_inputs(str(tree)).read, range(5)) if picture.data == b"odd"
+    ]
+    assert os.fsencode(picture.source) == b"\xff\xfe.png"
+    assert picture.key == "%FF%FE"
 
 
 def test_the_digest_of_files_is_of_their_names(tree):

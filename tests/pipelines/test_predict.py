@@ -160,12 +160,6 @@ def test_mirrors_are_averaged(trained: Path, pictures: Path, call, tmp_path: Pat
     )
 
 
-def test_pixels_are_counted_in_parts() -> None:
-    mask = np.random.default_rng(0).integers(0, 12, (1500, 1501)).astype(np.uint8)
-    counts = predict.count_pixels(mask, 13)
-    assert counts.tolist() == [int((mask == value).sum()) for value in range(13)]
-
-
 def test_the_manifest_counts_what_was_predicted(
     bright: Path, pictures: Path, call, tmp_path: Path
 ) -> None:
@@ -295,8 +289,6 @@ def test_after_kills_the_bytes_are_the_same_and_nothing_is_done_twice(
 
 def killed_at(rename: int, before: bool, arguments: list[str]) -> None:
     """Predicts, and dies by SIGKILL just before or after the rename of that number."""
-    from pipelines import predict
-
     replace, count = os.replace, 0
 
     def counting(source: object, target: object) -> None:
@@ -347,6 +339,13 @@ def test_a_kill_at_any_rename_leaves_nothing_behind(
         (("--batch-size", 1), "batch_size = 4, now it is 1"),
         (("--tta",), "tta = False, now it is True"),
         (("--png",), "png = False, now it is True"),
+        (("--overlay",), "overlay = False, now it is True"),
+        (("--split", "train"), "split = predicted, now it is train"),
+        (("--threshold", 0.4), "threshold = None, now it is 0.4"),
+        (("--min-area", 9), "min_area = 0, now it is 9"),
+        (("--min-confidence", 0.9), "min_confidence = 0.0, now it is 0.9"),
+        (("--probabilities", "png"), "probabilities = none, now it is png"),
+        (("--include-image",), "include_image = False, now it is True"),
     ],
 )
 def test_another_job_in_the_same_folder_is_refused_by_name(
@@ -485,7 +484,6 @@ def test_a_damaged_description_is_an_error_of_its_own(
     ("given", "code", "said"),
     [
         ("nowhere", 2, "no picture, folder, list (.txt), pattern or folder of shards is there"),
-        ("s3://bucket/folder", 2, "remote inputs are not supported yet"),
         ("nothing*.png", 2, "no picture, folder, list"),
         ("empty", 1, "holds no picture"),
         ("twice", 1, "would have one result; rename one of each"),
@@ -502,8 +500,7 @@ def test_an_input_that_means_nothing_is_refused(
         Image.new("RGB", (4, 4)).save(tmp_path / "twice" / name)
     (tmp_path / "empty.txt").write_text("# nothing\n")
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
-    path = given if "://" in given else tmp_path / given
-    ended = call("predict", *told(bright, path, tmp_path / "out"))
+    ended = call("predict", *told(bright, tmp_path / given, tmp_path / "out"))
     assert ended.code == code
     assert said in ended.err
     assert "Traceback" not in ended.err
@@ -517,6 +514,12 @@ def test_an_input_that_means_nothing_is_refused(
         (("--tile", 8), "tile must be at least 16 pixels, got 8"),
         (("--overlap", 1), "overlap must be in [0, 0.75], got 1"),
         (("--workers", -1), "workers must not be below 0"),
+        (("--threshold", 0), "threshold must be above 0 and at most 1, got 0.0"),
+        (("--threshold", 1.1), "threshold must be above 0 and at most 1, got 1.1"),
+        (("--min-area", -1), "min_area must not be below 0, got -1"),
+        (("--min-confidence", 1), "min_confidence must be in [0, 1), got 1.0"),
+        (("--split", "../train"), "split is made of letters, digits, _ and -, got '../train'"),
+        (("--out", "s3://bucket/*"), "--out s3://bucket/*: a URL names a bucket"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(

@@ -166,6 +166,29 @@ def test_predictions_are_the_same_files(
         shutil.rmtree(out)
 
 
+@pytest.mark.parametrize("then", [1, 3])
+def test_predictions_go_on_with_another_number_of_ranks_after_a_kill(
+    then: int, alone: Path, draw, launch, spawn_ranks, call, kill, wait_for, content, tmp_path: Path
+) -> None:
+    pictures = draw(tmp_path / "in", 30, size=(120, 120), seed=9) / "images"
+    told = ("--checkpoint", alone, "--input", pictures, "--samples-per-shard", 2, "--workers", 1)
+    assert call("predict", *told, "--out", tmp_path / "whole").code == 0
+    out = tmp_path / "out"
+    process = spawn_ranks(2, "predict", *told, "--out", out)
+    wait_for(lambda: len([*out.glob("*.tar")]) >= 2, "the second shard")
+    kill(process)
+    there = {path: path.stat().st_ino for path in out.glob("*.tar")}
+    assert len(there) >= 2
+    assert not (out / "index.json").exists()
+    if then == 1:
+        ended = call("predict", *told, "--out", out)
+    else:
+        ended = launch(then, "predict", *told, "--out", out)
+    assert ended.code == 0, ended.err
+    assert {path: path.stat().st_ino for path in there} == there
+    assert content(out) == content(tmp_path / "whole")
+
+
 def test_processes_that_do_not_know_of_each_other_are_refused(
     uneven: Path, tiny, launch: Callable, tmp_path: Path
 ) -> None:

@@ -11,7 +11,15 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from unet import TileConfig, UNet, predict_blocks, predict_mask, valid_input
-from unet.tiling import Cut, blending_weights, cut_evenly, cut_exactly
+from unet.tiling import (
+    Cut,
+    MaskRule,
+    blending_weights,
+    cut_evenly,
+    cut_exactly,
+    halve_tile,
+    predict_masks,
+)
 
 
 def pointwise(image):
@@ -208,6 +216,105 @@ def test_the_result_does_not_depend_on_the_batch_size(batch_size, padded, valid)
         torch.testing.assert_close(result, expected)
 
 
+# ---- what is made of probabilities
+
+
+def two_classes(image):
+    """The first channel, 0-255, says how probable the second class is."""
+    p = image[:, 0].float() / 255
+    return torch.stack([torch.log(1 - p), torch.log(p)], dim=1)
+
+
+@pytest.mark.parametrize("tile", [16, 64])
+def test_with_a_threshold_the_second_class_is_wherever_it_is_as_probable(tile):
+    images = picture(40, 50, batch=2)
+    config = TileConfig(tile=tile, batch_size=3)
+    p = images[:, 0].double() / 255
+    for threshold in (0.1, 0.5, 0.9):
+        found = predict_masks(two_classes, images, config, MaskRule(threshold=threshold))
+        clear = (p - threshold).abs() > 1e-5
+        assert torch.equal(found.classes.bool()[clear], (p >= threshold)[clear])
+        chosen = torch.where(found.classes.bool(), p, 1 - p)
+        torch.testing.assert_close(found.confidence, chosen.mean((1, 2)))
+
+
+def test_as_probable_as_the_threshold_is_enough():
+    half = torch.zeros((1, 1, 2, 2), dtype=torch.uint8)
+    even = MaskRule(threshold=0.5)
+    found = predict_masks(lambda x: torch.zeros(1, 2, 2, 2), half, TileConfig(), even)
+    assert found.classes.all()
+    # Of equals, the likelier is the first.
+    assert not predict_mask(lambda x: torch.zeros(1, 2, 2, 2), half, TileConfig())[0].any()
+
+
+@pytest.mark.parametrize("tile", [16, 64])
+def test_pixels_whose_class_is_less_probable_are_unsure(tile):
+    images = picture(40, 50, batch=2)
+    config = TileConfig(tile=tile, batch_size=3)
+    best = pointwise(images).softmax(1).amax(1)
+    found = predict_masks(pointwise, images, config, MaskRule(min_confidence=0.7))
+    clear = (best - 0.7).abs() > 1e-5
+    assert torch.equal(found.unsure[clear], (best < 0.7)[clear])
+    assert 0.1 < found.unsure.float().mean() < 0.9
+    plain = predict_masks(pointwise, images, config, MaskRule())
+    assert plain.unsure is None
+    assert torch.equal(found.classes, plain.classes)
+
+
+@pytest.mark.parametrize("tile", [16, 64])
+def test_probabilities_are_kept_in_two_bytes_each(tile):
+    images = picture(40, 50, batch=2)
+    config = TileConfig(tile=tile, batch_size=3)
+    exact = pointwise(images).softmax(1)
+    half = predict_masks(pointwise, images, config, MaskRule(keep=torch.float16)).probabilities
+    assert (half.dtype, half.shape) == (torch.float16, (2, 3, 40, 50))
+    torch.testing.assert_close(half.float(), exact, rtol=1e-3, atol=1e-4)
+    whole = predict_masks(pointwise, images, config, MaskRule(keep=torch.uint16)).probabilities
+    assert (whole.dtype, whole.shape) == (torch.uint16, (2, 2, 40, 50))
+    torch.testing.assert_close(whole.float() / 65535, exact[:, 1:], rtol=0, atol=1.01 / 65535)
+
+
+def test_a_rounding_above_one_is_one():
+    def forward(tiles):
+        return torch.stack([tiles[:, 0].float() - 1e9, tiles[:, 0].float()], dim=1)
+
+    images, config = picture(50, 70), TileConfig(tile=16, overlap=0.75)
+    found = predict_masks(forward, images, config, MaskRule(keep=torch.uint16))
+    assert found.probabilities.int().min() >= 65534
+
+
+@pytest.mark.parametrize(
+    ("given_as", "sides", "geometry", "tile"),
+    [
+        (1024, (1024, 1024), {"margin": 92, "multiple": 16}, 512),
+        (1024, (300, 700), {"margin": 92, "multiple": 16}, 350),
+        (1024, (206, 700), {"margin": 92, "multiple": 16}, 350),
+        (1024, (204, 204), {"margin": 92, "multiple": 16}, None),
+        (40, (20, 20), {"margin": 8, "multiple": 2}, 16),
+        (1024, (1024, 1024), {"margin": 0, "multiple": 16}, None),
+    ],
+)
+def test_tiles_are_halved_where_the_result_stays_the_same(given_as, sides, geometry, tile):
+    config = TileConfig(tile=given_as, overlap=0.5, batch_size=3, tta=True)
+    expected = None if tile is None else replace(config, tile=tile)
+    assert halve_tile(config, *sides, **geometry) == expected
+
+
+@pytest.mark.parametrize("preset", ["paper", "small"])
+def test_where_no_smaller_tile_helps_none_is_smaller(preset):
+    geometry = network(preset, base_channels=1, depth=2)[1]
+    config = TileConfig(tile=400)
+    while config is not None:
+        smaller = cut_exactly(1000, config.tile, **geometry) if geometry["margin"] else None
+        side = 400 if smaller is None else smaller.side
+        following = halve_tile(config, side, side, **geometry)
+        if following is not None:
+            assert cut_exactly(1000, following.tile, **geometry).side < side
+        elif geometry["margin"]:
+            assert cut_exactly(1000, 16, **geometry).side == side
+        config = following
+
+
 # ---- memory
 
 
@@ -222,7 +329,7 @@ def floats_in_use():
 def most_floats():
     """The most bytes of floats that are in use whenever a forward pass begins."""
 
-    def measure(height, width, config, num_classes=5):
+    def measure(height, width, config, num_classes=5, rule=None):
         most = 0
 
         def forward(image):
@@ -231,8 +338,8 @@ def most_floats():
             return image[:, :1].float().expand(-1, num_classes, -1, -1)
 
         image = torch.zeros((1, 1, height, width), dtype=torch.uint8)
-        classes, _ = predict_mask(forward, image, config)
-        assert classes.shape == (1, height, width)
+        found = predict_masks(forward, image, config, rule or MaskRule())
+        assert found.classes.shape == (1, height, width)
         return most
 
     gc.collect()
@@ -241,9 +348,10 @@ def most_floats():
     gc.unfreeze()
 
 
-def test_memory_does_not_grow_with_height(most_floats):
+@pytest.mark.parametrize("rule", [MaskRule(), MaskRule(min_confidence=0.9, keep=torch.uint16)])
+def test_memory_does_not_grow_with_height(rule, most_floats):
     config, low, high = TileConfig(tile=64, overlap=0.25), 64 + 4 * 48, 64 + 40 * 48
-    grown = most_floats(high, 640, config) - most_floats(low, 640, config)
+    grown = most_floats(high, 640, config, rule=rule) - most_floats(low, 640, config, rule=rule)
     # a weight for each row of a tile, a sum for each tile: of 12 kB that a row of sums takes
     assert 0 <= grown <= 8 * (high - low)
 

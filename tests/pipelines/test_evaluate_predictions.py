@@ -1,0 +1,295 @@
+"""`unet evaluate --predictions`: the scores of the checkpoint, from the masks that it predicted."""
+
+import io
+import json
+import shutil
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+from PIL import Image
+
+from shards.index import read_manifest
+
+
+@pytest.fixture(scope="module")
+def predicted(trained: Path, shards: Path, call, tmp_path_factory) -> Path:
+    """Masks for all pictures of the data set, train and val, in shards of five."""
+    out = tmp_path_factory.mktemp("predicted") / "masks"
+    ended = predict(call, trained, shards, out)
+    assert ended.code == 0, ended.err
+    return out
+
+
+def predict(call, checkpoint: Path, given: object, out: Path, *more: object):
+    flags = ("--samples-per-shard", 5, "--workers", 0)
+    return call(
+        "predict", "--checkpoint", checkpoint, "--input", given, "--out", out, *flags, *more
+    )
+
+
+def evaluate(call, shards: Path, out: Path, *more: object):
+    return call("evaluate", "--data", shards, "--out", out, "--workers", 0, *more)
+
+
+def pack(call, folder: Path, out: Path, *more: object) -> Path:
+    """The pairs in a folder as shards, all of them for training."""
+    folders = ("--images", folder / "images", "--masks", folder / "masks", "--workers", 1)
+    flags = ("--mask-format", "binary", "--val-fraction", 0, "--out", out)
+    assert call("pack", *folders, *flags, *more).code == 0
+    return out
+
+
+def without_source(found: dict[str, bytes]) -> dict[str, object]:
+    """Files of an evaluation, less the line that only predictions have."""
+    scores = json.loads(found["scores.json"])
+    assert [*scores].count("predictions") <= 1
+    scores.pop("predictions", None)
+    return {**found, "scores.json": json.dumps(scores)}
+
+
+@pytest.mark.parametrize("batch_size", [4, 1])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_every_file_is_that_of_the_checkpoint_to_the_last_byte(
+    batch_size: int, workers: int, trained, predicted, shards, call, content, tmp_path: Path
+) -> None:
+    more = ("--surface", "--worst", 3)
+    by_model = evaluate(call, shards, tmp_path / "model", "--checkpoint", trained, *more)
+    told = ("--batch-size", batch_size, "--workers", workers)
+    by_masks = evaluate(call, shards, tmp_path / "masks", "--predictions", predicted, *told, *more)
+    assert (by_model.code, by_masks.code) == (0, 0), by_masks.err
+    expected, found = content(tmp_path / "model"), content(tmp_path / "masks")
+    assert {name.partition("/")[0] for name in expected} == {"scores.json", "scores.csv", "worst"}
+    assert without_source(found) == without_source(expected)
+    assert by_masks.out.replace("/masks", "/model") == by_model.out
+    scores = json.loads(found["scores.json"])
+    assert scores["predictions"] == read_manifest(predicted).digest
+    assert scores["num_images"] == 4
+    assert scores["macro"]["dice"] is not None
+
+
+def test_masks_of_the_folder_that_was_packed_are_found_too(
+    trained, predicted, shards, cells: Path, call, content, tmp_path: Path
+) -> None:
+    assert predict(call, trained, cells / "images", tmp_path / "of folder").code == 0
+    for name, masks in (("1", predicted), ("2", tmp_path / "of folder")):
+        assert evaluate(call, shards, tmp_path / name, "--predictions", masks).code == 0
+    one, two = (content(tmp_path / name) for name in "12")
+    assert without_source(one) == without_source(two)
+
+
+def test_masks_of_other_splits_are_counted_and_do_no_harm(
+    trained, predicted, shards, call, content, tmp_path: Path
+) -> None:
+    ended = evaluate(call, shards, tmp_path / "all", "--predictions", predicted)
+    assert f"{predicted}: 8 masks of pictures that are not in val" in ended.err
+    assert predict(call, trained, f"{shards}/val-*.tar", tmp_path / "of val").code == 0
+    ended = evaluate(call, shards, tmp_path / "val", "--predictions", tmp_path / "of val")
+    assert "that are not in" not in ended.err
+    one, two = (content(tmp_path / name) for name in ("all", "val"))
+    assert without_source(one) == without_source(two)
+
+
+@pytest.mark.ranks
+def test_every_file_is_the_same_for_any_number_of_ranks(
+    predicted, shards, call, launch, content, tmp_path: Path
+) -> None:
+    told = ("--predictions", predicted, "--worst", 2, "--batch-size", 1, "--surface")
+    assert evaluate(call, shards, tmp_path / "1", *told).code == 0
+    expected = content(tmp_path / "1")
+    for world in (2, 3):
+        out = tmp_path / str(world)
+        ended = launch(world, "evaluate", "--data", shards, "--out", out, "--workers", 0, *told)
+        assert ended.code == 0, ended.err
+        assert content(out) == expected
+        assert ended.err.count("masks of pictures that are not in val") == 1
+
+
+def test_scores_lie_with_the_masks_unless_said_otherwise(
+    predicted, shards, call, tmp_path: Path
+) -> None:
+    masks = tmp_path / "masks"
+    shutil.copytree(predicted, masks)
+    assert call("evaluate", "--data", shards, "--predictions", masks, "--workers", 0).code == 0
+    assert {"scores.json", "scores.csv", "worst"} < {path.name for path in masks.iterdir()}
+    # It is still what it was.
+    assert evaluate(call, shards, tmp_path / "again", "--predictions", masks).code == 0
+
+
+def test_masks_that_others_predicted_are_scored_as_well(shards, call, tmp_path: Path) -> None:
+    # The truth, as somebody might have packed it, is predicted perfectly by itself.
+    ended = evaluate(call, shards, tmp_path, "--predictions", shards, "--split", "train")
+    assert ended.code == 0, ended.err
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert scores["macro"] == scores["micro"] == scores["per_image"] == {"dice": 1, "iou": 1}
+    # Nobody wrote down what made them.
+    made = [scores[name] for name in ("checkpoint", "tile", "overlap", "tta")]
+    assert made == [None, None, None, None]
+
+
+def test_masks_of_indexed_tars_are_found_by_their_bare_names(
+    by_hand, call, draw, tmp_path: Path
+) -> None:
+    folder, tars = draw(tmp_path / "in", 3), tmp_path / "tars"
+    tars.mkdir()
+    with tarfile.open(tars / "val-0.tar", "w") as tar:
+        for path in sorted((folder / "images").iterdir()):
+            tar.add(path, f"deep/{path.stem}.v1.png")
+            mask = np.asarray(Image.open(folder / "masks" / path.name)) // 255
+            data = io.BytesIO()
+            Image.fromarray(mask.astype(np.uint8)).save(data, "PNG")
+            member = tarfile.TarInfo(f"deep/{path.stem}.v1.mask.png")
+            member.size = data.tell()
+            tar.addfile(member, io.BytesIO(data.getvalue()))
+    classes = ("--classes", "background", "foreground")
+    assert call("index", tars, *classes, "--workers", 1).code == 0
+    model = by_hand()
+    assert predict(call, model, tars, tmp_path / "masks").code == 0
+    ended = evaluate(call, tars, tmp_path / "1", "--predictions", tmp_path / "masks")
+    assert ended.code == 0, ended.err
+    assert evaluate(call, tars, tmp_path / "2", "--checkpoint", model).code == 0
+    one, two = (json.loads((tmp_path / n / "scores.json").read_text()) for n in "12")
+    assert one["confusion"] == two["confusion"]
+    assert one["num_images"] == 3
+
+
+# ------------------------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ((), "give either --checkpoint or --predictions"),
+        (("--checkpoint", "x", "--predictions", "y"), "give either --checkpoint or --predictions"),
+        (("--predictions", "y", "--tta"), "--tta is for a --checkpoint; --predictions are made"),
+        (("--predictions", "y", "--tile", 512), "--tile is for a --checkpoint; --predictions are"),
+        (("--predictions", "y", "--overlap", 0.5), "--overlap is for a --checkpoint"),
+    ],
+)
+def test_flags_that_mean_nothing_are_refused(given: tuple, said: str, call) -> None:
+    ended = call("evaluate", "--data", "x", *given)
+    assert ended.code == 2
+    assert said in ended.said
+
+
+def test_predictions_at_a_url_need_a_place_for_their_scores(shards, call) -> None:
+    ended = call("evaluate", "--data", shards, "--predictions", "s3://bucket/masks")
+    said = "--predictions s3://bucket/masks is no folder here: say where scores go with --out"
+    assert (ended.code, ended.err) == (2, f"unet evaluate: {said}\n")
+
+
+def test_pictures_without_a_prediction_are_named_and_counted(
+    trained, shards, cells: Path, call, tmp_path: Path
+) -> None:
+    (tmp_path / "list.txt").write_text(f"{cells}/images/p000.png\n{cells}/images/p002.png\n")
+    assert predict(call, trained, tmp_path / "list.txt", tmp_path / "masks").code == 0
+    ended = evaluate(call, shards, tmp_path / "out", "--predictions", tmp_path / "masks")
+    assert ended.code == 1
+    assert "2 problems (predict all of val, see errors.jsonl there):" in ended.err
+    for key in ("p001", "p003"):
+        assert f"{tmp_path / 'masks'} has no prediction of {key}\n" in ended.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_masks_of_something_else_altogether_are_told_by_their_keys(
+    trained, shards, cells: Path, call, tmp_path: Path
+) -> None:
+    # Predicted from one folder too high, every key is longer.
+    assert predict(call, trained, cells, tmp_path / "masks").code in (0, 3)
+    ended = evaluate(call, shards, tmp_path / "out", "--predictions", tmp_path / "masks")
+    assert ended.code == 1
+    assert f"{tmp_path / 'masks'} has no prediction of any picture of val: " in ended.err
+    assert "it has images/p000 and 23 others, not p0" in ended.err
+
+
+def test_two_predictions_of_one_picture_are_refused(predicted, shards, call, tmp_path) -> None:
+    masks = tmp_path / "masks"
+    shutil.copytree(predicted, masks)
+    manifest = json.loads((masks / "index.json").read_text())
+    manifest["splits"]["predicted"]["shards"] *= 2
+    (masks / "index.json").write_text(json.dumps(manifest))
+    ended = evaluate(call, shards, tmp_path / "out", "--predictions", masks)
+    assert ended.code == 1
+    assert "4 problems (remove one of each):" in ended.err
+    for number in range(4):
+        assert f"{masks} has two predictions of p{number:03d}\n" in f"{ended.err}\n"
+
+
+def test_other_classes_are_refused(by_hand, shards, call, tmp_path: Path) -> None:
+    model = by_hand(classes=("background", "nucleus"))
+    assert predict(call, model, shards, tmp_path / "masks").code == 0
+    ended = evaluate(call, shards, tmp_path / "out", "--predictions", tmp_path / "masks")
+    assert ended.code == 1
+    assert (
+        f"{tmp_path / 'masks'} knows the classes background, nucleus, {shards} has background, "
+        "foreground; they must be the same"
+    ) in ended.err
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_mask_of_another_size_is_named(workers, trained, draw, call, tmp_path: Path) -> None:
+    data = pack(call, draw(tmp_path / "in", 3), tmp_path / "data")
+    small = draw(tmp_path / "small", 3, size=(48, 40))
+    assert predict(call, trained, small / "images", tmp_path / "masks").code == 0
+    told = ("--predictions", tmp_path / "masks", "--split", "train", "--workers", workers)
+    ended = evaluate(call, data, tmp_path / "out", *told)
+    assert ended.code == 1
+    assert "/predicted-000000.tar: p00" in ended.err
+    assert ".mask.png is 40 x 48, its picture 48 x 48; predict it again" in ended.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_masks_with_pixels_left_out_are_refused(trained, shards, call, tmp_path: Path) -> None:
+    more = ("--min-confidence", 0.999)
+    assert predict(call, trained, shards, tmp_path / "masks", *more).code == 0
+    ended = evaluate(call, shards, tmp_path / "out", "--predictions", tmp_path / "masks")
+    assert ended.code == 1
+    assert "has pixels without a class (255), as --min-confidence leaves them" in ended.err
+
+
+def test_pictures_are_no_predictions(shards, cells: Path, call, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    assert call("pack", "--images", cells / "images", "--out", data, "--workers", 1).code == 0
+    manifest = json.loads((data / "index.json").read_text())
+    manifest.update(classes=["background", "foreground"], palette=[[0, 0, 0], [1, 1, 1]])
+    (data / "index.json").write_text(json.dumps(manifest))
+    ended = evaluate(call, shards, tmp_path / "out", "--predictions", data)
+    assert ended.code == 1
+    assert "has no mask; give predictions, not pictures" in ended.err
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda masks: (masks / "index.json").unlink(), "is no data set: it has no index.json"),
+        (lambda masks: (masks / "job.json").write_text("{"), "job.json is damaged; predict again"),
+        (lambda masks: (masks / "predicted-000000.tar").unlink(), "predicted-000000.tar cannot be"),
+        (lambda masks: (masks / "predicted-000000.idx").unlink(), "predicted-000000.idx cannot be"),
+    ],
+)
+def test_what_is_not_whole_is_refused_in_one_line(
+    change: Callable[[Path], object], said: str, predicted, shards, call, tmp_path: Path
+) -> None:
+    masks = tmp_path / "masks"
+    shutil.copytree(predicted, masks)
+    change(masks)
+    ended = evaluate(call, shards, tmp_path / "out", "--predictions", masks, "--split", "train")
+    assert ended.code == 1
+    ((line),) = [text for text in ended.err.splitlines() if "not in train" not in text]
+    assert said in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_predictions_at_a_url_score_as_their_copy(
+    s3: str, predicted, shards, call, content, tmp_path: Path
+) -> None:
+    system = fsspec.filesystem("s3")
+    for name, data in content(predicted).items():
+        system.pipe_file(f"bucket/masks/{name}", data)
+    for name, masks in (("1", predicted), ("2", "s3://bucket/masks")):
+        ended = evaluate(call, shards, tmp_path / name, "--predictions", masks, "--workers", 2)
+        assert ended.code == 0, ended.err
+    assert content(tmp_path / "1") == content(tmp_path / "2")

@@ -1,0 +1,164 @@
+"""A GPU whose memory does not suffice: smaller batches and tiles, the same masks, said once."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from unet import UNet
+
+
+@pytest.fixture(scope="module")
+def bright(by_hand) -> Path:
+    """A model that finds what is above 127 in the red channel."""
+    return by_hand()
+
+
+@pytest.fixture(scope="module")
+def valid(bright: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same of valid convolutions: its smallest tile is 18, of which it predicts 2."""
+    found = UNet.from_pretrained(bright)
+    model = UNet(replace(found.config, padding="valid"), found.spec)
+    model.load_state_dict(found.state_dict())
+    folder = tmp_path_factory.mktemp("valid") / "checkpoint"
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("pictures")
+    for number, size in enumerate([(48, 48)] * 5 + [(90, 130), (20, 30)]):
+        pixels = np.random.default_rng(number).integers(0, 255, (*size, 3)).astype(np.uint8)
+        Image.fromarray(pixels).save(root / f"p{number}.png")
+    return root
+
+
+@pytest.fixture
+def memory(monkeypatch: pytest.MonkeyPatch):
+    """A stand-in for a GPU's memory: passes of more pictures or larger ones than fit raise.
+
+    Returns what was asked for: (pictures, longest side) of each pass.
+    """
+
+    def make(most: int = 1000, side: int = 10_000) -> list[tuple[int, int]]:
+        asked, forward = [], UNet.forward
+
+        def bounded(model: UNet, image: torch.Tensor) -> torch.Tensor:
+            asked.append((len(image), max(image.shape[-2:])))
+            if asked[-1][0] > most or asked[-1][1] > side:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+            return forward(model, image)
+
+        monkeypatch.setattr(UNet, "forward", bounded)
+        return asked
+
+    return make
+
+
+def told(checkpoint: Path, given: object, out: object, *more: object) -> list[object]:
+    return ["--checkpoint", checkpoint, "--input", given, "--out", out, "--workers", 0, *more]
+
+
+@pytest.mark.parametrize("most", [1, 2, 3])
+def test_a_batch_that_does_not_fit_is_halved_once_and_said_once(
+    most: int, bright: Path, pictures: Path, call, memory, content, tmp_path: Path
+) -> None:
+    more = ("--batch-size", 4, "--tile", 48, "--tta", "--probabilities", "float16")
+    assert call("predict", *told(bright, pictures, tmp_path / "a", *more)).code == 0
+    asked = memory(most)
+    ended = call("predict", *told(bright, pictures, tmp_path / "b", *more))
+    assert ended.code == 0, ended.err
+    fits = 2 if most > 1 else 1
+    ((line,),) = (ended.err.splitlines(),)
+    assert line == (
+        "4 tiles at a time do not fit into the memory of this GPU (cpu): going on with "
+        f"{fits}, as --batch-size {fits} would have from the start"
+    )
+    # 4, perhaps 2, and from then on what fits.
+    refused = [size for size, _ in asked if size > most]
+    assert refused == ([4] if most > 1 else [4, 2])
+    assert max(size for size, _ in asked[len(refused) :]) == fits
+    assert content(tmp_path / "b") == content(tmp_path / "a")
+
+
+def test_evaluation_halves_batches_too(
+    bright: Path, shards: Path, call, memory, tmp_path: Path
+) -> None:
+    given = ("--checkpoint", bright, "--data", shards, "--workers", 0, "--batch-size", 4)
+    assert call("evaluate", *given, "--out", tmp_path / "a").code == 0
+    asked = memory(1)
+    ended = call("evaluate", *given, "--out", tmp_path / "b")
+    assert ended.code == 0, ended.err
+    assert ended.err.count("4 tiles at a time do not fit") == 1
+    assert asked
+    scores = [(tmp_path / out / "scores.json").read_bytes() for out in "ab"]
+    assert scores[0] == scores[1]
+
+
+@pytest.mark.parametrize(("side", "tile"), [(39, 20), (19, 16)])
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_tiles_of_valid_convolutions_are_halved_and_the_masks_are_the_same(
+    batch_size: int, side: int, tile: int, valid: Path, pictures: Path, call, memory, tmp_path: Path
+) -> None:
+    asked = memory(side=side)
+    more = ("--tile", 48, "--batch-size", batch_size, "--png")
+    ended = call("predict", *told(valid, pictures, tmp_path, *more))
+    assert ended.code == 0, ended.err
+    ((line,),) = (ended.err.splitlines(),)
+    assert line == (
+        f"tiles of 48 do not fit into the memory of this GPU (cpu): going on with {tile}, one at "
+        f"a time, as --tile {tile} --batch-size 1 would have from the start; the masks are the same"
+    )
+    # What does not fit is remembered: it is asked for once.
+    refused = [(size, wanted) for size, wanted in asked if wanted > side]
+    batches = [(size, 40) for size in ((4, 2, 1) if batch_size == 4 else (1,))]
+    assert refused == [*batches, *([(1, 20)] if side < 20 else [])]
+    for path in pictures.iterdir():
+        mask = np.asarray(Image.open(tmp_path / "png" / path.name))
+        np.testing.assert_array_equal(mask, np.asarray(Image.open(path))[..., 0] > 127)
+
+
+def test_the_smallest_tile_that_does_not_fit_is_said_in_a_line(
+    valid: Path, pictures: Path, call, memory, tmp_path: Path
+) -> None:
+    memory(most=0)
+    ended = call("predict", *told(valid, pictures, tmp_path, "--tile", 48))
+    assert ended.code == 1
+    ((line,),) = (ended.err.splitlines(),)
+    assert line.startswith("unet predict: the smallest tile of this network, 18 x 18 pixels, does")
+
+
+@pytest.mark.parametrize("verb", ["predict", "evaluate"])
+def test_other_tiles_that_do_not_fit_are_said_in_a_line_that_names_the_flag(
+    verb: str, bright: Path, pictures: Path, shards: Path, call, memory, tmp_path: Path
+) -> None:
+    memory(side=40)
+    given = told(bright, pictures, tmp_path, "--tile", 48)
+    if verb == "evaluate":
+        given = ["--checkpoint", bright, "--data", shards, "--out", tmp_path, "--workers", 0]
+    ended = call(verb, *given)
+    assert ended.code == 1
+    ((line,),) = (ended.err.splitlines(),)
+    assert line.startswith(
+        f"unet {verb}: a tile of 48 x 48 pixels alone does not fit into the memory of this GPU; "
+        "lower --tile, to 24 perhaps"
+    )
+    assert ("give another --out, since other tiles make other masks" in line) == (verb == "predict")
+    assert not (tmp_path / "index.json").exists()
+
+
+def test_memory_that_runs_out_elsewhere_is_said_in_a_line(
+    bright: Path, pictures: Path, call, monkeypatch, tmp_path: Path
+) -> None:
+    def fail(*given: object, **more: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr("pipelines.predict.predict_masks", fail)
+    ended = call("predict", *told(bright, pictures, tmp_path))
+    assert ended.code == 1
+    ((line,),) = (ended.err.splitlines(),)
+    assert "the memory of this GPU (cpu) does not suffice; lower --batch-size or --tile" in line
