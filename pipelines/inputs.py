@@ -277,8 +277,7 @@ class Headers:
 def read_headers(tar: str) -> Headers:
     """The pictures of a tar. Raises DataError or OSError where it is damaged or out of reach."""
     with open_tar(tar) as file:
-        # The path is for messages alone, and a Path would lose a slash of a URL.
-        found = find_members(file, cast(Path, tar), ROLES)
+        found = find_members(file, tar, ROLES)
     names: list[str] = []
     places = array("q")
     for group in found.groups.values():

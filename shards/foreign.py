@@ -42,12 +42,12 @@ class Members:
     problems: list[str] = field(default_factory=list)
 
 
-def find_members(file: BinaryIO, path: Path, roles: Mapping[str, Role]) -> Members:
+def find_members(file: BinaryIO, path: Path | str, roles: Mapping[str, Role]) -> Members:
     """The samples of a tar, by the ends of their members' names.
 
     Args:
         file: the tar, open.
-        path: its name, for messages.
+        path: its path or URL, for messages.
         roles: {extension in lower case: what such a member is}, the longest first.
 
     Raises DataError where the tar is cut, damaged or none.
@@ -82,7 +82,7 @@ def split_name(name: str, roles: Mapping[str, Role]) -> tuple[str, str] | None:
     return None
 
 
-def list_members(file: BinaryIO, path: Path) -> list[tarfile.TarInfo]:
+def list_members(file: BinaryIO, path: Path | str) -> list[tarfile.TarInfo]:
     """The members of a tar. Raises DataError where it is cut, damaged or none."""
     file.seek(0)
     if file.read(6).startswith(COMPRESSED_MAGIC):
@@ -118,7 +118,7 @@ def kind_of(name: str) -> str:
     return "hidden" if pure.name.startswith(".") else pure.suffix or "without extension"
 
 
-def refuse_member(member: tarfile.TarInfo, is_ours: bool, path: Path) -> None:
+def refuse_member(member: tarfile.TarInfo, is_ours: bool, path: Path | str) -> None:
     """Raise DataError for a member that cannot be read by its place or would leave a folder."""
     where = f"{path}: {member.name!r}"
     if not member.isreg() or member.issparse():
@@ -138,7 +138,7 @@ def add_member(
     key: str,
     extension: str,
     roles: Mapping[str, Role],
-    path: Path,
+    path: Path | str,
 ) -> None:
     """Put a member to its sample. Raises DataError where its place is taken."""
     role = roles[extension.lower()]

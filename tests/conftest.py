@@ -19,6 +19,7 @@ from typing import Any, Literal
 from urllib.request import Request, urlopen
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
@@ -185,12 +186,18 @@ def wait_for() -> Callable[..., Any]:
 def kill() -> Callable[[subprocess.Popen[str]], None]:
     """SIGKILL for a spawned command and all that it started, as a power cut would."""
 
-    def kill_group(process: subprocess.Popen[str]) -> None:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+    def kill_all(process: subprocess.Popen[str]) -> None:
+        started = []
+        with suppress(psutil.NoSuchProcess):
+            # A launcher gives each rank a process group of its own.
+            started = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+        for one in started:
+            with suppress(psutil.NoSuchProcess):
+                one.kill()
         process.communicate()
 
-    return kill_group
+    return kill_all
 
 
 @pytest.fixture(scope="session")
