@@ -39,7 +39,7 @@ class Decoded:
     key: str
     source: str
     image: Tensor | None
-    """uint8 [H, W, C]; None where there is none, or it is needed no more."""
+    """uint8 [C, H, W]; None where there is none, or it is needed no more."""
     error: str | None = None
     file: bytes = b""
     """The picture as it is stored beside its mask; empty where it is not."""
@@ -109,8 +109,9 @@ class Decoder:
         except OSError as error:
             reason = f"{name} cannot be read: {error.strerror or error}"
             return Decoded("", name, None, reason)
-        pixels = torch.from_numpy(np.array(image))
-        return Decoded(picture.key, picture.source, pixels, None, file, extension)
+        # Here, where several processes do it; torch takes ten times as long.
+        pixels = np.array(np.moveaxis(image, -1, 0), order="C")
+        return Decoded(picture.key, picture.source, torch.from_numpy(pixels), None, file, extension)
 
 
 def stored(picture: Picture, form: ImageFormat, where: str) -> tuple[bytes, str]:

@@ -345,7 +345,7 @@ def launch(
             if shape is None:
                 yield Launched(chunk.shard, same, None, None)
                 continue
-            images = [item.image.permute(2, 0, 1) for item in same if item.image is not None]
+            images = [item.image for item in same if item.image is not None]
             yield Launched(chunk.shard, same, *send_back(predict(images)))
 
 

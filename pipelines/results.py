@@ -199,7 +199,7 @@ class Encoder:
             self.write(f"png/{name}", png)
         if item.image is None:
             return
-        image, palette = item.image.numpy(), self.loaded.spec.palette
+        image, palette = np.moveaxis(item.image.numpy(), 0, -1), self.loaded.spec.palette
         if self.config.overlay:
             self.write(f"overlay/{name}", encode_png(draw_overlay(image, mask, palette)))
         if self.figure:

@@ -376,7 +376,7 @@ def test_pictures_of_one_size_that_follow_each_other_go_together(bright: Path) -
         return predict.Masks(torch.zeros(size, dtype=torch.uint8), torch.ones(size[0]), None, None)
 
     items = [
-        Decoded(str(i), str(i), None if size is None else torch.zeros((*size, 3)), size and None)
+        Decoded(str(i), str(i), None if size is None else torch.zeros((3, *size)), size and None)
         for i, size in enumerate(sizes)
     ]
     launched = [*predict.launch([Chunk(7, 0, 5)], [items], forward)]
