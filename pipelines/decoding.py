@@ -109,7 +109,7 @@ class Decoder:
         except OSError as error:
             reason = f"{name} cannot be read: {error.strerror or error}"
             return Decoded("", name, None, reason)
-        # Here, where several processes do it; torch takes ten times as long.
+        # Here, where several processes do it, rather than in the one that predicts.
         pixels = np.array(np.moveaxis(image, -1, 0), order="C")
         return Decoded(picture.key, picture.source, torch.from_numpy(pixels), None, file, extension)
 

@@ -40,6 +40,7 @@ from pipelines.progress import progress
 from pipelines.readers import Inputs
 from pipelines.results import (
     ERRORS,
+    JOB,
     STATE,
     WORK_DIR,
     Encoder,
@@ -50,13 +51,13 @@ from pipelines.results import (
     write_shard,
 )
 from pipelines.scoring import TileTooLargeError, make_forward
-from pipelines.specks import NEEDS_SCIPY, has_scipy
+from pipelines.specks import NEEDS_SCIPY
+from shards.border import has_scipy
 from shards.index import MANIFEST
 from shards.sample import DataError
 from shards.store import Store, is_url
 from unet import MaskRule, Masks, TileConfig, halve_tile, predict_masks
 
-JOB = "job.json"
 ENCODERS = 2
 """Threads that turn masks into PNG beside the device."""
 MOST_WAITING = 512 * 2**20

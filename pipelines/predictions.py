@@ -17,6 +17,7 @@ from pipelines.batches import Batch, require_mask
 from pipelines.dataset import DataSet
 from pipelines.gallery import Predicted
 from pipelines.per_image import split_keys
+from pipelines.results import JOB
 from shards.index import Manifest, read_manifest
 from shards.masks import decode_mask
 from shards.order import Address, EvalPlan
@@ -25,8 +26,6 @@ from shards.reader import ShardReader
 from shards.sample import IGNORE, DataError, Uint8, encode_key
 from shards.store import Store
 
-JOB = "job.json"
-"""What `unet predict` writes down of its job."""
 AHEAD = 4
 """Batches whose predictions are read before they are asked for."""
 INDEXES = 64

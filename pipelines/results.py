@@ -40,6 +40,8 @@ from shards.writer import ShardWriter, write_atomically
 from unet import DataSpec
 
 WORK_DIR = ".predict"
+JOB = "job.json"
+"""What decides the bytes of the results."""
 STATE = "state.json"
 ERRORS = "errors.jsonl"
 FIGURE_SIDE = 1000

@@ -1,6 +1,5 @@
 """Specks in masks: connected areas that are too small to be meant."""
 
-from importlib.util import find_spec
 from itertools import product
 
 import numpy as np
@@ -16,11 +15,6 @@ TOGETHER = 2**18
 """Pixels of specks whose surroundings are counted together."""
 
 Int64 = NDArray[np.int64]
-
-
-def has_scipy() -> bool:
-    """Whether the extra `scipy` is installed, without loading it."""
-    return find_spec("scipy") is not None
 
 
 def remove_specks(mask: Uint8, min_area: int) -> Uint8:
