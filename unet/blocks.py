@@ -21,7 +21,7 @@ GROUP_CHANNELS = 8
 
 
 class InstanceNorm(nn.InstanceNorm2d):
-    """torch's, on CPUs computed as the group norm of groups of one channel: ten times as fast.
+    """torch's, on CPUs computed as the group norm of groups of one channel: a quarter of the time.
 
     On GPUs autocast would do a group norm in float32, at twice the memory; in channels_last torch's
     kernel subtracts squares of means, and loses digits.
