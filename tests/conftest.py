@@ -23,6 +23,8 @@ import psutil
 import pytest
 from PIL import Image
 
+from pipelines import progress
+
 # Before torch is imported, and for every process that a test starts.
 os.environ.update(
     OMP_NUM_THREADS="1",
@@ -84,6 +86,12 @@ def forget_accelerator() -> None:
     if state is not None:
         state.AcceleratorState._reset_state(True)
         state.GradientState._reset_state()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_progress() -> None:
+    """What a verb says does not depend on how long a busy machine takes for it."""
+    progress.EVERY = 1e9
 
 
 @pytest.fixture(scope="session")

