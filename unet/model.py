@@ -141,7 +141,8 @@ class DataSpec:
         """uint8 [B, C, H, W] -> float32 [B, C, H, W], mean 0 and deviation 1 over the data set."""
         mean = torch.tensor(self.mean, device=image.device).view(1, -1, 1, 1) * 255
         std = torch.tensor(self.std, device=image.device).view(1, -1, 1, 1) * 255
-        return (image.float() - mean) / std.clamp(min=1e-3)
+        # In place: on a CPU new memory takes longer than arithmetic.
+        return image.float().sub_(mean).div_(std.clamp(min=1e-3))
 
 
 def counted_classes(classes: tuple[str, ...]) -> tuple[int, ...]:

@@ -163,13 +163,20 @@ def predict_masks(
 
 def choose(probability: Tensor, threshold: float | None) -> tuple[Tensor, Tensor]:
     """The chosen class [h, w] of probabilities [K, h, w], and before it how probable it is."""
-    if len(probability) != 2:
-        best, index = probability.max(dim=0)
-        return best, index
-    # Of two, comparing takes half the time on a CPU.
-    first, second = probability
-    chosen = second > first if threshold is None else second >= threshold
-    return torch.where(chosen, second, first), chosen
+    if threshold is not None:
+        first, second = probability
+        chosen = second >= threshold
+        return torch.where(chosen, second, first), chosen
+    if probability.device.type != "cpu":
+        return probability.max(dim=0)
+    # On a CPU a maximum that keeps its index is not vectorised: it takes 3 to 8 times as long.
+    best = probability[0].clone()
+    index = torch.zeros_like(best, dtype=torch.uint8)
+    for number, other in enumerate(probability[1:], start=1):
+        higher = (other > best).view(torch.uint8).mul_(number)
+        torch.maximum(index, higher, out=index)
+        torch.maximum(best, other, out=best)
+    return best, index
 
 
 def compact(probability: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,135 @@
+"""What 8, 64 and 512 GPUs would ask of network, CPUs, storage and disk: computed, not measured.
+
+    python tests/benchmarks/scaling.py --samples-per-second RATE
+    python tests/benchmarks/scaling.py --samples-per-second 100 --preset modern --batch 16
+
+RATE is what one GPU trains alone, as `RUN/metrics.jsonl` says it (`train/samples_per_second`).
+Parameters and a checkpoint are measured here: the network is built, makes one step, and is saved
+as a run saves it. All else is arithmetic:
+
+    step         batch / RATE, as if more GPUs cost nothing
+    all-reduce   2 (W - 1) / W * gradient bytes / bandwidth: a ring (Patarasuk & Yuan 2009), bound
+                 by what a machine sends to the next; float32 gradients. DDP hides it behind the
+                 backward pass, two thirds of a step, so that what is longer than that is waited for
+    cores        RATE / what one CPU core decodes, for each GPU
+    reading      W * RATE * bytes of a sample
+    checkpoint   what rank 0 writes while all others wait, as a share of the steps between two
+"""
+
+import argparse
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from packing import row
+
+from pipelines.checkpoint import Checkpoints, TrainState
+from pipelines.optim import OptimConfig, build_learner
+from unet import DataSpec, UNet
+
+WORLDS = (8, 64, 512)
+SIDE = 64
+"""Of the picture of the one step: large enough for any preset but `paper`."""
+BACKWARD = 2 / 3
+"""Share of a step that the backward pass takes: twice the FLOPs of the forward pass."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Of one device."""
+
+    parameters: int
+    checkpoint_bytes: int
+    checkpoint_seconds: float
+
+
+def measure(preset: str) -> Measured:
+    """Build a network, make one step, so that the optimizer has its state, and save it."""
+    spec = DataSpec(
+        classes=("background", "cell"),
+        palette=((0, 0, 0), (255, 0, 0)),
+        channels="RGB",
+        mean=(0.5, 0.5, 0.5),
+        std=(0.3, 0.3, 0.3),
+        crop_size=SIDE,
+    )
+    model = UNet.from_preset(preset, in_channels=3, num_classes=2, spec=spec)
+    learner = build_learner(model, OptimConfig())
+    model(torch.zeros(1, 3, SIDE, SIDE)).square().mean().backward()
+    learner.optimizer.step()
+    state = TrainState(1, 1, 0.0, 0, None, None, {})
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoints = Checkpoints(Path(folder), keep=1)
+        checkpoints.save(state, learner, None, is_best=True)
+        begun = time.perf_counter()
+        checkpoints.save(replace(state, step=2), learner, None, is_best=False)
+        seconds = time.perf_counter() - begun
+        saved = (Path(folder) / "checkpoints" / "step-00000002").iterdir()
+        num_bytes = sum(file.stat().st_size for file in saved)
+    return Measured(sum(p.numel() for p in model.parameters()), num_bytes, seconds)
+
+
+def table(given: argparse.Namespace, measured: Measured) -> list[str]:
+    """A line for each number of GPUs."""
+    step = given.batch / given.samples_per_second
+    gradients = 4 * measured.parameters
+    links = [f"all-reduce at {bandwidth:g} GB/s" for bandwidth in given.bandwidth]
+    titles = ("GPUs", "global batch", *links, "reading", "checkpoint")
+    lines = [row(*titles), row(*["---"] * len(titles))]
+    for world in WORLDS:
+        reduces = []
+        for bandwidth in given.bandwidth:
+            seconds = 2 * (world - 1) / world * gradients / (bandwidth * 1e9)
+            waited = max(0.0, seconds - BACKWARD * step) / step
+            reduces.append(f"{seconds * 1e3:.1f} ms, waited {waited:.0%}")
+        reading = world * given.samples_per_second * given.sample_bytes
+        between = given.eval_every * step
+        share = measured.checkpoint_seconds / (between + measured.checkpoint_seconds)
+        lines.append(
+            row(
+                str(world),
+                f"{world * given.batch:,}",
+                *reduces,
+                f"{reading / 1e9:.2f} GB/s",
+                f"{share:.1%} of the time",
+            )
+        )
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--samples-per-second", type=float, required=True, help="of one GPU alone")
+    parser.add_argument("--preset", choices=("modern", "small"), default="modern")
+    parser.add_argument("--batch", type=int, default=8, help="samples of one GPU in a step")
+    parser.add_argument(
+        "--decoded", type=float, default=305, help="samples/s of a core: loading.py"
+    )
+    parser.add_argument("--sample-bytes", type=float, default=105e3, help="in a shard")
+    parser.add_argument("--eval-every", type=int, default=500, help="steps between checkpoints")
+    parser.add_argument(
+        "--bandwidth",
+        type=float,
+        nargs="+",
+        default=[1.25, 12.5, 50.0],
+        help="GB/s that a machine sends to the next: 10, 100 and 400 Gb/s",
+    )
+    given = parser.parse_args()
+    measured = measure(given.preset)
+    print(
+        f"{given.preset}, measured: {measured.parameters / 1e6:.1f} M parameters, gradients of "
+        f"{4 * measured.parameters / 1e6:.0f} MB, a checkpoint of "
+        f"{measured.checkpoint_bytes / 1e6:.0f} MB in {measured.checkpoint_seconds:.1f} s.\n"
+        f"Computed for {given.samples_per_second:g} samples/s of one GPU: a step of {given.batch} "
+        f"takes {given.batch / given.samples_per_second * 1e3:.0f} ms, and each GPU wants "
+        f"{given.samples_per_second / given.decoded:.1f} cores for its loader.\n"
+    )
+    print(*table(given, measured), sep="\n")
+
+
+if __name__ == "__main__":
+    main()
