@@ -7,6 +7,7 @@ Devices, process count and precision are the launcher's; everything else is a Tr
 """
 
 import resource
+import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -591,6 +592,8 @@ def conclude(
     accelerator: Accelerator,
 ) -> int:
     """Write RUN/state.json, say how it ended and how to go on; the exit code."""
+    # Schedulers may say it again; Python, as it ends, would leave it to the system, which kills.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     finished = not budget.interrupted
     if accelerator.is_main_process:
         go_on = f"unet train --data {config.data} --run-dir {config.run_dir}"

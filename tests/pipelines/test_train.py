@@ -334,6 +334,24 @@ def test_a_signal_to_all_its_processes_is_for_the_trainer_alone(
     assert [*tmp_path.glob("checkpoints/step-*/training.pt")]
 
 
+def test_a_warning_given_again_and_again_does_not_kill_what_is_about_to_end(
+    shards: Path, tiny, spawn, wait_for, tmp_path: Path
+) -> None:
+    more = ("--steps", 1_000_000, "--log-every", 1, "--eval-every", 1_000_000)
+    process = spawn("train", *told(shards, tmp_path, tiny, *more))
+    log = tmp_path / "metrics.jsonl"
+    wait_for(lambda: log.exists() and log.read_text().count("\n") > 3, "the fourth step")
+
+    def ended() -> bool:
+        process.send_signal(signal.SIGUSR1)
+        return process.poll() is not None
+
+    wait_for(ended, "the end of the run")
+    _, complaint = process.communicate()
+    assert process.returncode == 75, complaint
+    assert not json.loads((tmp_path / "state.json").read_text())["finished"]
+
+
 def test_after_sigkill_the_run_goes_on_from_its_last_checkpoint(
     shards: Path, tiny, spawn, wait_for, kill, call, metrics, tmp_path: Path
 ) -> None:
