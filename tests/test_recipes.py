@@ -4,6 +4,7 @@ import fnmatch
 import re
 import shlex
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -72,7 +73,11 @@ def test_every_dependency_is_pinned_to_a_version_that_it_allows() -> None:
         assert requirement.specifier.contains(Version(pins[plain(requirement.name)]))
 
 
-SCRIPTS = [*tracked("launch/*.sh", "tests/*.sh"), REPO / ".ci" / "run"]
+SCRIPTS = tracked("*.sh", "*.sbatch", ".ci/run")
+HEADED = [
+    *(path for path in SCRIPTS if path.parent.name != ".ci"),
+    *tracked("launch/*.yaml", "Dockerfile", "accelerate_config.yaml"),
+]
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
@@ -84,10 +89,26 @@ def test_shell_scripts_are_shell_and_stop_at_errors(script: Path) -> None:
         assert script.stat().st_mode & 0o100
 
 
-def test_all_recipes_have_a_header() -> None:
-    for path in (*SCRIPTS[:-1], REPO / "Dockerfile", REPO / "accelerate_config.yaml"):
-        lines = [line for line in path.read_text().splitlines() if not line.startswith("#!")]
-        assert lines[0].startswith("# "), path
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_shellcheck_finds_nothing_in_a_script(script: Path) -> None:
+    shellcheck = Path(sys.executable).with_name("shellcheck")
+    command = [shellcheck, "--external-sources", script]
+    ended = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (0, ""), ended.stderr
+
+
+def test_no_script_is_left_out() -> None:
+    shell = subprocess.run(
+        ["git", "grep", "-lE", "^#!.*sh$"], cwd=REPO, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    assert len(shell) > 6
+    assert {REPO / name for name in shell} <= {*SCRIPTS}
+
+
+@pytest.mark.parametrize("path", HEADED, ids=lambda path: path.name)
+def test_a_recipe_has_a_header(path: Path) -> None:
+    lines = [line for line in path.read_text().splitlines() if not line.startswith("#!")]
+    assert lines[0].startswith("# "), path
 
 
 DOCKERFILE = re.sub(r"\\\n\s*", " ", (REPO / "Dockerfile").read_text())
