@@ -55,11 +55,13 @@ start() {
     touch "$dir"/gpus/gpu{0,1}
     (umask 077 && head -c 128 /dev/urandom >"$dir/munge.key")
     read -r controller first second < <(free_ports)
-    # Nodes are called by their addresses, so that no name need be made known.
+    # Nodes are called by their addresses, so that no name need be made known. The number of the first
+    # job is drawn: recipes derive a port from it, and another cluster here counts too.
     cat >"$SLURM_CONF" <<CONF
 ClusterName=test
 SlurmctldHost=$(hostname -s)(127.0.0.1)
 SlurmctldPort=$controller
+FirstJobId=$((1000 + RANDOM % 8000))
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
