@@ -6,11 +6,14 @@ import shlex
 import subprocess
 import sys
 import tomllib
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
+
+from pipelines.config import parse
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -109,6 +112,17 @@ def test_no_script_is_left_out() -> None:
 def test_a_recipe_has_a_header(path: Path) -> None:
     lines = [line for line in path.read_text().splitlines() if not line.startswith("#!")]
     assert lines[0].startswith("# "), path
+
+
+@pytest.mark.parametrize("recipe", tracked("launch/slurm/*.sbatch"), ids=lambda path: path.name)
+def test_the_command_in_a_slurm_recipe_ends_in_flags_of_its_verb(recipe: Path) -> None:
+    header = "\n".join(line[1:] for line in recipe.read_text().splitlines() if line[:2] == "# ")
+    joined = re.sub(r"\\\n\s*", " ", header)
+    given = re.findall(rf"sbatch .*launch/slurm/{recipe.name} (.*?)\)?$", joined, re.MULTILINE)
+    assert given
+    config = getattr(import_module(f"pipelines.{recipe.stem}"), f"{recipe.stem.capitalize()}Config")
+    for flags in given:
+        parse(config, shlex.split(flags), recipe.stem)
 
 
 DOCKERFILE = re.sub(r"\\\n\s*", " ", (REPO / "Dockerfile").read_text())
