@@ -67,10 +67,11 @@ def run_command(
         if not is_lost_rank(error):
             raise
         what = " ".join(str(error).split())[:200]
+        late = ", or is late by more than --rank-timeout" if "timed out" in what.lower() else ""
         return complain(
             verb,
-            f"another rank has ended, or cannot be reached ({what}): what it said last is the "
-            "cause; then give the same command again",
+            f"another rank has ended, or cannot be reached{late} ({what}): what it said last is "
+            "the cause; then give the same command again",
             REFUSED,
         )
     except KeyboardInterrupt:

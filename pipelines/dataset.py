@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
+from math import inf
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -37,12 +38,17 @@ class DataConfig:
     """Most bytes in the cache folder."""
     verify_shards: bool = False
     """Read every shard once before anything else, and compare its sha256 with the manifest's."""
+    rank_timeout: float = 10
+    """Minutes that a rank waits for the others before it takes them for lost and ends: longer than
+    the start, a checkpoint, or the uneven part of a validation takes."""
 
     def __post_init__(self) -> None:
         if self.workers is not None and self.workers < 0:
             raise ValueError(f"workers must not be below 0, got {self.workers}")
         if self.cache_bytes < 1:
             raise ValueError(f"cache_bytes must be above 0, got {self.cache_bytes}")
+        if not 0 < self.rank_timeout < inf:
+            raise ValueError(f"rank_timeout must be a number above 0, got {self.rank_timeout}")
         if self.cache_dir is not None and not is_url(self.data):
             raise ValueError(f"--cache-dir is for data at a URL; {self.data} is a folder")
 

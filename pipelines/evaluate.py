@@ -51,6 +51,9 @@ class EvaluateConfig(DataConfig, TileConfig):
     """Split to score on."""
     out: Path | None = None
     """Folder for scores.json, scores.csv and worst; left out: the folder that is scored."""
+    rank_timeout: float = 60
+    """Minutes that a rank waits for the others, once its own pictures are scored, before it takes
+    them for lost and ends."""
     worst: int = 8
     """Pictures with the lowest Dice to draw into OUT/worst: picture, truth, prediction and their
     difference, side by side. 0: none."""
@@ -93,7 +96,7 @@ def run(config: EvaluateConfig) -> int:
         refuse_other_data(config, loaded.spec, manifest)
         # The range of 16-bit pictures is part of what the model has learned.
         manifest = replace(manifest, image_format=loaded.image_format)
-    accelerator = start()
+    accelerator = start(rank_timeout=config.rank_timeout)
     in_use = split_in_use(manifest, config.split)
     data = open_data(config, manifest, [config.split], accelerator, in_use, "raise it")
     counted, surface = counted_classes(manifest.classes), None

@@ -178,7 +178,12 @@ def run(config: TrainConfig) -> int:
     manifest = read_manifest(config.data)
     config, order = resolve(config, manifest)
     trackers = config.tracking.trackers()
-    accelerator = start(config.accumulate, trackers=trackers, project_dir=config.run_dir)
+    accelerator = start(
+        config.accumulate,
+        trackers=trackers,
+        project_dir=config.run_dir,
+        rank_timeout=config.rank_timeout,
+    )
     rank, world = accelerator.process_index, accelerator.num_processes
     batch_size = rank_batch_size(config, world)
     refuse_batch_norm(config, accelerator, batch_size)

@@ -139,14 +139,18 @@ def test_two_ranks_killed_in_an_epoch_go_on_bit_for_bit_with_accumulation(
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("lost", [0, 1])
-def test_where_one_rank_dies_the_other_ends_and_says_why(
-    lost: int, shards: Path, tiny, wait_for, tmp_path: Path
+@pytest.mark.parametrize(
+    ("lost", "how"), [(0, signal.SIGKILL), (1, signal.SIGKILL), (1, signal.SIGSTOP)]
+)
+def test_where_one_rank_dies_or_hangs_the_other_ends_and_says_why(
+    lost: int, how: signal.Signals, shards: Path, tiny, wait_for, tmp_path: Path
 ) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    arguments = told(shards, tmp_path, tiny, "--steps", 1_000_000, "--eval-every", 1_000_000)
+    endless = ("--steps", 1_000_000, "--eval-every", 1_000_000)
+    # Minutes. It is also how long ranks wait for each other at the start.
+    arguments = told(shards, tmp_path, tiny, *endless, "--rank-timeout", 0.5)
 
     def rank(number: int) -> subprocess.Popen[str]:
         about = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": 2, "MASTER_PORT": port}
@@ -163,12 +167,14 @@ def test_where_one_rank_dies_the_other_ends_and_says_why(
     ranks = [rank(0), rank(1)]
     log = tmp_path / "metrics.jsonl"
     wait_for(lambda: log.exists() and log.read_text().count("\n") > 3, "the fourth step")
+    ranks[lost].send_signal(how)
+    _, said = ranks[1 - lost].communicate(timeout=120)
     ranks[lost].kill()
-    _, said = ranks[1 - lost].communicate(timeout=60)
     ranks[lost].communicate()
     assert ranks[1 - lost].returncode == 1
     assert said.splitlines()[-1].startswith("unet train")
     assert "another rank has ended, or cannot be reached" in said
+    assert ("is late by more than --rank-timeout" in said) == (how == signal.SIGSTOP)
     assert "Traceback" not in said
 
 
