@@ -33,8 +33,9 @@ port=29400
 if [ "$hosts" = keep ]; then
     echo "keeping the list of hosts on port $port, until Ctrl-C" >&2
     exec python -c 'import signal, sys; from torch.distributed import TCPStore
+signal.pthread_sigmask(signal.SIG_BLOCK, ends := {signal.SIGINT, signal.SIGTERM})
 store = TCPStore("0.0.0.0", int(sys.argv[1]), is_master=True, wait_for_workers=False)
-signal.sigwait({signal.SIGINT, signal.SIGTERM})' "$port"
+signal.sigwait(ends)' "$port"
 fi
 # Names of hosts often lead to 127.0.1.1: what counts is the address from which HEAD is reached.
 read -r address interface < <(python -c 'import psutil, socket, sys
