@@ -2,10 +2,12 @@
 
     unet predict --checkpoint RUN --input PICTURES --out MASKS
     accelerate launch --config_file accelerate_config.yaml -m pipelines.predict ...
+    unet predict --checkpoint RUN --input PICTURES --out MASKS --part 3/16
 
 The inputs are sorted and cut into output shards; rank r of W makes the shards r, r + W, ... A shard
 that exists is finished, and that is the only state: no rank waits for another, and whichever
-finds all shards there writes the manifest. OUT/job.json says first what the job is.
+finds all shards there writes the manifest. Jobs that know nothing of each other each take a part,
+which the ranks of that job share. OUT/job.json says first what the job is.
 
 Decoding runs in processes, the model here, encoding and writing in threads, all at once; a GPU
 works at one batch while the results of the one before are on their way back.
@@ -46,11 +48,13 @@ from pipelines.results import (
     Encoder,
     Found,
     ResultConfig,
+    errors_name,
     finish_job,
     to_json,
     write_shard,
 )
 from pipelines.scoring import TileTooLargeError, make_forward
+from pipelines.source import parse_part
 from pipelines.specks import NEEDS_SCIPY
 from shards.border import has_scipy
 from shards.index import MANIFEST
@@ -88,6 +92,9 @@ class PredictConfig(TileConfig, ResultConfig):
     fail_fast: bool = False
     """The first input that cannot be read ends the job with exit code 1. Else it is listed in
     OUT/errors.jsonl, the job goes on, and ends with 3."""
+    part: str | None = None
+    """i/n: make only every n-th shard, from the i-th, as one of n jobs; the last one to end writes
+    the manifest. The same command without it makes what is missing."""
     workers: int | None = None
     """Decoding processes of each rank; left out: its share of the CPUs, at most 8."""
 
@@ -100,6 +107,13 @@ class PredictConfig(TileConfig, ResultConfig):
             raise ValueError(f"--out {self.out}: a URL names a bucket, without ? * [ ]")
         if self.workers is not None and self.workers < 0:
             raise ValueError("workers must not be below 0")
+        if self.part is not None:
+            parse_part("--part", self.part)
+
+    def shards_of(self, num_shards: int, rank: int, world: int) -> range:
+        """The shards that a rank makes: its share of those of this part."""
+        number, count = (1, 1) if self.part is None else parse_part("--part", self.part)
+        return range(number - 1, num_shards, count)[rank::world]
 
     def settings(self) -> dict[str, Any]:
         """What decides the bytes of the results, by name."""
@@ -117,7 +131,7 @@ class PredictConfig(TileConfig, ResultConfig):
 
 
 def run(config: PredictConfig) -> int:
-    """Make the shards that are missing; 3 if some inputs could not be read."""
+    """Make the shards that are missing; 3 if some of their inputs could not be read."""
     if config.min_area > 1 and not has_scipy():
         raise UsageError(NEEDS_SCIPY)
     inputs = find_inputs(config.input)
@@ -139,7 +153,7 @@ def run(config: PredictConfig) -> int:
         rank, world = accelerator.process_index, accelerator.num_processes
         mine = [
             number
-            for number in range(rank, cutting.num_shards, world)
+            for number in config.shards_of(cutting.num_shards, rank, world)
             if config.shard_name(number) not in present
         ]
         try:
@@ -156,7 +170,8 @@ def run(config: PredictConfig) -> int:
         # Left by a kill between the manifest and the end.
         store.remove(WORK_DIR)
     accelerator.end_training()
-    return conclude(config, store, alone=accelerator.num_processes == 1, speaks=speaks)
+    part = [config.shard_name(number) for number in config.shards_of(cutting.num_shards, 0, 1)]
+    return conclude(config, store, part, alone=accelerator.num_processes == 1, speaks=speaks)
 
 
 def begin_job(config: PredictConfig, store: Store, inputs: Inputs, loaded: LoadedModel) -> None:
@@ -458,19 +473,26 @@ class Speaker:
         self.bar.close()
 
 
-def conclude(config: PredictConfig, store: Store, *, alone: bool, speaks: bool) -> int:
-    """Say where the results are; 3 where inputs were left out and no launcher would be misled."""
-    if not store.exists(STATE):
-        return 0  # other ranks are still at work; the last of them finishes the job
-    state = json.loads(store.read(STATE))
-    if speaks:
+def conclude(
+    config: PredictConfig, store: Store, part: Sequence[str], *, alone: bool, speaks: bool
+) -> int:
+    """Say where the results are; 3 where inputs were left out and no launcher would be misled.
+
+    What a part returns is about its own shards: other parts may still be at work.
+    """
+    present = {*store.names()}
+    if STATE in present and speaks:
+        state = json.loads(store.read(STATE))
         print(f"{state['images']} masks in {store}")
         for kind, wanted in (("png", config.png), ("overlay", config.overlay)):
             if wanted:
                 print(f"  {kind}: {store.path(kind)}")
         if state["errors"]:
             print(f"  {state['errors']} inputs could not be read: {store.path(ERRORS)}")
-    return INCOMPLETE if state["errors"] and alone else 0
+    elif alone and config.part is not None:
+        print(f"part {config.part}: {len(part)} shards are there; the last part ends the job")
+    left_out = not present.isdisjoint(map(errors_name, part))
+    return INCOMPLETE if left_out and alone else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
