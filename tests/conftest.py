@@ -398,6 +398,19 @@ def s3() -> Iterator[str]:
     server.stop()
 
 
+@pytest.fixture(scope="module")
+def objects(s3: str) -> Callable[[str], dict[str, bytes]]:
+    """{name: bytes} below a URL."""
+    import fsspec
+
+    def read(url: str) -> dict[str, bytes]:
+        system, root = fsspec.url_to_fs(url)
+        system.invalidate_cache()
+        return {name.removeprefix(f"{root}/"): system.cat_file(name) for name in system.find(root)}
+
+    return read
+
+
 @pytest.fixture(scope="session")
 def by_hand(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Checkpoints whose model is made by hand: class 1 where the first channel is above 127."""

@@ -1,7 +1,6 @@
 """Packing to a remote store: the bytes of a local packing, whole or absent, in one line if not."""
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import fsspec
@@ -18,19 +17,6 @@ def flags(folder: Path, out: object, *more: object) -> list[object]:
         *("--images", folder / "images", "--masks", folder / "masks", "--out", out),
         *("--mask-format", "binary", "--samples-per-shard", 2, *more),
     ]
-
-
-@pytest.fixture(scope="module")
-def objects(s3: str) -> Callable[[str], Objects]:
-    """{name: bytes} below a URL."""
-
-    def read(url: str) -> Objects:
-        system, root = fsspec.url_to_fs(url)
-        system.invalidate_cache()
-        found = system.find(root)
-        return {name.removeprefix(f"{root}/"): system.cat_file(name) for name in found}
-
-    return read
 
 
 @pytest.fixture(scope="module")

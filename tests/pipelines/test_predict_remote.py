@@ -2,7 +2,6 @@
 
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import fsspec
@@ -45,18 +44,6 @@ def local(bright: Path, pictures: Path, call, content, tmp_path_factory) -> Obje
     out = tmp_path_factory.mktemp("local")
     assert call("predict", *told(bright, pictures, out, *EVERYTHING)).code == 3
     return content(out)
-
-
-@pytest.fixture(scope="module")
-def objects(s3: str) -> Callable[[str], Objects]:
-    """{name: bytes} below a URL."""
-
-    def read(url: str) -> Objects:
-        system, root = fsspec.url_to_fs(url)
-        system.invalidate_cache()
-        return {name.removeprefix(f"{root}/"): system.cat_file(name) for name in system.find(root)}
-
-    return read
 
 
 @pytest.mark.parametrize("workers", [0, 1])
