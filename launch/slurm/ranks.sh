@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The ranks of one node of a Slurm job. train.sbatch and predict.sbatch start this once on each node.
+# The ranks of one node of a Slurm job. train.sbatch starts this once on each
+# node, predict.sbatch on its own.
 #
 #   srun launch/slurm/ranks.sh -m pipelines.VERB FLAGS
 #

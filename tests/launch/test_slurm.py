@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -275,17 +276,43 @@ def test_there_is_a_rank_for_each_gpu_of_each_node(
     assert (environment["ranks"], environment["precision"]) == (4, "bf16")
 
 
-def test_two_nodes_predict_the_bytes_that_one_process_does_and_say_what_they_left_out(
-    trained: Path, cells: Path, submit, call, content, tmp_path: Path
+@pytest.mark.parametrize(
+    ("options", "precision"),
+    [((), "no"), (("--gpus-per-node", 2), "bf16")],
+    ids=["without GPUs", "two ranks a node"],
+)
+def test_an_array_predicts_the_bytes_that_one_process_does_and_says_what_it_left_out(
+    options: tuple[object, ...],
+    precision: str,
+    trained: Path,
+    cells: Path,
+    submit,
+    call,
+    content,
+    wait_for,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
+    # The GPUs are pretended, the ranks are not.
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
     pictures = tmp_path / "pictures"
     shutil.copytree(cells / "images", pictures)
     (pictures / "broken.png").write_bytes(b"no picture")
     told = ("--checkpoint", trained, "--input", pictures, "--workers", 0)
     more = ("--samples-per-shard", 4, "--batch-size", 2)
-    job = submit("predict", *told, *more, "--out", tmp_path / "masks", options=TWO_NODES)
-    assert job.end() == "FAILED"
-    assert job.about()["ExitCode"] == "3:0", job.said
+    array = submit(
+        *("predict", *told, *more, "--out", tmp_path / "masks"),
+        options=("--array", "1-2", *options),
+    )
+
+    def code(part: int) -> str | None:
+        job = Job(f"{array.number}_{part}", tmp_path, wait_for).about()
+        return job["ExitCode"] if job["JobState"] in ("COMPLETED", "FAILED") else None
+
+    # The broken one is the first, in a shard of the first part.
+    codes = [wait_for(partial(code, part), f"part {part}", seconds=240) for part in (1, 2)]
+    assert codes == ["3:0", "0:0"]
     state = state_of(tmp_path / "masks")
     assert (state["finished"], state["images"], state["errors"]) == (True, 12, 1)
     assert call("predict", *told, *more, "--out", tmp_path / "alone").code == 3
@@ -316,6 +343,6 @@ def test_an_array_with_a_gap_is_refused(cells: Path, submit, wait_for, tmp_path:
     logs = [tmp_path / f"{job.number}_{part}.log" for part in (1, 3)]
     wait_for(lambda: all(log.exists() and log.read_text() for log in logs), "both refusals")
     assert {log.read_text() for log in logs} == {
-        "pack.sbatch: give --array 1-N, whatever is there already\n"
+        "unet-pack: give --array 1-N, whatever is there already\n"
     }
     assert not (tmp_path / "shards").exists()
