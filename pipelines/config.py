@@ -9,6 +9,7 @@ import io
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import fields, is_dataclass
@@ -28,6 +29,9 @@ INCOMPLETE = 3
 """Exit code: the job finished, some inputs were left out."""
 INTERRUPTED = 75
 """Exit code: interrupted, can go on (EX_TEMPFAIL)."""
+
+PATIENCE = 20.0
+"""Seconds that other ranks leave rank 0 to say what all have to say, and to end the job by it."""
 
 T = TypeVar("T")
 
@@ -99,10 +103,20 @@ def complain(verb: str, error: object, code: int) -> int:
     """Say it, on one rank where all have the same to say."""
     accelerate = sys.modules.get("accelerate.state")
     alone = code != USAGE and accelerate is not None and accelerate.is_initialized()
-    if launched_rank() == 0 or alone:
-        rank = f" (rank {launched_rank()})" if launched_rank() else ""
-        print(f"unet {verb}{rank}: {error}", file=sys.stderr, flush=True)
+    if not alone:
+        let_rank_0_speak()
+    rank = f" (rank {launched_rank()})" if launched_rank() else ""
+    print(f"unet {verb}{rank}: {error}", file=sys.stderr, flush=True)
     return code
+
+
+def let_rank_0_speak() -> None:
+    """On other ranks, wait: a launcher ends them when rank 0 has failed, and rank 0 if they do.
+
+    Where this returns, rank 0 has not failed, or has said it on another host.
+    """
+    if launched_rank():
+        time.sleep(PATIENCE)
 
 
 def parse(config_class: type[T], argv: Sequence[str], verb: str) -> T:
@@ -113,18 +127,21 @@ def parse(config_class: type[T], argv: Sequence[str], verb: str) -> T:
     description += (
         "\n\n--config FILE.yaml (repeatable, later wins) holds any of these; flags win over files."
     )
-    with open(os.devnull, "w") as nowhere:
-        quiet = launched_rank() != 0
-        with (
-            redirect_stderr(nowhere if quiet else sys.stderr),
-            redirect_stdout(nowhere if quiet else sys.stdout),
-        ):
+    later = io.StringIO() if launched_rank() else None
+    try:
+        with redirect_stderr(later or sys.stderr), redirect_stdout(later or sys.stdout):
             return tyro.cli(
                 config_class,
                 args=[*from_files, *flags],
                 prog=f"unet {verb}",
                 description=description,
             )
+    except SystemExit as end:
+        # Asked for help, all ranks end well.
+        if later is not None and end.code:
+            let_rank_0_speak()
+            print(later.getvalue(), file=sys.stderr, end="", flush=True)
+        raise
 
 
 def take_config_files(argv: Sequence[str]) -> tuple[list[Path], list[str]]:

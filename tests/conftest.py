@@ -169,7 +169,7 @@ def launch(spawn_ranks: Callable[..., subprocess.Popen[str]]) -> Callable[..., E
 
     def run(*arguments: Any, **named: Any) -> Ended:
         process = spawn_ranks(*arguments, **named)
-        out, err = process.communicate(timeout=200)
+        out, err = process.communicate(timeout=400)
         return Ended(process.returncode, out, err)
 
     return run
@@ -179,7 +179,7 @@ def launch(spawn_ranks: Callable[..., subprocess.Popen[str]]) -> Callable[..., E
 def wait_for() -> Callable[..., Any]:
     """Polls until a condition holds and returns its value; fails at the deadline."""
 
-    def wait(condition: Callable[[], Any], what: str, seconds: float = 120) -> Any:
+    def wait(condition: Callable[[], Any], what: str, seconds: float = 300) -> Any:
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             if value := condition():

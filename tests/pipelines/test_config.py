@@ -194,19 +194,38 @@ def test_a_wrong_flag_is_refused_with_the_nearest(
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--stepz"], ["--config", "nowhere"], ["--steps", "0"], ["--help"]]
+    ("arguments", "said"),
+    [
+        (["--stepz"], "Unrecognized options: --stepz"),
+        (["--config", "nowhere"], "unet verb (rank 1): --config nowhere: No such file"),
+        (["--steps", "0"], "steps must be above 0"),
+    ],
 )
-def test_other_ranks_are_silent(
+def test_other_ranks_leave_it_to_rank_0_and_say_it_only_where_nobody_has_ended_them(
     arguments: list[str],
+    said: str,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
+    heard = []
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(config.time, "sleep", lambda _: heard.append(capfd.readouterr()))
     try:
         code = run_command(Outer, lambda _: 0, ["--out-dir", "o", *arguments], "verb")
     except SystemExit as end:
         code = end.code
-    assert code == (0 if arguments == ["--help"] else 2)
+    assert code == 2
+    assert heard == [("", "")]
+    assert said in capfd.readouterr().err
+
+
+def test_help_is_shown_by_one_rank_and_none_waits(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit) as end:
+        run_command(Outer, lambda _: 0, ["--help"], "verb")
+    assert end.value.code == 0
     assert capfd.readouterr() == ("", "")
 
 

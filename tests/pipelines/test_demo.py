@@ -74,7 +74,7 @@ def test_sizes_that_make_no_sense_are_refused(given, call, tmp_path: Path) -> No
 def test_the_whole_road(spawn, tmp_path: Path) -> None:
     out = tmp_path / "demo"
     process = spawn("demo", "--out", out, "--size", 64, "--steps", 4)
-    said, complaint = process.communicate(timeout=240)
+    said, complaint = process.communicate(timeout=600)
     assert process.returncode == 0, complaint
     for verb in ("pack", "evaluate", "predict", "report"):
         assert f"$ unet {verb} " in said
