@@ -14,6 +14,11 @@ from pipelines.config import parse
 REPO = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "launch/README.md")
 FENCE = re.compile(r"^```[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
+SCRIPTS = {
+    "./launch/hosts.sh": ("train", 2),
+    **{f"launch/slurm/{verb}.sbatch": (verb, 0) for verb in ("train", "predict", "pack")},
+}
+"""Recipes that hand on what follows their name, and so many words, to a verb."""
 INLINE = re.compile(r"`([^`]+)`")
 
 
@@ -29,13 +34,17 @@ def commands() -> list[tuple[str, str, list[str]]]:
         ]
         prose = re.sub(r"\s+", " ", FENCE.sub("", text))
         for line in (*lines, *(match for match in INLINE.findall(prose) if " --" in match)):
-            words = shlex.split(line, comments=True)
+            words = shlex.split(line.replace("$(", "$( ").rstrip(")"), comments=True)
+            script = next((w for w in words if w in SCRIPTS), None)
             module = next((w for w in words if w.startswith("pipelines.")), None)
             if words[:1] == ["unet"] and len(words) > 2:
                 found.append((page, words[1], words[2:]))
             elif module is not None and words[words.index(module) - 1] == "-m":
                 verb = module.removeprefix("pipelines.")
                 found.append((page, verb, words[words.index(module) + 1 :]))
+            elif script is not None:
+                verb, skipped = SCRIPTS[script]
+                found.append((page, verb, words[words.index(script) + 1 + skipped :]))
     return found
 
 
