@@ -1,33 +1,35 @@
 #!/usr/bin/env bash
-# Train on hosts that no scheduler binds together, and go on when one is lost or comes back. The same
-# command on each host, in any order, from a checkout:
+# Train on hosts that no scheduler binds together, and go on when one is lost or comes back. The
+# same command on each host, in any order, from a checkout:
 #
 #   ./launch/hosts.sh HEAD HOSTS --data SHARDS --run-dir RUN --global-batch-size 16 [FLAGS OF TRAIN]
 #
 #   HEAD    IPv4 address of the host that keeps the list of hosts, on port 29400
-#   HOSTS   how many: `2` waits for both; `1:2` begins and goes on with one, if no other comes within
-#           30 s, and takes the other in when it comes
+#   HOSTS   how many: `2` waits for both; `1:2` begins and goes on with one, if no other comes
+#           within 30 s, and takes the other in when it comes
 #
 # If HEAD is lost its list is, and all others end too. A machine that trains nothing can keep the
-# list instead, then any host may be lost; HEAD is its address, and it needs no GPU:
+# list instead, then any host may be lost; HEAD is its address, and it needs no GPU. For one job:
+# end it with Ctrl-C, begin the next with another.
 #
-#   ./launch/hosts.sh HEAD keep          (for one job: end it with Ctrl-C, begin the next with another)
+#   ./launch/hosts.sh HEAD keep
 #
 # Hardware: hosts that reach each other on all TCP ports, with equal numbers of GPUs, which are all
-# used; SHARDS and RUN under one path on all, RUN in a folder that they share. Two hosts without GPUs,
-# one rank each:  PET_NPROC_PER_NODE=1 ACCELERATE_USE_CPU=true ./launch/hosts.sh ...
+# used; SHARDS and RUN under one path on all, RUN in a folder that they share. Two hosts without
+# GPUs, one rank each:  PET_NPROC_PER_NODE=1 ACCELERATE_USE_CPU=true ./launch/hosts.sh ...
 # Any flag of torchrun can be set so: PET_MAX_RESTARTS (3: ranks that failed, on this host, in all),
-# PET_RDZV_ID (another for each job of one list), PET_RDZV_CONF (join_timeout=600: seconds to wait
-# for the hosts that are missing).
+# PET_RDZV_CONF (join_timeout=600: seconds to wait for the hosts that are missing).
 #
-# Expect: a host that dies is noticed at once, one that is cut off after --rank-timeout (10 minutes).
-# The ranks of the others end with one line, start again, and go on from the last checkpoint
-# (--save-every), a minute later. --global-batch-size must divide among each number of ranks that can
-# come; with half of the hosts each rank computes twice as much of it. HEAD's launcher, or the
-# last, exits 0 when the run has ended; RUN/state.json says whether it is finished.
+# Expect: a host that dies is noticed at once, one that is cut off after --rank-timeout (10
+# minutes). The ranks of the others end with one line, start again, and go on from the last
+# checkpoint (--save-every), a minute later. --global-batch-size must divide among each number of
+# ranks that can come; with half of the hosts each rank computes twice as much of it. SIGTERM to one
+# launcher ends the ranks of all hosts, at a checkpoint. RUN/state.json says whether the run is
+# finished.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-head=${1:?HEAD, the address of the host that keeps the list} hosts=${2:?HOSTS, such as 2 or 1:2, or keep}
+head=${1:?HEAD, the address of the host that keeps the list}
+hosts=${2:?HOSTS, such as 2 or 1:2, or keep}
 shift 2
 port=29400
 if [ "$hosts" = keep ]; then
@@ -50,5 +52,5 @@ export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 export GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-$interface}"
 export PET_NPROC_PER_NODE="${PET_NPROC_PER_NODE:-gpu}" PET_MAX_RESTARTS="${PET_MAX_RESTARTS:-3}"
 exec python -m torch.distributed.run --nnodes "$hosts" --local_addr "$address" \
-    --rdzv_backend c10d --rdzv_endpoint "$head:$port" --rdzv_id "${PET_RDZV_ID:-unet}" \
+    --rdzv_backend c10d --rdzv_endpoint "$head:$port" --rdzv_id unet \
     --rdzv_conf "is_host=$is_head${PET_RDZV_CONF:+,$PET_RDZV_CONF}" -m pipelines.train "$@"
