@@ -6,11 +6,16 @@ import os
 import re
 import signal
 import socket
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from shards.index import read_manifest
+
+REPO = Path(__file__).resolve().parents[2]
 
 
 def flags(folder: Path, out: Path, *more: object) -> list[object]:
@@ -238,13 +243,37 @@ def test_parts_that_make_no_sense_are_refused(given, said: str, call, tmp_path: 
 
 
 @pytest.fixture(scope="module")
-def scheduler():
-    """The address of a cluster of two processes."""
-    distributed = pytest.importorskip("distributed")
-    with distributed.LocalCluster(
-        n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None
-    ) as cluster:
-        yield cluster.scheduler_address
+def scheduler(tmp_path_factory: pytest.TempPathFactory, wait_for, kill) -> Iterator[str]:
+    """The address of a scheduler with two workers, each started by Dask's own command."""
+    pytest.importorskip("distributed")
+    place = tmp_path_factory.mktemp("dask")
+    file = place / "scheduler.json"
+    here = ("--host", "127.0.0.1", "--no-dashboard", "--scheduler-file", str(file))
+
+    def start(part: str, *options: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "dask", part, *here, *options],
+            # Not where the command is given, as on other machines.
+            cwd=place,
+            env={**os.environ, "PYTHONPATH": str(REPO)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+
+    started = [start("scheduler", "--port", "0")]
+    try:
+        wait_for(file.exists, "the scheduler")
+        started += [start("worker", "--nthreads", "1", "--name", f"w{i}") for i in range(2)]
+        from distributed import Client
+
+        with Client(scheduler_file=str(file), set_as_default=False) as client:
+            client.wait_for_workers(2, timeout=100)
+            address = client.scheduler.address
+        yield address
+    finally:
+        for process in reversed(started):
+            kill(process)
 
 
 def test_a_cluster_makes_the_same_bytes(
