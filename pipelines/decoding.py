@@ -1,7 +1,8 @@
 """Pictures that are to be predicted, decoded in worker processes in the order of their numbers."""
 
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import PurePosixPath
 
@@ -11,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
+from pipelines.buffers import Buffers, keep_freed_memory
 from pipelines.readers import Inputs, Picture
 from shards.images import (
     ImageFormat,
@@ -135,14 +137,65 @@ def stored(picture: Picture, form: ImageFormat, where: str) -> tuple[bytes, str]
     return picture.data, extension[1:]
 
 
-class DecodeSource(IterableDataset[list[Decoded]]):
+@dataclass(frozen=True, slots=True)
+class Lent:
+    """What a worker sends of a chunk whose pictures lie in shared memory."""
+
+    place: int
+    items: list[Decoded]
+    """Without their pictures."""
+    shapes: list[tuple[int, ...] | None]
+    """Of the pictures, which follow each other; None where there is none."""
+
+
+class DecodeSource(IterableDataset[list[Decoded] | Lent]):
     """Decodes the chunks of some shards in a DataLoader's workers, every n-th in each."""
 
-    def __init__(self, decode: Decoder, cutting: Cutting, shards: Sequence[int]) -> None:
+    def __init__(
+        self,
+        decode: Decoder,
+        cutting: Cutting,
+        shards: Sequence[int],
+        buffers: Buffers | None = None,
+    ) -> None:
+        """`buffers`: where workers put the pictures of a chunk, if it is not too large."""
         self.decode, self.cutting, self.shards = decode, cutting, shards
+        self.buffers = buffers
 
-    def __iter__(self) -> Iterator[list[Decoded]]:
+    def __iter__(self) -> Iterator[list[Decoded] | Lent]:
         info = get_worker_info()
         worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
+        if info is not None:
+            keep_freed_memory()
         for chunk in islice(self.cutting.chunks(self.shards), worker, None, num_workers):
-            yield [self.decode(number) for number in range(chunk.first, chunk.last)]
+            items = [self.decode(number) for number in range(chunk.first, chunk.last)]
+            yield items if self.buffers is None else lend(items, self.buffers, worker)
+
+
+def lend(items: list[Decoded], buffers: Buffers, worker: int) -> list[Decoded] | Lent:
+    """Put the pictures into shared memory that is used again; as they are where it has no room."""
+    images = [item.image for item in items if item.image is not None]
+    if not images or sum(image.numel() for image in images) > buffers.num_bytes:
+        return items
+    if (place := buffers.take(worker)) is None:
+        return items
+    pixels = torch.from_numpy(buffers.array(place))
+    torch.cat([image.flatten() for image in images], out=pixels[: sum(map(torch.numel, images))])
+    shapes = [None if item.image is None else tuple(item.image.shape) for item in items]
+    return Lent(place, [replace(item, image=None) for item in items], shapes)
+
+
+def receive(sent: Iterator[list[Decoded] | Lent], buffers: Buffers) -> Iterator[list[Decoded]]:
+    """The chunks that workers sent, with the pictures that lie in shared memory."""
+    for chunk in sent:
+        yield chunk if isinstance(chunk, list) else restore(chunk, buffers)
+
+
+def restore(chunk: Lent, buffers: Buffers) -> list[Decoded]:
+    """A chunk with its pictures; when they are gone, their place is free again."""
+    sizes = [0 if shape is None else math.prod(shape) for shape in chunk.shapes]
+    parts = buffers.lend(chunk.place)[: sum(sizes)].split(sizes)
+    return [
+        item if shape is None else replace(item, image=part.view(shape))
+        for item, shape, part in zip(chunk.items, chunk.shapes, parts, strict=True)
+    ]

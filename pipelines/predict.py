@@ -32,10 +32,11 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from pipelines.batches import start_forkserver, start_worker, told
+from pipelines.buffers import Buffers
 from pipelines.checkpoint import LoadedModel, load_model
 from pipelines.config import INCOMPLETE, RunError, UsageError, refuse_url, run_command
 from pipelines.dataset import default_workers
-from pipelines.decoding import Chunk, Cutting, Decoded, Decoder, DecodeSource
+from pipelines.decoding import Chunk, Cutting, Decoded, Decoder, DecodeSource, receive
 from pipelines.devices import start
 from pipelines.inputs import find_inputs
 from pipelines.progress import progress
@@ -66,6 +67,8 @@ ENCODERS = 2
 """Threads that turn masks into PNG beside the device."""
 MOST_WAITING = 512 * 2**20
 """Bytes of results that wait to be encoded and written before the model waits for them."""
+CHUNK_BYTES = 2**25
+"""Bytes of the pictures of a batch that workers hand over in memory which is used again."""
 OVERHEAD = 2**16
 """Bytes that a result counts for besides its pixels."""
 
@@ -225,7 +228,7 @@ def predict_shards(
         config.longest_key(len(loaded.spec.classes)),
     )
     encode = Encoder(config, store, loaded, figure=len(inputs) == 1)
-    decoded = load(DecodeSource(decode, cutting, shards), config, accelerator, store)
+    decoded = load(decode, cutting, shards, config, accelerator, store)
     predict = make_predict(config, loaded, accelerator)
     launched = launch(cutting.chunks(shards), decoded, predict)
     total = sum(cutting.size(shard) for shard in shards)
@@ -254,24 +257,32 @@ def predict_shards(
 
 
 def load(
-    source: DecodeSource, config: PredictConfig, accelerator: Accelerator, store: Store
+    decode: Decoder,
+    cutting: Cutting,
+    shards: Sequence[int],
+    config: PredictConfig,
+    accelerator: Accelerator,
+    store: Store,
 ) -> Iterator[list[Decoded]]:
     """The decoded chunks, in order."""
     workers = default_workers(accelerator) if config.workers is None else config.workers
-    method = None
-    if workers and (store.local is None or source.decode.inputs.remote):
+    method = buffers = None
+    if workers and (store.local is None or decode.inputs.remote):
         # The threads and connections of remote clients do not survive a fork.
         method = "forkserver"
         start_forkserver()
+    elif workers and sys.platform == "linux":
+        method, buffers = "fork", Buffers(workers, CHUNK_BYTES)
     loader = DataLoader(
-        source,
+        DecodeSource(decode, cutting, shards, buffers),
         batch_size=None,
         num_workers=workers,
         prefetch_factor=2 if workers else None,
         multiprocessing_context=method,
         worker_init_fn=start_worker,
     )
-    return told(iter(loader))
+    sent = told(iter(loader))
+    return sent if buffers is None else receive(sent, buffers)
 
 
 def make_predict(config: PredictConfig, loaded: LoadedModel, accelerator: Accelerator) -> Predict:

@@ -1,0 +1,62 @@
+"""Pictures on their way from decoding processes to the one that predicts."""
+
+import gc
+
+import torch
+
+from pipelines.buffers import PLACES, Buffers
+from pipelines.decoding import Decoded, Lent, lend, restore
+
+
+def pictures(*shapes: tuple[int, int, int] | None) -> list[Decoded]:
+    """Some decoded pictures; None: an input that could not be read."""
+    return [
+        Decoded(f"k{i}", f"k{i}.png", None, "is empty")
+        if shape is None
+        else Decoded(f"k{i}", f"k{i}.png", torch.randint(0, 256, shape, dtype=torch.uint8))
+        for i, shape in enumerate(shapes)
+    ]
+
+
+def same(found: list[Decoded], expected: list[Decoded]) -> bool:
+    return all(
+        (a.key, a.source, a.error) == (b.key, b.source, b.error)
+        and ((a.image is b.image is None) or torch.equal(a.image, b.image))
+        for a, b in zip(found, expected, strict=True)
+    )
+
+
+def test_pictures_of_any_sizes_and_errors_come_back_as_they_were() -> None:
+    buffers = Buffers(2, 10_000)
+    items = pictures((3, 7, 5), None, (3, 1, 1), (3, 30, 40))
+    lent = lend(items, buffers, 1)
+    assert isinstance(lent, Lent)
+    assert lent.place in range(PLACES, 2 * PLACES)
+    assert not any(item.image is not None for item in lent.items)
+    assert same(restore(lent, buffers), items)
+
+
+def test_what_has_no_room_is_sent_as_it_is() -> None:
+    buffers = Buffers(1, 150)
+    for items in (pictures((3, 8, 8)), pictures((3, 5, 5), (3, 5, 6)), pictures(None, None)):
+        assert lend(items, buffers, 0) is items
+    fits = pictures((3, 5, 10))
+    lent = [lend(fits, buffers, 0) for _ in range(PLACES)]
+    assert all(isinstance(one, Lent) for one in lent)
+    assert lend(fits, buffers, 0) is fits
+
+
+def test_memory_is_used_again_when_the_last_picture_of_a_chunk_is_gone_and_not_before() -> None:
+    buffers = Buffers(1, 1_000)
+    items = pictures((1, 10, 10), (1, 20, 20))
+    lent = [lend(items, buffers, 0) for _ in range(PLACES)]
+    assert isinstance(lent[0], Lent)
+    found = restore(lent[0], buffers)
+    del found[0]
+    gc.collect()
+    assert lend(items, buffers, 0) is items
+    found.clear()
+    gc.collect()
+    again = lend(items, buffers, 0)
+    assert isinstance(again, Lent)
+    assert again.place == lent[0].place
