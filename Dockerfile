@@ -1,19 +1,31 @@
-# A picture of the whole tool. BASE is any image with Python 3.11 or newer:
+# A picture of the whole tool, for one machine or a cluster. BASE is any image with Python 3.11 or
+# newer and its venv:
 #
-#   docker build -t unet .                                    on the default base, which has CUDA
-#   docker build -t unet --build-arg BASE=python:3.11-slim .  without
+#   docker build -t unet .                                    on the default base, which has torch and CUDA
+#   docker build -t unet --build-arg BASE=python:3.11-slim .  pip brings torch, the build that it finds
 #   docker run --rm --gpus all --shm-size 8g -v "$PWD:/data" unet train --data /data/SHARDS --run-dir /data/RUN
+#   docker run --rm --gpus all --shm-size 8g -v "$PWD:/data" --entrypoint accelerate unet \
+#       launch --multi_gpu --num_processes 8 --num_machines 1 --mixed_precision bf16 --dynamo_backend no \
+#       -m pipelines.train --data /data/SHARDS --run-dir /data/RUN
+#
+# Expect: user 10001, who must be allowed to write into what is mounted at /data (or --user "$(id -u)");
+# worker processes hand batches over in /dev/shm, of which Docker gives 64 MB: hence --shm-size.
+# One stage: nothing is compiled, and the layer of the dependencies, nearly all of the image, stays the
+# same for registries and nodes when only the code has changed.
 ARG BASE=pytorch/pytorch:2.13.0-cuda13.0-cudnn9-runtime
 FROM ${BASE}
 
 WORKDIR /opt/unet
-# Dependencies first: they change seldom, and the layer is reused when only the code has changed.
-COPY pyproject.toml README.md LICENSE launch/constraints.txt ./
+# Dependencies first, without the files that change often.
+COPY pyproject.toml launch/constraints.txt ./
 RUN python3 -m venv --system-site-packages /opt/venv \
     && mkdir unet shards pipelines \
-    && touch unet/__init__.py shards/__init__.py pipelines/__init__.py \
+    && touch README.md LICENSE unet/__init__.py shards/__init__.py pipelines/__init__.py \
     && /opt/venv/bin/pip install --no-cache-dir "$(grep '^torch==' constraints.txt)" \
-    && /opt/venv/bin/pip install --no-cache-dir -c constraints.txt .
+    && /opt/venv/bin/pip install --no-cache-dir -c constraints.txt '.[dask,s3,scipy,turbo]' \
+    # What was built of the empty files is newer than the files to come, and would be taken for them.
+    && rm -r build unet_shards.egg-info
+COPY README.md LICENSE ./
 COPY unet unet
 COPY shards shards
 COPY pipelines pipelines

@@ -1,0 +1,76 @@
+#!/usr/bin/env bash
+# Builds the Dockerfile without Docker, on a Debian that is made here, and uses the image.
+#
+#   tests/launch/build_image.sh FOLDER
+#
+# Needs root and `apt-get install buildah debootstrap`; FOLDER is for everything that is made (3 GB). Where
+# overlayfs cannot be mounted: STORAGE_DRIVER=vfs, which copies every layer and takes many times as long.
+# pip finds packages in the build as it does here: its settings and what they name are mounted for the
+# time of the build, and no part of the image.
+# Expect: minutes. Built twice, the second time with other code: the dependencies come from the cache.
+# The last lines are those of pytest in the image, and `built`.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+folder=${1:?a folder for everything that is made}
+mkdir -p "$folder"
+folder=$(cd "$folder" && pwd)
+export BUILDAH_ISOLATION=chroot
+storage=(--root "$folder/store" --runroot "$folder/run" --storage-driver "${STORAGE_DRIVER:-overlay}")
+
+buildah() { command buildah "${storage[@]}" "$@"; }
+
+# ---- a base: Debian with Python
+if ! buildah inspect --type image localhost/base:test > /dev/null 2>&1; then
+    debootstrap --variant=minbase --include=ca-certificates,python3,python3-venv bookworm \
+        "$folder/rootfs" > "$folder/debootstrap.log"
+    tar -C "$folder/rootfs" -cf "$folder/base.tar" .
+    base=$(buildah from scratch)
+    buildah add --quiet "$base" "$folder/base.tar" / > /dev/null
+    buildah commit --quiet "$base" localhost/base:test > /dev/null
+    buildah rm "$base" > /dev/null
+    rm -r "$folder/rootfs" "$folder/base.tar"
+fi
+
+# ---- pip's settings of this machine
+{
+    echo "[global]"
+    python3 -m pip config list | sed -nE "s/^(global|:env:)\.([a-z-]+)='(.*)'\$/\2 = \3/p" |
+        sort -u -t = -k 1,1
+} > "$folder/pip.conf"
+mounts=(--volume "$folder/pip.conf:/etc/pip.conf:ro")
+while read -r path; do
+    [ -e "$path" ] && mounts+=(--volume "$path:$path:ro")
+    # An index in a folder has its files beside the pages.
+done < <(grep -oE '(= |file://)/[^ ]+' "$folder/pip.conf" | sed -E 's,^(= |file://),,; s,/simple/?$,,' | sort -u)
+
+# ---- twice: other code, then as it is
+build() {
+    buildah bud --layers --network host --pull-never "${mounts[@]}" \
+        --build-arg BASE=localhost/base:test --tag localhost/unet:test "$1"
+}
+mkdir -p "$folder/other"
+cp -r --parents Dockerfile .dockerignore pyproject.toml README.md LICENSE launch/constraints.txt \
+    unet shards pipelines "$folder/other"
+echo "other" >> "$folder/other/README.md"
+echo "raise ImportError('other code')" >> "$folder/other/unet/__init__.py"
+build "$folder/other"
+build . | tee "$folder/again.log"
+grep -A 1 'RUN python3 -m venv' "$folder/again.log" | grep -q 'Using cache'
+
+# ---- what is in it
+image=$(buildah from --pull-never localhost/unet:test)
+inside() { buildah run --network host "$@"; }
+[ "$(inside "$image" -- id -u)" = 10001 ]
+inside "$image" -- unet --help > /dev/null
+inside "$image" -- unet demo --out /data/demo --size 64 --steps 20
+inside "$image" -- test -s /data/demo/run/report.html
+
+# ---- the tests, on what is installed there
+buildah add --quiet "$image" tests /opt/tested/tests > /dev/null
+buildah add --quiet "$image" pyproject.toml launch/constraints.txt /opt/tested > /dev/null
+inside --user root "${mounts[@]}" "$image" -- /opt/venv/bin/pip install --quiet --no-cache-dir \
+    -c /opt/tested/constraints.txt hypothesis psutil pytest pytest-timeout
+inside --workingdir /opt/tested "$image" -- python -m pytest -q -p no:cacheprovider \
+    tests/unet/test_model.py tests/shards/test_order.py tests/pipelines/test_pack_parts.py \
+    tests/pipelines/test_predict.py tests/pipelines/test_stream.py
+echo built
