@@ -1,7 +1,7 @@
 # A picture of the whole tool, for one machine or a cluster. BASE is any image with Python 3.11 or
 # newer and its venv:
 #
-#   docker build -t unet .                                    on the default base, which has torch and CUDA
+#   docker build -t unet .                                    on the default base, with CUDA (not tried)
 #   docker build -t unet --build-arg BASE=python:3.11-slim .  pip brings torch, the build that it finds
 #   docker run --rm --gpus all --shm-size 8g -v "$PWD:/data" unet train --data /data/SHARDS --run-dir /data/RUN
 #   docker run --rm --gpus all --shm-size 8g -v "$PWD:/data" --entrypoint accelerate unet \

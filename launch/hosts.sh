@@ -15,7 +15,7 @@
 #   ./launch/hosts.sh HEAD keep
 #
 # Hardware: hosts that reach each other on all TCP ports, with equal numbers of GPUs, which are all
-# used; SHARDS and RUN under one path on all, RUN in a folder that they share. Two hosts without
+# used; SHARDS and RUN under one absolute path on all, RUN in a folder that they share. Two without
 # GPUs, one rank each:  PET_NPROC_PER_NODE=1 ACCELERATE_USE_CPU=true ./launch/hosts.sh ...
 # Any flag of torchrun can be set so: PET_MAX_RESTARTS (3: ranks that failed, on this host, in all),
 # PET_RDZV_CONF (join_timeout=600: seconds to wait for the hosts that are missing).
@@ -28,6 +28,8 @@
 # finished.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+# shellcheck source=/dev/null
+if [ -f .venv/bin/activate ]; then . .venv/bin/activate; fi
 head=${1:?HEAD, the address of the host that keeps the list}
 hosts=${2:?HOSTS, such as 2 or 1:2, or keep}
 shift 2

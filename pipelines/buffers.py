@@ -1,7 +1,7 @@
-"""Memory that worker processes fill with batches and the trainer reads, used again and again.
+"""Memory that worker processes fill with pictures and the main process reads, again and again.
 
 What is allocated anew for each batch costs a page fault every 4 kB, once in the worker and once in
-the trainer: on virtual machines as long as a third of the decoding.
+the main process: on virtual machines as long as a third of the decoding.
 """
 
 import mmap
@@ -15,9 +15,10 @@ from torch import Tensor
 from shards.sample import Uint8
 
 WAITING = 4
-"""Batches of each worker that are under way or ready (DataLoader's prefetch_factor)."""
+"""Batches of each worker that are under way or ready in training (DataLoader's prefetch_factor)."""
 PLACES = WAITING + 2
-"""Batches that a worker has memory for: those, the one in use, and the one that is drawn next."""
+"""Batches that a worker has memory for: those, the one in use, and the one that is drawn next.
+Where more are held, as in prediction that draws overlays, further ones travel as they are."""
 
 LARGE = 31 * 2**20
 """Bytes of an array, just small enough for glibc to learn from it."""

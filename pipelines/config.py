@@ -85,7 +85,8 @@ def run_command(
 def is_lost_rank(error: RuntimeError) -> bool:
     """Whether a collective failed because another rank has ended or cannot be reached.
 
-    NCCL and the store raise torch's DistError; Gloo, inside autograd, a plain RuntimeError.
+    The store and NCCL's own calls raise torch's DistError; Gloo, inside autograd, a plain
+    RuntimeError. NCCL's watchdog raises nothing: it aborts the process.
     """
     distributed = sys.modules.get("torch.distributed")
     lost = distributed is not None and isinstance(error, distributed.DistError)
@@ -103,7 +104,7 @@ def complain(verb: str, error: object, code: int) -> int:
     """Say it, on one rank where all have the same to say."""
     accelerate = sys.modules.get("accelerate.state")
     alone = code != USAGE and accelerate is not None and accelerate.is_initialized()
-    if not alone:
+    if not alone and code in (USAGE, REFUSED):
         let_rank_0_speak()
     rank = f" (rank {launched_rank()})" if launched_rank() else ""
     print(f"unet {verb}{rank}: {error}", file=sys.stderr, flush=True)

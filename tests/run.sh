@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lint, types and all tests, on a fresh clone or a used one.
+# Lint, types and all tests but those marked slurm, hosts or docker, on a fresh clone or a used one.
 #
 #   ./tests/run.sh [FLAGS OF pytest]
 #

@@ -142,7 +142,8 @@ class DataSpec:
         mean = torch.tensor(self.mean, device=image.device).view(1, -1, 1, 1) * 255
         std = torch.tensor(self.std, device=image.device).view(1, -1, 1, 1) * 255
         # In place: on a CPU new memory takes longer than arithmetic.
-        return image.float().sub_(mean).div_(std.clamp(min=1e-3))
+        pixels = image.to(torch.float32, copy=True)
+        return pixels.sub_(mean).div_(std.clamp(min=1e-3))
 
 
 def counted_classes(classes: tuple[str, ...]) -> tuple[int, ...]:

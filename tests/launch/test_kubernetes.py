@@ -201,7 +201,7 @@ def test_exit_codes_mean_what_they_say(name: str) -> None:
         assert codes["operator"] == "In"
         actions |= dict.fromkeys(codes["values"], rule["action"])
     expected = {
-        "pack": {2: "FailJob"},
+        "pack": {2: "FailJob", 3: "FailIndex"},
         "predict": {2: "FailJob", 3: "FailIndex"},
         "train": {2: "FailJob", 75: "Ignore"},
     }

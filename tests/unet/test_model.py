@@ -313,6 +313,12 @@ def test_normalised_pictures_have_the_mean_and_deviation_of_the_data_set():
     torch.testing.assert_close(result.flatten(), torch.tensor(expected), rtol=1e-4, atol=1e-5)
 
 
+def test_normalising_leaves_a_picture_as_it_is_of_whatever_type():
+    image = torch.full((1, 3, 2, 2), 100.0)
+    torch.testing.assert_close(SPEC.normalise(image), SPEC.normalise(image.to(torch.uint8)))
+    assert (image == 100).all()
+
+
 @pytest.mark.parametrize("norm", ["group", "batch"])
 def test_what_is_saved_comes_back_with_equal_logits_config_and_spec(tmp_path, norm):
     torch.manual_seed(1)
