@@ -105,6 +105,8 @@ def test_no_page_has_a_gap_left_to_fill() -> None:
     for page in pages:
         gaps = re.findall(r"^[A-Z]+_[A-Z_]+$|TODO|FIXME", (REPO / page).read_text(), re.MULTILINE)
         assert not gaps, page
+        ends = re.findall(r"^(#+) .*\n\s*(?:\Z|^(#+) )", (REPO / page).read_text(), re.MULTILINE)
+        assert not [end for end in ends if len(end[1]) <= len(end[0])], f"{page}: an empty section"
 
 
 def test_the_python_example_runs(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
