@@ -12,7 +12,9 @@ from pipelines.cli import VERBS
 from pipelines.config import parse
 
 REPO = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "launch/README.md")
+MEASURED = "tests/benchmarks/README.md"
+"""Here commands stand in blocks; what stands in a line of text is a contender's name."""
+PAGES = ("README.md", "launch/README.md", MEASURED)
 FENCE = re.compile(r"^```[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 SCRIPTS = {
     "./launch/hosts.sh": ("train", 2),
@@ -32,7 +34,7 @@ def commands() -> list[tuple[str, str, list[str]]]:
             for block in FENCE.findall(text)
             for line in re.sub(r"\\\n\s*", " ", block).splitlines()
         ]
-        prose = re.sub(r"\s+", " ", FENCE.sub("", text))
+        prose = "" if page == MEASURED else re.sub(r"\s+", " ", FENCE.sub("", text))
         for line in (*lines, *(match for match in INLINE.findall(prose) if " --" in match)):
             words = shlex.split(line.replace("$(", "$( ").rstrip(")"), comments=True)
             script = next((w for w in words if w in SCRIPTS), None)
@@ -70,6 +72,17 @@ def test_every_command_parses(
         # A command of which the flags are left open.
         arguments = [*arguments[:-1], "--data", "SHARDS", "--run-dir", "RUN"]
     parse(config, arguments, verb)
+
+
+def test_the_benchmarks_know_the_flags_that_they_are_given() -> None:
+    text = "\n".join((REPO / page).read_text() for page in PAGES)
+    joined = re.sub(r"\\\n\s*", " ", text)
+    given = re.findall(r"python (tests/benchmarks/\w+\.py)([^`\n]*)", joined)
+    assert len(given) >= 10
+    for script, arguments in given:
+        source = (REPO / script).read_text()
+        for flag in re.findall(r"--[a-z-]+", arguments):
+            assert f'"{flag}"' in source, f"{script} {flag}"
 
 
 def test_the_accelerate_flags_are_accelerates() -> None:
