@@ -147,8 +147,8 @@ def run(config: PredictConfig) -> int:
         )
     store = Store(config.out)
     store.make()
-    begin_job(config, store, inputs, loaded)
     accelerator = start()
+    begin_job(config, store, inputs, loaded, accelerator.mixed_precision)
     cutting = Cutting(len(inputs), config.samples_per_shard, config.batch_size)
     speaks = accelerator.is_main_process
     present = {*store.names()}
@@ -177,13 +177,16 @@ def run(config: PredictConfig) -> int:
     return conclude(config, store, part, alone=accelerator.num_processes == 1, speaks=speaks)
 
 
-def begin_job(config: PredictConfig, store: Store, inputs: Inputs, loaded: LoadedModel) -> None:
+def begin_job(
+    config: PredictConfig, store: Store, inputs: Inputs, loaded: LoadedModel, precision: str
+) -> None:
     """Write down what decides the bytes of the results, or check that it is what was begun.
 
     Raises UsageError naming the difference.
     """
     job = {
         "checkpoint": loaded.digest,
+        "precision": precision,
         "inputs": {"count": len(inputs), "sha256": inputs.digest()},
         **config.settings(),
     }

@@ -376,6 +376,16 @@ def test_another_checkpoint_or_other_inputs_are_refused(
     assert (ended.code, "was begun with inputs = " in ended.err) == (2, True)
 
 
+def test_another_precision_is_refused(
+    bright: Path, pictures: Path, call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    given = told(bright, pictures, tmp_path)
+    assert call("predict", *given).code == 0
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    ended = call("predict", *given)
+    assert (ended.code, "was begun with precision = no, now it is bf16" in ended.err) == (2, True)
+
+
 def test_a_folder_with_other_shards_is_left_alone(
     bright: Path, pictures: Path, shards: Path, call, content
 ) -> None:
