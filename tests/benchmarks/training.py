@@ -14,6 +14,7 @@ once, in a fresh process; the network is the preset `small` unless said otherwis
     train     `unet train` on the shards, with a loader's worker
     milesial  a bare loop with the network of milesial/Pytorch-UNet and RMSprop, its settings
     one       `accelerate launch` of one rank of one thread, without loader workers
+    apart     two of those side by side that know nothing of each other: what the cores could do
     two       the same with two ranks, and twice the global batch
 
 Rates are samples/s: of `bare` and `milesial` after a warm-up of 10 steps; of the others the median
@@ -32,7 +33,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import nullcontext
 from datetime import date
 from functools import partial
@@ -191,15 +192,29 @@ def ranks(given: argparse.Namespace, world: int) -> tuple[float, float]:
         return rate(run_dir)
 
 
+def apart(given: argparse.Namespace) -> tuple[float, float]:
+    with ThreadPoolExecutor(2) as executor:
+        both = [executor.submit(ranks, given, 1).result for _ in range(2)]
+        (first, waited), (second, also_waited) = (result() for result in both)
+    return first + second, (waited + also_waited) / 2
+
+
 CONTENDERS = {
     "bare": bare,
     "memory": memory,
     "train": from_shards,
     "milesial": milesial,
     "one": partial(ranks, world=1),
+    "apart": apart,
     "two": partial(ranks, world=2),
 }
-RATIOS = (("memory", "bare", 0.97), ("train", "bare", None), ("two", "one", 1.8))
+RATIOS = (
+    ("memory", "bare", 0.97),
+    ("train", "bare", None),
+    ("two", "one", 1.8),
+    ("apart", "one", None),
+    ("two", "apart", None),
+)
 RATIOS_GPU = (("memory", "bare", 0.97), ("train", "milesial", 2.0))
 
 
