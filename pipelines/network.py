@@ -136,8 +136,9 @@ def refuse_missing(loss: LossConfig, manifest: Manifest, data: str) -> None:
 def build_loss(loss: LossConfig, manifest: Manifest) -> SegmentationLoss:
     """The loss, with the weights of this data set's classes."""
     weights = None
-    if loss.class_weights == "inverse":
-        weights = inverse_frequency(class_pixels(manifest))
+    if loss.class_weights != "none":
+        power = 0.5 if loss.class_weights == "inverse_sqrt" else 1.0
+        weights = inverse_frequency(class_pixels(manifest), power)
     return SegmentationLoss(loss, counted_classes(manifest.classes), weights)
 
 

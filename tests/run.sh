@@ -3,7 +3,7 @@
 #
 #   ./tests/run.sh [FLAGS OF pytest]
 #
-# Expect: some twenty minutes on two cores; tests marked gpu are skipped where there is none.
+# Expect: some eighteen minutes on two cores; tests marked gpu are skipped where there is none.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=launch/install.sh

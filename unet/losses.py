@@ -45,9 +45,10 @@ class LossConfig:
     """What a false negative costs in the Tversky loss (beta)."""
     label_smoothing: float = 0.0
     """Share of the truth that cross_entropy and bce spread over all classes alike."""
-    class_weights: Literal["none", "inverse"] = "none"
+    class_weights: Literal["none", "inverse", "inverse_sqrt"] = "none"
     """inverse: in the losses over pixels, a pixel weighs as much as its class is rare in the
-    training split, all classes together as much as before."""
+    training split, all classes together as much as before. inverse_sqrt: as the root of that, which
+    costs the common classes less."""
     border_weight: float = 0.0
     """What pixels between two close cells weigh more in the losses over pixels (w0, 10 in the paper
     of 2015); needs shards of unet pack --border-sigma. 0 is off."""
@@ -149,13 +150,14 @@ class SegmentationLoss(nn.Module):
         return weight
 
 
-def inverse_frequency(pixels: Sequence[int]) -> tuple[float, ...]:
-    """What a pixel of each class weighs so that all classes weigh the same, 1 on average.
+def inverse_frequency(pixels: Sequence[int], power: float = 1.0) -> tuple[float, ...]:
+    """What a pixel of each class weighs: (1 / pixels of the class)^power, 1 on average over pixels.
 
-    A class without pixels weighs 1.
+    With a power of 1 all classes weigh the same. A class without pixels weighs 1.
     """
     present = [count for count in pixels if count]
-    return tuple(sum(present) / (len(present) * count) if count else 1.0 for count in pixels)
+    scale = sum(present) / sum(count ** (1 - power) for count in present)
+    return tuple(scale / count**power if count else 1.0 for count in pixels)
 
 
 def over_pixels(values: Tensor, mask: Tensor, weight: Tensor | None) -> Tensor:

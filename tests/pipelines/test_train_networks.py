@@ -4,7 +4,7 @@ import json
 import os
 import signal
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -12,8 +12,10 @@ import torch
 from PIL import Image
 
 from pipelines.budget import Budget
+from pipelines.network import build_loss, class_pixels
+from shards.index import read_manifest
 from shards.reader import ShardReader
-from unet import UNet
+from unet import LossConfig, UNet
 
 PAPER = (
     *("--model.preset", "paper", "--model.base-channels", "2", "--model.depth", "2"),
@@ -183,6 +185,17 @@ def test_border_weights_need_border_maps(shards: Path, tiny, call, tmp_path: Pat
     ended = call("train", *told(shards, tmp_path / "run", tiny, "--loss.border-weight", 10))
     assert ended.code == 2
     assert "has none; pack it with --border-sigma 5" in ended.said
+
+
+@pytest.mark.parametrize(("name", "power"), [("inverse", 1.0), ("inverse_sqrt", 0.5)])
+def test_class_weights_come_from_the_training_split(
+    shards: Path, name: Literal["inverse", "inverse_sqrt"], power: float
+) -> None:
+    manifest = read_manifest(shards)
+    weights = build_loss(LossConfig(class_weights=name), manifest).class_weights
+    assert weights is not None
+    common, rare = class_pixels(manifest)
+    assert weights[1] / weights[0] == pytest.approx((common / rare) ** power)
 
 
 def test_class_weights_need_counted_pixels(cells: Path, tiny, call, tmp_path: Path) -> None:

@@ -110,6 +110,13 @@ def test_class_weights_weigh_pixels_and_are_1_on_average():
     assert loss(logits[:1], mask[:1])[0].item() == pytest.approx(5 * first.item(), rel=1e-5)
 
 
+def test_of_the_root_of_the_frequency_a_rare_class_weighs_less_and_the_average_is_1():
+    weights = inverse_frequency((900, 100, 0), power=0.5)
+    assert weights == pytest.approx((1000 / 1200, 1000 / 400, 1.0))
+    assert (900 * weights[0] + 100 * weights[1]) / 1000 == pytest.approx(1)
+    assert inverse_frequency((900, 100, 0), power=0.0) == (1.0, 1.0, 1.0)
+
+
 def test_border_weight_adds_w0_times_the_map():
     logits = logits_of([[[[0.5, 0.1, 0.4]], [[0.5, 0.9, 0.6]]]])
     mask = torch.tensor([[[0, 1, 255]]], dtype=torch.uint8)
