@@ -194,8 +194,7 @@ def ranks(given: argparse.Namespace, world: int) -> tuple[float, float]:
 
 def apart(given: argparse.Namespace) -> tuple[float, float]:
     with ThreadPoolExecutor(2) as executor:
-        both = [executor.submit(ranks, given, 1).result for _ in range(2)]
-        (first, waited), (second, also_waited) = (result() for result in both)
+        (first, waited), (second, also_waited) = executor.map(partial(ranks, given), (1, 1))
     return first + second, (waited + also_waited) / 2
 
 
