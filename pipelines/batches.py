@@ -18,7 +18,6 @@ from torch.utils.data import DataLoader, get_worker_info
 
 from pipelines.augment import AugmentConfig, Cropper
 from pipelines.buffers import WAITING, Buffers, keep_freed_memory
-from pipelines.config import RunError
 from pipelines.dataset import DataSet
 from pipelines.parallel import follow_parent
 from shards.images import ImageFormat
@@ -237,7 +236,7 @@ def train_batches(
         stage = replace(stage, buffers=buffers)
     # Here, so that the workers are children of this thread and not of the one that pins.
     loader = iter(load(reader, plan, stage, data.workers))
-    batches = receive(told(loader), stage)
+    batches = receive(loader, stage)
     return ahead(batch.pin_memory() for batch in batches) if pin else batches
 
 
@@ -250,19 +249,6 @@ def receive(sent: Iterator[Batch | Filled], stage: CropStage) -> Iterator[Batch]
             assert stage.buffers is not None
             pixels = stage.buffers.lend(batch.place)
             yield stage.batch(pixels, batch.position, batch.skipped)
-
-
-def told(loader: Iterator[Any]) -> Iterator[Any]:
-    """What a loader yields; a worker that was killed is told in a line, as RunError."""
-    try:
-        yield from loader
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise RunError(
-            "a process that reads samples was killed (out of memory?); give it more or lower "
-            "--workers; the same command goes on"
-        ) from error
 
 
 def ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
@@ -288,7 +274,7 @@ def eval_batches(
     reader = data.reader(split)
     plan = EvalPlan(tuple(s.samples for s in reader.shards), batch_size, rank, world)
     stage = WholeStage(data.manifest.image_format, len(data.manifest.classes))
-    return told(iter(load(reader, plan, stage, data.workers, pin)))
+    return iter(load(reader, plan, stage, data.workers, pin))
 
 
 def load(

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from torch.amp.grad_scaler import GradScaler
 
 from pipelines.config import RunError, UsageError
+from pipelines.failures import is_device_error, is_killed_worker, out_of_memory
 from pipelines.optim import Learner
 from shards.images import ImageFormat
 from shards.sample import DataError
@@ -79,9 +80,10 @@ class Checkpoints:
             self.write(final, temporary, state, learner, scaler)
             for name in ("last", "best") if is_best else ("last",):
                 point(self.folder / name, final.name)
-        # torch says RuntimeError of a full disk, and not that it is full.
         except (OSError, RuntimeError, SafetensorError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
+            if not is_disk_error(error):
+                raise
             free = shutil.disk_usage(self.folder).free / 2**20
             raise RunError(
                 f"{final} cannot be written ({error}); {free:,.0f} MiB are free there: make room, "
@@ -178,6 +180,15 @@ class Checkpoints:
         if scaler is not None and training["scaler"] is not None:
             scaler.load_state_dict(training["scaler"])
         return state
+
+
+def is_disk_error(error: Exception) -> bool:
+    """Whether an error, raised while a checkpoint was written, is about the disk.
+
+    torch raises a bare RuntimeError where a disk is full. Copying weights from a device raises what
+    went wrong on it long before, and a worker may be killed at any time.
+    """
+    return not (out_of_memory(error) or is_device_error(error) or is_killed_worker(error))
 
 
 def point(link: Path, target: str) -> None:

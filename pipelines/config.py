@@ -19,6 +19,7 @@ from typing import Any, TypeVar, get_type_hints
 import tyro
 import yaml
 
+from pipelines import failures
 from shards.sample import DataError
 
 REFUSED = 1
@@ -61,36 +62,21 @@ def run_command(
     try:
         return run(parse(config_class, argv, verb))
     except UsageError as error:
-        return complain(verb, error, USAGE)
+        code = complain(verb, error, USAGE)
     except (DataError, RunError) as error:
-        return complain(verb, own_words(error), REFUSED)
+        code = complain(verb, own_words(error), REFUSED)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        return complain(verb, f"{where}{error.strerror or error}", REFUSED)
+        code = complain(verb, f"{where}{error.strerror or error}", REFUSED)
     except RuntimeError as error:
-        if not is_lost_rank(error):
+        line = failures.describe(error)
+        if line is None:
             raise
-        what = " ".join(str(error).split())[:200]
-        late = ", or is late by more than --rank-timeout" if "timed out" in what.lower() else ""
-        return complain(
-            verb,
-            f"another rank has ended, or cannot be reached{late} ({what}): what it said last is "
-            "the cause; then give the same command again",
-            REFUSED,
-        )
+        code = complain(verb, line, REFUSED)
     except KeyboardInterrupt:
-        return complain(verb, "stopped; the same command goes on", 130)
-
-
-def is_lost_rank(error: RuntimeError) -> bool:
-    """Whether a collective failed because another rank has ended or cannot be reached.
-
-    The store and NCCL's own calls raise torch's DistError; Gloo, inside autograd, a plain
-    RuntimeError. NCCL's watchdog raises nothing: it aborts the process.
-    """
-    distributed = sys.modules.get("torch.distributed")
-    lost = distributed is not None and isinstance(error, distributed.DistError)
-    return lost or "gloo" in str(error)
+        code = complain(verb, "stopped; the same command goes on", 130)
+    failures.leave_process_group(code)
+    return code
 
 
 def own_words(error: Exception) -> str:

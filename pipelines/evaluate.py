@@ -14,10 +14,11 @@ from accelerate import Accelerator
 
 from pipelines import scoring
 from pipelines.checkpoint import LoadedModel, find_checkpoint, load_model
-from pipelines.config import UsageError, run_command
+from pipelines.config import RunError, UsageError, run_command
 from pipelines.counting import count_split
 from pipelines.dataset import DataConfig, DataSet, open_data, split_in_use
 from pipelines.devices import start
+from pipelines.failures import out_of_memory, summary
 from pipelines.gallery import Predicted, panels, predict_some, side_by_side
 from pipelines.per_image import SCORES_CSV, Floats, ImageCounts, lowest, write_scores
 from pipelines.predictions import open_predictions
@@ -165,18 +166,18 @@ def score_model(
     surface: SurfaceScores | None,
     images: ImageCounts,
 ) -> Scored:
-    """Predict every picture and score it."""
+    """Predict every picture and score it. Raises RunError where a GPU's memory runs out."""
     model = loaded.model.to(accelerator.device)
-    scores = scoring.score(
-        model,
-        accelerator,
-        data,
-        config.split,
-        config,
-        empty=config.empty,
-        surface=surface,
-        images=images,
-    )
+    counting = {"empty": config.empty, "surface": surface, "images": images}
+    try:
+        scores = scoring.score(model, accelerator, data, config.split, config, **counting)
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        raise RunError(
+            f"the memory of this GPU ({accelerator.device}) does not suffice ({summary(error)}); "
+            "lower --batch-size or --tile"
+        ) from error
     again = partial(predict_some, model, accelerator, data, config.split, tiles=config)
     tiles = {name: getattr(config, name) for name in TILES}
     return Scored(scores, {"checkpoint": loaded.digest, **tiles}, again)

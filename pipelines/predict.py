@@ -31,13 +31,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from pipelines.batches import start_forkserver, start_worker, told
+from pipelines.batches import start_forkserver, start_worker
 from pipelines.buffers import Buffers
 from pipelines.checkpoint import LoadedModel, load_model
 from pipelines.config import INCOMPLETE, RunError, UsageError, refuse_url, run_command
 from pipelines.dataset import default_workers
 from pipelines.decoding import Chunk, Cutting, Decoded, Decoder, DecodeSource, receive
 from pipelines.devices import start
+from pipelines.failures import out_of_memory, summary
 from pipelines.inputs import find_inputs
 from pipelines.progress import progress
 from pipelines.readers import Inputs
@@ -162,10 +163,13 @@ def run(config: PredictConfig) -> int:
         try:
             if mine:
                 predict_shards(config, store, inputs, loaded, cutting, mine, accelerator)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
             raise RunError(
-                f"the memory of this GPU ({accelerator.device}) does not suffice; lower "
-                "--batch-size or --tile, into another --out, for they make other masks"
+                f"the memory of this GPU ({accelerator.device}) does not suffice "
+                f"({summary(error)}); lower --batch-size or --tile, into another --out, for they "
+                "make other masks"
             ) from error
         # The rank that ends last has something to say.
         speaks = finish_job(config, store, loaded.spec, cutting.num_shards)
@@ -284,7 +288,7 @@ def load(
         multiprocessing_context=method,
         worker_init_fn=start_worker,
     )
-    sent = told(iter(loader))
+    sent = iter(loader)
     return sent if buffers is None else receive(sent, buffers)
 
 
@@ -333,7 +337,8 @@ def too_large(error: TileTooLargeError, margin: int) -> str:
     if margin:
         return (
             f"the smallest tile of this network, {error.height} x {error.width} pixels, does not "
-            "fit into the memory of this GPU; end what else it is used for, or use a larger one"
+            f"fit into the memory of this GPU ({error.reason}); end what else it is used for, or "
+            "use a larger one"
         )
     return f"{error}, and give another --out, since other tiles make other masks"
 

@@ -14,6 +14,7 @@ from pipelines.checkpoint import require_spec
 from pipelines.config import RunError
 from pipelines.counting import count_split
 from pipelines.dataset import DataSet
+from pipelines.failures import out_of_memory, summary
 from pipelines.per_image import ImageCounts
 from unet import (
     Empty,
@@ -35,12 +36,13 @@ MeanName = Literal["dice", "iou", "image_dice", "image_iou"]
 class TileTooLargeError(RunError):
     """One tile alone does not fit into the memory of a GPU."""
 
-    def __init__(self, height: int, width: int) -> None:
+    def __init__(self, height: int, width: int, reason: str) -> None:
+        """`reason`: the message of torch, which may mean something else."""
         super().__init__(
-            f"a tile of {height} x {width} pixels alone does not fit into the memory of this GPU; "
-            f"lower --tile, to {max(height, width) // 2} perhaps"
+            f"a tile of {height} x {width} pixels alone does not fit into the memory of this GPU "
+            f"({reason}); lower --tile, to {max(height, width) // 2} perhaps"
         )
-        self.height, self.width = height, width
+        self.height, self.width, self.reason = height, width, reason
 
 
 def make_forward(model: UNet, accelerator: Accelerator) -> Callable[[Tensor], Tensor]:
@@ -50,14 +52,18 @@ def make_forward(model: UNet, accelerator: Accelerator) -> Callable[[Tensor], Te
     it; that is said once. Raises TileTooLargeError where half of it would be no picture.
     """
     spec, device = require_spec(model), accelerator.device
-    most, said = sys.maxsize, False
+    most, said, reason = sys.maxsize, False, ""
 
     def attempt(image: Tensor) -> Tensor | None:
+        nonlocal reason
         try:
             parts = [compute(part) for part in image.split(min(most, len(image)))]
             return parts[0] if len(parts) == 1 else torch.cat(parts)
-        except torch.OutOfMemoryError:
-            # The traceback, which holds what was allocated, ends here.
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            # Only the text is kept: the traceback, which holds what was allocated, ends here.
+            reason = summary(error)
             return None
 
     def compute(image: Tensor) -> Tensor:
@@ -65,7 +71,9 @@ def make_forward(model: UNet, accelerator: Accelerator) -> Callable[[Tensor], Te
             # Else the copy would wait for all that the GPU has to do.
             image = image.pin_memory()
         with accelerator.autocast():
-            return model(spec.normalise(image.to(device, non_blocking=True)))
+            # Elsewhere, on MPS for one, memory may be used again before an overlapped copy is done.
+            overlap = device.type == "cuda"
+            return model(spec.normalise(image.to(device, non_blocking=overlap)))
 
     def forward(image: Tensor) -> Tensor:
         nonlocal most, said
@@ -73,7 +81,8 @@ def make_forward(model: UNet, accelerator: Accelerator) -> Callable[[Tensor], Te
         while (logits := attempt(image)) is None:
             size = min(most, len(image))
             if size == 1:
-                raise TileTooLargeError(*image.shape[-2:])
+                height, width = image.shape[-2:]
+                raise TileTooLargeError(height, width, reason)
             most = size // 2
             if device.type == "cuda":
                 torch.cuda.empty_cache()

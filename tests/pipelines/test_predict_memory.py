@@ -1,14 +1,27 @@
 """A GPU whose memory does not suffice: smaller batches and tiles, the same masks, said once."""
 
+import weakref
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from PIL import Image
 
+from pipelines.scoring import make_forward
 from unet import UNet
+
+MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+WORDS = (
+    "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+    "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    "GET was unable to find an engine to execute this computation",
+)
+"""What cuDNN and cuBLAS say of it, as plain RuntimeErrors."""
 
 
 @pytest.fixture(scope="module")
@@ -44,13 +57,15 @@ def memory(monkeypatch: pytest.MonkeyPatch):
     Returns what was asked for: (pictures, longest side) of each pass.
     """
 
-    def make(most: int = 1000, side: int = 10_000) -> list[tuple[int, int]]:
+    def make(
+        most: int = 1000, side: int = 10_000, error: RuntimeError = MEMORY
+    ) -> list[tuple[int, int]]:
         asked, forward = [], UNet.forward
 
         def bounded(model: UNet, image: torch.Tensor) -> torch.Tensor:
             asked.append((len(image), max(image.shape[-2:])))
             if asked[-1][0] > most or asked[-1][1] > side:
-                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+                raise type(error)(*error.args)
             return forward(model, image)
 
         monkeypatch.setattr(UNet, "forward", bounded)
@@ -129,7 +144,10 @@ def test_the_smallest_tile_that_does_not_fit_is_said_in_a_line(
     ended = call("predict", *told(valid, pictures, tmp_path, "--tile", 48))
     assert ended.code == 1
     ((line,),) = (ended.err.splitlines(),)
-    assert line.startswith("unet predict: the smallest tile of this network, 18 x 18 pixels, does")
+    assert line.startswith(
+        "unet predict: the smallest tile of this network, 18 x 18 pixels, does not fit into the "
+        "memory of this GPU (CUDA out of memory. Tried to allocate 2.00 GiB.); end what else"
+    )
 
 
 @pytest.mark.parametrize("verb", ["predict", "evaluate"])
@@ -144,21 +162,111 @@ def test_other_tiles_that_do_not_fit_are_said_in_a_line_that_names_the_flag(
     assert ended.code == 1
     ((line,),) = (ended.err.splitlines(),)
     assert line.startswith(
-        f"unet {verb}: a tile of 48 x 48 pixels alone does not fit into the memory of this GPU; "
-        "lower --tile, to 24 perhaps"
+        f"unet {verb}: a tile of 48 x 48 pixels alone does not fit into the memory of this GPU "
+        "(CUDA out of memory. Tried to allocate 2.00 GiB.); lower --tile, to 24 perhaps"
     )
     assert ("give another --out, since other tiles make other masks" in line) == (verb == "predict")
     assert not (tmp_path / "index.json").exists()
 
 
+@pytest.mark.parametrize("message", WORDS)
+@pytest.mark.parametrize("verb", ["predict", "evaluate"])
 def test_memory_that_runs_out_elsewhere_is_said_in_a_line(
-    bright: Path, pictures: Path, call, monkeypatch, tmp_path: Path
+    verb: str,
+    message: str,
+    bright: Path,
+    pictures: Path,
+    shards: Path,
+    call,
+    monkeypatch,
+    tmp_path: Path,
 ) -> None:
     def fail(*given: object, **more: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory.")
+        raise RuntimeError(message)
 
     monkeypatch.setattr("pipelines.predict.predict_masks", fail)
-    ended = call("predict", *told(bright, pictures, tmp_path))
+    monkeypatch.setattr("pipelines.scoring.predict_mask", fail)
+    given = told(bright, pictures, tmp_path)
+    if verb == "evaluate":
+        given = ["--checkpoint", bright, "--data", shards, "--out", tmp_path, "--workers", 0]
+    ended = call(verb, *given)
     assert ended.code == 1
     ((line,),) = (ended.err.splitlines(),)
-    assert "the memory of this GPU (cpu) does not suffice; lower --batch-size or --tile" in line
+    assert line.startswith(
+        f"unet {verb}: the memory of this GPU (cpu) does not suffice ({message}); lower "
+        "--batch-size or --tile"
+    )
+    assert ("into another --out" in line) == (verb == "predict")
+
+
+@pytest.mark.parametrize("message", WORDS)
+def test_a_batch_is_halved_in_whichever_words_memory_runs_out(
+    message: str, bright: Path, pictures: Path, call, memory, content, tmp_path: Path
+) -> None:
+    assert call("predict", *told(bright, pictures, tmp_path / "a")).code == 0
+    memory(1, error=RuntimeError(message))
+    ended = call("predict", *told(bright, pictures, tmp_path / "b"))
+    assert ended.code == 0, ended.err
+    assert ended.err.count("do not fit into the memory of this GPU") == 1
+    assert content(tmp_path / "b") == content(tmp_path / "a")
+
+
+def test_an_engine_that_is_missing_for_another_reason_is_quoted(
+    bright: Path, pictures: Path, call, memory, tmp_path: Path
+) -> None:
+    memory(0, error=RuntimeError(WORDS[2]))
+    ended = call("predict", *told(bright, pictures, tmp_path))
+    assert ended.code == 1
+    assert f"({WORDS[2]})" in ended.err
+    assert ended.err.count("\n") == 1
+
+
+def test_other_errors_of_a_pass_halve_nothing(
+    bright: Path, pictures: Path, call, memory, tmp_path: Path
+) -> None:
+    asked = memory(0, error=RuntimeError("shapes cannot be multiplied"))
+    with pytest.raises(RuntimeError, match="shapes"):
+        call("predict", *told(bright, pictures, tmp_path))
+    assert len(asked) == 1
+
+
+def test_what_a_refused_pass_had_allocated_is_free_for_the_next(
+    bright: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = UNet.from_pretrained(bright)
+    allocated: list[weakref.ref[torch.Tensor]] = []
+
+    def bounded(model: UNet, image: torch.Tensor) -> torch.Tensor:
+        assert [ref() for ref in allocated] == [None] * len(allocated)
+        held = torch.zeros(1)
+        allocated.append(weakref.ref(held))
+        if len(image) > 1:
+            raise RuntimeError(WORDS[0])
+        return image
+
+    monkeypatch.setattr(UNet, "forward", bounded)
+    forward = make_forward(model, Accelerator(cpu=True))
+    assert forward(torch.zeros(4, 3, 8, 8, dtype=torch.uint8)).shape == (4, 3, 8, 8)
+    assert len(allocated) == 6
+
+
+@pytest.mark.parametrize(("device", "overlap"), [("cuda", True), ("mps", False), ("cpu", False)])
+def test_a_copy_overlaps_to_cuda_alone(
+    device: str, overlap: bool, bright: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copies: list[tuple[object, ...]] = []
+    move, where = torch.Tensor.to, torch.device(device)
+
+    def noting(tensor: torch.Tensor, *given: object, **more: object) -> torch.Tensor:
+        if tensor.dtype == torch.uint8 and "non_blocking" in more:
+            copies.append((*given, more["non_blocking"]))
+            # There is no such device here.
+            return tensor
+        return move(tensor, *given, **more)
+
+    monkeypatch.setattr(torch.Tensor, "to", noting)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    monkeypatch.setattr(UNet, "forward", lambda model, image: image)
+    stub = SimpleNamespace(device=where, autocast=nullcontext)
+    make_forward(UNet.from_pretrained(bright), stub)(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
+    assert copies == [(where, overlap)]

@@ -222,6 +222,36 @@ def test_a_full_disk_costs_the_checkpoint_that_found_it_full(
     assert_same(run_dir, whole)
 
 
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory."), "the GPU is out of memory (CUDA out"),
+        (
+            torch.AcceleratorError("CUDA error: device-side assert triggered"),
+            "the GPU failed (CUDA",
+        ),
+        (RuntimeError("CUDA error: unspecified launch failure"), "the GPU failed (CUDA error: uns"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "a data loading"),
+        (RuntimeError("[enforce fail at inline_container.cc:672]"), "CHECKPOINT cannot be written"),
+    ],
+    ids=str,
+)
+def test_what_fails_on_the_device_is_not_reported_as_a_full_disk(
+    error: RuntimeError, line: str, shards: Path, tiny, call, monkeypatch, tmp_path: Path
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(torch, "save", fail)
+    ended = call("train", *told(shards, tmp_path, tiny, "--steps", 1))
+    assert ended.code == 1
+    checkpoints = tmp_path / "checkpoints"
+    expected = line.replace("CHECKPOINT", str(checkpoints / "step-00000001"))
+    assert ended.err.splitlines()[-1].startswith(f"unet train: {expected}")
+    assert "Traceback" not in ended.err
+    assert list(checkpoints.iterdir()) == []
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 def test_metrics_that_cannot_be_written_are_said_in_one_line(
     shards: Path, tiny, call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path

@@ -1,0 +1,87 @@
+"""A process that reads samples is killed: the command ends with one line, wherever it stands."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[2]
+
+# torch raises in the main thread, at whatever line that is. Here it is in the first forward pass,
+# which is repeated until then.
+KILLED = """
+import os, signal, sys, time
+from importlib import import_module
+from multiprocessing import active_children
+from threading import Timer
+
+from pipelines import batches
+from unet import UNet
+
+prefetch, verb, *arguments = sys.argv[1:]
+command, forward = import_module(f"pipelines.{verb}"), UNet.forward
+
+if prefetch == "prefetch":
+    # As on a GPU, with memory that is not page-locked.
+    load = batches.train_batches
+    batches.Batch.pin_memory = lambda batch: batch
+    command.train_batches = lambda *given, **more: load(*given, **{**more, "pin": True})
+
+def kill():
+    os.kill(active_children()[0].pid, signal.SIGKILL)
+
+def repeated(model, image):
+    UNet.forward = forward
+    timer = Timer(0.2, kill)
+    timer.start()
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        model(image)
+    raise AssertionError("nothing was raised")
+
+UNet.forward = repeated
+sys.exit(command.main(arguments))
+"""
+
+
+@pytest.fixture(scope="module")
+def commands(
+    trained: Path, shards: Path, cells: Path, tiny, tmp_path_factory
+) -> dict[str, list[str]]:
+    """The arguments of each verb, with two processes that read."""
+    out = tmp_path_factory.mktemp("out")
+    checkpoint = ("--checkpoint", trained, "--workers", 2)
+    train = ("--data", shards, "--run-dir", out / "run", "--workers", 2, *tiny)
+    given = {
+        "train": (*train, "--steps", 1000, "--tracking.pictures", 0),
+        "evaluate": (*checkpoint, "--data", shards, "--out", out / "scores"),
+        "predict": (*checkpoint, "--input", cells / "images", "--out", out / "masks"),
+    }
+    return {verb: [str(argument) for argument in arguments] for verb, arguments in given.items()}
+
+
+@pytest.mark.parametrize(
+    ("verb", "prefetch"),
+    [("train", "no"), ("train", "prefetch"), ("evaluate", "no"), ("predict", "no")],
+)
+def test_a_killed_worker_is_reported_in_one_line(
+    verb: str, prefetch: str, commands: dict[str, list[str]]
+) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", KILLED, prefetch, verb, *commands[verb]],
+        cwd=REPO,
+        env=os.environ,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert ended.returncode == 1, ended.stderr
+    assert re.fullmatch(
+        rf"unet {verb}: a data loading worker has died \(DataLoader worker \(pid \d+\) is killed "
+        r"by signal: Killed\.\); if memory ran out, lower --workers or give the job more, then "
+        r"rerun the same command\n",
+        ended.stderr,
+    ), ended.stderr
