@@ -6,9 +6,11 @@ import sys
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
+from typing import Literal
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.utils import parse_flag_from_env
 
 from pipelines.config import UsageError
 
@@ -29,17 +31,18 @@ def start(
     process that computes on a CPU keeps the memory that it frees. `rank_timeout`: minutes that a
     rank waits for others; left out: the backend's own, for ranks that never meet.
 
-    Raises UsageError where processes were started that do not know of each other.
+    Raises UsageError where processes were started that do not know of each other, or that would
+    have to share a GPU.
     """
+    refuse_shared_gpus()
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ
-    has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     handlers = []
     if rank_timeout is not None:
         # A millisecond more: Accelerate leaves out what equals NCCL's 10 minutes, and Gloo has 30.
         timeout = timedelta(minutes=rank_timeout, milliseconds=1)
         handlers.append(InitProcessGroupKwargs(timeout=timeout))
     accelerator = Accelerator(
-        mixed_precision=None if launched else ("bf16" if has_bf16 else "no"),
+        mixed_precision=None if launched else native_precision(),
         gradient_accumulation_steps=accumulate,
         log_with=list(trackers) or None,
         project_dir=project_dir,
@@ -54,6 +57,45 @@ def start(
     if accelerator.device.type == "cpu":
         hold_memory()
     return accelerator
+
+
+def native_precision() -> Literal["bf16", "no"]:
+    """bf16 where the GPU computes in it, else float32.
+
+    V100 and T4 emulate it, without their matrix units.
+    """
+    native = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if native else "no"
+
+
+def refuse_shared_gpus() -> None:
+    """Raise UsageError where a launcher has started more processes here than there are GPUs.
+
+    Accelerate would give a GPU to several ranks, and NCCL refuse that minutes later.
+    """
+    if not torch.cuda.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU"):
+        return
+    local, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if local > gpus:
+        world = int(os.environ.get("WORLD_SIZE", local))
+        have = "1 GPU" if gpus == 1 else f"{gpus} GPUs"
+        raise UsageError(
+            f"--num_processes {world}: this machine has {have}, but {local} processes were "
+            "launched on it; run accelerate launch with --num_processes "
+            f"{world // local * gpus}"
+        )
+
+
+def use_deterministic(enabled: bool) -> None:
+    """Make torch compute the same bits on the same GPU every time, or let it choose the fastest.
+
+    Call it before CUDA starts: cuBLAS reads its variable only then.
+    """
+    if enabled:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    if enabled != torch.are_deterministic_algorithms_enabled():
+        torch.use_deterministic_algorithms(enabled)
+    torch.backends.cudnn.deterministic = enabled
 
 
 def hold_memory() -> None:

@@ -32,7 +32,7 @@ from pipelines.budget import Budget, Limits, NotFinite
 from pipelines.checkpoint import Checkpoints, RunLock, TrainState, require_spec
 from pipelines.config import INTERRUPTED, RunError, UsageError, run_command, to_plain
 from pipelines.dataset import DataConfig, DataSet, open_data, train_in_use
-from pipelines.devices import start
+from pipelines.devices import start, use_deterministic
 from pipelines.network import (
     ModelConfig,
     begin_with,
@@ -42,6 +42,7 @@ from pipelines.network import (
     refuse_missing,
 )
 from pipelines.optim import Learner, OptimConfig, build_learner, learning_rate, set_learning_rate
+from pipelines.passes import TrainingPass
 from pipelines.pictures import draw_batch, draw_validation
 from pipelines.record import write_environment
 from pipelines.summary import close_run
@@ -87,6 +88,9 @@ class TrainConfig(DataConfig):
     """Keep maps as [B, H, W, C] in memory, as the matrix units of GPUs want them in bf16."""
     gradient_checkpointing: bool = False
     """Keep fewer maps and compute the others twice: a third slower, for larger crops or batches."""
+    deterministic: bool = False
+    """Take only algorithms that give the same bits every time on the same kind of GPU, so that a
+    resumed run equals one that was never interrupted; slower. CPUs do so anyway."""
     crop_size: int | None = None
     """Side of the square training crops; left out: what most pictures hold, at most 512 pixels
     (256 with the preset small). With the preset paper it includes the margin: 572 show 388."""
@@ -178,6 +182,7 @@ def run(config: TrainConfig) -> int:
     manifest = read_manifest(config.data)
     config, order = resolve(config, manifest)
     trackers = config.tracking.trackers()
+    use_deterministic(config.deterministic)
     accelerator = start(
         config.accumulate,
         trackers=trackers,
@@ -225,6 +230,10 @@ def run(config: TrainConfig) -> int:
     plan = TrainPlan(order, batch_size, rank, world, start=state.position)
     batches = open_batches(config, data, plan, accelerator)
     progress, meter = Progress(accelerator, budget), Meter(criterion.names, accelerator)
+    training_pass = TrainingPass(
+        *(accelerator.device, batch_size, config.crop_size, config.gradient_checkpointing),
+        benchmark=not config.deterministic,
+    )
     scores = None
 
     while not budget.interrupted:
@@ -250,7 +259,7 @@ def run(config: TrainConfig) -> int:
                 batch = next(batches)
             batch = batch.to(accelerator.device)
             seed_dropout(config.seed, batch.position)
-            with accelerator.accumulate(model):
+            with training_pass(budget.step + 1), accelerator.accumulate(model):
                 image, mask = augment(spec.normalise(batch.image), batch.mask, batch.position)
                 border = augment.border(batch.border, batch.position)
                 if state.step == 0:

@@ -5,8 +5,14 @@ import platform
 import socket
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
+import torch
+
+from pipelines import devices, passes, train
+from pipelines.config import UsageError
 
 FAULTS = """
 import resource, torch
@@ -63,3 +69,130 @@ def test_ranks_wait_for_each_other_as_long_as_they_are_told(minutes: float) -> N
     ]
     said = [rank.communicate(timeout=120)[0] for rank in ranks]
     assert [round(float(text)) for text in said] == [60 * minutes] * 2
+
+
+# ---- a GPU that this machine need not have
+
+
+@pytest.fixture
+def pretend(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """CUDA with so many GPUs, and what a launcher would set."""
+
+    def make(gpus: int, **environment: object) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, str(value))
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("gpus", "local", "world", "line"),
+    [
+        (1, 8, 8, "--num_processes 8: this machine has 1 GPU, but 8 processes were launched on"),
+        (1, 8, 8, "run accelerate launch with --num_processes 1$"),
+        (4, 8, 8, "this machine has 4 GPUs, .* with --num_processes 4$"),
+        (4, 8, 16, "^--num_processes 16: this machine has 4 GPUs, .* with --num_processes 8$"),
+    ],
+)
+def test_more_processes_than_gpus_are_refused_before_they_meet(
+    gpus: int, local: int, world: int, line: str, pretend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend(gpus, LOCAL_WORLD_SIZE=local, WORLD_SIZE=world)
+    monkeypatch.setattr(devices, "Accelerator", pytest.fail)
+    with pytest.raises(UsageError, match=line):
+        devices.start()
+
+
+@pytest.mark.parametrize(
+    ("gpus", "environment"),
+    [
+        (8, {"LOCAL_WORLD_SIZE": 8, "WORLD_SIZE": 16}),
+        (1, {}),
+        (0, {"LOCAL_WORLD_SIZE": 2, "WORLD_SIZE": 2}),
+        (1, {"LOCAL_WORLD_SIZE": 2, "WORLD_SIZE": 2, "ACCELERATE_USE_CPU": "true"}),
+    ],
+)
+def test_processes_with_a_gpu_each_or_none_are_not_refused(
+    gpus: int, environment: dict[str, object], pretend
+) -> None:
+    pretend(gpus, **environment)
+    devices.refuse_shared_gpus()
+
+
+@pytest.mark.parametrize(("native", "expected"), [(True, "bf16"), (False, "no")])
+def test_a_bare_start_takes_bf16_where_the_gpu_does_not_emulate_it(
+    native: bool, expected: str, pretend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend(1)
+    monkeypatch.setattr(
+        torch.cuda,
+        "is_bf16_supported",
+        lambda including_emulation=True: including_emulation or native,
+    )
+    assert devices.native_precision() == expected
+
+
+def test_a_bare_start_without_a_gpu_takes_float32(pretend) -> None:
+    pretend(0)
+    assert devices.native_precision() == "no"
+
+
+# ---- determinism
+
+
+@pytest.fixture
+def undeterministic(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    yield
+    devices.use_deterministic(False)
+
+
+def settings() -> tuple[bool, bool, str | None]:
+    cublas = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+    cudnn = torch.backends.cudnn.deterministic
+    return torch.are_deterministic_algorithms_enabled(), cudnn, cublas
+
+
+@pytest.mark.usefixtures("undeterministic")
+def test_determinism_reaches_torch_cudnn_and_cublas(monkeypatch: pytest.MonkeyPatch) -> None:
+    devices.use_deterministic(False)
+    assert settings() == (False, False, None)
+    devices.use_deterministic(True)
+    assert settings() == (True, True, ":4096:8")
+    devices.use_deterministic(False)
+    assert settings()[:2] == (False, False)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    devices.use_deterministic(True)
+    assert settings() == (True, True, ":16:8")
+
+
+@pytest.mark.usefixtures("undeterministic")
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_a_training_is_deterministic_where_that_is_asked_for(
+    deterministic: bool, shards: Path, tiny, call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    found, benchmarks = [], []
+    begin, surround = train.start, passes.TrainingPass.__call__
+
+    def noting_start(*given: object, **more: object) -> object:
+        # cuBLAS reads its variable when CUDA starts.
+        found.append(settings())
+        return begin(*given, **more)
+
+    def noting_pass(self: passes.TrainingPass, step: int) -> object:
+        found.append(settings())
+        benchmarks.append(self.benchmark)
+        return surround(self, step)
+
+    monkeypatch.setattr(train, "start", noting_start)
+    monkeypatch.setattr(passes.TrainingPass, "__call__", noting_pass)
+    given = ("--data", shards, "--run-dir", tmp_path, *tiny, "--workers", 0, "--steps", 2)
+    # Bilinear upsampling has no deterministic backward of its own on GPUs; torch replaces it.
+    more = ("--model.up", "bilinear", "--deterministic" if deterministic else "--no-deterministic")
+    ended = call("train", *given, *more)
+    assert ended.code == 0, ended.err
+    expected = (True, True, ":4096:8") if deterministic else (False, False, None)
+    assert found == [expected] * 3
+    assert benchmarks == [not deterministic] * 2
