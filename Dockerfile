@@ -1,5 +1,5 @@
-# A picture of the whole tool, for one machine or a cluster. BASE is any image with Python 3.11 or
-# newer and its venv:
+# An image of the whole tool, for one machine or a cluster. BASE is any Debian or Ubuntu image with
+# Python 3.11 or newer and its venv:
 #
 #   docker build -t unet .                                    on the default base, with CUDA (not tried)
 #   docker build -t unet --build-arg BASE=python:3.11-slim .  pip brings torch, the build that it finds
@@ -10,10 +10,20 @@
 #
 # Expect: user 10001, who must be allowed to write into what is mounted at /data (or --user "$(id -u)");
 # worker processes hand batches over in /dev/shm, of which Docker gives 64 MB: hence --shm-size.
-# One stage: nothing is compiled, and the layer of the dependencies, nearly all of the image, stays the
+# One stage: nothing is compiled in the build, and the layer of the dependencies, nearly all of the image, stays the
 # same for registries and nodes when only the code has changed.
 ARG BASE=pytorch/pytorch:2.13.0-cuda13.0-cudnn9-runtime
 FROM ${BASE}
+
+# --compile builds its kernels at run time: Inductor with g++, Triton with a C compiler and Python.h.
+# Runtime images lack some of these; a Python that was not installed by apt has headers of its own.
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && export DEBIAN_FRONTEND=noninteractive \
+    && apt-get install -y --no-install-recommends g++ \
+    && if [ ! -e "$(python3 -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" ]; \
+    then apt-get install -y --no-install-recommends python3-dev; fi \
+    && rm -rf /var/lib/apt/lists/*
 
 WORKDIR /opt/unet
 # Dependencies first, without the files that change often.

@@ -62,6 +62,10 @@ image=$(buildah from --pull-never localhost/unet:test)
 inside() { buildah run --network host "$@"; }
 [ "$(inside "$image" -- id -u)" = 10001 ]
 inside "$image" -- unet --help > /dev/null
+# For --compile.
+inside "$image" -- g++ --version > /dev/null
+inside "$image" -- python3 -c \
+    'import pathlib, sysconfig; assert pathlib.Path(sysconfig.get_path("include"), "Python.h").exists()'
 inside "$image" -- unet demo --out /data/demo --size 64 --steps 20
 inside "$image" -- test -s /data/demo/run/report.html
 
