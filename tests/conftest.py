@@ -10,7 +10,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import redirect_stderr, redirect_stdout, suppress
+from contextlib import (
+    AbstractContextManager,
+    contextmanager,
+    redirect_stderr,
+    redirect_stdout,
+    suppress,
+)
 from dataclasses import dataclass
 from importlib import import_module
 from multiprocessing import forkserver
@@ -92,6 +98,60 @@ def forget_accelerator() -> None:
 def no_progress() -> None:
     """What a verb says does not depend on how long a busy machine takes for it."""
     progress.EVERY = 1e9
+
+
+@dataclass(frozen=True)
+class Dispatched:
+    """One operator as torch dispatched it."""
+
+    name: str
+    """aten.add.Tensor, say."""
+    devices: tuple[str, ...]
+    """Device types of its tensor arguments."""
+    target: str | None
+    """Device type that it was asked to put its result on."""
+
+    @property
+    def crosses(self) -> bool:
+        """Whether it copies from the host to another device."""
+        return self.devices[:1] == ("cpu",) and self.target not in (None, "cpu")
+
+
+@pytest.fixture(scope="session")
+def dispatched() -> Callable[[], AbstractContextManager[list[Dispatched]]]:
+    """A block whose operators are logged, those of backward passes too."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Log(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.calls: list[Dispatched] = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            kwargs = kwargs or {}
+            tensors = [a for a in torch.utils._pytree.tree_leaves((args, kwargs))
+                       if isinstance(a, torch.Tensor)]  # fmt: skip
+            target = kwargs.get("device")
+            found = func(*args, **kwargs)
+            if str(func) == "aten.copy_.default":
+                target = tensors[0].device
+                tensors = tensors[1:]
+            self.calls.append(
+                Dispatched(
+                    str(func),
+                    tuple(tensor.device.type for tensor in tensors),
+                    None if target is None else torch.device(target).type,
+                )
+            )
+            return found
+
+    @contextmanager
+    def log() -> Iterator[list[Dispatched]]:
+        with Log() as mode:
+            yield mode.calls
+
+    return log
 
 
 @pytest.fixture(scope="session")

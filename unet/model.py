@@ -1,6 +1,7 @@
 """The U-Net: blocks put together, its presets, and what it must know about its data."""
 
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -139,11 +140,28 @@ class DataSpec:
 
     def normalise(self, image: Tensor) -> Tensor:
         """uint8 [B, C, H, W] -> float32 [B, C, H, W], mean 0 and deviation 1 over the data set."""
-        mean = torch.tensor(self.mean, device=image.device).view(1, -1, 1, 1) * 255
-        std = torch.tensor(self.std, device=image.device).view(1, -1, 1, 1) * 255
+        # A traced graph owns its constants, and the fake tensors of tracing must not be kept.
+        build = make_pixel_scale if torch.compiler.is_compiling() else pixel_scale
+        mean, std = build(self.mean, self.std, image.device)
         # In place: on a CPU new memory takes longer than arithmetic.
         pixels = image.to(torch.float32, copy=True)
-        return pixels.sub_(mean).div_(std.clamp(min=1e-3))
+        return pixels.sub_(mean).div_(std)
+
+
+def make_pixel_scale(
+    mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of pixels in 0-255 on a device, float32 [1, C, 1, 1] each."""
+    # Made in inference mode, they could not be used in training afterwards.
+    with torch.inference_mode(False):
+        shift, scale = (
+            torch.tensor(values, device=device).view(1, -1, 1, 1) * 255 for values in (mean, std)
+        )
+        return shift, scale.clamp(min=1e-3)
+
+
+pixel_scale = lru_cache(maxsize=64)(make_pixel_scale)
+"""The same, copied to each device once: a copy per batch would make the host wait for the GPU."""
 
 
 def counted_classes(classes: tuple[str, ...]) -> tuple[int, ...]:

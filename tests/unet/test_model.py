@@ -10,9 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from unet import PRESETS, DataSpec, UNet, UNetConfig, valid_input
 from unet.blocks import make_norm
+from unet.model import pixel_scale
 
 SPEC = DataSpec(
     classes=("background", "cell"),
@@ -317,6 +319,48 @@ def test_normalising_leaves_a_picture_as_it_is_of_whatever_type():
     image = torch.full((1, 3, 2, 2), 100.0)
     torch.testing.assert_close(SPEC.normalise(image), SPEC.normalise(image.to(torch.uint8)))
     assert (image == 100).all()
+
+
+@pytest.fixture
+def forgotten():
+    """No constant is kept from before, and none is left behind."""
+    pixel_scale.cache_clear()
+    yield
+    pixel_scale.cache_clear()
+
+
+@pytest.mark.usefixtures("forgotten")
+def test_normalising_copies_its_constants_to_a_device_once(dispatched):
+    with FakeTensorMode():
+        image = torch.empty(2, 3, 8, 8, dtype=torch.uint8, device="cuda:0")
+        with dispatched() as first:
+            SPEC.normalise(image)
+        with dispatched() as second:
+            SPEC.normalise(image)
+    assert sum(call.crosses for call in first) == 2
+    assert not any(call.crosses for call in second)
+
+
+@pytest.mark.usefixtures("forgotten")
+@pytest.mark.parametrize("cached", [False, True])
+def test_normalising_is_bit_for_bit_the_plain_formula_and_can_be_traced(cached):
+    image = torch.randint(0, 256, (2, 3, 9, 7), dtype=torch.uint8)
+    mean, std = (torch.tensor(values).view(1, -1, 1, 1) * 255 for values in (SPEC.mean, SPEC.std))
+    expected = (image.float() - mean) / std.clamp(min=1e-3)
+    if cached:
+        with torch.inference_mode():
+            SPEC.normalise(image)
+
+    class Normalise(torch.nn.Module):
+        def forward(self, image):
+            return SPEC.normalise(image)
+
+    for strict in (False, True):
+        program = torch.export.export(Normalise(), (image,), strict=strict)
+        assert torch.equal(program.module()(image), expected)
+    # Nothing of the tracing is left, and constants made in inference serve training.
+    assert torch.equal(SPEC.normalise(image), expected)
+    assert not SPEC.normalise(image).is_inference()
 
 
 @pytest.mark.parametrize("norm", ["group", "batch"])
