@@ -10,7 +10,7 @@ import hashlib
 from dataclasses import dataclass
 from enum import IntEnum
 from math import cos, exp, log, pi, sin, sqrt
-from typing import Any, Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -231,49 +231,62 @@ class Augment:
     def __init__(self, config: AugmentConfig, seed: int) -> None:
         self.config, self.seed = config, seed
 
-    def __call__(self, image: Tensor, mask: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, image: Tensor, mask: Tensor, position: Tensor, border: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Vary each sample by its position in the stream.
 
         Args:
             image: normalised float32 [B, C, H, W].
             mask: uint8 [B, H, W].
             position: int64 [B], on the CPU.
+            border: uint8 [B, H, W], where there are border maps.
 
         Returns:
-            Picture and mask of the same shapes; outside the crop 0 (the mean) and 255.
+            Image and mask of the same shapes, the border map as float32, all warped alike; outside
+            the crop 0 (the mean), 255 and 0.
         """
-        draws = self.draws(position)
-        grid = self.grid(draws, image)
+        numbers = self.numbers(self.draws(position), image)
+        grid = self.grid(numbers, image)
         image = F.grid_sample(image, grid, mode="bilinear", align_corners=False)
         # Shifted so that the zeros outside become 255.
         shifted = mask[:, None].float() - IGNORE
         moved = F.grid_sample(shifted, grid, mode="nearest", align_corners=False) + IGNORE
-        return self.coloured(image, draws), moved[:, 0].round().to(torch.uint8)
-
-    def border(self, border: Tensor | None, position: Tensor) -> Tensor | None:
-        """Border maps uint8 [B, H, W], warped as their pictures: float32; None where there is none.
-
-        Outside the crop 0.
-        """
-        if border is None:
-            return None
-        planes = border[:, None].float()
-        grid = self.grid(self.draws(position), planes)
-        return F.grid_sample(planes, grid, mode="bilinear", align_corners=False)[:, 0]
+        if border is not None:
+            planes = border[:, None].float()
+            border = F.grid_sample(planes, grid, mode="bilinear", align_corners=False)[:, 0]
+        return self.coloured(image, numbers.tone), moved[:, 0].round().to(torch.uint8), border
 
     def draws(self, position: Tensor) -> NDArray[np.float64]:
         """The random numbers of each sample [B, 26]."""
         count = 8 + 2 * NODES * NODES
         return np.stack([uniform(self.seed, p, Purpose.WARP, count) for p in position.tolist()])
 
-    def grid(self, draws: NDArray[np.float64], image: Tensor) -> Tensor:
-        """Where each pixel of the warped pictures [B, C, H, W] comes from: [B, H, W, 2]."""
+    def numbers(self, draws: NDArray[np.float64], image: Tensor) -> "Numbers":
+        """What draws [B, 26] mean for images [B, C, H, W], on their device."""
         warped = draws[:, 2] < self.config.warp_share
-        theta = on_device([self.matrix(d) for d in draws], image)
-        grid = F.affine_grid(theta, [*image.shape], align_corners=False)
+        theta = np.stack([self.matrix(d) for d in draws])
+        parts = [theta, np.array([self.tone(d) for d in draws])]
         if self.config.elastic and warped.any():
-            grid = grid + self.displacements(draws[:, 8:] * 2 - 1, warped, image)
-        return grid
+            parts.append(self.displacements(draws[:, 8:] * 2 - 1, warped, image))
+        # One copy for all of them, queued behind what the device is doing: the host goes on.
+        flat = torch.from_numpy(np.concatenate([p.ravel() for p in parts]).astype(np.float32))
+        if image.device.type == "cuda":
+            flat = flat.pin_memory()
+        flat = flat.to(image.device, non_blocking=image.device.type == "cuda")
+        found = [
+            part.view(like.shape)
+            for part, like in zip(flat.split([p.size for p in parts]), parts, strict=True)
+        ]
+        return Numbers(found[0], found[1], found[2] if len(found) > 2 else None)
+
+    def grid(self, numbers: "Numbers", image: Tensor) -> Tensor:
+        """Where each pixel of the warped images [B, C, H, W] comes from: [B, H, W, 2]."""
+        grid = F.affine_grid(numbers.theta, [*image.shape], align_corners=False)
+        if numbers.nodes is None:
+            return grid
+        field = F.interpolate(numbers.nodes, image.shape[-2:], mode="bicubic", align_corners=True)
+        return grid + field.permute(0, 2, 3, 1)
 
     def matrix(self, draws: NDArray[np.float64]) -> NDArray[np.float64]:
         """The affine map [2, 3] from warped to original coordinates of one sample."""
@@ -287,35 +300,37 @@ class Augment:
             [[mirror * cos(angle), -sin(angle), 0], [mirror * sin(angle), cos(angle), 0]]
         )
 
+    def tone(self, draws: NDArray[np.float64]) -> tuple[float, float, float]:
+        """Contrast, brightness and saturation of one sample."""
+        c = self.config
+        contrast, brightness = factor(draws[5], c.contrast), (2 * draws[6] - 1) * c.brightness
+        return contrast, brightness, factor(draws[7], c.saturation)
+
     def displacements(
         self, draws: NDArray[np.float64], warped: NDArray[np.bool_], image: Tensor
-    ) -> Tensor:
-        """Displacements [B, H, W, 2] in units of half a side; `draws`: [B, 18] in -1 to 1."""
+    ) -> NDArray[np.float64]:
+        """Displacements of the nodes [B, 2, 3, 3] in half sides; `draws`: [B, 18] in -1 to 1."""
         height, width = image.shape[-2:]
         # Uniform, not normal: no rare draw folds a crop of 128 pixels or more over itself.
         pixels = draws.reshape(-1, 2, NODES, NODES) * (sqrt(3) * self.config.elastic)
         sides = np.array([width, height])[:, None, None]
-        halves = 2 * pixels / sides * warped[:, None, None, None]
-        field = F.interpolate(
-            on_device(halves, image), (height, width), mode="bicubic", align_corners=True
-        )
-        return field.permute(0, 2, 3, 1)
+        return 2 * pixels / sides * warped[:, None, None, None]
 
-    def coloured(self, image: Tensor, draws: NDArray[np.float64]) -> Tensor:
-        """Pictures with another contrast, brightness and, in RGB, saturation."""
-        c = self.config
-        tone = [
-            [factor(d[5], c.contrast), (2 * d[6] - 1) * c.brightness, factor(d[7], c.saturation)]
-            for d in draws
-        ]
-        contrast, brightness, saturation = on_device(tone, image).view(-1, 3, 1, 1, 1).unbind(1)
-        if image.shape[1] == 3 and c.saturation > 1:
+    def coloured(self, image: Tensor, tone: Tensor) -> Tensor:
+        """Images with another contrast, brightness and, in RGB, saturation; tone: [B, 3]."""
+        contrast, brightness, saturation = tone.view(-1, 3, 1, 1, 1).unbind(1)
+        if image.shape[1] == 3 and self.config.saturation > 1:
             grey = image.mean(dim=1, keepdim=True)
             image = torch.lerp(grey, image, saturation)
         return image * contrast + brightness
 
 
-def on_device(numbers: Any, image: Tensor) -> Tensor:
-    """Numbers as float32 beside a picture; a copy to a GPU overlaps with what it is doing."""
-    found = torch.tensor(np.asarray(numbers), dtype=torch.float32)
-    return found.to(image.device, non_blocking=image.device.type == "cuda")
+class Numbers(NamedTuple):
+    """How the samples of a batch are varied, on their device."""
+
+    theta: Tensor
+    """Affine maps [B, 2, 3] from warped to original coordinates."""
+    tone: Tensor
+    """Contrast, brightness and saturation [B, 3]."""
+    nodes: Tensor | None
+    """Elastic displacements [B, 2, 3, 3] of the nodes, in half sides; None: no sample has any."""

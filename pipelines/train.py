@@ -260,8 +260,8 @@ def run(config: TrainConfig) -> int:
             batch = batch.to(accelerator.device)
             seed_dropout(config.seed, batch.position)
             with training_pass(budget.step + 1), accelerator.accumulate(model):
-                image, mask = augment(spec.normalise(batch.image), batch.mask, batch.position)
-                border = augment.border(batch.border, batch.position)
+                pixels = spec.normalise(batch.image)
+                image, mask, border = augment(pixels, batch.mask, batch.position, batch.border)
                 if state.step == 0:
                     drawn = partial(draw_batch, spec, image, mask, config.tracking.pictures)
                     tracker.show(0, "train/first_batch", drawn)

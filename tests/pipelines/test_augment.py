@@ -267,7 +267,7 @@ def test_labels_never_change_their_value_from_the_file_to_the_model(channels):
         image_crop, mask_crop = crop(decoded(image), mask, position)
         assert set(np.unique(mask_crop)) <= {*held, 255}
         picture = torch.tensor(image_crop).permute(2, 0, 1)[None].float()
-        _, warped = varied(picture, torch.tensor(mask_crop)[None], torch.tensor([position]))
+        _, warped, _ = varied(picture, torch.tensor(mask_crop)[None], torch.tensor([position]))
         assert set(warped.unique().tolist()) <= {*map(int, held), 255}
 
 
@@ -279,6 +279,7 @@ def test_the_same_seed_and_position_vary_a_sample_the_same_way():
     once, twice = (Augment(AugmentConfig(), 5)(image, mask, position) for _ in range(2))
     assert torch.equal(once[0], twice[0])
     assert torch.equal(once[1], twice[1])
+    assert once[2] is None
     other = Augment(AugmentConfig(), 6)(image, mask, position)
     assert not torch.equal(once[1], other[1])
     moved = Augment(AugmentConfig(), 5)(image, mask, position + 1)
@@ -289,10 +290,10 @@ def test_the_same_seed_and_position_vary_a_sample_the_same_way():
 def test_a_sample_does_not_depend_on_the_batch_that_it_is_in(parts):
     image, mask, position = batch()
     augment = Augment(AugmentConfig(warp_share=0.5, elastic=2), 1)
-    whole_image, whole_mask = augment(image, mask, position)
+    whole_image, whole_mask, _ = augment(image, mask, position)
     shuffled = torch.randperm(12, generator=torch.Generator().manual_seed(0))
     for some in shuffled.split(parts):
-        part_image, part_mask = augment(image[some], mask[some], position[some])
+        part_image, part_mask, _ = augment(image[some], mask[some], position[some])
         torch.testing.assert_close(part_image, whole_image[some])
         assert torch.equal(part_mask, whole_mask[some])
 
@@ -309,7 +310,7 @@ def test_no_global_random_state_is_used_or_moved():
 def test_labels_never_change_their_value(seed):
     image, mask, position = batch(count=24, side=33, seed=seed)
     config = AugmentConfig(warp_share=1.0, rotation=45, elastic=4)
-    _, warped = Augment(config, seed)(image, mask, position)
+    _, warped, _ = Augment(config, seed)(image, mask, position)
     assert warped.dtype == torch.uint8
     for before, after in zip(mask, warped, strict=True):
         assert set(after.unique().tolist()) <= {*before.unique().tolist(), 255}
@@ -320,14 +321,14 @@ def test_every_class_index_survives_the_warp_as_it_is(value):
     mask = torch.full((8, 16, 16), value, dtype=torch.uint8)
     image, _, position = batch(count=8)
     config = AugmentConfig(warp_share=1.0, rotation=30, elastic=2)
-    _, warped = Augment(config, 0)(image, mask, position)
+    _, warped, _ = Augment(config, 0)(image, mask, position)
     assert set(warped.unique().tolist()) == {value, 255}
 
 
 @pytest.mark.parametrize("side", [7, 16, 512])
 def test_without_warp_samples_are_turned_by_quarters_and_mirrored_exactly(side):
     image, mask, position = batch(count=64 if side < 100 else 3, side=side)
-    turned, warped = Augment(AugmentConfig(warp_share=0, **PLAIN), 2)(image, mask, position)
+    turned, warped, _ = Augment(AugmentConfig(warp_share=0, **PLAIN), 2)(image, mask, position)
     kinds = set()
     for i in range(len(mask)):
         exact = [np.array_equal(s, warped[i].numpy()) for s in symmetries(mask[i].numpy())]
@@ -342,7 +343,7 @@ def test_without_warp_samples_are_turned_by_quarters_and_mirrored_exactly(side):
 def test_upright_pictures_are_only_mirrored_left_to_right():
     image, mask, position = batch(count=24)
     config = AugmentConfig(orientation="upright", warp_share=0, **PLAIN)
-    _, warped = Augment(config, 0)(image, mask, position)
+    _, warped, _ = Augment(config, 0)(image, mask, position)
     same = [torch.equal(a, b) for a, b in zip(mask, warped, strict=True)]
     mirrored = [torch.equal(a.flip(1), b) for a, b in zip(mask, warped, strict=True)]
     assert all(a != b for a, b in zip(same, mirrored, strict=True))
@@ -352,7 +353,7 @@ def test_upright_pictures_are_only_mirrored_left_to_right():
 def test_fixed_pictures_stay_as_they_are():
     image, mask, position = batch()
     config = AugmentConfig(orientation="fixed", warp_share=0, **PLAIN)
-    same, warped = Augment(config, 0)(image, mask, position)
+    same, warped, _ = Augment(config, 0)(image, mask, position)
     assert torch.equal(warped, mask)
     torch.testing.assert_close(same, image, atol=1e-5, rtol=1e-5)
 
@@ -361,7 +362,7 @@ def test_what_is_turned_into_the_picture_from_outside_is_ignored():
     image, _, position = batch(count=8, side=32)
     mask = torch.ones(8, 32, 32, dtype=torch.uint8)
     config = AugmentConfig(warp_share=1.0, rotation=45, **PLAIN)
-    turned, warped = Augment(config, 3)(torch.ones_like(image), mask, position)
+    turned, warped, _ = Augment(config, 3)(torch.ones_like(image), mask, position)
     assert (warped == 255).any()
 
     def far_from(pixels):
@@ -382,7 +383,7 @@ def test_picture_and_mask_are_warped_alike(elastic):
     image = height.expand(16, 1, 64, 64).clone()
     mask = (height > 0).to(torch.uint8).expand(16, 64, 64).clone()
     config = AugmentConfig(warp_share=1.0, elastic=elastic, **PLAIN)
-    turned, warped = Augment(config, 0)(image, mask, torch.arange(16))
+    turned, warped, _ = Augment(config, 0)(image, mask, torch.arange(16))
     clear = (turned[:, 0].abs() > 0.15) & (warped != 255)
     assert clear.float().mean() > 0.5
     assert torch.equal((turned[:, 0] > 0)[clear], (warped == 1)[clear])
@@ -393,7 +394,7 @@ def test_contrast_and_brightness_stay_within_their_bounds_and_spare_the_mask():
     config = AugmentConfig(
         orientation="fixed", warp_share=0, contrast=1.5, brightness=0.3, saturation=1
     )
-    toned, same = Augment(config, 0)(image, mask, position)
+    toned, same, _ = Augment(config, 0)(image, mask, position)
     assert torch.equal(same, mask)
     for before, after in zip(image, toned, strict=True):
         x, y = before.flatten(), after.flatten()
@@ -434,7 +435,7 @@ def test_elastic_displacements_are_pixels_whatever_the_shape():
     config = AugmentConfig(orientation="fixed", warp_share=1, rotation=0, elastic=2.0, **PLAIN)
     wide = torch.arange(65.0).expand(300, 1, 33, 65)
     mask = torch.zeros(300, 33, 65, dtype=torch.uint8)
-    moved, _ = Augment(config, 0)(wide, mask, torch.arange(300))
+    moved, _, _ = Augment(config, 0)(wide, mask, torch.arange(300))
     assert (moved[:, 0, 16, 32] - 32).std() == pytest.approx(2.0, rel=0.1)
 
 
@@ -442,7 +443,7 @@ def test_elastic_displacements_are_pixels_whatever_the_shape():
 def test_what_is_not_warped_is_not_displaced(share):
     config = AugmentConfig(orientation="fixed", warp_share=share, elastic=5, **PLAIN)
     image, mask, position = batch(count=64)
-    varied, warped = Augment(config, 0)(image, mask, position)
+    varied, warped, _ = Augment(config, 0)(image, mask, position)
     untouched = [
         torch.equal(a, b) and torch.allclose(x, y, atol=1e-5)
         for a, b, x, y in zip(mask, warped, image, varied, strict=True)
@@ -455,7 +456,7 @@ def test_where_a_displaced_picture_is_of_one_class_so_is_its_mask():
     blocks = mask[:, ::16, ::16].clamp(max=1)
     mask = blocks.repeat_interleave(16, 1).repeat_interleave(16, 2)
     config = AugmentConfig(warp_share=1, elastic=4, **PLAIN)
-    turned, warped = Augment(config, 0)(100.0 * mask[:, None], mask, position)
+    turned, warped, _ = Augment(config, 0)(100.0 * mask[:, None], mask, position)
     pure = ((turned[:, 0] % 100).minimum(100 - turned[:, 0] % 100) < 1e-3) & (warped != 255)
     assert pure.float().mean() > 0.5
     torch.testing.assert_close(turned[:, 0][pure], 100.0 * warped[pure], atol=1e-2, rtol=0)
@@ -466,9 +467,9 @@ def test_saturation_leaves_grey_pictures_alone():
     image, mask, position = batch(count=32)
     grey = image[:, :1]
     for channels in (grey, grey.expand(-1, 3, -1, -1)):
-        same, _ = Augment(config, 0)(channels, mask, position)
+        same, _, _ = Augment(config, 0)(channels, mask, position)
         torch.testing.assert_close(same, channels, atol=1e-5, rtol=1e-5)
-    varied, same = Augment(config, 0)(image, mask, position)
+    varied, same, _ = Augment(config, 0)(image, mask, position)
     assert torch.equal(same, mask)
     # Colours grow or shrink around the same grey, each sample by one factor.
     middle = image.mean(1, keepdim=True)
@@ -501,8 +502,17 @@ def test_a_border_map_is_warped_as_its_picture():
     config = AugmentConfig(warp_share=1, elastic=2, **PLAIN)
     border = (255 * torch.rand(6, 33, 33)).to(torch.uint8)
     mask, position = torch.zeros_like(border), torch.arange(6)
-    image, _ = Augment(config, 3)(border[:, None].float(), mask, position)
-    warped = Augment(config, 3).border(border, position)
+    image, _, warped = Augment(config, 3)(border[:, None].float(), mask, position, border)
     assert torch.equal(warped, image[:, 0])
     assert not torch.equal(warped, border.float())
-    assert Augment(config, 3).border(None, position) is None
+
+
+@pytest.mark.parametrize("elastic", [0.0, 2.0])
+def test_the_numbers_of_a_batch_cross_to_the_device_in_one_copy(elastic, dispatched):
+    image, mask, position = batch()
+    image, mask = image.to("meta"), mask.to("meta")
+    config = AugmentConfig(warp_share=1, elastic=elastic)
+    with dispatched() as calls:
+        varied = Augment(config, 0)(image, mask, position, mask)
+    assert [part.shape for part in varied] == [image.shape, mask.shape, mask.shape]
+    assert sum(call.crosses for call in calls) == 1
