@@ -253,8 +253,13 @@ def facts(record: Record, found: Findings) -> Iterator[tuple[str, str]]:
         wait = record.metrics.curves.get("train/data_wait")
         waited = f"; waited for data {mean(wait.values):.1%} of the time" if wait else ""
         yield "Speed", f"{median(speed.values):,.1f} samples/s{waited}"
+    if tflops := record.metrics.curves.get("train/tflops"):
+        mfu = record.metrics.curves.get("train/mfu")
+        share = f", {median(mfu.values):.1%} of its peak (MFU)" if mfu else ""
+        yield "Compute", f"{median(tflops.values):.3g} TFLOP/s per device{share}"
     if memory := record.metrics.curves.get("train/memory_gib"):
-        yield "Memory", f"{max(memory.values):.1f} GiB at most"
+        where = " on the GPU" if "train/gpu_memory_gib" in record.metrics.curves else ""
+        yield "Memory", f"{max(memory.values):.1f} GiB at most{where}"
     for name, said in LEFT_OUT.items():
         if count := record.metrics.latest.get(name):
             yield "Left out", f"{count:,.0f} {said}"

@@ -6,12 +6,9 @@
 Devices, process count and precision are the launcher's; everything else is a TrainConfig.
 """
 
-import resource
 import signal
 import sys
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
@@ -33,6 +30,8 @@ from pipelines.checkpoint import Checkpoints, RunLock, TrainState, require_spec
 from pipelines.config import INTERRUPTED, RunError, UsageError, run_command, to_plain
 from pipelines.dataset import DataConfig, DataSet, open_data, train_in_use
 from pipelines.devices import start, use_deterministic
+from pipelines.flops import count_flops
+from pipelines.meter import Meter
 from pipelines.network import (
     ModelConfig,
     begin_with,
@@ -54,8 +53,6 @@ from shards.writer import write_json
 from unet import LossConfig, Scores, TileConfig, UNet
 
 DEFAULT_STEPS = 10_000
-MOST_OVERFLOWS = 30
-"""Steps in a row that a loss scaler may leave out; it halves its scale of 65,536 each time."""
 GLOBAL_BATCH_SIZE = {"modern": 8, "paper": 1, "small": 2}
 """Default of each preset. Where a step takes long, more and smaller steps learn faster."""
 
@@ -229,7 +226,8 @@ def run(config: TrainConfig) -> int:
     augment = Augment(config.augment, config.seed)
     plan = TrainPlan(order, batch_size, rank, world, start=state.position)
     batches = open_batches(config, data, plan, accelerator)
-    progress, meter = Progress(accelerator, budget), Meter(criterion.names, accelerator)
+    flops = count_flops(learner.model.config, batch_size, spec.crop_size)
+    progress, meter = Progress(accelerator, budget), Meter(criterion.names, accelerator, flops)
     training_pass = TrainingPass(
         *(accelerator.device, batch_size, config.crop_size, config.gradient_checkpointing),
         benchmark=not config.deterministic,
@@ -436,84 +434,6 @@ def open_batches(
         skip=config.bad_samples == "skip",
         pin=accelerator.device.type == "cuda",
     )
-
-
-class Meter:
-    """Means of the losses and rates since they were last read; nothing leaves the device before."""
-
-    def __init__(self, names: Sequence[str], accelerator: Accelerator) -> None:
-        self.names = ["train/loss", *(f"train/loss_{name}" for name in names)]
-        self.accelerator = accelerator
-        self.skipped = self.overflows = self.in_a_row = 0
-        self.reset()
-
-    def reset(self) -> None:
-        """Begin anew."""
-        self.sums = torch.zeros(len(self.names), device=self.accelerator.device)
-        self.passes, self.steps, self.waited, self.began = 0, 0, 0.0, time.perf_counter()
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Count the time in the block as spent waiting for data."""
-        began = time.perf_counter()
-        yield
-        self.waited += time.perf_counter() - began
-
-    def add(self, losses: Tensor, skipped: Sequence[str]) -> None:
-        """Count the loss and its parts in one forward pass, and tell what was skipped for it."""
-        self.sums += losses
-        self.passes += 1
-        self.skipped += len(skipped)
-        for line in skipped:
-            # Of every rank: nobody else knows.
-            tqdm.write(f"skipped: {line}", file=sys.stderr)
-
-    def count_overflow(self, skipped: bool) -> None:
-        """Count a step that the loss scaler left out, for gradients too large for float16.
-
-        Raises RunError, on all ranks, where that happens step after step.
-        """
-        self.overflows += skipped
-        self.in_a_row = self.in_a_row + 1 if skipped else 0
-        if self.in_a_row >= MOST_OVERFLOWS:
-            raise RunError(
-                f"the gradients of {MOST_OVERFLOWS} steps in a row were too large for float16; "
-                "lower --optim.lr, or train in bf16 (accelerate launch --mixed_precision bf16)"
-            )
-
-    def read(self, global_batch_size: int) -> dict[str, float]:
-        """The means over passes and ranks, samples per second, and the share of time waited.
-
-        `train/skipped`: samples of all ranks that were replaced since the run was started;
-        `train/overflows`: steps that the loss scaler left out, in float16.
-        """
-        skipped = torch.tensor([self.skipped], device=self.sums.device)
-        mine = torch.cat([self.sums / max(1, self.passes), skipped])
-        mean = self.accelerator.reduce(mine, "mean")
-        assert isinstance(mean, Tensor)
-        *means, mean_skipped = mean.tolist()
-        seconds = max(1e-9, time.perf_counter() - self.began)
-        steps = self.passes / self.accelerator.gradient_accumulation_steps
-        values = {
-            **dict(zip(self.names, means, strict=True)),
-            "train/samples_per_second": steps * global_batch_size / seconds,
-            "train/data_wait": self.waited / seconds,
-            "train/memory_gib": memory_used(self.accelerator.device) / 2**30,
-            "train/skipped": round(mean_skipped * self.accelerator.num_processes),
-        }
-        if self.accelerator.scaler is not None:
-            values["train/overflows"] = self.overflows
-        self.reset()
-        return values
-
-
-def memory_used(device: torch.device) -> int:
-    """The most bytes that were in use so far: on the GPU, or, without one, by this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    # Linux counts in KiB, macOS in bytes.
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 class Progress:

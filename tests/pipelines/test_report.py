@@ -373,7 +373,22 @@ def test_what_was_left_out_and_what_decided_is_said(report, run_dir: Path) -> No
     made = report("--no-pictures")
     for words in ("3 samples that could not be", "2 steps whose gradients", "1.2 GiB at most"):
         assert words in made.text
+    assert "GiB at most on the GPU" not in made.text
     assert "in validation, best by iou at step" in made.text
+
+
+def test_the_rate_of_arithmetic_is_reported_with_its_share_of_the_peak(
+    report, run_dir: Path
+) -> None:
+    assert re.search(r"Compute [\d.e-]+ TFLOP/s per device Memory", report("--no-pictures").text)
+    (run_dir / "metrics.jsonl").unlink()
+    for step, tflops in enumerate((300, 310, 320), 1):
+        values = {"train/tflops": tflops, "train/mfu": tflops / 989, "train/memory_gib": 30}
+        line = {"step": step, **values, "train/gpu_memory_gib": 20.0 + step}
+        append(run_dir / "metrics.jsonl", line, "\n")
+    text = report("--no-pictures").text
+    assert "Compute 310 TFLOP/s per device, 31.3% of its peak (MFU)" in text
+    assert "30.0 GiB at most on the GPU" in text
 
 
 @pytest.mark.parametrize("broken", ["a: [", "- 1", "a: &a [*a]", 200_000 * "x"])

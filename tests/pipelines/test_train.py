@@ -20,6 +20,7 @@ import yaml
 from pipelines import budget, scoring
 from pipelines.budget import Budget
 from pipelines.config import parse
+from pipelines.flops import count_flops
 from shards.index import read_index, read_manifest
 from shards.reader import ShardReader
 from unet import SegmentationLoss, UNet
@@ -81,13 +82,14 @@ def test_metrics_have_the_names_that_are_promised(trained: Path, metrics) -> Non
     lines = metrics(trained)
     losses = [line for line in lines if "train/loss" in line]
     scores = [line for line in lines if "val/dice" in line]
+    network = UNet.from_pretrained(trained / "checkpoints" / "last").config
     assert [line["step"] for line in losses] == [2, 4, 6]
     assert [line["step"] for line in scores] == [3, 6]
     for line in losses:
         assert set(line) == {
             *("step", "train/loss", "train/loss_cross_entropy", "train/loss_dice"),
             *("train/lr", "train/samples_per_second", "train/data_wait", "train/skipped"),
-            "train/memory_gib",
+            *("train/memory_gib", "train/tflops"),
         }
         assert 0.01 < line["train/memory_gib"] < 100
         assert line["train/skipped"] == 0
@@ -95,6 +97,8 @@ def test_metrics_have_the_names_that_are_promised(trained: Path, metrics) -> Non
         assert math.isclose(line["train/loss"], parts, rel_tol=1e-5)
         assert 0 <= line["train/data_wait"] <= 1
         assert line["train/samples_per_second"] > 0
+        per_sample = line["train/tflops"] / line["train/samples_per_second"]
+        assert per_sample == pytest.approx(count_flops(network, 1, 32) / 1e12)
     names = ("background", "foreground")
     for line in scores:
         assert set(line) == {
@@ -245,7 +249,7 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(
     assert_equal(parts, whole)
 
     def losses(run_dir: Path) -> list[Values]:
-        timed = ("train/samples_per_second", "train/data_wait", "train/memory_gib")
+        timed = {"train/samples_per_second", "train/data_wait", "train/memory_gib", "train/tflops"}
         return [{k: v for k, v in line.items() if k not in timed} for line in metrics(run_dir)]
 
     assert losses(parts) == losses(whole)
