@@ -46,7 +46,11 @@ class Batch:
     """Samples that could not be decoded and were replaced, a line each."""
 
     def to(self, device: torch.device) -> "Batch":
-        """The same on a device; the copy overlaps with what the device is doing."""
+        """The same on a device.
+
+        Of pinned memory to a GPU the copy waits in line behind what the GPU has to do, and this
+        process goes on meanwhile; it does not run beside kernels, which would take another stream.
+        """
         # Elsewhere memory may be used again before an overlapped copy is done.
         overlap = device.type == "cuda"
         return self.each(lambda pixels: pixels.to(device, non_blocking=overlap))

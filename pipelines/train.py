@@ -9,6 +9,7 @@ Devices, process count and precision are the launcher's; everything else is a Tr
 import signal
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import tyro
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
@@ -79,10 +81,11 @@ class TrainConfig(DataConfig):
     accumulate: int = 1
     """Forward passes that a rank splits its part of a step into."""
     compile: bool = False
-    """Compile the network for training (torch.compile): a minute at the start, faster steps. Best
-    with the average of the weights on, which validation then uses uncompiled."""
-    channels_last: bool = False
-    """Keep maps as [B, H, W, C] in memory, as the matrix units of GPUs want them in bf16."""
+    """Compile the network for training (torch.compile): a minute at the start, faster steps.
+    Validation runs it uncompiled, since every size of image would be compiled anew."""
+    channels_last: tyro.conf.DisallowNone[bool | None] = None
+    """Keep maps as [B, H, W, C] in memory, as the matrix units of GPUs want them in bf16. Left out:
+    on a GPU with --compile; without that, instance norm would copy every map back."""
     gradient_checkpointing: bool = False
     """Keep fewer maps and compute the others twice: a third slower, for larger crops or batches."""
     deterministic: bool = False
@@ -186,6 +189,7 @@ def run(config: TrainConfig) -> int:
         project_dir=config.run_dir,
         rank_timeout=config.rank_timeout,
     )
+    config = replace(config, channels_last=uses_channels_last(config, accelerator.device))
     rank, world = accelerator.process_index, accelerator.num_processes
     batch_size = rank_batch_size(config, world)
     refuse_batch_norm(config, accelerator, batch_size)
@@ -199,8 +203,13 @@ def run(config: TrainConfig) -> int:
     state = checkpoints.resume(fixed_settings(config, manifest), learner, accelerator.scaler)
     if config.compile:
         learner.model.compile()
-    # Only these two: a prepared loader is split or dispatched a second time.
-    model, optimizer = accelerator.prepare(learner.model, learner.optimizer)
+    # Only these two: a prepared loader is split or dispatched a second time. The optimizer's state
+    # is where it belongs; placed again after a resume, AdamW's step counters would lie on the GPU,
+    # and each step would wait for every one of them.
+    placed = [True, False]
+    model, optimizer = accelerator.prepare(
+        learner.model, learner.optimizer, device_placement=placed
+    )
     model.train()
 
     in_use = train_in_use(order, manifest, accelerator, config.tiles.batch_size)
@@ -236,13 +245,15 @@ def run(config: TrainConfig) -> int:
 
     while not budget.interrupted:
         if validation_due(config, budget, state):
-            scores = scoring.score(learner.scored, accelerator, data, "val", config.tiles)
+            with uncompiled(config):
+                scores = scoring.score(learner.scored, accelerator, data, "val", config.tiles)
             tracker.log(budget.step, scoring.named(scores, "val"))
             progress.say(f"step {budget.step}: {scoring.headline(scores, 'val')}")
             state = judge(state, scoring.mean_of(scores, config.best_by) or 0.0)
             save(checkpoints, state, learner, accelerator, is_best=state.stale == 0)
             drawn = partial(draw_validation, learner.scored, accelerator, data, config.tiles)
-            tracker.show(budget.step, "val/pictures", partial(drawn, config.tracking.pictures))
+            with uncompiled(config):
+                tracker.show(budget.step, "val/pictures", partial(drawn, config.tracking.pictures))
             progress.dice = scores.macro.dice
             meter.reset()
         elif budget.step > plan.start // config.step_samples() and config.saves(budget.step):
@@ -252,7 +263,7 @@ def run(config: TrainConfig) -> int:
 
         lr = learning_rate(config.optim, budget.progress)
         set_learning_rate(optimizer, lr)
-        for _ in range(config.accumulate):
+        for number in range(config.accumulate):
             with meter.waiting():
                 batch = next(batches)
             batch = batch.to(accelerator.device)
@@ -260,7 +271,7 @@ def run(config: TrainConfig) -> int:
             with training_pass(budget.step + 1), accelerator.accumulate(model):
                 pixels = spec.normalise(batch.image)
                 image, mask, border = augment(pixels, batch.mask, batch.position, batch.border)
-                if state.step == 0:
+                if state.step == number == 0:
                     drawn = partial(draw_batch, spec, image, mask, config.tracking.pictures)
                     tracker.show(0, "train/first_batch", drawn)
                 loss, parts = criterion(model(image), mask, border)
@@ -336,6 +347,18 @@ def resolve(config: TrainConfig, manifest: Manifest) -> tuple[TrainConfig, Order
     refuse_missing(config.loss, manifest, config.data)
     sizes = tuple(shard.samples for shard in train_split.shards)
     return config, Order(sizes, config.seed, config.lanes, config.window)
+
+
+def uses_channels_last(config: TrainConfig, device: torch.device) -> bool:
+    """Whether maps are kept as [B, H, W, C]: as asked, else where that makes a step faster."""
+    if config.channels_last is not None:
+        return config.channels_last
+    return config.compile and device.type == "cuda"
+
+
+def uncompiled(config: TrainConfig) -> AbstractContextManager[None]:
+    """Run a compiled network eagerly: every size of validation image would be another graph."""
+    return torch.compiler.set_stance("force_eager") if config.compile else nullcontext()
 
 
 def rank_batch_size(config: TrainConfig, world: int) -> int:
