@@ -6,10 +6,10 @@ import sys
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import parse_flag_from_env
 
 from pipelines.config import UsageError
@@ -36,7 +36,8 @@ def start(
     """
     refuse_shared_gpus()
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ
-    handlers = []
+    # Gradients lie in the buckets that ranks exchange: no second copy, none of them copied there.
+    handlers: list[Any] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
     if rank_timeout is not None:
         # A millisecond more: Accelerate leaves out what equals NCCL's 10 minutes, and Gloo has 30.
         timeout = timedelta(minutes=rank_timeout, milliseconds=1)

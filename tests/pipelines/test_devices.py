@@ -7,12 +7,16 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from accelerate import DistributedDataParallelKwargs
 
 from pipelines import devices, passes, train
 from pipelines.config import UsageError
+from pipelines.devices import start
 
 FAULTS = """
 import resource, torch
@@ -35,6 +39,18 @@ def test_memory_of_one_forward_pass_serves_the_next() -> None:
     # 128 MiB are 32,768 pages, unless those are huge. A block taken from the middle of what is
     # kept leaves too little beside it, so that the heap grows once or twice more.
     assert sum(later) < len(later) * first / 4
+
+
+def test_gradients_of_several_ranks_lie_in_the_buckets_that_they_exchange(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def stand_in(**named: Any) -> SimpleNamespace:
+        return SimpleNamespace(num_processes=1, device=torch.device("cpu"), **named)
+
+    monkeypatch.setattr(devices, "Accelerator", stand_in)
+    (handler,) = start().kwargs_handlers  # pyright: ignore[reportAttributeAccessIssue]
+    assert isinstance(handler, DistributedDataParallelKwargs)
+    assert handler.to_kwargs() == {"gradient_as_bucket_view": True}
 
 
 TIMEOUT = """
