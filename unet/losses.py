@@ -84,6 +84,7 @@ class SegmentationLoss(nn.Module):
     """
 
     weights: Tensor
+    counted: Tensor
     class_weights: Tensor | None
 
     def __init__(
@@ -93,10 +94,12 @@ class SegmentationLoss(nn.Module):
         class_weights: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
-        self.config, self.counted = config, counted
+        self.config = config
         self.names = tuple(name for name in LOSSES if getattr(config, name) > 0)
         weights = torch.tensor([float(getattr(config, name)) for name in self.names])
         self.register_buffer("weights", weights, persistent=False)
+        indices = torch.tensor(counted, dtype=torch.int64)
+        self.register_buffer("counted", indices, persistent=False)
         table = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)
         self.register_buffer("class_weights", table, persistent=False)
 
@@ -205,8 +208,8 @@ def focal_loss(
     return over_pixels(missing**gamma * values, mask, weight)
 
 
-def dice_loss(logits: Tensor, mask: Tensor, counted: tuple[int, ...]) -> Tensor:
-    """1 - soft Dice, a mean over the counted classes: [B, K, H, W], [B, H, W] -> [B].
+def dice_loss(logits: Tensor, mask: Tensor, counted: Tensor) -> Tensor:
+    """1 - soft Dice, a mean over the classes `counted` [C]: [B, K, H, W], [B, H, W] -> [B].
 
     Soft Dice of a class is (2 sum(p g) + 1) / (sum(p) + sum(g) + 1), the sums over one sample's
     valid pixels. The 1 (a pixel) keeps the gradient alive where a class is absent; its price is
@@ -217,10 +220,8 @@ def dice_loss(logits: Tensor, mask: Tensor, counted: tuple[int, ...]) -> Tensor:
     return (1 - score).mean(dim=1) * (mask != IGNORE).flatten(1).any(dim=1)
 
 
-def tversky_loss(
-    logits: Tensor, mask: Tensor, counted: tuple[int, ...], *, fp: float, fn: float
-) -> Tensor:
-    """1 - Tversky index (Salehi et al. 2017), a mean over the counted classes: -> [B].
+def tversky_loss(logits: Tensor, mask: Tensor, counted: Tensor, *, fp: float, fn: float) -> Tensor:
+    """1 - Tversky index (Salehi et al. 2017), a mean over the classes `counted` [C]: -> [B].
 
     The index is (tp + 1) / (tp + fp * false positives + fn * false negatives + 1), soft sums as in
     `dice_loss`.
@@ -231,26 +232,35 @@ def tversky_loss(
     return (1 - score).mean(dim=1) * (mask != IGNORE).flatten(1).any(dim=1)
 
 
-def region_sums(
-    logits: Tensor, mask: Tensor, counted: tuple[int, ...]
-) -> tuple[Tensor, Tensor, Tensor]:
+def region_sums(logits: Tensor, mask: Tensor, counted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """sum(p g), sum(p) and sum(g) over each sample's valid pixels, for the counted classes [B, C].
 
     p are softmax probabilities, g is 1 where the mask has the class.
+
+    Args:
+        logits: [B, K, H, W].
+        mask: uint8 [B, H, W].
+        counted: indices of the classes, int64 [C], on the same device.
     """
-    valid = mask != IGNORE
+    # All classes at once: the gradient of one class taken by itself is as large as that of all, and
+    # a loop would write K of them. As bytes, since floats would take as much as the logits.
+    present = has_class(mask, logits.shape[1])
     probability = logits.softmax(dim=1)
-    overlap, predicted, true = [], [], []
-    for index in counted:
-        p = probability[:, index] * valid
-        g = mask == index
-        overlap.append((p * g).sum(dim=(1, 2)))
-        predicted.append(p.sum(dim=(1, 2)))
-        true.append(g.sum(dim=(1, 2)))
-    return torch.stack(overlap, 1), torch.stack(predicted, 1), torch.stack(true, 1)
+    sums = (
+        (probability * present).sum(dim=(2, 3)),
+        (probability * (mask != IGNORE)[:, None]).sum(dim=(2, 3)),
+        present.sum(dim=(2, 3)),
+    )
+    overlap, predicted, true = (of_all.index_select(1, counted) for of_all in sums)
+    return overlap, predicted, true
+
+
+def has_class(mask: Tensor, num_classes: int) -> Tensor:
+    """Where the mask has each class, bool [B, K, H, W]; nowhere under 255."""
+    classes = torch.arange(num_classes, device=mask.device).view(1, -1, 1, 1)
+    return mask[:, None] == classes
 
 
 def one_hot(logits: Tensor, mask: Tensor) -> Tensor:
     """1 where the mask has the class, as floats [B, K, H, W]; 0 everywhere under 255."""
-    classes = torch.arange(logits.shape[1], device=mask.device).view(1, -1, 1, 1)
-    return (mask[:, None] == classes).to(logits.dtype)
+    return has_class(mask, logits.shape[1]).to(logits.dtype)

@@ -4,6 +4,7 @@ from math import exp, log
 
 import pytest
 import torch
+from losses import sums_by_loop
 
 from unet import LossConfig, SegmentationLoss, inverse_frequency
 from unet.losses import (
@@ -12,6 +13,7 @@ from unet.losses import (
     cross_entropy,
     dice_loss,
     focal_loss,
+    region_sums,
     tversky_loss,
 )
 
@@ -24,6 +26,10 @@ ALL = LossConfig(
 def logits_of(probability):
     """Log-probabilities are logits of themselves."""
     return torch.tensor(probability, dtype=torch.float64).log()
+
+
+def counted(*indices):
+    return torch.tensor(indices)
 
 
 def draw(batch=4, classes=3, side=5, seed=0):
@@ -48,8 +54,10 @@ def test_dice_loss_is_one_minus_the_smoothed_soft_dice():
     # class 1: overlap 0.9, sum(p) 0.5 + 0.9, sum(g) 1
     of_one = 1 - (2 * 0.9 + 1) / (1.4 + 1 + 1)
     of_zero = 1 - (2 * 0.5 + 1) / (0.6 + 1 + 1)
-    assert dice_loss(logits, mask, (1,)).tolist() == pytest.approx([of_one])
-    assert dice_loss(logits, mask, (0, 1)).tolist() == pytest.approx([(of_zero + of_one) / 2])
+    assert dice_loss(logits, mask, counted(1)).tolist() == pytest.approx([of_one])
+    assert dice_loss(logits, mask, counted(0, 1)).tolist() == pytest.approx(
+        [(of_zero + of_one) / 2]
+    )
 
 
 def test_label_smoothing_spreads_a_share_of_the_truth_over_all_classes():
@@ -95,7 +103,9 @@ def test_tversky_loss_weighs_false_positives_and_false_negatives():
     mask = torch.tensor([[[0, 1, 255]]], dtype=torch.uint8)
     # class 1: tp 0.9, fp 0.5, fn 0.1
     expected = 1 - (0.9 + 1) / (0.9 + 0.3 * 0.5 + 0.7 * 0.1 + 1)
-    assert tversky_loss(logits, mask, (1,), fp=0.3, fn=0.7).tolist() == pytest.approx([expected])
+    assert tversky_loss(logits, mask, counted(1), fp=0.3, fn=0.7).tolist() == pytest.approx(
+        [expected]
+    )
 
 
 def test_class_weights_weigh_pixels_and_are_1_on_average():
@@ -145,7 +155,9 @@ def test_the_total_is_the_weighted_sum_of_the_parts():
     total, parts = loss(logits, mask)
     assert loss.names == ("cross_entropy", "dice")
     assert parts[0].item() == pytest.approx(cross_entropy(logits, mask).mean().item(), rel=1e-5)
-    assert parts[1].item() == pytest.approx(dice_loss(logits, mask, (1, 2)).mean().item(), rel=1e-5)
+    assert parts[1].item() == pytest.approx(
+        dice_loss(logits, mask, counted(1, 2)).mean().item(), rel=1e-5
+    )
     assert total.item() == pytest.approx((0.25 * parts[0] + 2 * parts[1]).item())
     assert not parts.requires_grad
 
@@ -262,8 +274,8 @@ def test_gradients_agree_with_differences():
         lambda x: binary_cross_entropy(x, mask, weight, smoothing=0.1),
         lambda x: focal_loss(x, mask, weight, gamma=2.0),
         lambda x: focal_loss(x, mask, weight, gamma=0.5),
-        lambda x: dice_loss(x, mask, (0, 2)),
-        lambda x: tversky_loss(x, mask, (0, 2), fp=0.3, fn=0.7),
+        lambda x: dice_loss(x, mask, counted(0, 2)),
+        lambda x: tversky_loss(x, mask, counted(0, 2), fp=0.3, fn=0.7),
     ):
         assert torch.autograd.gradcheck(loss, logits)
 
@@ -273,3 +285,34 @@ def test_a_perfect_prediction_costs_nothing():
     logits = 40 * torch.nn.functional.one_hot(mask.long() % 255, 3).movedim(-1, 1).double()
     total, _ = SegmentationLoss(LossConfig(), (1, 2))(logits, mask)
     assert total.item() == pytest.approx(0, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("classes", "of"), [(2, (1,)), (3, (0, 2)), (20, range(1, 20)), (150, range(1, 150))]
+)
+def test_sums_over_regions_are_those_of_one_class_after_the_other(classes, of):
+    logits, mask = draw(batch=3, classes=classes, side=24)
+    mask[2] = 255
+    logits = logits.float()
+    found = []
+    for sums, indices in ((region_sums, counted(*of)), (sums_by_loop, tuple(of))):
+        leaf = logits.clone().requires_grad_()
+        overlap, predicted, true = sums(leaf, mask, indices)
+        weights = torch.linspace(1, 2, overlap.numel()).view(overlap.shape)
+        (weights * overlap + weights.flip(1) * predicted).sum().backward()
+        found.append((overlap, predicted, true, leaf.grad))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["dice", "tversky"])
+def test_what_is_moved_for_losses_over_regions_grows_with_the_classes_not_their_square(
+    name, dispatched
+):
+    logits, mask = draw(batch=1, classes=150, side=16)
+    only = dict.fromkeys(LOSSES, 0.0) | {name: 1.0}
+    loss = SegmentationLoss(LossConfig(**only), tuple(range(1, 150)))
+    with dispatched() as calls:
+        loss(logits.requires_grad_(), mask)[0].backward()
+    assert len(calls) < 100
+    assert not [call for call in calls if "select_backward" in call.name]
