@@ -28,6 +28,9 @@ masks are such as people have: blobs, 2 kB as PNG. It sees the red channel.
     codec               two processes read and decode each JPEG, compare the red channel with 127,
                         and encode the mask as PNG, with the functions that ours uses
     pointwise           `unet predict`, mask shards
+    offline             `unet predict` without a network: logits are an expanded view of one field,
+                        computed once, so that what is timed is decoding, the hand-over between
+                        processes, the choice of classes, encoding and writing
 
 `codec`, `forward`, `loop` and `monai` are timed from when everything is imported and loaded.
 `unet predict` is given twice: `whole` is its process from start to end, imports and checkpoint
@@ -54,7 +57,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
-from functools import partial
+from functools import cache, partial
 from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -266,10 +269,11 @@ def command(job: Job, per_shard: int, verb: Sequence[str]) -> list[str]:
 
 
 def measure_predict(
-    job: Job, *, flags: Sequence[str] = (), pointwise: bool = False
+    job: Job, *, flags: Sequence[str] = (), network: str | None = None
 ) -> dict[str, float]:
+    """`network`: of `STAND_INS`; None: the checkpoint's own."""
     count = len([*job.pictures.iterdir()])
-    verb = (__file__, "pointwise") if pointwise else ("-m", "pipelines.predict")
+    verb = ("-m", "pipelines.predict") if network is None else (__file__, network)
     # Some shards, however few the pictures.
     told = command(job, max(1, min(256, count // 8)), verb)
     begun = time.perf_counter()
@@ -302,6 +306,28 @@ def run_pointwise(argv: Sequence[str]) -> int:
     return predict.main(argv)
 
 
+def run_offline(argv: Sequence[str]) -> int:
+    """`unet predict` whose forward pass costs nothing: all images get the mask of one field."""
+    predict: Any = import_module("pipelines.predict")
+
+    @cache
+    def logits(height: int, width: int) -> Tensor:
+        """float32 [1, 2, height, width]; the second class is a blob, as in `draw`."""
+        small = torch.rand((1, 1, 4, 4), generator=torch.Generator().manual_seed(1))
+        field = nn.functional.interpolate(small, (height, width), mode="bicubic")
+        return torch.cat([torch.zeros_like(field), 50 * (field - 0.5)], dim=1)
+
+    def make_forward(*_: object) -> Callable[[Tensor], Tensor]:
+        return lambda image: logits(*image.shape[-2:]).expand(len(image), -1, -1, -1)
+
+    predict.make_forward = make_forward
+    return predict.main(argv)
+
+
+STAND_INS = {"pointwise": run_pointwise, "offline": run_offline}
+"""What runs `unet predict` with something else for a network, by the name of its contender."""
+
+
 CONTENDERS = {
     "forward": Contender("bare forward", "forward", partial(measure_forward, held=True)),
     "forward-given-back": Contender(
@@ -315,7 +341,12 @@ CONTENDERS = {
     ),
     "codec": Contender("decode and encode only, 2 processes", "pipeline", measure_codec),
     "pointwise": Contender(
-        "`unet predict`, 1 x 1 convolution", "pipeline", partial(measure_predict, pointwise=True)
+        "`unet predict`, 1 x 1 convolution",
+        "pipeline",
+        partial(measure_predict, network="pointwise"),
+    ),
+    "offline": Contender(
+        "`unet predict` without a network", "pipeline", partial(measure_predict, network="offline")
     ),
 }
 
@@ -327,6 +358,7 @@ GOALS = (
     ("predict", "monai", 2.0),
     ("predict-png", "monai", 2.0),
     ("pointwise", "codec", 0.75),
+    ("offline", "codec", 0.75),
 )
 """Contender, peer, and how many times the peer's speed is aimed at."""
 
@@ -496,8 +528,8 @@ def list_table(checkpoint: Path, work: Path, rounds: int) -> list[str]:
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["pointwise"]:
-        raise SystemExit(run_pointwise(sys.argv[2:]))
+    if len(sys.argv) > 1 and sys.argv[1] in STAND_INS:
+        raise SystemExit(STAND_INS[sys.argv[1]](sys.argv[2:]))
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
