@@ -178,7 +178,12 @@ def default_workers(accelerator: Accelerator) -> int:
     """Decoding processes for one rank: its share of the CPUs, one where the CPU also computes."""
     if accelerator.device.type == "cpu":
         return 1
-    return max(1, min(MOST_WORKERS, num_workers(0, sys.maxsize) // local_ranks()))
+    return min(MOST_WORKERS, rank_cpus())
+
+
+def rank_cpus() -> int:
+    """The share of one rank of the CPUs that this process may use; at least 1."""
+    return max(1, num_workers(0, sys.maxsize) // local_ranks())
 
 
 def local_ranks() -> int:

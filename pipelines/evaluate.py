@@ -17,7 +17,7 @@ from pipelines.checkpoint import LoadedModel, find_checkpoint, load_model
 from pipelines.config import RunError, UsageError, run_command
 from pipelines.counting import count_split
 from pipelines.dataset import DataConfig, DataSet, open_data, split_in_use
-from pipelines.devices import start
+from pipelines.devices import choose_batch_size, start
 from pipelines.failures import out_of_memory, summary
 from pipelines.gallery import Predicted, panels, predict_some, side_by_side
 from pipelines.per_image import SCORES_CSV, Floats, ImageCounts, lowest, write_scores
@@ -98,6 +98,8 @@ def run(config: EvaluateConfig) -> int:
         # The range of 16-bit pictures is part of what the model has learned.
         manifest = replace(manifest, image_format=loaded.image_format)
     accelerator = start(rank_timeout=config.rank_timeout)
+    batch_size = choose_batch_size(config.batch_size, accelerator.device)
+    config = replace(config, batch_size=batch_size)
     in_use = split_in_use(manifest, config.split)
     data = open_data(config, manifest, [config.split], accelerator, in_use, "raise it")
     counted, surface = counted_classes(manifest.classes), None
@@ -107,7 +109,7 @@ def run(config: EvaluateConfig) -> int:
     images = ImageCounts(
         tuple(shard.samples for shard in split.shards),
         len(manifest.classes),
-        batch_size=config.batch_size,
+        batch_size=config.num_together,
         rank=accelerator.process_index,
         world=accelerator.num_processes,
     )
@@ -204,7 +206,7 @@ def score_predictions(
         accelerator,
         data,
         config.split,
-        batch_size=config.batch_size,
+        batch_size=config.num_together,
         empty=config.empty,
         surface=surface,
         images=images,

@@ -17,27 +17,35 @@ import json
 import re
 import sys
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
 from itertools import groupby
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
+import tyro
 from accelerate import Accelerator
 from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from pipelines.batches import start_forkserver, start_worker
-from pipelines.buffers import Buffers
 from pipelines.checkpoint import LoadedModel, load_model
+from pipelines.compiled import CompiledForward, first_tile
 from pipelines.config import INCOMPLETE, RunError, UsageError, refuse_url, run_command
-from pipelines.dataset import default_workers
-from pipelines.decoding import Chunk, Cutting, Decoded, Decoder, DecodeSource, receive
-from pipelines.devices import start
+from pipelines.dataset import MOST_WORKERS, rank_cpus
+from pipelines.decoding import Cutting, Decoded, Decoder
+from pipelines.devices import choose_batch_size, choose_channels_last, start
+from pipelines.engine import (
+    Predict,
+    Waiting,
+    held_by,
+    launch,
+    load,
+    one_behind,
+    pass_on,
+    threads,
+    threads_for,
+)
 from pipelines.failures import out_of_memory, summary
 from pipelines.inputs import find_inputs
 from pipelines.progress import progress
@@ -64,19 +72,8 @@ from shards.sample import DataError
 from shards.store import Store, is_url
 from unet import MaskRule, Masks, TileConfig, halve_tile, predict_masks
 
-ENCODERS = 2
-"""Threads that turn masks into PNG beside the device."""
 MOST_WAITING = 512 * 2**20
 """Bytes of results that wait to be encoded and written before the model waits for them."""
-CHUNK_BYTES = 2**25
-"""Bytes of the pictures of a batch that workers hand over in memory which is used again."""
-OVERHEAD = 2**16
-"""Bytes that a result counts for besides its pixels."""
-
-Predict = Callable[[Sequence[Tensor]], Masks]
-"""Pictures uint8 [C, H, W] of one size -> what is predicted for them."""
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +98,13 @@ class PredictConfig(TileConfig, ResultConfig):
     the manifest. The same command without it makes what is missing."""
     workers: int | None = None
     """Decoding processes of each rank; left out: its share of the CPUs, at most 8."""
+    compile: bool = False
+    """Compile the network (torch.compile): a minute at the start, faster on GPUs. Only full batches
+    of tiles as large as those of the first image are compiled, so that the masks do not depend on
+    ranks and interruptions."""
+    channels_last: tyro.conf.DisallowNone[bool | None] = None
+    """Keep maps as [B, H, W, C] in memory, as the matrix units of GPUs want them in bf16. Left out:
+    with --compile on a CUDA GPU."""
 
     def __post_init__(self) -> None:
         TileConfig.__post_init__(self)
@@ -121,8 +125,26 @@ class PredictConfig(TileConfig, ResultConfig):
 
     def settings(self) -> dict[str, Any]:
         """What decides the bytes of the results, by name."""
-        named = (*fields(TileConfig), *fields(ResultConfig))
-        return {field.name: getattr(self, field.name) for field in named}
+        names = [field.name for group in (TileConfig, ResultConfig) for field in fields(group)]
+        return {name: getattr(self, name) for name in (*names, "compile", "channels_last")}
+
+    def settle(self, begun: Mapping[str, Any], device: torch.device) -> "PredictConfig":
+        """The same with what was left out: as the job was begun, else as the device wants it."""
+        size, last = self.batch_size, self.channels_last
+        if size is None and isinstance(before := begun.get("batch_size"), int) and before > 0:
+            size = before
+        if last is None and isinstance(before := begun.get("channels_last"), bool):
+            last = before
+        return replace(
+            self,
+            batch_size=choose_batch_size(size, device),
+            channels_last=choose_channels_last(last, device, compiled=self.compile),
+        )
+
+    @property
+    def tiles(self) -> TileConfig:
+        """How images are cut."""
+        return TileConfig(**{field.name: getattr(self, field.name) for field in fields(TileConfig)})
 
     def mask_rule(self) -> MaskRule:
         """What is made of class probabilities."""
@@ -131,6 +153,8 @@ class PredictConfig(TileConfig, ResultConfig):
             threshold=self.threshold,
             min_confidence=self.min_confidence,
             keep=kept[self.probabilities],
+            # Else they are counted when the specks are gone.
+            count=self.min_area <= 1,
         )
 
 
@@ -149,8 +173,10 @@ def run(config: PredictConfig) -> int:
     store = Store(config.out)
     store.make()
     accelerator = start()
-    begin_job(config, store, inputs, loaded, accelerator.mixed_precision)
-    cutting = Cutting(len(inputs), config.samples_per_shard, config.batch_size)
+    begun = read_job(store)
+    config = config.settle(begun or {}, accelerator.device)
+    begin_job(config, store, begun, inputs, loaded, accelerator.mixed_precision)
+    cutting = Cutting(len(inputs), config.samples_per_shard, config.tiles.num_together)
     speaks = accelerator.is_main_process
     present = {*store.names()}
     if MANIFEST not in present:
@@ -181,8 +207,29 @@ def run(config: PredictConfig) -> int:
     return conclude(config, store, part, alone=accelerator.num_processes == 1, speaks=speaks)
 
 
+def read_job(store: Store) -> dict[str, Any] | None:
+    """What the job in a folder was begun with; None where none was.
+
+    Raises DataError where that is damaged.
+    """
+    if not store.exists(JOB):
+        return None
+    try:
+        begun = json.loads(store.read(JOB))
+    except ValueError:
+        begun = None
+    if not isinstance(begun, dict):
+        raise DataError(f"{store.path(JOB)} is damaged; predict into another --out")
+    return begun
+
+
 def begin_job(
-    config: PredictConfig, store: Store, inputs: Inputs, loaded: LoadedModel, precision: str
+    config: PredictConfig,
+    store: Store,
+    begun: Mapping[str, Any] | None,
+    inputs: Inputs,
+    loaded: LoadedModel,
+    precision: str,
 ) -> None:
     """Write down what decides the bytes of the results, or check that it is what was begun.
 
@@ -194,24 +241,29 @@ def begin_job(
         "inputs": {"count": len(inputs), "sha256": inputs.digest()},
         **config.settings(),
     }
-    present = store.names()
-    if JOB in present:
-        try:
-            begun = json.loads(store.read(JOB))
-        except ValueError as error:
-            raise DataError(f"{store.path(JOB)} is damaged; predict into another --out") from error
-        for name in job:
-            if begun.get(name) != job[name]:
-                raise UsageError(
-                    f"{store} was begun with {name} = {begun.get(name)}, now it is "
-                    f"{job[name]}; keep it, or predict into another --out"
-                )
+    if begun is not None:
+        refuse_other_job(store, begun, job)
         return
-    if any(name.endswith(".tar") for name in present):
+    if any(name.endswith(".tar") for name in store.names()):
         raise UsageError(f"{store} holds shards of something else; predict into another --out")
     if store.local is not None:
         (store.local / WORK_DIR).mkdir(exist_ok=True)
     store.write(JOB, to_json(job), WORK_DIR)
+
+
+def refuse_other_job(store: Store, begun: Mapping[str, Any], job: Mapping[str, Any]) -> None:
+    """Raise UsageError, naming a setting, where a job is not the one that was begun."""
+    for name, value in job.items():
+        if name not in begun:
+            raise UsageError(
+                f"{store} was begun by a version of this program that did not know {name}; predict "
+                "into another --out"
+            )
+        if begun[name] != value:
+            raise UsageError(
+                f"{store} was begun with {name} = {begun[name]}, now it is {value}; keep it, or "
+                "predict into another --out"
+            )
 
 
 @torch.inference_mode()
@@ -235,18 +287,20 @@ def predict_shards(
         config.longest_key(len(loaded.spec.classes)),
     )
     encode = Encoder(config, store, loaded, figure=len(inputs) == 1)
-    decoded = load(decode, cutting, shards, config, accelerator, store)
-    predict = make_predict(config, loaded, accelerator)
-    launched = launch(cutting.chunks(shards), decoded, predict)
+    workers = min(MOST_WORKERS, rank_cpus()) if config.workers is None else config.workers
+    remote = store.local is None or inputs.remote
+    decoded = load(decode, cutting, shards, workers, remote=remote)
     total = sum(cutting.size(shard) for shard in shards)
     waiting = Waiting(MOST_WAITING)
     with (
         ExitStack() as begun,
-        threads(ENCODERS) as encoders,
+        predictor(config, loaded, accelerator, decode) as predict,
+        threads(num_encoders(rank_cpus())) as encoders,
         threads(1) as writer,
         Speaker(total, accelerator) as speaker,
     ):
-        for shard, group in groupby(one_behind(launched), key=lambda item: item.shard):
+        launched = one_behind(launch(cutting.chunks(shards), decoded, predict))
+        for shard, group in groupby(launched, key=lambda item: item.shard):
             writing = write_shard(store, config.shard_name(shard), loaded.spec)
             # Closed when no thread is at it any more; if it was not finished, it leaves nothing.
             begun.callback(writing.close)
@@ -263,44 +317,44 @@ def predict_shards(
         waiting.finish()
 
 
-def load(
-    decode: Decoder,
-    cutting: Cutting,
-    shards: Sequence[int],
+def num_encoders(cpus: int) -> int:
+    """Threads that encode beside the device, of a rank with so many CPUs.
+
+    PNGs of masks take little; overlays, figures and probabilities take zlib, in several threads.
+    """
+    return max(2, cpus // 4)
+
+
+@contextmanager
+def predictor(
+    config: PredictConfig, loaded: LoadedModel, accelerator: Accelerator, decode: Decoder
+) -> Iterator[Predict]:
+    """What predicts images of one size, while the block lasts."""
+    model, compiled = loaded.model.to(accelerator.device).eval(), None
+    if config.channels_last:
+        # Which torch's stubs leave out.
+        model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    if config.compile and (sides := first_tile(decode, config.tiles, model)) is not None:
+        compiled = CompiledForward(model.forward, (config.tiles.num_together, *sides))
+        model.forward = compiled
+    with threads_for(make_forward(model, accelerator), accelerator.device) as forward:
+        yield make_predict(config, forward, loaded, accelerator.device)
+    if compiled is not None:
+        compiled.report()
+
+
+def make_predict(
     config: PredictConfig,
-    accelerator: Accelerator,
-    store: Store,
-) -> Iterator[list[Decoded]]:
-    """The decoded chunks, in order."""
-    workers = default_workers(accelerator) if config.workers is None else config.workers
-    method = buffers = None
-    if workers and (store.local is None or decode.inputs.remote):
-        # The threads and connections of remote clients do not survive a fork.
-        method = "forkserver"
-        start_forkserver()
-    elif workers and sys.platform == "linux":
-        method, buffers = "fork", Buffers(workers, CHUNK_BYTES)
-    loader = DataLoader(
-        DecodeSource(decode, cutting, shards, buffers),
-        batch_size=None,
-        num_workers=workers,
-        prefetch_factor=2 if workers else None,
-        multiprocessing_context=method,
-        worker_init_fn=start_worker,
-    )
-    sent = iter(loader)
-    return sent if buffers is None else receive(sent, buffers)
-
-
-def make_predict(config: PredictConfig, loaded: LoadedModel, accelerator: Accelerator) -> Predict:
-    """What predicts pictures of one size, in smaller tiles where these give the same result.
+    forward: Callable[[Tensor], Tensor],
+    loaded: LoadedModel,
+    device: torch.device,
+) -> Predict:
+    """What predicts images of one size, in smaller tiles where these give the same result.
 
     Raises RunError where a tile does not fit into the memory of a GPU.
     """
-    model = loaded.model.to(accelerator.device).eval()
-    forward, rule = make_forward(model, accelerator), config.mask_rule()
-    margin, multiple = model.config.margin, 2**model.config.depth
-    tiles = TileConfig(**{field.name: getattr(config, field.name) for field in fields(TileConfig)})
+    network, rule, tiles = loaded.model.config, config.mask_rule(), config.tiles
+    margin, multiple = network.margin, 2**network.depth
     said = False
 
     def predict(images: Sequence[Tensor]) -> Masks:
@@ -323,7 +377,7 @@ def make_predict(config: PredictConfig, loaded: LoadedModel, accelerator: Accele
             said = True
             tqdm.write(
                 f"tiles of {before.tile} do not fit into the memory of this GPU "
-                f"({accelerator.device}): going on with {tiles.tile}, one at a time, as --tile "
+                f"({device}): going on with {tiles.tile}, one at a time, as --tile "
                 f"{tiles.tile} --batch-size 1 would have from the start; the masks are the same",
                 file=sys.stderr,
             )
@@ -341,122 +395,6 @@ def too_large(error: TileTooLargeError, margin: int) -> str:
             "use a larger one"
         )
     return f"{error}, and give another --out, since other tiles make other masks"
-
-
-@dataclass(frozen=True, slots=True)
-class Launched:
-    """Inputs of one size that the device is at, or some that could not be read."""
-
-    shard: int
-    items: Sequence[Decoded]
-    masks: Masks | None
-    """On the CPU, or on their way there."""
-    arrived: torch.cuda.Event | None
-
-    def results(self) -> Iterator[tuple[Decoded, Found | None]]:
-        """Each input with what was found in it, when it is there."""
-        if self.masks is None:
-            yield from ((item, None) for item in self.items)
-            return
-        if self.arrived is not None:
-            self.arrived.synchronize()
-        masks = self.masks
-        confidence = masks.confidence.tolist()
-        for i, item in enumerate(self.items):
-            unsure = None if masks.unsure is None else masks.unsure[i].numpy()
-            kept = None if masks.probabilities is None else masks.probabilities[i].numpy()
-            yield item, Found(masks.classes[i].numpy(), confidence[i], unsure, kept)
-
-
-def launch(
-    chunks: Iterable[Chunk], decoded: Iterable[list[Decoded]], predict: Predict
-) -> Iterator[Launched]:
-    """Predict chunk by chunk; the pictures of one size that follow each other go together."""
-    for chunk, items in zip(chunks, decoded, strict=True):
-        for shape, group in groupby(
-            items, key=lambda d: None if d.image is None else d.image.shape
-        ):
-            same = list(group)
-            if shape is None:
-                yield Launched(chunk.shard, same, None, None)
-                continue
-            images = [item.image for item in same if item.image is not None]
-            yield Launched(chunk.shard, same, *send_back(predict(images)))
-
-
-def send_back(masks: Masks) -> tuple[Masks, torch.cuda.Event | None]:
-    """Masks on the CPU; from a GPU they are there only when the event has happened."""
-    on_gpu = masks.classes.is_cuda
-    # Into page-locked memory, beside what the GPU does next.
-    here = Masks(
-        masks.classes.to("cpu", non_blocking=on_gpu),
-        masks.confidence.to("cpu", non_blocking=on_gpu),
-        None if masks.unsure is None else masks.unsure.to("cpu", non_blocking=on_gpu),
-        masks.probabilities,
-    )
-    if not on_gpu:
-        return here, None
-    arrived = torch.cuda.Event()
-    arrived.record()
-    return here, arrived
-
-
-def one_behind(items: Iterator[T]) -> Iterator[T]:
-    """The same, each when the next one has been made: the device need not wait for us."""
-    held = [item for _, item in zip(range(1), items, strict=False)]
-    for item in items:
-        yield held.pop()
-        held.append(item)
-    yield from held
-
-
-def held_by(item: Decoded, found: Found | None) -> int:
-    """Bytes that wait with a result."""
-    pixels = 0 if item.image is None else item.image.numel()
-    return len(item.file) + pixels + (0 if found is None else found.num_bytes)
-
-
-def pass_on(encoded: Future[T], receive: Callable[[T], object]) -> None:
-    """Give a result on when it is there."""
-    receive(encoded.result())
-
-
-@contextmanager
-def threads(number: int) -> Iterator[ThreadPoolExecutor]:
-    """Threads that are not given what waits for them when something has failed."""
-    pool = ThreadPoolExecutor(number)
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-class Waiting:
-    """Work under way, in order and of bounded size; what fails in it is raised here."""
-
-    def __init__(self, most: int) -> None:
-        self.most, self.held = most, 0
-        self.work: deque[tuple[Future[Any], int]] = deque()
-
-    def add(self, work: Future[Any], size: int = 0) -> None:
-        """Take up some, and wait for the oldest where it is too much; one is never too much."""
-        self.work.append((work, size + OVERHEAD))
-        self.held += size + OVERHEAD
-        while self.work and (
-            self.work[0][0].done() or (self.held > self.most and len(self.work) > 1)
-        ):
-            self.end_oldest()
-
-    def end_oldest(self) -> None:
-        """Wait for it."""
-        work, size = self.work.popleft()
-        work.result()
-        self.held -= size
-
-    def finish(self) -> None:
-        """Wait for all."""
-        while self.work:
-            self.end_oldest()
 
 
 class Speaker:

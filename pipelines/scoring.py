@@ -132,7 +132,7 @@ def score(
         accelerator,
         data,
         split_name,
-        batch_size=tiles.batch_size,
+        batch_size=tiles.num_together,
         empty=empty,
         surface=surface,
         images=images,

@@ -31,7 +31,7 @@ from pipelines.budget import Budget, Limits, NotFinite
 from pipelines.checkpoint import Checkpoints, RunLock, TrainState, require_spec
 from pipelines.config import INTERRUPTED, RunError, UsageError, run_command, to_plain
 from pipelines.dataset import DataConfig, DataSet, open_data, train_in_use
-from pipelines.devices import start, use_deterministic
+from pipelines.devices import choose_batch_size, choose_channels_last, start, use_deterministic
 from pipelines.flops import count_flops
 from pipelines.meter import Meter
 from pipelines.network import (
@@ -189,7 +189,14 @@ def run(config: TrainConfig) -> int:
         project_dir=config.run_dir,
         rank_timeout=config.rank_timeout,
     )
-    config = replace(config, channels_last=uses_channels_last(config, accelerator.device))
+    tile_batch = choose_batch_size(config.tiles.batch_size, accelerator.device)
+    config = replace(
+        config,
+        tiles=replace(config.tiles, batch_size=tile_batch),
+        channels_last=choose_channels_last(
+            config.channels_last, accelerator.device, compiled=config.compile
+        ),
+    )
     rank, world = accelerator.process_index, accelerator.num_processes
     batch_size = rank_batch_size(config, world)
     refuse_batch_norm(config, accelerator, batch_size)
@@ -212,7 +219,7 @@ def run(config: TrainConfig) -> int:
     )
     model.train()
 
-    in_use = train_in_use(order, manifest, accelerator, config.tiles.batch_size)
+    in_use = train_in_use(order, manifest, accelerator, config.tiles.num_together)
     remedy = "raise it, or begin a run with a smaller --window"
     data = open_data(config, manifest, ["train", "val"], accelerator, in_use, remedy)
     criterion = build_loss(config.loss, manifest).to(accelerator.device)
@@ -347,13 +354,6 @@ def resolve(config: TrainConfig, manifest: Manifest) -> tuple[TrainConfig, Order
     refuse_missing(config.loss, manifest, config.data)
     sizes = tuple(shard.samples for shard in train_split.shards)
     return config, Order(sizes, config.seed, config.lanes, config.window)
-
-
-def uses_channels_last(config: TrainConfig, device: torch.device) -> bool:
-    """Whether maps are kept as [B, H, W, C]: as asked, else where that makes a step faster."""
-    if config.channels_last is not None:
-        return config.channels_last
-    return config.compile and device.type == "cuda"
 
 
 def uncompiled(config: TrainConfig) -> AbstractContextManager[None]:

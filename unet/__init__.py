@@ -4,19 +4,11 @@ Nothing here opens a file but weights, asks for a rank, or knows what a shard is
 """
 
 from unet.losses import LossConfig, SegmentationLoss, inverse_frequency
+from unet.masks import MaskRule, Masks, predict_mask, predict_masks
 from unet.metrics import Empty, Scores, SegmentationScores
 from unet.model import PRESETS, DataSpec, UNet, UNetConfig, valid_input
 from unet.surface import Surface, SurfaceScores
-from unet.tiling import (
-    Block,
-    MaskRule,
-    Masks,
-    TileConfig,
-    halve_tile,
-    predict_blocks,
-    predict_mask,
-    predict_masks,
-)
+from unet.tiling import Block, TileConfig, halve_tile, predict_blocks
 
 __all__ = [
     "PRESETS",

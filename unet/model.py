@@ -144,7 +144,7 @@ class DataSpec:
         build = make_pixel_scale if torch.compiler.is_compiling() else pixel_scale
         mean, std = build(self.mean, self.std, image.device)
         # In place: on a CPU new memory takes longer than arithmetic.
-        pixels = image.to(torch.float32, copy=True)
+        pixels = image.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         return pixels.sub_(mean).div_(std)
 
 

@@ -22,7 +22,11 @@ import torch
 from torch import Tensor
 
 Forward = Callable[[Tensor], Tensor]
-"""Pictures uint8 [B, C, h, w] on any device -> logits [B, K, h', w'], h' and w' 2 * margin less."""
+"""Images uint8 [B, C, h, w] on any device, channels last in memory where those given are -> logits
+[B, K, h', w'], h' and w' 2 * margin less."""
+
+BATCH_SIZE = 4
+"""Images or tiles that a forward pass sees at once unless said otherwise."""
 
 MIRRORS = ([-1], [-2], [-2, -1])
 """Dimensions to flip for the mirror images of a tile."""
@@ -37,9 +41,9 @@ class TileConfig:
     convolutions take the nearest size below that fits them."""
     overlap: float = 0.25
     """Share of a tile that the next one covers again. Tiles of valid convolutions need none."""
-    batch_size: int = 4
-    """Pictures of one size, or tiles of them, that a forward pass sees at once. On a CPU 1 is as
-    fast as any other number, and takes the least memory."""
+    batch_size: int | None = None
+    """Images of one size, or tiles of them, that a forward pass sees at once. Left out: 16 on CUDA
+    GPUs, else 4. On a CPU 1 is as fast as any other number, and takes the least memory."""
     tta: bool = False
     """Average the probabilities of each tile and its mirror images, left-right, up-down and both:
     four times the work."""
@@ -49,142 +53,26 @@ class TileConfig:
             raise ValueError(f"tile must be at least 16 pixels, got {self.tile}")
         if not 0 <= self.overlap <= 0.75:
             raise ValueError(f"overlap must be in [0, 0.75], got {self.overlap}")
-        if self.batch_size < 1:
+        if self.batch_size is not None and self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
+
+    @property
+    def num_together(self) -> int:
+        """The batch size; `BATCH_SIZE` where nobody chose one for the device."""
+        return BATCH_SIZE if self.batch_size is None else self.batch_size
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A finished part of one picture."""
+    """A finished part of an image, or of several."""
 
-    picture: int
-    """Which of the pictures."""
+    images: slice
+    """Which of the images: all of a batch that are predicted whole, else one."""
     rows: slice
     columns: slice
     probability: Tensor
-    """Of each class, float32 [K, rows, columns], on the device of the logits."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MaskRule:
-    """What is made of class probabilities."""
-
-    threshold: float | None = None
-    """Of two classes: the second wherever its probability is at least this. None: the likelier."""
-    min_confidence: float = 0.0
-    """Pixels whose chosen class is less probable are unsure."""
-    keep: torch.dtype | None = None
-    """float16: the probabilities of all classes are kept. uint16: those of all but the first, as
-    round(65535 p). None: they are not."""
-
-
-@dataclass(frozen=True, slots=True)
-class Masks:
-    """What is predicted for pictures of one size, on the device of the logits."""
-
-    classes: Tensor
-    """uint8 [B, H, W]."""
-    confidence: Tensor
-    """Mean over each picture of the probability of the chosen class, float64 [B] (float32 on
-    Apple's GPUs, which know no other)."""
-    unsure: Tensor | None
-    """bool [B, H, W]; None where no confidence is asked for."""
-    probabilities: Tensor | None
-    """[B, K, H, W] (all classes) or [B, K - 1, H, W] (all but the first) of the dtype that is kept,
-    on the CPU; None where none is."""
-
-
-def predict_mask(
-    forward: Forward,
-    images: Tensor | Sequence[Tensor],
-    config: TileConfig,
-    *,
-    margin: int = 0,
-    multiple: int = 1,
-) -> tuple[Tensor, Tensor]:
-    """The likeliest classes of pictures of one size; the arguments of `predict_masks`.
-
-    Returns:
-        `Masks.classes` and `Masks.confidence`.
-    """
-    found = predict_masks(forward, images, config, MaskRule(), margin=margin, multiple=multiple)
-    return found.classes, found.confidence
-
-
-def predict_masks(
-    forward: Forward,
-    images: Tensor | Sequence[Tensor],
-    config: TileConfig,
-    rule: MaskRule,
-    *,
-    margin: int = 0,
-    multiple: int = 1,
-) -> Masks:
-    """Class indices of pictures of one size, and what `rule` asks for.
-
-    Beside model and pictures, memory holds the result and what `predict_blocks` says.
-
-    Args:
-        forward: uint8 pictures [B, C, h, w] -> logits [B, K, h - 2 margin, w - 2 margin].
-        images: uint8 [B, C, H, W], or a list of [C, H, W]; H and W from 1 up.
-        config: tile, overlap, batch size, mirrors.
-        rule: how classes are chosen, and what is kept beside them.
-        margin: pixels that the network loses on each side: `UNetConfig.margin`.
-        multiple: 2^depth; of no account without a margin.
-    """
-    height, width = images[0].shape[-2:]
-    shape = (len(images), height, width)
-    classes = total = unsure = kept = None
-    for block in predict_blocks(forward, images, config, margin=margin, multiple=multiple):
-        best, index = choose(block.probability, rule.threshold)
-        if classes is None or total is None:
-            classes = index.new_empty(shape, dtype=torch.uint8)
-            # Apple's GPUs have no float64.
-            wide = torch.float32 if best.device.type == "mps" else torch.float64
-            total = best.new_zeros(len(images), dtype=wide)
-            if rule.min_confidence > 0:
-                unsure = index.new_empty(shape, dtype=torch.bool)
-        classes[block.picture, block.rows, block.columns] = index
-        # Rows first: a sum of float32 in float64 takes several times as long on a CPU.
-        total[block.picture] += best.sum(dim=1).sum(dtype=total.dtype)
-        if unsure is not None:
-            unsure[block.picture, block.rows, block.columns] = best < rule.min_confidence
-        if rule.keep is not None:
-            part = compact(block.probability, rule.keep)
-            if kept is None:
-                kept = torch.empty((len(images), len(part), height, width), dtype=rule.keep)
-            kept[block.picture, :, block.rows, block.columns] = part
-        # Else its batch of probabilities would live on through the next forward pass.
-        del block
-    assert classes is not None
-    assert total is not None
-    return Masks(classes, total / (height * width), unsure, kept)
-
-
-def choose(probability: Tensor, threshold: float | None) -> tuple[Tensor, Tensor]:
-    """The chosen class [h, w] of probabilities [K, h, w], and before it how probable it is."""
-    if threshold is not None:
-        first, second = probability
-        chosen = second >= threshold
-        return torch.where(chosen, second, first), chosen
-    if probability.device.type != "cpu":
-        return probability.max(dim=0)
-    # On a CPU a maximum that keeps its index is not vectorised: it takes 3 to 8 times as long.
-    best = probability[0].clone()
-    index = torch.zeros_like(best, dtype=torch.uint8)
-    for number, other in enumerate(probability[1:], start=1):
-        higher = (other > best).view(torch.uint8).mul_(number)
-        torch.maximum(index, higher, out=index)
-        torch.maximum(best, other, out=best)
-    return best, index
-
-
-def compact(probability: Tensor, dtype: torch.dtype) -> Tensor:
-    """Probabilities float32 [K, h, w] as they are kept: see `MaskRule.keep`; on the CPU."""
-    if dtype == torch.float16:
-        return probability.half().cpu()
-    # Sums of weighted tiles may exceed 1 by a rounding. Few devices know uint16.
-    return (probability[1:] * 65535).round().clamp(max=65535).int().cpu()
+    """Of each class, float32 [N, K, rows, columns]; of two classes, which one number says as well,
+    of the second alone [N, 1, rows, columns]. On the device of the logits."""
 
 
 def halve_tile(
@@ -215,39 +103,57 @@ def predict_blocks(
     pixel once. At most a batch of tiles is in memory, and sums for a band of `overlap * tile` rows:
     with 12 classes and tiles of 1024, 12 kB for each pixel of width and 50 MB for each tile.
     """
-    rows, columns = (
-        cut_exactly(length, config.tile, margin, multiple)
-        if margin
-        else cut_evenly(length, config.tile, config.overlap, symmetric=config.tta)
-        for length in images[0].shape[-2:]
-    )
+    height, width = images[0].shape[-2:]
+    rows, columns = cut(height, width, config, margin=margin, multiple=multiple)
     blend = Blend(rows, columns) if not margin and len(rows) * len(columns) > 1 else None
     places = [*product(range(len(images)), range(len(rows)), range(len(columns)))]
-    for first in range(0, len(places), config.batch_size):
-        some = places[first : first + config.batch_size]
-        tiles = torch.stack([read_tile(images[n], rows, columns, i, j) for n, i, j in some])
+    whole = len(places) == len(images)
+    for first in range(0, len(places), config.num_together):
+        some = places[first : first + config.num_together]
+        tiles = stack([read_tile(images[n], rows, columns, i, j) for n, i, j in some])
         probability = average(forward, tiles, config.tta)
-        for place, (n, i, j) in enumerate(some):
+        for begin, (n, i, j) in enumerate(some[:1] if whole else some):
+            count = len(some) if whole else 1
             if blend is not None:
-                blend.add(probability[place], i, j)
+                blend.add(probability[begin], i, j)
             down, right = rows.finished(i), columns.finished(j)
-            height, width = down.stop - down.start, right.stop - right.start
-            yield Block(n, down, right, probability[place, :, :height, :width])
+            finished = (slice(down.stop - down.start), slice(right.stop - right.start))
+            done = (slice(begin, begin + count), ..., *finished)
+            yield Block(slice(n, n + count), down, right, probability[done])
         # Else two batches of them would be in memory while the next is predicted.
         del probability
 
 
+def stack(tiles: Sequence[Tensor]) -> Tensor:
+    """One batch [B, C, h, w] of tiles [C, h, w], channels last in memory where theirs are.
+
+    To move the channels is the device's work, which does it on the way to float32.
+    """
+    first = tiles[0]
+    if first.stride(0) == 1 < first.shape[0]:
+        return torch.stack([tile.permute(1, 2, 0) for tile in tiles]).permute(0, 3, 1, 2)
+    return torch.stack([*tiles])
+
+
 @torch.no_grad()
 def average(forward: Forward, tiles: Tensor, tta: bool) -> Tensor:
-    """Class probabilities float32 [B, K, h', w'] of tiles uint8 [B, C, h, w]."""
-    probability = forward(tiles).softmax(dim=1, dtype=torch.float32)
+    """Class probabilities of tiles uint8 [B, C, h, w], as in `Block.probability`."""
+    probability = to_probability(forward(tiles))
     if tta:
         for dims in MIRRORS:
-            mirrored = forward(tiles.flip(dims)).softmax(dim=1, dtype=torch.float32)
+            mirrored = to_probability(forward(tiles.flip(dims)))
             probability += mirrored.flip(dims)
             del mirrored
         probability /= 1 + len(MIRRORS)
     return probability
+
+
+def to_probability(logits: Tensor) -> Tensor:
+    """Softmax in float32 of logits [B, K, h, w]; of two classes the second alone [B, 1, h, w]."""
+    if logits.shape[1] != 2:
+        return logits.softmax(dim=1, dtype=torch.float32)
+    first, second = logits.float().split(1, dim=1)
+    return (second - first).sigmoid_()
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,6 +195,20 @@ class Cut:
         index = torch.arange(self.first(i), self.first(i) + self.side, device=device)
         index %= max(1, 2 * (self.length - 1))
         return torch.minimum(index, 2 * (self.length - 1) - index)
+
+
+def cut(
+    height: int, width: int, config: TileConfig, *, margin: int = 0, multiple: int = 1
+) -> tuple[Cut, Cut]:
+    """How the rows and the columns of an image are cut; `margin` and `multiple` as everywhere."""
+    if margin:
+        rows, columns = (cut_exactly(n, config.tile, margin, multiple) for n in (height, width))
+    else:
+        rows, columns = (
+            cut_evenly(n, config.tile, config.overlap, symmetric=config.tta)
+            for n in (height, width)
+        )
+    return rows, columns
 
 
 def cut_evenly(length: int, tile: int, overlap: float, *, symmetric: bool = False) -> Cut:

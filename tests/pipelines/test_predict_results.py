@@ -14,7 +14,7 @@ import torch
 import webdataset as wds
 from PIL import Image
 
-from pipelines import predict, progress, results, specks
+from pipelines import engine, predict, progress, results, specks
 from pipelines.checkpoint import load_model
 from pipelines.decoding import Chunk, Decoded
 from shards.index import read_manifest
@@ -332,14 +332,14 @@ def test_progress_tells_pictures_pixels_errors_and_the_time_left(
 
 
 def test_what_waits_is_bounded_and_raises_what_fails() -> None:
-    waiting = predict.Waiting(10 * predict.OVERHEAD)
+    waiting = engine.Waiting(10 * engine.OVERHEAD)
     done: list[Future[int]] = []
     with ThreadPoolExecutor(1) as pool:
         for number in range(200):
             done.append(pool.submit(int, number))
-            waiting.add(done[-1], size=predict.OVERHEAD)
+            waiting.add(done[-1], size=engine.OVERHEAD)
             assert len(waiting.work) <= 5
-            assert waiting.held <= 10 * predict.OVERHEAD
+            assert waiting.held <= 10 * engine.OVERHEAD
         waiting.finish()
         assert waiting.held == 0
         assert all(work.done() for work in done)
@@ -361,9 +361,9 @@ def test_results_come_one_behind_and_all_of_them() -> None:
             made.append(number)
             yield number
 
-    seen = [(item, made[-1]) for item in predict.one_behind(make())]
+    seen = [(item, made[-1]) for item in engine.one_behind(make())]
     assert seen == [(0, 1), (1, 2), (2, 3), (3, 3)]
-    assert [*predict.one_behind(iter(()))] == []
+    assert [*engine.one_behind(iter(()))] == []
 
 
 @torch.inference_mode()
@@ -373,13 +373,13 @@ def test_pictures_of_one_size_that_follow_each_other_go_together(bright: Path) -
     def forward(images):
         seen.append((len(images), images[0].shape[-1]))
         size = (len(images), *images[0].shape[-2:])
-        return predict.Masks(torch.zeros(size, dtype=torch.uint8), torch.ones(size[0]), None, None)
+        return engine.Masks(torch.zeros(size, dtype=torch.uint8), torch.ones(size[0]), None, None)
 
     items = [
         Decoded(str(i), str(i), None if size is None else torch.zeros((3, *size)), size and None)
         for i, size in enumerate(sizes)
     ]
-    launched = [*predict.launch([Chunk(7, 0, 5)], [items], forward)]
+    launched = [*engine.launch([Chunk(7, 0, 5)], [items], forward)]
     assert seen == [(2, 8), (1, 8), (1, 9)]
     pairs = [pair for part in launched for pair in part.results()]
     assert [item.key for item, _ in pairs] == ["0", "1", "2", "3", "4"]

@@ -16,9 +16,10 @@ from pipelines import train
 from pipelines.augment import Augment, AugmentConfig
 from pipelines.batches import Batch
 from pipelines.budget import Budget, Limits
+from pipelines.devices import choose_channels_last
 from pipelines.meter import Meter
 from pipelines.optim import Learner, OptimConfig, build_learner
-from pipelines.train import TrainConfig, clip_gradients, uses_channels_last
+from pipelines.train import clip_gradients
 from unet import DataSpec, LossConfig, SegmentationLoss, UNet, UNetConfig
 from unet.losses import LOSSES
 from unet.model import pixel_scale
@@ -261,8 +262,7 @@ def test_validation_of_any_size_compiles_nothing(
 def test_maps_lie_channels_last_where_asked_or_where_it_is_faster(
     asked: bool | None, compiled: bool, device: str, expected: bool
 ) -> None:
-    config = TrainConfig(data="d", run_dir=Path("r"), channels_last=asked, compile=compiled)
-    assert uses_channels_last(config, torch.device(device)) is expected
+    assert choose_channels_last(asked, torch.device(device), compiled=compiled) is expected
 
 
 @pytest.mark.parametrize(

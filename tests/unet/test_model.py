@@ -315,6 +315,15 @@ def test_normalised_pictures_have_the_mean_and_deviation_of_the_data_set():
     torch.testing.assert_close(result.flatten(), torch.tensor(expected), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("side", [1, 5])
+def test_normalised_images_are_contiguous_whatever_layout_they_come_in(side):
+    torch.manual_seed(0)
+    image = torch.randint(0, 256, (2, side, side, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+    result = SPEC.normalise(image)
+    assert result.stride() == torch.empty(image.shape).stride()
+    assert torch.equal(result, SPEC.normalise(image.contiguous()))
+
+
 def test_normalising_leaves_a_picture_as_it_is_of_whatever_type():
     image = torch.full((1, 3, 2, 2), 100.0)
     torch.testing.assert_close(SPEC.normalise(image), SPEC.normalise(image.to(torch.uint8)))

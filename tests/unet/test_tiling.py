@@ -10,16 +10,16 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from unet import TileConfig, UNet, predict_blocks, predict_mask, valid_input
-from unet.tiling import (
-    Cut,
+from unet import (
     MaskRule,
-    blending_weights,
-    cut_evenly,
-    cut_exactly,
-    halve_tile,
+    TileConfig,
+    UNet,
+    predict_blocks,
+    predict_mask,
     predict_masks,
+    valid_input,
 )
+from unet.tiling import Cut, blending_weights, cut_evenly, cut_exactly, halve_tile
 
 
 def pointwise(image):
@@ -33,7 +33,13 @@ def network(preset, **config):
     torch.manual_seed(0)
     model = UNet.from_preset(preset, in_channels=2, num_classes=3, **config).eval()
     geometry = {"margin": model.config.margin, "multiple": 2**model.config.depth}
-    return (lambda image: model(image.float() / 64 - 2)), geometry
+
+    def forward(image):
+        # As `DataSpec.normalise` does it: other layouts are summed in another order.
+        pixels = image.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        return model(pixels / 64 - 2)
+
+    return forward, geometry
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +64,9 @@ def assemble(forward, images, config, **geometry):
     whole, seen = None, torch.zeros(len(images), height, width, dtype=torch.int64)
     for block in predict_blocks(forward, images, config, **geometry):
         if whole is None:
-            whole = torch.zeros(len(images), len(block.probability), height, width)
-        whole[block.picture, :, block.rows, block.columns] = block.probability
-        seen[block.picture, block.rows, block.columns] += 1
+            whole = torch.zeros(len(images), block.probability.shape[1], height, width)
+        whole[block.images, :, block.rows, block.columns] = block.probability
+        seen[block.images, block.rows, block.columns] += 1
     assert (seen == 1).all()
     return whole
 
@@ -119,6 +125,43 @@ def test_there_may_be_255_classes():
     classes, confidence = predict_mask(forward, image, TileConfig(tile=16))
     assert torch.equal(classes, image[:, 0])
     assert confidence.item() == pytest.approx(1)
+
+
+def test_images_predicted_whole_leave_a_batch_at_a_time():
+    config = TileConfig(tile=32, batch_size=3)
+    blocks = [*predict_blocks(pointwise, picture(20, 30, batch=5), config)]
+    assert [block.images for block in blocks] == [slice(0, 3), slice(3, 5)]
+
+
+@pytest.mark.parametrize("tile", [16, 64])
+@pytest.mark.parametrize("tta", [False, True])
+def test_of_two_classes_a_block_holds_the_second(tile, tta):
+    def both(image):
+        return pointwise(image)[:, :2]
+
+    images = picture(40, 50, batch=3)
+    found = assemble(both, images, TileConfig(tile=tile, tta=tta, batch_size=2))
+    assert found.shape == (3, 1, 40, 50)
+    torch.testing.assert_close(found, both(images).softmax(1)[:, 1:])
+
+
+@pytest.mark.parametrize("tile", [16, 64])
+def test_tiles_reach_the_model_in_the_layout_of_the_images(tile):
+    seen = []
+
+    def forward(image):
+        seen.append(image.permute(0, 2, 3, 1).is_contiguous())
+        return pointwise(image)
+
+    images = picture(40, 50, batch=3)
+    config = TileConfig(tile=tile)
+    expected = predict_mask(forward, images, config)
+    assert not any(seen)
+    seen.clear()
+    channels_last = images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+    found = predict_mask(forward, list(channels_last), config)
+    assert all(seen)
+    assert all(map(torch.equal, found, expected))
 
 
 # ---- overlapping tiles
@@ -214,73 +257,6 @@ def test_the_result_does_not_depend_on_the_batch_size(batch_size, padded, valid)
         expected = assemble(forward, images, config, **geometry)
         result = assemble(forward, images, replace(config, batch_size=batch_size), **geometry)
         torch.testing.assert_close(result, expected)
-
-
-# ---- what is made of probabilities
-
-
-def two_classes(image):
-    """The first channel, 0-255, says how probable the second class is."""
-    p = image[:, 0].float() / 255
-    return torch.stack([torch.log(1 - p), torch.log(p)], dim=1)
-
-
-@pytest.mark.parametrize("tile", [16, 64])
-def test_with_a_threshold_the_second_class_is_wherever_it_is_as_probable(tile):
-    images = picture(40, 50, batch=2)
-    config = TileConfig(tile=tile, batch_size=3)
-    p = images[:, 0].double() / 255
-    for threshold in (0.1, 0.5, 0.9):
-        found = predict_masks(two_classes, images, config, MaskRule(threshold=threshold))
-        clear = (p - threshold).abs() > 1e-5
-        assert torch.equal(found.classes.bool()[clear], (p >= threshold)[clear])
-        chosen = torch.where(found.classes.bool(), p, 1 - p)
-        torch.testing.assert_close(found.confidence, chosen.mean((1, 2)))
-
-
-def test_as_probable_as_the_threshold_is_enough():
-    half = torch.zeros((1, 1, 2, 2), dtype=torch.uint8)
-    even = MaskRule(threshold=0.5)
-    found = predict_masks(lambda x: torch.zeros(1, 2, 2, 2), half, TileConfig(), even)
-    assert found.classes.all()
-    # Of equals, the likelier is the first.
-    assert not predict_mask(lambda x: torch.zeros(1, 2, 2, 2), half, TileConfig())[0].any()
-
-
-@pytest.mark.parametrize("tile", [16, 64])
-def test_pixels_whose_class_is_less_probable_are_unsure(tile):
-    images = picture(40, 50, batch=2)
-    config = TileConfig(tile=tile, batch_size=3)
-    best = pointwise(images).softmax(1).amax(1)
-    found = predict_masks(pointwise, images, config, MaskRule(min_confidence=0.7))
-    clear = (best - 0.7).abs() > 1e-5
-    assert torch.equal(found.unsure[clear], (best < 0.7)[clear])
-    assert 0.1 < found.unsure.float().mean() < 0.9
-    plain = predict_masks(pointwise, images, config, MaskRule())
-    assert plain.unsure is None
-    assert torch.equal(found.classes, plain.classes)
-
-
-@pytest.mark.parametrize("tile", [16, 64])
-def test_probabilities_are_kept_in_two_bytes_each(tile):
-    images = picture(40, 50, batch=2)
-    config = TileConfig(tile=tile, batch_size=3)
-    exact = pointwise(images).softmax(1)
-    half = predict_masks(pointwise, images, config, MaskRule(keep=torch.float16)).probabilities
-    assert (half.dtype, half.shape) == (torch.float16, (2, 3, 40, 50))
-    torch.testing.assert_close(half.float(), exact, rtol=1e-3, atol=1e-4)
-    whole = predict_masks(pointwise, images, config, MaskRule(keep=torch.uint16)).probabilities
-    assert (whole.dtype, whole.shape) == (torch.uint16, (2, 2, 40, 50))
-    torch.testing.assert_close(whole.float() / 65535, exact[:, 1:], rtol=0, atol=1.01 / 65535)
-
-
-def test_a_rounding_above_one_is_one():
-    def forward(tiles):
-        return torch.stack([tiles[:, 0].float() - 1e9, tiles[:, 0].float()], dim=1)
-
-    images, config = picture(50, 70), TileConfig(tile=16, overlap=0.75)
-    found = predict_masks(forward, images, config, MaskRule(keep=torch.uint16))
-    assert found.probabilities.int().min() >= 65534
 
 
 @pytest.mark.parametrize(
