@@ -1,4 +1,4 @@
-"""`unet evaluate`: exact scores of a checkpoint, or of predictions, for any number of ranks."""
+"""`unet evaluate`: score a checkpoint or stored predictions, exactly, on any number of ranks."""
 
 import re
 import sys
@@ -19,7 +19,7 @@ from pipelines.counting import count_split
 from pipelines.dataset import DataConfig, DataSet, open_data, split_in_use
 from pipelines.devices import choose_batch_size, start
 from pipelines.failures import out_of_memory, summary
-from pipelines.gallery import Predicted, panels, predict_some, side_by_side
+from pipelines.gallery import Example, draw_panels, predict_examples, side_by_side
 from pipelines.per_image import SCORES_CSV, Floats, ImageCounts, lowest, write_scores
 from pipelines.predictions import open_predictions
 from shards.images import encode_png
@@ -31,41 +31,40 @@ from unet import DataSpec, Empty, Scores, SurfaceScores, TileConfig
 from unet.model import counted_classes
 
 TILES = ("tile", "overlap", "tta")
-"""How pictures are predicted; scores.json says it."""
+"""Settings of prediction that scores.json records."""
 SURFACE_TOLERANCE = 2.0
 WORST = "worst"
-"""Folder of the worst pictures, beside the scores."""
+"""Folder of the worst images, beside the scores."""
 WORST_SIDE = 1000
-"""Longest side of a picture in there, in pixels."""
+"""Longest side of an image in that folder, in pixels."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(DataConfig, TileConfig):
-    """Score a checkpoint, or masks that were predicted, on every picture of a split."""
+    """Score a checkpoint, or stored predictions, on every image of a split."""
 
     checkpoint: str | None = None
     """Run folder (its best, else last, checkpoint), checkpoint folder or hub id."""
     predictions: str | None = None
-    """Instead of a checkpoint: what unet predict wrote, a folder or a URL. Masks are found by the
-    keys of the pictures."""
+    """Instead of a checkpoint: the output of unet predict, a folder or a URL. Masks are matched to
+    images by key."""
     split: str = "val"
     """Split to score on."""
     out: Path | None = None
-    """Folder for scores.json, scores.csv and worst; left out: the folder that is scored."""
+    """Folder for scores.json, scores.csv and worst. Default: the folder that is scored."""
     rank_timeout: float = 60
-    """Minutes that a rank waits for the others, once its own pictures are scored, before it takes
-    them for lost and ends."""
+    """Minutes that a rank waits for the others, after scoring its own images."""
     worst: int = 8
-    """Pictures with the lowest Dice to draw into OUT/worst: picture, truth, prediction and their
-    difference, side by side. 0: none."""
+    """Number of images with the lowest Dice to draw into OUT/worst: image, mask, prediction and
+    difference, side by side."""
     empty: Empty = "skip"
-    """Dice and IoU of a class that is neither in a picture's mask nor in its prediction, or in no
-    picture at all: in no mean, or 1, or 0."""
+    """Dice and IoU of a class that is absent from both mask and prediction, of an image or of the
+    split: excluded from means, 1, or 0."""
     surface: bool = False
-    """Also score boundaries for each picture, on the CPU: HD95 in pixels and surface Dice. Needs
+    """Also score boundaries per image, on the CPU: HD95 in pixels, and surface Dice. Requires
     unet-shards[scipy]."""
     surface_tolerance: float = SURFACE_TOLERANCE
-    """Pixels that boundaries may lie apart and still agree, for surface Dice."""
+    """Distance in pixels up to which boundaries agree, for surface Dice."""
 
     def __post_init__(self) -> None:
         DataConfig.__post_init__(self)
@@ -75,27 +74,31 @@ class EvaluateConfig(DataConfig, TileConfig):
         if self.predictions is not None:
             for name in TILES:
                 if getattr(self, name) != getattr(TileConfig(), name):
-                    raise ValueError(f"--{name} is for a --checkpoint; --predictions are made")
+                    raise ValueError(
+                        f"--{name} requires --checkpoint; --predictions are already made"
+                    )
         if self.worst < 0:
-            raise ValueError(f"--worst {self.worst} is no number of pictures")
+            raise ValueError(f"--worst must be >= 0, got {self.worst}")
         if not (isfinite(self.surface_tolerance) and self.surface_tolerance >= 0):
-            raise ValueError(f"--surface-tolerance {self.surface_tolerance} is no number from 0 on")
+            raise ValueError(
+                f"--surface-tolerance must be a number >= 0, got {self.surface_tolerance}"
+            )
         if self.surface_tolerance != SURFACE_TOLERANCE and not self.surface:
-            raise ValueError("--surface-tolerance needs --surface")
+            raise ValueError("--surface-tolerance requires --surface")
 
 
 def run(config: EvaluateConfig) -> int:
-    """Score, print the table, write the JSON, the CSV and the worst pictures."""
+    """Score the split; print the table; write scores.json, scores.csv and the worst images."""
     if config.surface and find_spec("scipy") is None:
-        raise UsageError("--surface needs SciPy: pip install 'unet-shards[scipy]'")
+        raise UsageError("--surface requires SciPy: pip install 'unet-shards[scipy]'")
     manifest = read_manifest(config.data)
     split = manifest.split(config.split, config.data)
     out = folder_of(config)
     loaded = None
     if config.checkpoint is not None:
         loaded = load_model(config.checkpoint)
-        refuse_other_data(config, loaded.spec, manifest)
-        # The range of 16-bit pictures is part of what the model has learned.
+        refuse_incompatible_checkpoint(config, loaded.spec, manifest)
+        # The range of 16-bit images is part of what the model has learned.
         manifest = replace(manifest, image_format=loaded.image_format)
     accelerator = start(rank_timeout=config.rank_timeout)
     batch_size = choose_batch_size(config.batch_size, accelerator.device)
@@ -121,7 +124,7 @@ def run(config: EvaluateConfig) -> int:
     rows = images.gather(accelerator)
     if rows is not None:
         out.mkdir(parents=True, exist_ok=True)
-        # Written last, so that what lies beside it belongs to it.
+        # Written last, so that the files beside it always belong to it.
         (out / scoring.SCORES).unlink(missing_ok=True)
         dice = write_scores(
             out / SCORES_CSV, rows, data, config.split, manifest.classes, counted, config.empty
@@ -131,33 +134,37 @@ def run(config: EvaluateConfig) -> int:
         write_json(out / scoring.SCORES, plain)
         print(scoring.table(scored.scores, surface_scores))
         where = f"{out / scoring.SCORES}, {SCORES_CSV}"
-        print(f"{scored.scores.num_images} pictures of {config.split}: {where}")
-        draw_worst(out / WORST, config.worst, scored.again, manifest.palette, dice)
+        print(f"{scored.scores.num_images} images of {config.split}: {where}")
+        draw_worst(out / WORST, config.worst, scored.load_examples, manifest.palette, dice)
     accelerator.end_training()
     return 0
 
 
 def folder_of(config: EvaluateConfig) -> Path:
-    """Where scores go. Raises UsageError where that must be said."""
+    """Return the folder for the scores. Raises UsageError if --out is required and missing."""
     if config.out is not None:
         return config.out
     scored = config.checkpoint or config.predictions or ""
-    here = not is_url(scored) if config.predictions else isinstance(find_checkpoint(scored), Path)
-    if not here:
+    is_local = (
+        not is_url(scored) if config.predictions else isinstance(find_checkpoint(scored), Path)
+    )
+    if not is_local:
         flag = "checkpoint" if config.checkpoint else "predictions"
-        raise UsageError(f"--{flag} {scored} is no folder here: say where scores go with --out")
+        raise UsageError(
+            f"--{flag} {scored} is not a local folder; use --out to choose where scores are written"
+        )
     return Path(scored)
 
 
 @dataclass(frozen=True, slots=True)
-class Scored:
-    """What was scored, and how it did."""
+class ScoredSplit:
+    """The scores of a split and where they come from."""
 
     scores: Scores
     about: dict[str, Any]
-    """What scores.json says of it."""
-    again: Callable[[Sequence[int]], Iterator[Predicted]]
-    """The pictures at some places of the split, with truth and prediction."""
+    """Provenance, as recorded in scores.json."""
+    load_examples: Callable[[Sequence[int]], Iterator[Example]]
+    """Load the images at some positions of the split, with mask and prediction."""
 
 
 def score_model(
@@ -167,8 +174,8 @@ def score_model(
     data: DataSet,
     surface: SurfaceScores | None,
     images: ImageCounts,
-) -> Scored:
-    """Predict every picture and score it. Raises RunError where a GPU's memory runs out."""
+) -> ScoredSplit:
+    """Predict and score every image of the split. Raises RunError if GPU memory runs out."""
     model = loaded.model.to(accelerator.device)
     counting = {"empty": config.empty, "surface": surface, "images": images}
     try:
@@ -177,12 +184,12 @@ def score_model(
         if not out_of_memory(error):
             raise
         raise RunError(
-            f"the memory of this GPU ({accelerator.device}) does not suffice ({summary(error)}); "
+            f"the GPU ({accelerator.device}) is out of memory ({summary(error)}); "
             "lower --batch-size or --tile"
         ) from error
-    again = partial(predict_some, model, accelerator, data, config.split, tiles=config)
+    load_examples = partial(predict_examples, model, accelerator, data, config.split, tiles=config)
     tiles = {name: getattr(config, name) for name in TILES}
-    return Scored(scores, {"checkpoint": loaded.digest, **tiles}, again)
+    return ScoredSplit(scores, {"checkpoint": loaded.digest, **tiles}, load_examples)
 
 
 def score_predictions(
@@ -191,18 +198,19 @@ def score_predictions(
     data: DataSet,
     surface: SurfaceScores | None,
     images: ImageCounts,
-) -> Scored:
-    """Score every picture by the mask that was predicted for it."""
+) -> ScoredSplit:
+    """Score the stored prediction of every image of the split."""
     assert config.predictions is not None
     predictions = open_predictions(config.predictions, data, config.split)
-    if predictions.others and accelerator.is_main_process:
+    if predictions.num_others and accelerator.is_main_process:
         print(
-            f"{config.predictions}: {predictions.others} masks of pictures that are not in "
+            f"{config.predictions}: ignoring {predictions.num_others} masks of images that "
+            "are not in "
             f"{config.split}",
             file=sys.stderr,
         )
     scores = count_split(
-        predictions.beside,
+        predictions.attach,
         accelerator,
         data,
         config.split,
@@ -211,50 +219,55 @@ def score_predictions(
         surface=surface,
         images=images,
     )
-    # As for a checkpoint, as far as it was written down.
+    # As for a checkpoint, as far as job.json records it.
     about = {name: predictions.job.get(name) for name in ("checkpoint", *TILES)}
-    return Scored(scores, {**about, "predictions": predictions.manifest.digest}, predictions.some)
+    return ScoredSplit(
+        scores, {**about, "predictions": predictions.manifest.digest}, predictions.load_examples
+    )
 
 
-def refuse_other_data(config: EvaluateConfig, spec: DataSpec, manifest: Manifest) -> None:
-    """Raise DataError where a checkpoint is made for other classes or other pictures."""
+def refuse_incompatible_checkpoint(
+    config: EvaluateConfig, spec: DataSpec, manifest: Manifest
+) -> None:
+    """Raise DataError if a checkpoint has other classes or channels than the data."""
     if spec.classes != manifest.classes:
         raise DataError(
-            f"{config.checkpoint} knows the classes {', '.join(spec.classes)}, "
+            f"--checkpoint {config.checkpoint} has the classes {', '.join(spec.classes)}, --data "
             f"{config.data} has {', '.join(manifest.classes) or 'none'}; they must be the same"
         )
     if spec.channels != manifest.image_format.channels:
         raise DataError(
-            f"{config.checkpoint} was trained on {spec.channels} pictures, "
-            f"{config.data} holds {manifest.image_format.channels}; they must be the same"
+            f"--checkpoint {config.checkpoint} was trained on {spec.channels} images, --data "
+            f"{config.data} has {manifest.image_format.channels}; they must be the same"
         )
 
 
 def draw_worst(
     folder: Path,
-    most: int,
-    again: Callable[[Sequence[int]], Iterator[Predicted]],
+    max_images: int,
+    load_examples: Callable[[Sequence[int]], Iterator[Example]],
     palette: Palette,
     dice: Floats,
 ) -> None:
-    """Draw the pictures with the lowest `dice` [N] with truth and prediction, the worst first."""
+    """Draw the images with the lowest `dice` [N], with mask and prediction, worst first."""
     for old in folder.glob("[0-9]*-[01].[0-9][0-9][0-9][0-9]-*.png"):
         old.unlink()
-    positions = lowest(dice, most)
+    positions = lowest(dice, max_images)
     if not positions:
         return
     folder.mkdir(exist_ok=True)
-    for number, (position, shown) in enumerate(zip(positions, again(positions), strict=True), 1):
-        # A key of shards that others wrote may be anything.
-        key = re.sub(r"[^A-Za-z0-9_%-]", "_", shown.key)[-90:]
+    examples = zip(positions, load_examples(positions), strict=True)
+    for number, (position, example) in enumerate(examples, 1):
+        # Keys of foreign shards may hold any character.
+        key = re.sub(r"[^A-Za-z0-9_%-]", "_", example.key)[-90:]
         name = f"{number:0{len(str(len(positions)))}d}-{dice[position]:.4f}-{key}.png"
-        drawn = side_by_side(panels(shown, palette, WORST_SIDE))
+        drawn = side_by_side(draw_panels(example, palette, WORST_SIDE))
         write_atomically(folder / name, encode_png(drawn))
-    print(f"the worst {len(positions)}: {folder}")
+    print(f"worst {len(positions)} images: {folder}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line."""
+    """Run the command line."""
     return run_command(EvaluateConfig, run, argv, "evaluate")
 
 

@@ -1,4 +1,4 @@
-"""What the best checkpoint of a run makes of its data: scores, and the worst and best pictures."""
+"""Results of the best checkpoint of a run: scores, and the worst and best images."""
 
 import base64
 import csv
@@ -14,94 +14,97 @@ from PIL import Image
 
 from pipelines.checkpoint import CHECKPOINTS, LoadedModel, load_model, require_spec
 from pipelines.dataset import DataSet
-from pipelines.gallery import panels, predict_some
+from pipelines.gallery import draw_panels, predict_examples
 from pipelines.page import Gallery, Strip
 from pipelines.per_image import SCORES_CSV, Floats, ImageCounts, image_scores, lowest
 from pipelines.progress import progress
-from pipelines.record import Record, read_json
+from pipelines.record import RunRecord, read_json
 from pipelines.scoring import SCORES
 from shards.index import Manifest, read_manifest
 from shards.sample import DataError
 from shards.store import Store
 from unet import SegmentationScores, TileConfig, UNet
 
-MOST_SCORED = 64
-"""Pictures that are scored where `unet evaluate` has not scored them all."""
+MAX_SCORED = 64
+"""Images that are scored if `unet evaluate` has not scored them all."""
 WORST, BEST = 6, 4
-"""Pictures that are shown."""
+"""Number of images to show."""
 SIDE = 320
-"""Longest side of a picture on the page, in pixels: ten times four of them stay below 6 MB."""
+"""Longest side of an image on the page, in pixels: ten rows of four stay below 6 MB."""
 SMALL = 160
-"""Pictures with no longer side show their pixels."""
+"""Images up to this side are shown with visible pixels."""
 
 
 @dataclass(frozen=True, slots=True)
-class Findings:
-    """What was found. All that depends on something that is no longer there is empty."""
+class CheckpointResults:
+    """Results of the best checkpoint; fields are empty when their source is missing."""
 
     loaded: LoadedModel | None = None
     manifest: Manifest | None = None
-    """Of the data that the run was trained on, where it is still there."""
+    """Of the training data, if it still exists."""
     scores: dict[str, Any] | None = None
     """As in `scores.json`."""
     of: str = ""
-    """Which pictures the scores are of."""
+    """Which images the scores cover."""
     galleries: tuple[Gallery, ...] = ()
     among: str = ""
-    """Which pictures those shown were chosen from."""
+    """Which images the galleries were chosen from."""
     notes: tuple[str, ...] = ()
-    """What could not be found, a sentence each."""
+    """What is missing, a sentence each."""
 
 
-def find(
-    record: Record, accelerator: Accelerator, place: str | None, *, pictures: bool
-) -> Findings:
-    """Load the best checkpoint, take the scores of `unet evaluate` or score some, and draw.
+def load_results(
+    record: RunRecord, accelerator: Accelerator, place: str | None, *, images: bool
+) -> CheckpointResults:
+    """Load the best checkpoint, read the scores of `unet evaluate` or score a sample, and draw.
 
-    `place`: of the data, if not where the run had it. `pictures`: whether data is read at all.
-    This process does it alone, without meeting other ranks.
+    `place` is the location of the data, if it has moved; `images` is whether data is read at all.
+    Runs on one process, without meeting other ranks.
     """
     checkpoints = record.run_dir / CHECKPOINTS
     if not any((checkpoints / name).is_dir() for name in ("best", "last")):
-        return Findings(notes=("There is no checkpoint yet, and so no pictures.",))
+        return CheckpointResults(notes=("There are no images: the run has no checkpoint yet.",))
     try:
         loaded = load_model(str(record.run_dir))
     except DataError as error:
-        return Findings(notes=(f"No pictures: {error}.",))
+        return CheckpointResults(notes=(f"No images: {error}.",))
     notes: list[str] = []
     scores = read_scores(record, loaded, notes)
     split = scores["split"] if scores else "val"
-    found = Findings(loaded=loaded, scores=scores, of=which(scores) if scores else "")
-    if not pictures:
-        return replace(found, notes=tuple(notes))
+    results = CheckpointResults(
+        loaded=loaded, scores=scores, of=describe_coverage(scores) if scores else ""
+    )
+    if not images:
+        return replace(results, notes=tuple(notes))
     place = place or record.setting("data")
     try:
         manifest = open_manifest(record, place)
-        found = replace(found, manifest=manifest)
+        results = replace(results, manifest=manifest)
         manifest = replace(manifest, image_format=loaded.image_format)
         data = DataSet(Store(str(place)), manifest, None, workers=0)
-        found = look(found, record, data, split, loaded.model.to(accelerator.device), accelerator)
+        model = loaded.model.to(accelerator.device)
+        results = draw_extremes(results, record, data, split, model, accelerator)
     except (DataError, OSError) as error:
-        notes.append(f"No pictures: {error}.")
-    return replace(found, notes=tuple(notes))
+        notes.append(f"No images: {error}.")
+    return replace(results, notes=tuple(notes))
 
 
-def which(scores: dict[str, Any]) -> str:
-    """Which pictures scores.json is of, and if they were predicted in an uncommon way."""
-    mirrored = ", each with its mirror images (--tta)" if scores.get("tta") is True else ""
-    return f"all {scores['split']} pictures{mirrored}"
+def describe_coverage(scores: dict[str, Any]) -> str:
+    """Describe which images scores.json covers, and whether with test-time augmentation."""
+    mirrored = ", with test-time augmentation (--tta)" if scores.get("tta") is True else ""
+    return f"all {scores['split']} images{mirrored}"
 
 
-def read_scores(record: Record, loaded: LoadedModel, notes: list[str]) -> dict[str, Any] | None:
-    """RUN/scores.json, if it is of these weights and of the run's own data."""
+def read_scores(record: RunRecord, loaded: LoadedModel, notes: list[str]) -> dict[str, Any] | None:
+    """Read RUN/scores.json if it belongs to these weights and to the data of the run."""
     scores = read_json(record.run_dir / SCORES, notes)
     if not scores:
         return None
     if scores.get("checkpoint") != loaded.digest:
-        notes.append(f"{SCORES} is of another checkpoint; it is left out.")
+        notes.append(f"{SCORES} belongs to another checkpoint and is not shown.")
         return None
     if scores.get("manifest") != trained_on(record):
-        notes.append(f"{SCORES} is of other data than the run was trained on; it is left out.")
+        notes.append(f"{SCORES} belongs to other data than the training data and is not shown.")
         return None
     if not is_scores(scores, loaded.spec.classes):
         notes.append(f"{SCORES} is damaged.")
@@ -110,7 +113,7 @@ def read_scores(record: Record, loaded: LoadedModel, notes: list[str]) -> dict[s
 
 
 def is_scores(plain: dict[str, Any], classes: tuple[str, ...]) -> bool:
-    """Whether this is what `unet evaluate` writes of these classes."""
+    """Return whether `plain` has the form that `unet evaluate` writes for these classes."""
     confusion, counted = plain.get("confusion"), plain.get("counted")
     objects = [plain.get(name) for name in ("classes", "macro", "micro", "per_image")]
     objects += objects[0].values() if isinstance(objects[0], dict) else []
@@ -126,73 +129,73 @@ def is_scores(plain: dict[str, Any], classes: tuple[str, ...]) -> bool:
     )
 
 
-def trained_on(record: Record) -> Any:
-    """sha256 of the manifest of the run's data; None where it is not known."""
+def trained_on(record: RunRecord) -> Any:
+    """Return the sha256 of the manifest of the training data; None if unknown."""
     fixed = record.last.get("fixed")
     return fixed.get("manifest") if isinstance(fixed, dict) else None
 
 
-def open_manifest(record: Record, place: Any) -> Manifest:
-    """The manifest of the run's data. Raises DataError where it is gone or has changed."""
+def open_manifest(record: RunRecord, place: Any) -> Manifest:
+    """Read the manifest of the training data. Raises DataError if it is missing or has changed."""
     if not isinstance(place, str):
-        raise DataError("where the data is, is not known; say it with --data")
+        raise DataError("the location of the training data is unknown; set it with --data")
     manifest = read_manifest(place)
     if manifest.digest != trained_on(record):
-        raise DataError(f"{place} is not the data set that the run was trained on")
+        raise DataError(f"{place} is not the data that the run was trained on")
     return manifest
 
 
-def look(
-    found: Findings,
-    record: Record,
+def draw_extremes(
+    results: CheckpointResults,
+    record: RunRecord,
     data: DataSet,
     split: str,
     model: UNet,
     accelerator: Accelerator,
-) -> Findings:
-    """Choose the worst and the best pictures of a split, and draw them.
+) -> CheckpointResults:
+    """Draw the worst and the best images of a split.
 
-    Raises DataError for what cannot be read.
+    Raises DataError if a sample cannot be read.
     """
     num_images = data.manifest.split(split, data.store).samples
-    tiles = tiles_of(record, found.scores or {})
-    dice = read_dice(record.run_dir / SCORES_CSV, num_images) if found.scores else None
-    among = found.of
+    tiles = read_tiles(record, results.scores or {})
+    dice = read_dice(record.run_dir / SCORES_CSV, num_images) if results.scores else None
+    among = results.of
     if dice is None:
-        scores, dice, among = score_some(model, accelerator, data, split, tiles)
-        found = replace(found, scores=found.scores or scores, of=found.of or among)
+        scores, dice, among = score_sample(model, accelerator, data, split, tiles)
+        results = replace(results, scores=results.scores or scores, of=results.of or among)
     known = int((~np.isnan(dice)).sum())
     best = lowest(-dice, min(BEST, known // 2))
     worst = lowest(dice, min(WORST, known - len(best)))
     galleries = []
     for title, positions in (("The worst", worst), ("The best", best)):
-        again = predict_some(model, accelerator, data, split, positions, tiles)
+        examples = predict_examples(model, accelerator, data, split, positions, tiles)
         strips = tuple(
             Strip(
-                shown.key,
+                example.key,
                 float(dice[position]),
-                encode(panels(shown, data.manifest.palette, SIDE)),
-                small=max(shown.mask.shape) <= SMALL,
+                encode(draw_panels(example, data.manifest.palette, SIDE)),
+                small=max(example.mask.shape) <= SMALL,
             )
-            for position, shown in zip(positions, again, strict=True)
+            for position, example in zip(positions, examples, strict=True)
         )
         if strips:
             galleries.append(Gallery(title, strips))
-    return replace(found, galleries=tuple(galleries), among=among)
+    return replace(results, galleries=tuple(galleries), among=among)
 
 
-def tiles_of(record: Record, scores: dict[str, Any]) -> TileConfig:
-    """How pictures were cut for these scores, else in validation; by default where that is lost."""
-    given = record.setting("tiles")
-    told = {**(given if isinstance(given, dict) else {}), **scores}
+def read_tiles(record: RunRecord, scores: dict[str, Any]) -> TileConfig:
+    """Return the tiles of these scores, else of validation, else the default."""
+    configured = record.setting("tiles")
+    known = {**(configured if isinstance(configured, dict) else {}), **scores}
     try:
-        return TileConfig(**{f.name: told[f.name] for f in fields(TileConfig) if f.name in told})
+        return TileConfig(**{f.name: known[f.name] for f in fields(TileConfig) if f.name in known})
     except (TypeError, ValueError):
         return TileConfig()
 
 
 def read_dice(path: Path, num_images: int) -> Floats | None:
-    """The column `dice` of scores.csv [N], NaN where it is empty; None if it is of other data."""
+    """Read the column `dice` of scores.csv, float64 [N], NaN where empty; None if N differs."""
     try:
         with path.open(newline="", encoding="utf-8") as file:
             cells = (line["dice"] for line in csv.DictReader(file))
@@ -202,41 +205,42 @@ def read_dice(path: Path, num_images: int) -> Floats | None:
     return dice if len(dice) == num_images else None
 
 
-def score_some(
+def score_sample(
     model: UNet, accelerator: Accelerator, data: DataSet, split: str, tiles: TileConfig
 ) -> tuple[dict[str, Any], Floats, str]:
-    """Scores of at most `MOST_SCORED` pictures, evenly spread over a split.
+    """Score at most `MAX_SCORED` images, evenly spread over a split.
 
-    Returns what `scores.json` would hold of them, the Dice of each picture of the split [N], NaN
-    where it was not looked at, and which pictures they are.
+    Returns the contents of `scores.json`, the Dice of each image of the split [N] (NaN where it
+    was not scored), and a description of the images.
     """
     spec = require_spec(model)
     num_images = data.manifest.splits[split].samples
-    most = min(num_images, MOST_SCORED)
-    positions = [number * num_images // most for number in range(most)]
-    counts = ImageCounts((most,), len(spec.classes), batch_size=1, rank=0, world=1)
+    num_scored = min(num_images, MAX_SCORED)
+    positions = [number * num_images // num_scored for number in range(num_scored)]
+    counts = ImageCounts((num_scored,), len(spec.classes), batch_size=1, rank=0, world=1)
     metric = SegmentationScores(spec.classes, spec.counted)
-    # Other ranks are not asked.
+    # Only this rank is here.
     metric.distributed_available_fn = lambda: False
-    again = predict_some(model, accelerator, data, split, positions, tiles)
-    with progress(total=most, desc="report", unit="picture") as bar:
-        for number, shown in enumerate(again):
-            prediction, mask = torch.tensor(shown.prediction)[None], torch.tensor(shown.mask)[None]
+    examples = predict_examples(model, accelerator, data, split, positions, tiles)
+    with progress(total=num_scored, desc="report", unit="image") as bar:
+        for number, example in enumerate(examples):
+            prediction = torch.tensor(example.prediction)[None]
+            mask = torch.tensor(example.mask)[None]
             metric.update(prediction, mask)
             counts.update(prediction, mask, torch.tensor([number]))
             bar.update()
     dice = np.full(num_images, np.nan)
     dice[positions] = image_scores(counts.rows, spec.counted).macro[:, 0]
     of = (
-        f"all {split} pictures"
-        if most == num_images
-        else (f"{most} of {num_images:,} {split} pictures, evenly spread")
+        f"all {split} images"
+        if num_scored == num_images
+        else f"{num_scored} of {num_images:,} {split} images, evenly spread"
     )
     return metric.scores().to_plain(), dice, of
 
 
 def encode(parts: list[Image.Image]) -> tuple[str, ...]:
-    """Picture, truth, prediction and difference as data: URIs."""
+    """Encode image, mask, prediction and difference as data: URIs."""
     image, mask, prediction, difference = parts
     return (
         data_uri(image, "jpeg", quality=82),
@@ -247,7 +251,7 @@ def encode(parts: list[Image.Image]) -> tuple[str, ...]:
 
 
 def data_uri(image: Image.Image, kind: str, **options: Any) -> str:
-    """A picture that lies in the page."""
+    """Encode an image as a data: URI."""
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -1,4 +1,4 @@
-"""Single pictures of a split to look at: picture, truth, prediction, and where these differ."""
+"""Single images of a split for people: image, mask, prediction and where these differ."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,45 +16,45 @@ from shards.sample import IGNORE, Colour, Palette, Uint8
 from unet import TileConfig, UNet, predict_mask
 
 WRONG: Colour = (255, 0, 110)
-"""Pixels of another class than in the truth."""
+"""Colour of wrongly predicted pixels."""
 IGNORED: Colour = (128, 128, 128)
-"""Pixels that count nowhere."""
+"""Colour of ignored pixels."""
 GAP = 8
 """Pixels between panels."""
 
 
 @dataclass(frozen=True, slots=True)
-class Predicted:
-    """A picture with its true and its predicted mask."""
+class Example:
+    """An image with its mask and its prediction."""
 
     key: str
     image: Uint8
-    """[H, W, 1 or 3]."""
+    """uint8 [H, W, 1 or 3]."""
     mask: Uint8
-    """Class indices [H, W], 255 = ignore."""
+    """Class indices uint8 [H, W], 255 = ignore."""
     prediction: Uint8
-    """Class indices [H, W]."""
+    """Class indices uint8 [H, W]."""
 
 
 @torch.inference_mode()
-def predict_some(
+def predict_examples(
     model: UNet,
     accelerator: Accelerator,
     data: DataSet,
     split: str,
     positions: Sequence[int],
     tiles: TileConfig,
-) -> Iterator[Predicted]:
-    """Predict the pictures at some places of a split, one by one, in this process alone.
+) -> Iterator[Example]:
+    """Predict the images at some positions of a split, one by one, without meeting other ranks.
 
-    Raises DataError for a sample that cannot be read or has no mask.
+    Raises DataError if a sample cannot be read or has no mask.
     """
     reader, manifest = data.reader(split), data.manifest
     sizes = tuple(shard.samples for shard in reader.shards)
     forward, network = make_forward(model, accelerator), model.config
     model.eval()
     for position in positions:
-        # Of as many ranks as there are samples, the one that has this sample.
+        # With as many ranks as samples, the rank that has this sample.
         ((address,),) = EvalPlan(sizes, 1, position, sum(sizes)).batches(0, 1)
         raw = reader.read(address)
         sample = raw.decode(manifest.image_format, len(manifest.classes))
@@ -63,17 +63,17 @@ def predict_some(
             forward, image, tiles, margin=network.margin, multiple=2**network.depth
         )
         mask = require_mask(sample.mask, raw)
-        yield Predicted(sample.key, sample.image, mask, prediction[0].cpu().numpy())
+        yield Example(sample.key, sample.image, mask, prediction[0].cpu().numpy())
 
 
-def panels(shown: Predicted, palette: Palette, most: int) -> list[Image.Image]:
-    """Picture, truth, prediction and difference in RGB, no side longer than `most` pixels.
+def draw_panels(example: Example, palette: Palette, max_side: int) -> list[Image.Image]:
+    """Draw image, mask, prediction and difference in RGB, no side longer than `max_side` pixels.
 
-    The difference is the picture, dimmed, with what is wrong and what is ignored painted over.
+    The difference is the dimmed image with wrong and ignored pixels painted over.
     """
-    image, mask, prediction = shown.image, shown.mask, shown.prediction
+    image, mask, prediction = example.image, example.mask, example.prediction
     height, width = mask.shape
-    factor = min(1.0, most / max(width, height))
+    factor = min(1.0, max_side / max(width, height))
     size = (max(1, round(width * factor)), max(1, round(height * factor)))
     colours = np.full((256, 3), IGNORED, dtype=np.uint8)
     colours[: len(palette)] = palette
@@ -89,7 +89,7 @@ def panels(shown: Predicted, palette: Palette, most: int) -> list[Image.Image]:
 
 
 def side_by_side(parts: Sequence[Image.Image]) -> Image.Image:
-    """Panels of one size in a row."""
+    """Join panels of equal size into one row."""
     width, height = parts[0].size
     row = Image.new("RGB", (len(parts) * (width + GAP) - GAP, height), (255, 255, 255))
     for number, part in enumerate(parts):

@@ -6,7 +6,7 @@ from PIL import Image
 from torch import Tensor
 
 from pipelines.dataset import DataSet
-from pipelines.gallery import panels, predict_some, side_by_side
+from pipelines.gallery import draw_panels, predict_examples, side_by_side
 from pipelines.overlay import draw_overlay
 from unet import DataSpec, TileConfig, UNet
 
@@ -42,7 +42,7 @@ def draw_validation(
     number = data.manifest.splits["val"].samples
     positions = sorted({i * number // most for i in range(most)})
     was_training = model.training
-    found = predict_some(model, accelerator, data, "val", positions, tiles)
-    drawn = [side_by_side(panels(shown, data.manifest.palette, MOST)) for shown in found]
+    found = predict_examples(model, accelerator, data, "val", positions, tiles)
+    drawn = [side_by_side(draw_panels(shown, data.manifest.palette, MOST)) for shown in found]
     model.train(was_training)
     return drawn

@@ -1,4 +1,4 @@
-"""What a run has left in its folder, also one that goes on or was killed while it wrote a line."""
+"""The contents of a run folder, also of a run that is training or was killed in mid-write."""
 
 import json
 import os
@@ -18,10 +18,10 @@ from pipelines.checkpoint import CHECKPOINTS, STATE
 from shards.sample import DataError
 from shards.writer import write_json
 
-MOST_POINTS = 500
-"""A curve keeps between so many points and twice as many."""
-MOST_TEXT = 100_000
-"""Characters of config.yaml that are kept."""
+MIN_POINTS = 500
+"""Long curves keep between this many points and twice as many."""
+MAX_TEXT = 100_000
+"""Characters of config.yaml to keep."""
 CONFIG, METRICS, ENVIRONMENT = "config.yaml", "metrics.jsonl", "environment.json"
 PACKAGES = (
     *("unet-shards", "torch", "accelerate", "webdataset", "torchmetrics", "numpy", "pillow"),
@@ -31,7 +31,7 @@ PACKAGES = (
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """A number over the steps of a run."""
+    """A value over the steps of a run."""
 
     steps: tuple[float, ...]
     values: tuple[float, ...]
@@ -39,20 +39,20 @@ class Curve:
 
 @dataclass(slots=True)
 class Thinner:
-    """A curve that grows point by point and stays small: when it is long, pairs become their mean.
+    """Thins a growing curve: when it is too long, pairs of points are averaged.
 
-    All means are over the same number of points, but for the last.
+    All means cover the same number of points, except the last.
     """
 
     points: list[tuple[float, float]] = field(default_factory=list)
     width: int = 1
-    """Points that were given for each that is kept."""
+    """Points averaged into each kept point."""
     step_sum: float = 0.0
     value_sum: float = 0.0
     held: int = 0
 
     def add(self, step: float, value: float) -> None:
-        """One more point."""
+        """Add a point."""
         self.step_sum += step
         self.value_sum += value
         self.held += 1
@@ -60,49 +60,49 @@ class Thinner:
             return
         self.points.append(self.mean())
         self.step_sum, self.value_sum, self.held = 0.0, 0.0, 0
-        if len(self.points) == 2 * MOST_POINTS:
+        if len(self.points) == 2 * MIN_POINTS:
             pairs = zip(self.points[::2], self.points[1::2], strict=True)
             self.points = [((a[0] + b[0]) / 2, (a[1] + b[1]) / 2) for a, b in pairs]
             self.width *= 2
 
     def mean(self) -> tuple[float, float]:
-        """Of the points that are not yet kept."""
+        """Average the points that are not kept yet."""
         return self.step_sum / self.held, self.value_sum / self.held
 
     def curve(self) -> Curve:
-        """What there is."""
+        """Return the curve so far."""
         points = [*self.points, self.mean()] if self.held else self.points
         return Curve(tuple(p[0] for p in points), tuple(p[1] for p in points))
 
 
 @dataclass(frozen=True, slots=True)
 class Metrics:
-    """What metrics.jsonl holds."""
+    """The contents of metrics.jsonl."""
 
     curves: dict[str, Curve]
-    """By the names of DESIGN: `train/loss`, `val/dice`, ..."""
+    """By name: `train/loss`, `val/dice`, …"""
     last_step: int | None
     latest: dict[str, float]
-    """The last number under each name."""
+    """The last value of each metric."""
     best: dict[str, float]
     """The validation scores of the best step, with `step`; empty before the first validation."""
     notes: tuple[str, ...]
-    """What was passed over, a sentence each."""
+    """What was ignored, a sentence each."""
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
-    """A run folder, read."""
+class RunRecord:
+    """The contents of a run folder."""
 
     run_dir: Path
     config: dict[str, Any]
-    """Of config.yaml; empty where there is none."""
+    """config.yaml; empty if missing."""
     config_text: str
     metrics: Metrics
     state: dict[str, Any]
-    """RUN/state.json, how the run ended; empty where it has not."""
+    """RUN/state.json, how the run ended; empty if it has not."""
     last: dict[str, Any]
-    """The state in the last checkpoint; empty where there is none."""
+    """state.json of the last checkpoint; empty if there is none."""
     environment: dict[str, Any]
     """Versions and devices."""
     notes: tuple[str, ...]
@@ -110,21 +110,23 @@ class Record:
 
     @property
     def name(self) -> str:
-        """What the run is called."""
+        """Name of the run: that of its folder."""
         return self.run_dir.resolve().name
 
     def setting(self, *path: str) -> Any:
-        """A value of the configuration; None where it is not known."""
+        """Return a value of the configuration; None if unknown."""
         value: Any = self.config
         for name in path:
             value = value.get(name) if isinstance(value, dict) else None
         return value
 
 
-def read_record(run_dir: Path) -> Record:
-    """Read a run folder. Raises DataError where it is none."""
+def read_record(run_dir: Path) -> RunRecord:
+    """Read a run folder. Raises DataError if it is not a run folder."""
     if not (run_dir / CONFIG).exists() and not (run_dir / METRICS).exists():
-        raise DataError(f"{run_dir} is no run folder: it has neither {CONFIG} nor {METRICS}")
+        raise DataError(
+            f"--run-dir {run_dir} is not a run folder: it has neither {CONFIG} nor {METRICS}"
+        )
     notes: list[str] = []
     config, text = read_config(run_dir / CONFIG, notes)
     checkpoints = run_dir / CHECKPOINTS
@@ -133,8 +135,8 @@ def read_record(run_dir: Path) -> Record:
     environment = read_json(run_dir / ENVIRONMENT, notes)
     if not environment:
         environment = describe_environment()
-        notes.append("Versions and devices are those of the program that made this page.")
-    return Record(
+        notes.append("Versions and devices are those of the process that made this page.")
+    return RunRecord(
         run_dir=run_dir,
         config=config,
         config_text=text,
@@ -147,9 +149,9 @@ def read_record(run_dir: Path) -> Record:
 
 
 def read_config(path: Path, notes: list[str]) -> tuple[dict[str, Any], str]:
-    """The resolved configuration, and as it stands in its file."""
+    """Read the resolved configuration, parsed and as text."""
     if not path.exists():
-        notes.append(f"There is no {CONFIG}.")
+        notes.append(f"{CONFIG} is missing.")
         return {}, ""
     text = path.read_text(errors="replace")
     try:
@@ -159,13 +161,13 @@ def read_config(path: Path, notes: list[str]) -> tuple[dict[str, Any], str]:
     if not isinstance(plain, dict):
         notes.append(f"{CONFIG} is damaged.")
         plain = {}
-    if len(text) > MOST_TEXT:
-        notes.append(f"{CONFIG} is cut after {MOST_TEXT:,} characters.")
-    return plain, text[:MOST_TEXT]
+    if len(text) > MAX_TEXT:
+        notes.append(f"{CONFIG} is truncated after {MAX_TEXT:,} characters.")
+    return plain, text[:MAX_TEXT]
 
 
 def read_json(path: Path, notes: list[str]) -> dict[str, Any]:
-    """A JSON object; empty where there is no such file, or one that is damaged."""
+    """Read a JSON object; empty if the file is missing or damaged."""
     try:
         plain = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -179,16 +181,16 @@ def read_json(path: Path, notes: list[str]) -> dict[str, Any]:
 
 
 def read_metrics(path: Path, best_step: float | None) -> Metrics:
-    """Curves of metrics.jsonl, read once, in memory that does not grow with it.
+    """Read the curves of metrics.jsonl in one pass and bounded memory.
 
-    `best_step`: of the best checkpoint; None: the best is where `val/dice` is highest.
+    `best_step` is the step of the best checkpoint; None: the one with the highest `val/dice`.
     """
     thinners: dict[str, Thinner] = {}
     best: dict[str, float] = {}
     latest: dict[str, float] = {}
-    last_step, damaged, cut, endless = None, 0, False, 0
+    last_step, damaged, cut, not_finite = None, 0, False, 0
     for line in lines_of(path):
-        # Only a last line can lack its end.
+        # Only the last line can be incomplete.
         cut = not line.endswith("\n")
         values = parse_line(line)
         if values is None:
@@ -199,28 +201,30 @@ def read_metrics(path: Path, best_step: float | None) -> Metrics:
         for name, value in values.items():
             if name != "step" and isfinite(value):
                 thinners.setdefault(name, Thinner()).add(values["step"], value)
-            endless += not isfinite(value)
+            not_finite += not isfinite(value)
         if "val/dice" in values and is_better(values, best, best_step):
             best = {k: v for k, v in values.items() if k == "step" or k.startswith("val/")}
-    told = (
-        (not path.exists(), f"There is no {METRICS} yet."),
-        (cut, f"The last line of {METRICS} is cut; it is left out."),
-        (damaged, f"{damaged:,} lines of {METRICS} are damaged; they are left out."),
-        (endless, f"{endless:,} numbers in {METRICS} are not finite; they are left out."),
+    notes = (
+        (not path.exists(), f"{METRICS} does not exist yet."),
+        (cut, f"The last line of {METRICS} is incomplete and is ignored."),
+        (damaged, f"{damaged:,} lines of {METRICS} are damaged and are ignored."),
+        (not_finite, f"{not_finite:,} values in {METRICS} are not finite and are ignored."),
     )
     curves = {name: thinner.curve() for name, thinner in thinners.items()}
-    return Metrics(curves, last_step, latest, best, tuple(note for is_so, note in told if is_so))
+    return Metrics(
+        curves, last_step, latest, best, tuple(note for applies, note in notes if applies)
+    )
 
 
 def lines_of(path: Path) -> Iterator[str]:
-    """The lines of a text file, which may not be there."""
+    """Yield the lines of a text file; none if it does not exist."""
     if path.exists():
         with path.open(errors="replace", newline="\n") as file:
             yield from file
 
 
 def parse_line(line: str) -> dict[str, float] | None:
-    """The numbers of a line, with `step`; None where it is no such line."""
+    """Parse the numbers of a line that has a `step`; None if it is damaged."""
     try:
         plain = json.loads(line)
     except (ValueError, RecursionError):
@@ -233,14 +237,14 @@ def parse_line(line: str) -> dict[str, float] | None:
 
 
 def is_better(values: dict[str, float], best: dict[str, float], best_step: float | None) -> bool:
-    """Whether these are the scores to show rather than those found so far."""
+    """Return whether to show these scores instead of the best so far."""
     if best_step is not None and best_step in (values["step"], best.get("step")):
         return values["step"] == best_step
     return not best or values["val/dice"] > best["val/dice"]
 
 
 def number(value: Any) -> float | None:
-    """A number of a JSON file; None for anything else."""
+    """Convert a JSON number to float; None for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
@@ -250,12 +254,12 @@ def number(value: Any) -> float | None:
 
 
 def write_environment(run_dir: Path, accelerator: Accelerator) -> None:
-    """Write down what a run runs on, in RUN/environment.json. For the main process."""
+    """Write RUN/environment.json. Call it on the main process."""
     write_json(run_dir / ENVIRONMENT, describe_environment(accelerator))
 
 
 def describe_environment(accelerator: Accelerator | None = None) -> dict[str, Any]:
-    """Versions, and what this process computes on; with how many others, if that is given."""
+    """Describe versions and devices of this process, and its ranks if `accelerator` is given."""
     gpus = [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     plain: dict[str, Any] = {
@@ -274,7 +278,7 @@ def describe_environment(accelerator: Accelerator | None = None) -> dict[str, An
 
 
 def cpu_name(cpuinfo: Iterable[str]) -> str:
-    """The model that Linux names, elsewhere the kind of processor."""
+    """Return the CPU model on Linux, elsewhere the architecture."""
     for line in cpuinfo:
         name, _, value = line.partition(":")
         if name.strip() == "model name":
@@ -283,10 +287,10 @@ def cpu_name(cpuinfo: Iterable[str]) -> str:
 
 
 def versions() -> Iterator[tuple[str, str]]:
-    """Of the packages that decide what a run computes and writes."""
+    """Yield the versions of the packages that determine results."""
     for package in PACKAGES:
         try:
             yield package, version(package)
         except PackageNotFoundError:
-            # Ours, where it is run from its sources.
+            # Our own package, when run from its sources.
             continue

@@ -1,4 +1,4 @@
-"""`unet report`: one HTML page about a run, that opens from disk, without a network or a script."""
+"""`unet report`: one HTML page about a run, which opens offline and without scripts."""
 
 import sys
 from collections.abc import Sequence
@@ -12,24 +12,24 @@ from pipelines.summary import write_report
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReportConfig:
-    """Write a page about a run: curves, scores, confusion, the worst and best pictures, settings.
+    """Write a page about a run: curves, scores, confusion, worst and best images, settings.
 
-    Also of a run that goes on. Scores are those of `unet evaluate` where it was given this
-    checkpoint, else of at most 64 validation pictures.
+    The run may still be training. Scores are those of `unet evaluate` if it has scored the best
+    checkpoint, else of at most 64 validation images.
     """
 
     run_dir: Path
-    """Folder of the run."""
+    """Run folder."""
     out: Path | None = None
-    """The page; left out: report.html in the run folder."""
+    """File to write. Default: report.html in the run folder."""
     data: str | None = None
-    """Folder of shards or URL, where the data of the run has moved."""
+    """Folder of shards or URL, if the data has moved since training."""
     pictures: bool = True
-    """Read pictures of the data and predict them with the best checkpoint."""
+    """Show images of the data with predictions of the best checkpoint."""
 
 
 def run(config: ReportConfig) -> int:
-    """Write it, on one rank."""
+    """Write the report, on one rank."""
     accelerator = start()
     if accelerator.is_main_process:
         path = write_report(
@@ -45,7 +45,7 @@ def run(config: ReportConfig) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line."""
+    """Run the command line."""
     return run_command(ReportConfig, run, argv, "report")
 
 

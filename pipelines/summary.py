@@ -11,7 +11,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from pipelines.findings import Findings, find
+from pipelines.findings import CheckpointResults, load_results
 from pipelines.gallery import IGNORED, WRONG
 from pipelines.page import (
     MOST_CLASSES,
@@ -23,7 +23,7 @@ from pipelines.page import (
     Table,
     render,
 )
-from pipelines.record import CONFIG, Record, number, read_record
+from pipelines.record import CONFIG, RunRecord, number, read_record
 from shards.sample import Palette
 from shards.writer import write_atomically
 
@@ -60,11 +60,11 @@ def write_report(
 ) -> Path:
     """Write the page, whole or not at all: the same bytes for the same folder, program and device.
 
-    `out`: the file, RUN/report.html by default; the others: see `findings.find`. Raises DataError
-    where `run_dir` is no run folder.
+    `out`: the file, RUN/report.html by default; the others: see `findings.load_results`. Raises
+    DataError where `run_dir` is no run folder.
     """
     record = read_record(run_dir)
-    found = find(record, accelerator, data, pictures=pictures)
+    found = load_results(record, accelerator, data, images=pictures)
     page = render(compose(record, found))
     path = out or run_dir / REPORT
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -73,7 +73,7 @@ def write_report(
     return path
 
 
-def compose(record: Record, found: Findings) -> Report:
+def compose(record: RunRecord, found: CheckpointResults) -> Report:
     """What the page says."""
     confusion = found.scores["confusion"] if found.scores else ()
     notes = [*record.notes, *found.notes]
@@ -107,7 +107,7 @@ def compose(record: Record, found: Findings) -> Report:
     )
 
 
-def subtitle(record: Record, found: Findings) -> str:
+def subtitle(record: RunRecord, found: CheckpointResults) -> str:
     """Network and data in a line."""
     parts = []
     if preset := record.setting("model", "preset"):
@@ -120,7 +120,7 @@ def subtitle(record: Record, found: Findings) -> str:
     return " · ".join(parts)
 
 
-def verdict(record: Record) -> str:
+def verdict(record: RunRecord) -> str:
     """How good it is and how it ended, in two sentences."""
     best, loss = record.metrics.best, record.metrics.curves.get("train/loss")
     if best:
@@ -136,7 +136,7 @@ def verdict(record: Record) -> str:
     return f"{good} {ended(record)}"
 
 
-def ended(record: Record) -> str:
+def ended(record: RunRecord) -> str:
     """How the run ended, if it did."""
     state, last = record.state, record.metrics.last_step or 0
     step = number(state.get("step"))
@@ -147,7 +147,7 @@ def ended(record: Record) -> str:
     return f"Interrupted at step {step:,.0f}{after(record)}; it can go on."
 
 
-def after(record: Record) -> str:
+def after(record: RunRecord) -> str:
     """How long it took."""
     seconds = number(record.state.get("seconds"))
     return "" if seconds is None else f" after {duration(seconds)}"
@@ -163,7 +163,7 @@ def duration(seconds: float) -> str:
     return " ".join(f"{count} {unit}" for count, unit in units[first : first + 2] if count) or "0 s"
 
 
-def charts(record: Record) -> Iterator[Chart]:
+def charts(record: RunRecord) -> Iterator[Chart]:
     """Loss, scores, learning rate and speed over the steps, those that were recorded."""
     curves = record.metrics.curves
     losses = [name for name in curves if name.startswith("train/loss_")]
@@ -183,7 +183,7 @@ def charts(record: Record) -> Iterator[Chart]:
             yield Chart(title, series, last, point, from_zero)
 
 
-def named(record: Record, name: str) -> Series:
+def named(record: RunRecord, name: str) -> Series:
     """A curve as the page names it."""
     curve = record.metrics.curves[name]
     words = {"train/loss": "loss", "val/dice": "Dice", "val/iou": "IoU"}
@@ -191,7 +191,7 @@ def named(record: Record, name: str) -> Series:
     return Series(shown, curve.steps, curve.values)
 
 
-def table(record: Record, found: Findings) -> Table | None:
+def table(record: RunRecord, found: CheckpointResults) -> Table | None:
     """The scores of each class: of the best checkpoint, else as they were validated."""
     best = record.metrics.best
     if found.scores is not None and found.loaded is not None:
@@ -205,7 +205,7 @@ def table(record: Record, found: Findings) -> Table | None:
     return Table(caption, ("Dice", "IoU"), tuple(rows))
 
 
-def scored_table(record: Record, of: str, scores: dict[str, Any], palette: Palette) -> Table:
+def scored_table(record: RunRecord, of: str, scores: dict[str, Any], palette: Palette) -> Table:
     """Dice, IoU, precision, recall and share of the pixels."""
     pixels = [sum(line) for line in scores["confusion"]]
     rows = []
@@ -221,7 +221,7 @@ def scored_table(record: Record, of: str, scores: dict[str, Any], palette: Palet
     return Table(caption, ("Dice", "IoU", "Precision", "Recall", "Pixels"), tuple(rows))
 
 
-def history(record: Record, name: str) -> Series | None:
+def history(record: RunRecord, name: str) -> Series | None:
     """The Dice of a class over the steps."""
     curve = record.metrics.curves.get(f"val/dice/{name}")
     return Series(f"Dice of {name}", curve.steps, curve.values) if curve else None
@@ -233,7 +233,7 @@ def cells(values: dict[str, Any], *names: str) -> tuple[str, ...]:
     return tuple("n/a" if score is None else f"{score:.4f}" for score in scores)
 
 
-def facts(record: Record, found: Findings) -> Iterator[tuple[str, str]]:
+def facts(record: RunRecord, found: CheckpointResults) -> Iterator[tuple[str, str]]:
     """Names and values, those that are known."""
     yield "Ended", ended(record)
     seconds = number(record.last.get("seconds"))
@@ -299,7 +299,7 @@ def blocks(text: str) -> Iterator[str]:
         yield "\n".join(lines)
 
 
-def versions(record: Record) -> Iterator[tuple[str, str]]:
+def versions(record: RunRecord) -> Iterator[tuple[str, str]]:
     """Packages and their versions."""
     known = record.environment.get("versions")
     if isinstance(known, dict):
@@ -308,7 +308,7 @@ def versions(record: Record) -> Iterator[tuple[str, str]]:
         yield "platform", str(record.environment["platform"])
 
 
-def commands(record: Record) -> Iterator[tuple[str, str]]:
+def commands(record: RunRecord) -> Iterator[tuple[str, str]]:
     """What to do next, and how."""
     run_dir, data = str(record.run_dir), str(record.setting("data") or "SHARDS")
     told = ("--checkpoint", run_dir)

@@ -304,18 +304,24 @@ def test_boundaries_without_scipy_are_refused_before_any_work(
     monkeypatch.setitem(sys.modules, "scipy", None)
     nowhere = ("--checkpoint", tmp_path / "nowhere", "--data", tmp_path / "nowhere")
     ended = call("evaluate", *nowhere, "--surface")
-    said = "unet evaluate: --surface needs SciPy: pip install 'unet-shards[scipy]'\n"
+    said = "unet evaluate: --surface requires SciPy: pip install 'unet-shards[scipy]'\n"
     assert (ended.code, ended.err) == (2, said)
 
 
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (("--surface-tolerance", 3), "--surface-tolerance needs --surface"),
-        (("--surface", "--surface-tolerance", -1), "--surface-tolerance -1.0 is no number from 0"),
-        (("--surface", "--surface-tolerance", "nan"), "--surface-tolerance nan is no number"),
+        (("--surface-tolerance", 3), "--surface-tolerance requires --surface"),
+        (
+            ("--surface", "--surface-tolerance", -1),
+            "--surface-tolerance must be a number >= 0, got -1.0",
+        ),
+        (
+            ("--surface", "--surface-tolerance", "nan"),
+            "--surface-tolerance must be a number >= 0, got nan",
+        ),
         (("--empty", "two"), "--empty"),
-        (("--worst", -1), "--worst -1 is no number of pictures"),
+        (("--worst", -1), "--worst must be >= 0, got -1"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(given: tuple, said: str, call) -> None:
@@ -376,9 +382,9 @@ def test_a_split_that_is_missing_names_those_there_are(trained, shards, call) ->
 @pytest.mark.parametrize(
     ("made", "said"),
     [
-        ({"classes": ("background", "nucleus")}, "knows the classes background, nucleus, "),
+        ({"classes": ("background", "nucleus")}, "has the classes background, nucleus, "),
         ({"classes": ("background", "a", "b")}, "they must be the same"),
-        ({"channels": "L"}, "was trained on L pictures, "),
+        ({"channels": "L"}, "was trained on L images, "),
     ],
 )
 def test_a_model_of_something_else_is_refused(
@@ -450,7 +456,7 @@ def test_a_checkpoint_that_is_no_folder_needs_a_place_for_its_scores(
     monkeypatch.setattr(evaluate, "load_model", lambda _: loaded)
     ended = call("evaluate", "--checkpoint", "owner/name", "--data", shards)
     assert ended.code == 2
-    assert "say where scores go with --out" in ended.err
+    assert "use --out to choose where scores are written" in ended.err
 
 
 def test_a_folder_that_is_no_data_set_is_refused(trained: Path, call, tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ def test_masks_of_other_splits_are_counted_and_do_no_harm(
     trained, predicted, shards, call, content, tmp_path: Path
 ) -> None:
     ended = evaluate(call, shards, tmp_path / "all", "--predictions", predicted)
-    assert f"{predicted}: 8 masks of pictures that are not in val" in ended.err
+    assert f"{predicted}: ignoring 8 masks of images that are not in val" in ended.err
     assert predict(call, trained, f"{shards}/val-*.tar", tmp_path / "of val").code == 0
     ended = evaluate(call, shards, tmp_path / "val", "--predictions", tmp_path / "of val")
     assert "that are not in" not in ended.err
@@ -105,7 +105,7 @@ def test_every_file_is_the_same_for_any_number_of_ranks(
         ended = launch(world, "evaluate", "--data", shards, "--out", out, "--workers", 0, *told)
         assert ended.code == 0, ended.err
         assert content(out) == expected
-        assert ended.err.count("masks of pictures that are not in val") == 1
+        assert ended.err.count("masks of images that are not in val") == 1
 
 
 def test_scores_lie_with_the_masks_unless_said_otherwise(
@@ -164,9 +164,9 @@ def test_masks_of_indexed_tars_are_found_by_their_bare_names(
     [
         ((), "give either --checkpoint or --predictions"),
         (("--checkpoint", "x", "--predictions", "y"), "give either --checkpoint or --predictions"),
-        (("--predictions", "y", "--tta"), "--tta is for a --checkpoint; --predictions are made"),
-        (("--predictions", "y", "--tile", 512), "--tile is for a --checkpoint; --predictions are"),
-        (("--predictions", "y", "--overlap", 0.5), "--overlap is for a --checkpoint"),
+        (("--predictions", "y", "--tta"), "--tta requires --checkpoint; --predictions are already"),
+        (("--predictions", "y", "--tile", 512), "--tile requires --checkpoint; --predictions are"),
+        (("--predictions", "y", "--overlap", 0.5), "--overlap requires --checkpoint"),
     ],
 )
 def test_flags_that_mean_nothing_are_refused(given: tuple, said: str, call) -> None:
@@ -177,7 +177,10 @@ def test_flags_that_mean_nothing_are_refused(given: tuple, said: str, call) -> N
 
 def test_predictions_at_a_url_need_a_place_for_their_scores(shards, call) -> None:
     ended = call("evaluate", "--data", shards, "--predictions", "s3://bucket/masks")
-    said = "--predictions s3://bucket/masks is no folder here: say where scores go with --out"
+    said = (
+        "--predictions s3://bucket/masks is not a local folder; use --out to choose where "
+        "scores are written"
+    )
     assert (ended.code, ended.err) == (2, f"unet evaluate: {said}\n")
 
 
@@ -188,7 +191,9 @@ def test_pictures_without_a_prediction_are_named_and_counted(
     assert predict(call, trained, tmp_path / "list.txt", tmp_path / "masks").code == 0
     ended = evaluate(call, shards, tmp_path / "out", "--predictions", tmp_path / "masks")
     assert ended.code == 1
-    assert "2 problems (predict all of val, see errors.jsonl there):" in ended.err
+    assert (
+        "2 problems (predict all of val; errors.jsonl lists inputs that could not be read):"
+    ) in ended.err
     for key in ("p001", "p003"):
         assert f"{tmp_path / 'masks'} has no prediction of {key}\n" in ended.err
     assert not (tmp_path / "out").exists()
@@ -201,8 +206,8 @@ def test_masks_of_something_else_altogether_are_told_by_their_keys(
     assert predict(call, trained, cells, tmp_path / "masks").code in (0, 3)
     ended = evaluate(call, shards, tmp_path / "out", "--predictions", tmp_path / "masks")
     assert ended.code == 1
-    assert f"{tmp_path / 'masks'} has no prediction of any picture of val: " in ended.err
-    assert "it has images/p000 and 23 others, not p0" in ended.err
+    assert f"{tmp_path / 'masks'} has no prediction of any image of val: " in ended.err
+    assert "it has images/p000 and 23 others, but not p0" in ended.err
 
 
 def test_two_predictions_of_one_picture_are_refused(predicted, shards, call, tmp_path) -> None:
@@ -224,7 +229,7 @@ def test_other_classes_are_refused(by_hand, shards, call, tmp_path: Path) -> Non
     ended = evaluate(call, shards, tmp_path / "out", "--predictions", tmp_path / "masks")
     assert ended.code == 1
     assert (
-        f"{tmp_path / 'masks'} knows the classes background, nucleus, {shards} has background, "
+        f"{tmp_path / 'masks'} has the classes background, nucleus, {shards} has background, "
         "foreground; they must be the same"
     ) in ended.err
 
@@ -238,7 +243,7 @@ def test_a_mask_of_another_size_is_named(workers, trained, draw, call, tmp_path:
     ended = evaluate(call, data, tmp_path / "out", *told)
     assert ended.code == 1
     assert "/predicted-000000.tar: p00" in ended.err
-    assert ".mask.png is 40 x 48, its picture 48 x 48; predict it again" in ended.err
+    assert ".mask.png is 40 x 48, its image 48 x 48; predict it again" in ended.err
     assert not (tmp_path / "out").exists()
 
 
@@ -247,7 +252,7 @@ def test_masks_with_pixels_left_out_are_refused(trained, shards, call, tmp_path:
     assert predict(call, trained, shards, tmp_path / "masks", *more).code == 0
     ended = evaluate(call, shards, tmp_path / "out", "--predictions", tmp_path / "masks")
     assert ended.code == 1
-    assert "has pixels without a class (255), as --min-confidence leaves them" in ended.err
+    assert "has pixels without a class (255), written by --min-confidence" in ended.err
 
 
 def test_pictures_are_no_predictions(shards, cells: Path, call, tmp_path: Path) -> None:
@@ -258,14 +263,17 @@ def test_pictures_are_no_predictions(shards, cells: Path, call, tmp_path: Path) 
     (data / "index.json").write_text(json.dumps(manifest))
     ended = evaluate(call, shards, tmp_path / "out", "--predictions", data)
     assert ended.code == 1
-    assert "has no mask; give predictions, not pictures" in ended.err
+    assert "has no mask; --predictions takes the output of unet predict" in ended.err
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
         (lambda masks: (masks / "index.json").unlink(), "is no data set: it has no index.json"),
-        (lambda masks: (masks / "job.json").write_text("{"), "job.json is damaged; predict again"),
+        (
+            lambda masks: (masks / "job.json").write_text("{"),
+            "job.json is damaged; predict into another --out",
+        ),
         (lambda masks: (masks / "predicted-000000.tar").unlink(), "predicted-000000.tar cannot be"),
         (lambda masks: (masks / "predicted-000000.idx").unlink(), "predicted-000000.idx cannot be"),
     ],

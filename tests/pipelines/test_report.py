@@ -23,7 +23,7 @@ from pipelines.evaluate import EvaluateConfig
 from pipelines.export import ExportConfig
 from pipelines.page import Chart, Series, draw_chart, label, step_axis, value_axis
 from pipelines.predict import PredictConfig
-from pipelines.record import MOST_POINTS, Thinner, read_metrics
+from pipelines.record import MIN_POINTS, Thinner, read_metrics
 from pipelines.train import TrainConfig
 from shards.index import read_manifest
 from tests.conftest import REPO
@@ -141,7 +141,7 @@ def test_a_run_is_told_on_one_page(report, run_dir: Path, shards: Path, metrics)
     ].split(" Versions ")[0].split()
     assert re.search(r"torch \d+\.\d+", made.text)
     # All four pictures, each as picture, truth, prediction and difference.
-    assert "From all val pictures, by the Dice of each." in made.text
+    assert "From all val images, by the Dice of each." in made.text
     assert made.pictures == 4 * 4
     assert made.text.rindex("The worst") < made.text.rindex("The best")
     shown = [
@@ -220,14 +220,16 @@ def test_scores_of_evaluate_are_taken_where_they_are_of_this_checkpoint(
     alone = report()
     assert call("evaluate", "--checkpoint", run_dir, "--data", shards, "--workers", 0).code == 0
     # It is not scored again.
-    monkeypatch.setattr(findings, "score_some", None)
+    monkeypatch.setattr(findings, "score_sample", None)
     made = report()
     # And that is the page which was made without them.
     assert made.text == alone.text
     change(run_dir / "scores.json", manifest="0")
-    assert "scores.json is of other data" in report("--no-pictures").text
+    assert "scores.json belongs to other data" in report("--no-pictures").text
     change(run_dir / "scores.json", checkpoint="0")
-    assert "scores.json is of another checkpoint; it is left out." in report("--no-pictures").text
+    assert ("scores.json belongs to another checkpoint and is not shown.") in report(
+        "--no-pictures"
+    ).text
 
 
 def test_scores_of_mirrored_pictures_are_said_to_be(
@@ -237,10 +239,10 @@ def test_scores_of_mirrored_pictures_are_said_to_be(
     assert call("evaluate", *told, "--tta", "--tile", 32).code == 0
     scores = json.loads((run_dir / "scores.json").read_text())
     made = report()
-    said = "on all val pictures, each with its mirror images (--tta)."
+    said = "on all val images, with test-time augmentation (--tta)."
     assert f"The best checkpoint {said}" in made.text
     assert f"macro {scores['macro']['dice']:.4f} {scores['macro']['iou']:.4f}" in made.text
-    read = findings.tiles_of(record.read_record(run_dir), scores)
+    read = findings.read_tiles(record.read_record(run_dir), scores)
     assert (read.tile, read.overlap, read.tta) == (32, 0.25, True)
 
 
@@ -259,9 +261,9 @@ def test_scores_that_are_damaged_are_left_out(damage: bytes, report, call, run_d
 def test_of_many_pictures_some_are_scored_and_that_is_said(
     report, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(findings, "MOST_SCORED", 3)
+    monkeypatch.setattr(findings, "MAX_SCORED", 3)
     made = report()
-    assert "The best checkpoint on 3 of 4 val pictures, evenly spread." in made.text
+    assert "The best checkpoint on 3 of 4 val images, evenly spread." in made.text
     assert made.pictures == 3 * 4
 
 
@@ -272,7 +274,7 @@ def test_data_that_is_gone_is_said_and_done_without(
     gone = tmp_path / "gone"
     (run_dir / "config.yaml").write_text(yaml.safe_dump({**config, "data": str(gone)}))
     made = report()
-    assert f"No pictures: {gone} is no folder of shards: it does not exist." in made.text
+    assert f"No images: {gone} is no folder of shards: it does not exist." in made.text
     assert (made.pictures, "Confusion" in made.text) == (0, False)
     # The scores of the classes are in metrics.jsonl all the same.
     best = max(
@@ -287,7 +289,7 @@ def test_data_that_is_gone_is_said_and_done_without(
     path = tmp_path / "moved" / "index.json"
     path.write_text(path.read_text() + "\n")
     made = report("--data", tmp_path / "moved")
-    assert "moved is not the data set that the run was trained on." in made.text
+    assert "moved is not the data that the run was trained on." in made.text
     assert made.pictures == 0
 
 
@@ -308,10 +310,13 @@ def test_pictures_can_be_left_out(report) -> None:
 @pytest.mark.parametrize(
     ("lines", "said"),
     [
-        (['{"step": 8, "train/lo'], ["The last line of metrics.jsonl is cut; it is left out."]),
+        (
+            ['{"step": 8, "train/lo'],
+            ["The last line of metrics.jsonl is incomplete and is ignored."],
+        ),
         (['{"step": 8, "train/loss": 0.5}'], ["killed after step 8."]),
-        (["nonsense\n", "[1]\n", '{"loss": 3}\n'], ["3 lines of metrics.jsonl are damaged;"]),
-        (['{"step": 8, "train/loss": NaN}\n'], ["1 numbers in metrics.jsonl are not finite;"]),
+        (["nonsense\n", "[1]\n", '{"loss": 3}\n'], ["3 lines of metrics.jsonl are damaged and"]),
+        (['{"step": 8, "train/loss": NaN}\n'], ["1 values in metrics.jsonl are not finite and"]),
         (['{"step": 8, "train/lr": null, "x": "y"}\n'], ["after step 8."]),
         (['{"step": 8, "train/loss": 1' + 400 * "0" + "}\n"], ["after step 8."]),
     ],
@@ -333,8 +338,8 @@ def test_a_run_that_has_just_begun_has_a_page(report, run_dir: Path) -> None:
     made = report()
     for words in (
         "No step is recorded yet.",
-        "There is no metrics.jsonl yet.",
-        "There is no checkpoint yet, and so no pictures.",
+        "metrics.jsonl does not exist yet.",
+        "There are no images: the run has no checkpoint yet.",
         "It has not ended: it goes on, or was killed after step 0.",
         "Go on with this run",
     ):
@@ -397,7 +402,7 @@ def test_a_configuration_that_is_damaged_is_shown_as_it_is(broken: str, report, 
     made = report()
     assert broken[:80] in made.text
     assert len(made.text) < 110_000
-    assert "where the data is, is not known; say it with --data" in made.text
+    assert "the location of the training data is unknown; set it with --data" in made.text
 
 
 def test_names_are_text_whatever_they_hold(by_hand, call, draw, tmp_path: Path) -> None:
@@ -472,7 +477,7 @@ def test_a_long_run_has_a_short_page(call, tmp_path: Path) -> None:
     assert ended.code == 0, ended.err
     assert (tmp_path / "report.html").stat().st_size < 100_000
     curve = read_metrics(tmp_path / "metrics.jsonl", None).curves["train/loss"]
-    assert MOST_POINTS <= len(curve.values) <= 2 * MOST_POINTS
+    assert MIN_POINTS <= len(curve.values) <= 2 * MIN_POINTS
     # Each point is the mean of as many, the last perhaps of fewer.
     width = -(-len(losses) // len(curve.values))
     width = 1 << (width - 1).bit_length()
@@ -487,8 +492,8 @@ def test_a_short_curve_keeps_all_its_points_and_a_long_one_its_mean(count: int) 
     for step in range(count):
         thinner.add(step, float(step % 7))
     curve = thinner.curve()
-    assert len(curve.steps) == len(curve.values) <= 2 * MOST_POINTS
-    if count < 2 * MOST_POINTS:
+    assert len(curve.steps) == len(curve.values) <= 2 * MIN_POINTS
+    if count < 2 * MIN_POINTS:
         assert curve.steps == tuple(range(count))
     weights = np.full(len(curve.values), thinner.width)
     if count:
@@ -568,7 +573,10 @@ def test_a_matrix_of_very_many_classes_is_not_drawn(
 
 def test_a_folder_that_is_no_run_is_refused(call, tmp_path: Path) -> None:
     ended = call("report", "--run-dir", tmp_path)
-    said = f"unet report: {tmp_path} is no run folder: it has neither config.yaml nor metrics.jsonl"
+    said = (
+        f"unet report: --run-dir {tmp_path} is not a run folder: it has neither "
+        "config.yaml nor metrics.jsonl"
+    )
     assert (ended.code, ended.err.strip()) == (1, said)
     assert not (tmp_path / "report.html").exists()
 
@@ -596,13 +604,13 @@ def test_at_the_end_of_a_run_the_main_process_reports_alone(run_dir: Path) -> No
     made = Page((run_dir / "report.html").read_text())
     assert made.pictures == 16
     assert "3 ranks on cpu, float32" in made.text
-    assert "are those of the program that made this page" not in made.text
+    assert "are those of the process that made this page" not in made.text
     recorded = json.loads((run_dir / "environment.json").read_text())
     assert recorded["versions"]["torch"] in made.text
 
 
 def test_what_a_run_ran_on_is_what_it_wrote_down(report, run_dir: Path) -> None:
-    assert "are those of the program that made this page" in report("--no-pictures").text
+    assert "are those of the process that made this page" in report("--no-pictures").text
     written = {
         "gpus": 8 * ["NVIDIA H200"],
         **{"cpu": "Some CPU", "cpus": 96, "memory_bytes": 2**40, "ranks": 16, "device": "cuda"},
@@ -612,7 +620,7 @@ def test_what_a_run_ran_on_is_what_it_wrote_down(report, run_dir: Path) -> None:
     made = report("--no-pictures")
     assert "8 x NVIDIA H200, Some CPU, 96 CPUs, 1024 GiB, 16 ranks on cuda, bf16" in made.text
     assert "torch 9.9.9" in made.text
-    assert "are those of the program that made this page" not in made.text
+    assert "are those of the process that made this page" not in made.text
 
 
 def test_a_report_that_fails_does_not_fail_the_run(
@@ -621,7 +629,7 @@ def test_a_report_that_fails_does_not_fail_the_run(
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("out of\nmemory")
 
-    monkeypatch.setattr(summary, "find", fail)
+    monkeypatch.setattr(summary, "load_results", fail)
     line = summary.close_run(run_dir, Alone())
     assert line == f"no report (out of memory); again: unet report --run-dir {run_dir}"
     assert not (run_dir / "report.html").exists()
