@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from pipelines.buffers import Buffers, keep_freed_memory
-from pipelines.readers import Inputs, Picture
+from pipelines.readers import EncodedImage, Inputs
 from shards.images import (
     ImageFormat,
     ImageRule,
@@ -119,7 +119,7 @@ class Decoder:
         return Decoded(picture.key, picture.source, pixels, None, file, extension)
 
 
-def stored(picture: Picture, form: ImageFormat, where: str) -> tuple[bytes, str]:
+def stored(picture: EncodedImage, form: ImageFormat, where: str) -> tuple[bytes, str]:
     """Bytes and extension of a picture in a shard for training, as `unet pack` stores it.
 
     They are its own, unless an EXIF orientation turns it. Raises DataError where it is damaged, or

@@ -1,4 +1,4 @@
-"""`unet export`: a checkpoint as one file that other programs run, checked against the model."""
+"""`unet export`: write a checkpoint as one portable file, verified against the model."""
 
 import copy
 import json
@@ -25,25 +25,25 @@ from unet.model import valid_input
 
 SUFFIX = {"onnx": ".onnx", "torch": ".pt2"}
 METADATA = "metadata.json"
-"""The extra file of a .pt2 that holds what an .onnx holds as its metadata."""
+"""The extra file of a .pt2 with what an .onnx stores as metadata."""
 TOLERANCE = 1e-4
-"""Largest difference from the model's logits that is taken, as a share of the largest of them: ten
-times what sums of float32 in another order make."""
+"""Largest allowed difference from the model's logits, relative to the largest logit: ten times that
+of float32 sums in another order."""
 
 RunFile = Callable[[Tensor], Tensor]
-"""Pictures uint8 [B, C, H, W] -> logits float32 [B, K, H', W'], by an exported file."""
+"""An exported file: images uint8 [B, C, H, W] -> logits float32 [B, K, H', W']."""
 Size = tuple[int, int, int]
-"""Number of pictures, height, width."""
+"""Number of images, height, width."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExportConfig:
-    """Write a checkpoint as one file that onnxruntime or torch runs without this program.
+    """Write a checkpoint as one file that onnxruntime or torch can run without this package.
 
-    It takes `image`, uint8 [batch, channels, height, width], and gives `logits`, float32 [batch,
-    classes, height, width]. Normalisation and padding are inside; classes, palette and what else is
-    known of the data are its metadata. The file is loaded again and must give the model's logits at
-    several sizes before it gets its name; one that has this name is replaced.
+    It maps `image`, uint8 [batch, channels, height, width], to `logits`, float32 [batch, classes,
+    height, width]. Normalisation and padding are included; classes, palette and the data spec are
+    its metadata. The file is loaded again and compared with the model at several sizes before it
+    gets its name; an existing file is replaced.
     """
 
     checkpoint: str
@@ -61,11 +61,11 @@ class ExportConfig:
 
 
 def run(config: ExportConfig) -> int:
-    """Export, check, rename, and say what was checked."""
+    """Export, verify and rename the file, and print what was verified."""
     if config.format == "onnx":
         require_onnx()
     if config.out.is_dir():
-        raise UsageError(f"--out {config.out} is a folder; give the file to write")
+        raise UsageError(f"--out {config.out} is a directory; --out takes the file to write")
     loaded = load_model(config.checkpoint)
     config.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(
@@ -73,29 +73,29 @@ def run(config: ExportConfig) -> int:
     ) as folder:
         file = Path(folder) / config.out.name
         run_file = export(loaded, config.format, file)
-        difference = check(loaded, run_file)
+        difference = compare_logits(loaded, run_file)
         num_bytes = sum(part.stat().st_size for part in file.parent.iterdir())
-        put_in_place(file, config.out)
+        rename_into_place(file, config.out)
     sizes = ", ".join(size_name(size) for size in sizes_to_try(loaded))
-    print(f"{config.out}: {num_bytes / 1e6:,.1f} MB, for pictures of {sides_name(loaded)}")
+    print(f"{config.out}: {num_bytes / 1e6:,.1f} MB, for images of {sides_name(loaded)}")
     print(
-        f"Loaded again and run on {sizes}: its logits differ from the model's by at most "
+        f"verified on {sizes}: logits differ from the model's by at most "
         f"{difference:.1g} of the largest (allowed: {TOLERANCE:.1g})"
     )
     return 0
 
 
 def require_onnx() -> None:
-    """Raise UsageError where a library that writes or runs ONNX is not installed."""
+    """Raise UsageError if a library that writes or runs ONNX is missing."""
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if not find_spec(name)]
     if missing:
         raise UsageError(
-            f"--format onnx needs {' and '.join(missing)}: pip install 'unet-shards[export]'"
+            f"--format onnx requires {' and '.join(missing)}: pip install 'unet-shards[export]'"
         )
 
 
 def export(loaded: LoadedModel, form: str, file: Path) -> RunFile:
-    """Write the file and load it. Raises RunError where torch or onnxruntime does not manage."""
+    """Write the file and load it again. Raises RunError if torch or onnxruntime fails."""
     try:
         with quiet():
             if form == "onnx":
@@ -113,14 +113,14 @@ def export(loaded: LoadedModel, form: str, file: Path) -> RunFile:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without what torch prints, logs and warns of, which is for those who write exporters."""
+    """Suppress what torch prints, logs and warns about during export."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
         with (
-            open(os.devnull, "w") as nowhere,
-            redirect_stdout(nowhere),
-            redirect_stderr(nowhere),
+            open(os.devnull, "w") as null,
+            redirect_stdout(null),
+            redirect_stderr(null),
             warnings.catch_warnings(),
         ):
             warnings.simplefilter("ignore")
@@ -130,15 +130,15 @@ def quiet() -> Iterator[None]:
 
 
 def one_line(error: Exception) -> str:
-    """The beginning of what torch or onnxruntime says, without its line breaks."""
+    """Return the start of an error message of torch or onnxruntime, on one line."""
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 class Exported(nn.Module):
-    """What is exported: pictures as they are read -> logits, as the model gives them.
+    """The exported module: raw images -> logits.
 
-    Picture and logits are padded and cropped by index: torch.export follows neither a branch nor a
-    slice that depends on the size. The model then finds nothing left to pad.
+    Images are padded and logits cropped by index, because torch.export traces neither a branch nor
+    a slice that depends on the size. The model then has nothing left to pad.
     """
 
     def __init__(self, loaded: LoadedModel) -> None:
@@ -146,7 +146,7 @@ class Exported(nn.Module):
         self.model, self.spec = loaded.model, loaded.spec
 
     def forward(self, image: Tensor) -> Tensor:
-        """uint8 [B, C, H, W] -> float32 [B, K, H', W']."""
+        """Map uint8 [B, C, H, W] to float32 [B, K, H', W']."""
         if self.model.config.padding == "valid":
             return self.model(self.spec.normalise(image))
         height, width = image.shape[-2:]
@@ -160,11 +160,11 @@ class Exported(nn.Module):
 
 
 class NormByRows(nn.Module):
-    """Instance or group norm with means that are taken of each row, and then of these.
+    """Instance or group norm that averages rows first, then their means.
 
-    onnxruntime's own sums up a map pixel by pixel in float32, which loses digits as maps grow: with
-    16 channels at 1,000 x 1,000 logits were off by 5e-4 of the largest, and by 1e-2 on a picture of
-    one colour. By rows it is 4e-6 and 1e-5, in the same time (onnxruntime 1.32, CPU).
+    onnxruntime sums a feature map pixel by pixel in float32, which loses precision as maps grow:
+    with 16 channels at 1,000 x 1,000, logits were off by 5e-4 of the largest, and by 1e-2 on an
+    image of one colour. By rows it is 4e-6 and 1e-5, in the same time (onnxruntime 1.32, CPU).
     """
 
     def __init__(self, norm: nn.GroupNorm | nn.InstanceNorm2d) -> None:
@@ -174,13 +174,13 @@ class NormByRows(nn.Module):
         self.num_groups = norm.num_groups if isinstance(norm, nn.GroupNorm) else self.num_channels
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] -> the same."""
+        """Normalise [B, C, H, W]."""
         x = x - self.mean(x)
         scale = torch.rsqrt(self.mean(x.square()) + self.eps) * self.weight[:, None, None]
         return x * scale + self.bias[:, None, None]
 
     def mean(self, x: Tensor) -> Tensor:
-        """Each channel's mean over its group: [B, C, H, W] -> [B, C, 1, 1]."""
+        """Average each channel over its group: [B, C, H, W] -> [B, C, 1, 1]."""
         of_channels = x.mean(3, keepdim=True).mean(2, keepdim=True)
         if self.num_groups == self.num_channels:
             return of_channels
@@ -189,7 +189,7 @@ class NormByRows(nn.Module):
 
 
 def norms_by_rows(loaded: LoadedModel) -> LoadedModel:
-    """A copy whose instance and group norms are `NormByRows`."""
+    """Copy a model with its instance and group norms replaced by `NormByRows`."""
     model = copy.deepcopy(loaded.model)
     for name, module in loaded.model.named_modules():
         if isinstance(module, nn.GroupNorm | nn.InstanceNorm2d):
@@ -198,14 +198,14 @@ def norms_by_rows(loaded: LoadedModel) -> LoadedModel:
 
 
 def fitting_sides(loaded: LoadedModel) -> tuple[int, int]:
-    """The smallest side of a picture that the model takes, and the step to the next."""
+    """Return the smallest side that the model takes, and the step to the next."""
     config = loaded.model.config
     valid = config.padding == "valid"
     return (valid_input(1, config.depth), 2**config.depth) if valid else (1, 1)
 
 
 def sides_name(loaded: LoadedModel) -> str:
-    """The sides that a picture may have, in words."""
+    """Describe the sides that an image may have."""
     least, step = fitting_sides(loaded)
     if step == 1:
         return "any height and width"
@@ -213,7 +213,7 @@ def sides_name(loaded: LoadedModel) -> str:
 
 
 def side_dim(name: str, loaded: LoadedModel) -> Dim:
-    """The sides that a picture may have, for torch.export."""
+    """Return the sides that an image may have, for torch.export."""
     least, step = fitting_sides(loaded)
     if step == 1:
         return Dim(name, min=least)
@@ -221,13 +221,13 @@ def side_dim(name: str, loaded: LoadedModel) -> Dim:
 
 
 def trace(loaded: LoadedModel) -> ExportedProgram:
-    """The graph for any batch size and any height and width that the model takes."""
+    """Trace the graph for any batch size, height and width that the model takes."""
     least, step = fitting_sides(loaded)
     channels = loaded.model.config.in_channels
     image = torch.zeros(2, channels, least + 3 * step, least + 4 * step, dtype=torch.uint8)
     dims = {0: Dim("batch", min=1), 2: side_dim("height", loaded), 3: side_dim("width", loaded)}
-    # torch.export takes it that no side is ever 1, and at the bottom of a padded network it may be;
-    # torch's own ONNX exporter asks for the same.
+    # torch.export assumes that no side is ever 1, and at the bottom of a padded network it may be;
+    # torch's own ONNX exporter sets the same option.
     oblivious = torch.fx.experimental._config.patch(  # pyright: ignore[reportAttributeAccessIssue]
         backed_size_oblivious=loaded.model.config.padding == "same"
     )
@@ -236,18 +236,18 @@ def trace(loaded: LoadedModel) -> ExportedProgram:
             Exported(loaded), (image,), dynamic_shapes={"image": dims}, strict=False
         )
     for node in program.graph.nodes:
-        # It names the folders of this machine.
+        # Stack traces contain paths of this machine.
         node.meta.pop("stack_trace", None)
     return program
 
 
 def metadata(loaded: LoadedModel) -> dict[str, Any]:
-    """What someone must know who has nothing but the file."""
+    """Describe the file for users who have nothing else."""
     spec, lost = loaded.spec, loaded.model.config.margin
     return {
         "image": f"uint8 [batch, {len(spec.mean)}, height, width], {spec.channels}, values 0-255 "
         "as they are: normalisation is inside"
-        + (f"; of 16-bit pictures {spec.image_range} become 0 and 255" if spec.image_range else ""),
+        + (f"; of 16-bit images {spec.image_range} become 0 and 255" if spec.image_range else ""),
         "sides": sides_name(loaded),
         "logits": "float32 [batch, classes, height, width]; a pixel's class is the largest"
         + (f"; {lost} pixels on each side of the image are not covered" if lost else ""),
@@ -259,7 +259,7 @@ def metadata(loaded: LoadedModel) -> dict[str, Any]:
 
 
 def write_onnx(loaded: LoadedModel, file: Path) -> None:
-    """The graph and its weights as ONNX; weights of gigabytes in a second file, `FILE.data`."""
+    """Write graph and weights as ONNX; weights of gigabytes go to a second file, `FILE.data`."""
     written = torch.onnx.export(
         trace(norms_by_rows(loaded)),
         dynamo=True,
@@ -280,29 +280,29 @@ def write_onnx(loaded: LoadedModel, file: Path) -> None:
 
 
 def read_onnx(file: Path) -> RunFile:
-    """The file as onnxruntime runs it on the CPU."""
+    """Load a file into onnxruntime on the CPU."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    # It is raised too; nothing below `fatal` is said twice.
+    # Errors are raised as well; do not print them twice.
     options.log_severity_level = 4
     session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     return lambda image: torch.from_numpy(session.run(["logits"], {"image": image.numpy()})[0])
 
 
 def write_torch(loaded: LoadedModel, file: Path) -> None:
-    """The graph and its weights as torch.export.save writes them, with one file more."""
+    """Write graph and weights with torch.export.save, with the metadata as an extra file."""
     text = json.dumps(metadata(loaded), indent=1)
     torch.export.save(trace(loaded), file, extra_files={METADATA: text})
 
 
 def read_torch(file: Path) -> RunFile:
-    """The file as torch runs it."""
+    """Load a file into torch."""
     return torch.export.load(file).module()
 
 
 def sizes_to_try(loaded: LoadedModel) -> tuple[Size, ...]:
-    """The smallest picture, an uneven one, and two of about the size that the model knows."""
+    """Return sizes to verify: the smallest, an uneven one, and a batch of about the crop size."""
     least, step = fitting_sides(loaded)
     uneven = (1, 37, 53) if step == 1 else (1, least + step, least)
     side = least + max(0, loaded.spec.crop_size - least) // step * step
@@ -310,22 +310,22 @@ def sizes_to_try(loaded: LoadedModel) -> tuple[Size, ...]:
 
 
 def size_name(size: Size) -> str:
-    """A size as people write it: 37 x 53."""
+    """Format a size: 37 x 53."""
     num_images, height, width = size
     return f"{height} x {width}" if num_images == 1 else f"{num_images} of {height} x {width}"
 
 
-def check(loaded: LoadedModel, run_file: RunFile) -> float:
+def compare_logits(loaded: LoadedModel, run_file: RunFile) -> float:
     """Run file and model on noise of several sizes and compare their logits.
 
-    Logits that differ by no more than TOLERANCE of the largest give every pixel the same class,
-    unless its two best are closer to each other than twice that.
+    Logits within TOLERANCE give every pixel the same class, unless its two best are closer to each
+    other than twice that.
 
     Returns:
-        The largest difference, as a share of the largest logit.
+        The largest difference, relative to the largest logit.
 
     Raises:
-        RunError: the difference is larger, or the file does not run, with the size.
+        RunError: if the difference exceeds TOLERANCE or the file does not run, with the size.
     """
     generator = torch.Generator().manual_seed(0)
     differences = [0.0]
@@ -337,33 +337,33 @@ def check(loaded: LoadedModel, run_file: RunFile) -> float:
             expected = loaded.model(loaded.spec.normalise(image))
             try:
                 logits = run_file(image)
-            except Exception as error:  # runtimes too raise what they like
+            except Exception as error:  # runtimes raise whatever they like
                 raise RunError(
                     f"the exported file fails at {size_name(size)}: {one_line(error)}; "
-                    "nothing is written"
+                    "no file is written"
                 ) from error
         if logits.shape != expected.shape:
             raise RunError(
                 f"the exported file gives logits {list(logits.shape)} at {size_name(size)}, the "
-                f"model {list(expected.shape)}; nothing is written"
+                f"model {list(expected.shape)}; no file is written"
             )
         largest = expected.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
         difference = ((logits - expected).abs().max() / largest).item()
-        # Written so that NaN is refused too.
+        # In this form NaN is refused too.
         if not difference <= TOLERANCE:
             raise RunError(
                 f"the logits of the exported file differ from the model's by {difference:.1e} of "
-                f"the largest at {size_name(size)}, more than {TOLERANCE:.0e}; nothing is written"
+                f"the largest at {size_name(size)}, more than {TOLERANCE:.0e}; no file is written"
             )
         differences.append(difference)
     return max(differences)
 
 
-def put_in_place(file: Path, out: Path) -> None:
-    """Give the file its name; what lies beside it first, so that a file that is there is whole."""
+def rename_into_place(file: Path, out: Path) -> None:
+    """Rename the file, after its companion, so that a visible file is always complete."""
     parts = sorted(file.parent.iterdir(), key=lambda part: part == file)
     if len(parts) > 1:
-        # An older one would be read with the new weights.
+        # An old graph would otherwise be read with the new weights.
         out.unlink(missing_ok=True)
     for part in parts:
         flush_to_disk(part)
@@ -371,7 +371,7 @@ def put_in_place(file: Path, out: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line."""
+    """Run the command line."""
     return run_command(ExportConfig, run, argv, "export")
 
 

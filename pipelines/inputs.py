@@ -1,4 +1,4 @@
-"""What `unet predict` can be given: a picture, a folder, a pattern, a list, a data set or tars."""
+"""Resolve `--input` of `unet predict`: an image, folder, pattern, list, data set or tars."""
 
 import glob
 import io
@@ -37,21 +37,21 @@ ROLES: dict[str, Role] = {
     INFO_EXTENSION: "json",
     **dict.fromkeys(sorted(extension[1:] for extension in IMAGE_EXTENSIONS), "picture"),
 }
-"""What members of tars are, by the ends of their names; as `unet index` has it."""
+"""Roles of tar members by extension, as in `unet index`."""
 
 WILDCARD = re.compile(r"[*?[]|\{.*(?:\.\.|,).*\}")
 
-AT_ONCE = 8
-"""Remote tars whose headers are read together."""
-HEADERS = 2**18
-"""Bytes of one request for headers: over small members it reads on, to large ones it jumps."""
+MAX_CONNECTIONS = 8
+"""Remote tars whose headers are read concurrently."""
+READ_AHEAD = 2**18
+"""Bytes per request for tar headers: small members are read through, large ones skipped."""
 
 
 def find_inputs(given: str) -> Inputs:
-    """The pictures that `--input` means.
+    """Resolve `--input` to an ordered list of images.
 
-    Raises UsageError where it means nothing, DataError where it is out of reach or two pictures
-    would share a result.
+    Raises UsageError if it matches nothing, DataError if it is unreachable or if two images would
+    write the same output.
     """
     if is_url(given):
         return find_remote(given)
@@ -65,21 +65,24 @@ def find_inputs(given: str) -> Inputs:
             return listed_inputs(given, prefix(path.parent.resolve()), lines)
     if path.is_file():
         return inputs_of(prefix(path.parent), [path.name])
-    # Without the `./` that what is found would begin with.
+    # Without a leading `./`, which would become part of every name.
     pattern = str(path)
-    if (root := literal(pattern)) is not None:
+    if (root := literal_prefix(pattern)) is not None:
         names = [name for one in expand(pattern) for name in match(one)]
         if any(map(os.path.exists, names)):
             return inputs_of(root, [name[len(root) :] for name in names])
-    raise nothing_there(given)
+    raise no_match(given)
 
 
 def find_remote(url: str) -> Inputs:
-    """The same for a URL."""
-    root = literal(url)
+    """Resolve a URL as `find_inputs` does.
+
+    Raises UsageError or DataError as `find_inputs` does.
+    """
+    root = literal_prefix(url)
     if root is not None and root.endswith("://"):
-        # Of a bucket's name nothing can be left open.
-        raise nothing_there(url)
+        # A bucket name cannot contain wildcards.
+        raise no_match(url)
     store = Store(url)
     kind = store.kind()
     if kind == "folder":
@@ -99,41 +102,41 @@ def find_remote(url: str) -> Inputs:
         names = [name for name in chain.from_iterable(found) if not is_hidden(name)]
         if names:
             return inputs_of(root, names)
-    raise nothing_there(url)
+    raise no_match(url)
 
 
-def nothing_there(given: str) -> UsageError:
-    """What to say where `--input` means nothing."""
+def no_match(given: str) -> UsageError:
+    """Make the error for an `--input` that matches nothing."""
     return UsageError(
-        f"--input {given}: no picture, folder, list (.txt), pattern or folder of shards is there"
+        f"--input {given}: matches no image, folder, list (.txt), pattern or folder of shards"
     )
 
 
 def prefix(folder: Path) -> str:
-    """What comes before the names in a folder."""
+    """Return the prefix that makes names in a folder paths."""
     return "" if folder == Path() else f"{folder}/".replace("//", "/")
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file, or a folder on the way to it, is hidden."""
+    """Return whether a file or one of its parent folders is hidden."""
     return name.startswith(".") or "/." in name
 
 
-def literal(pattern: str) -> str | None:
-    """The folder that a pattern's first wildcard lies in; None where it has none."""
+def literal_prefix(pattern: str) -> str | None:
+    """Return the folder above the first wildcard of a pattern; None without a wildcard."""
     first = WILDCARD.search(pattern)
     return None if first is None else pattern[: pattern.rfind("/", 0, first.start()) + 1]
 
 
 def match(pattern: str) -> list[str]:
-    """The local files that a pattern names; one without a wildcard names itself."""
+    """Return the local files that match a pattern; a path without wildcards matches itself."""
     if not glob.has_magic(pattern):
         return [pattern]
     return [name for name in glob.glob(pattern, recursive=True) if os.path.isfile(name)]
 
 
 def expand(pattern: str) -> list[str]:
-    """The patterns that one with braces stands for: `{000..010}` counts, `{jpg,png}` lists."""
+    """Expand the braces of a pattern: `{000..010}` counts, `{jpg,png}` lists."""
     for braces in re.finditer(r"\{([^{}]*)\}", pattern):
         if numbers := re.fullmatch(r"(\d+)\.\.(\d+)", braces[1]):
             first, last = numbers.groups()
@@ -149,65 +152,65 @@ def expand(pattern: str) -> list[str]:
 
 
 def listed_inputs(given: str, base: str, lines: TextIO) -> Inputs:
-    """A list with one path or URL a line; relative ones start at the list's folder, `base`."""
+    """Read a list with one path or URL per line, relative to the folder of the list, `base`."""
     try:
         stripped = map(str.strip, lines)
         names = [absolute(line, base) for line in stripped if line and line[0] != "#"]
     except UnicodeDecodeError as error:
-        raise DataError(f"{given} is no list of paths: it is not UTF-8 text") from error
+        raise DataError(f"--input {given} is not a list of paths: it is not UTF-8 text") from error
     if not names:
-        raise DataError(f"{given} lists no picture")
+        raise DataError(f"--input {given} lists no images")
     names.sort()
-    # What the first and the last begin with, all between them begin with.
+    # Sorted: a common prefix of the first and the last is common to all.
     common = os.path.commonprefix([names[0], names[-1]])  # noqa: RUF071 (cut at a slash below)
     root = common[: common.rfind("/") + 1]
     if not root:
         raise DataError(
-            f"{given} lists files of several kinds of place, such as {names[0]} and {names[-1]}; "
-            "make a list for each"
+            f"--input {given} mixes locations, such as {names[0]} and {names[-1]}; "
+            "write one list for each"
         )
     return inputs_of(root, [name[len(root) :] for name in names])
 
 
 def absolute(line: str, base: str) -> str:
-    """The path or URL that a line of a list means."""
+    """Resolve a line of a list to a path or URL."""
     path = line if line[0] == "/" or ("://" in line and is_url(line)) else base + line
-    return path if not has_odd_parts(path) or is_url(path) else os.path.normpath(path)
+    return path if not may_need_normalising(path) or is_url(path) else os.path.normpath(path)
 
 
 def stem_of(name: str) -> str:
-    """A path without its extension."""
+    """Return a path without its extension, normalised."""
     stem, _, extension = name.rpartition(".")
     if not stem or "/" in extension:
         stem = name
-    return os.path.normpath(stem) if has_odd_parts(stem) else stem
+    return os.path.normpath(stem) if may_need_normalising(stem) else stem
 
 
-def has_odd_parts(path: str) -> bool:
-    """Whether a path may have parts that are empty, `.` or `..`; most have none."""
+def may_need_normalising(path: str) -> bool:
+    """Return whether a path may have empty, `.` or `..` parts (fast: most have none)."""
     return "//" in path or "/." in path
 
 
 def inputs_below(root: str, names: Iterable[str]) -> Inputs:
-    """All pictures, or all shards, among the files of a folder.
+    """Select the images, or the shards, among the files of a folder.
 
-    Raises DataError where there is none.
+    Raises DataError if there are none.
     """
     known = (*IMAGE_EXTENSIONS, TAR, *COMPRESSED)
     found = [n for n in names if n.lower().endswith(known) and not is_hidden(n)]
     if not found:
         raise DataError(
-            f"{root.rstrip('/') or '.'} holds no picture ({' '.join(sorted(IMAGE_EXTENSIONS))}) "
-            f"and no shard (*{TAR})"
+            f"{root.rstrip('/') or '.'} contains no images ({' '.join(sorted(IMAGE_EXTENSIONS))}) "
+            f"and no shards (*{TAR})"
         )
     return inputs_of(root, found)
 
 
 def inputs_of(root: str, names: list[str]) -> Inputs:
-    """Files of pictures, or tars; `names` is sorted.
+    """Make inputs of image files or of tars; `names` is sorted in place.
 
-    Raises DataError where both are there, where a tar is compressed or damaged, and naming those
-    that would have one result.
+    Raises DataError if both kinds are present, if a tar is compressed or damaged, and naming the
+    inputs that would write the same output.
     """
     names.sort()
     tars = [name for name in names if name.endswith((TAR, *COMPRESSED))]
@@ -215,8 +218,8 @@ def inputs_of(root: str, names: list[str]) -> Inputs:
         return file_inputs(root, names)
     if len(tars) < len(names):
         raise DataError(
-            f"{root.rstrip('/') or '.'} holds pictures ({len(names) - len(tars)}) and shards "
-            f"({len(tars)}, such as {tars[0]}); say which: --input '{root}**/*.{{jpg,png}}' or "
+            f"{root.rstrip('/') or '.'} contains images ({len(names) - len(tars)}) and shards "
+            f"({len(tars)}, such as {tars[0]}); select one: --input '{root}**/*.{{jpg,png}}' or "
             f"'{root}**/*{TAR}'"
         )
     compressed = [f"{root}{tar} is compressed" for tar in tars if not tar.endswith(TAR)]
@@ -226,9 +229,9 @@ def inputs_of(root: str, names: list[str]) -> Inputs:
 
 
 def file_inputs(root: str, ordered: Sequence[str]) -> FileInputs:
-    """Pictures in files, with every key given once."""
+    """Make inputs of image files. Raises DataError for two with the same key."""
     inputs = FileInputs(root, Names(ordered))
-    refuse_one_result(
+    refuse_equal_outputs(
         ordered,
         stem_of,
         lambda one, other: f"{inputs.name(one)} and {inputs.sources[other]}",
@@ -237,9 +240,9 @@ def file_inputs(root: str, ordered: Sequence[str]) -> FileInputs:
 
 
 def tar_inputs(tars: Sequence[str]) -> TarInputs:
-    """Pictures in tars, by their headers alone."""
+    """Make inputs of the images in tars, reading headers only."""
     remote = is_url(tars[0])
-    with ThreadPoolExecutor(AT_ONCE if remote else 1) as threads:
+    with ThreadPoolExecutor(MAX_CONNECTIONS if remote else 1) as threads:
         found = [*threads.map(read_headers, tars)]
     counts = [len(tar.names) for tar in found]
     numbers = np.repeat(np.arange(len(tars), dtype=np.int64), counts)
@@ -254,10 +257,10 @@ def tar_inputs(tars: Sequence[str]) -> TarInputs:
         ),
     )
     if not len(inputs):
-        raise DataError(f"{tars[0]}{' and the others' * (len(tars) > 1)}: no picture is in there")
-    refuse_one_result(
+        raise DataError(f"{tars[0]}{' and the others' * (len(tars) > 1)}: contains no images")
+    refuse_equal_outputs(
         inputs.members,
-        # Our own keys are paths in percent encoding, and the json of a sample may say so.
+        # Our own keys are percent-encoded paths, which the json of a sample may name.
         lambda name: unquote(member_key(name)[0], errors="surrogateescape"),
         lambda one, other: f"{inputs.name(one)} and {inputs.name(other)}",
     )
@@ -265,17 +268,17 @@ def tar_inputs(tars: Sequence[str]) -> TarInputs:
 
 
 @dataclass(frozen=True, slots=True)
-class Headers:
-    """The pictures of one tar."""
+class TarContents:
+    """The images of one tar."""
 
     names: Names
     places: NDArray[np.int64]
-    """[n, 4]: offset and size of each, and of the json of its sample."""
+    """int64 [n, 4]: offset and size of each image, and of the json of its sample."""
     problems: list[str]
 
 
-def read_headers(tar: str) -> Headers:
-    """The pictures of a tar. Raises DataError or OSError where it is damaged or out of reach."""
+def read_headers(tar: str) -> TarContents:
+    """List the images of a tar. Raises DataError or OSError if it is damaged or unreachable."""
     with open_tar(tar) as file:
         found = find_members(file, tar, ROLES)
     names: list[str] = []
@@ -286,29 +289,29 @@ def read_headers(tar: str) -> Headers:
             names.append(picture.name)
             places.extend((picture.offset, picture.size))
             places.extend((0, 0) if info is None else (info.offset, info.size))
-    return Headers(Names(names), np.array(places, np.int64).reshape(-1, 4), found.problems)
+    return TarContents(Names(names), np.array(places, np.int64).reshape(-1, 4), found.problems)
 
 
 def open_tar(tar: str) -> BinaryIO:
-    """A tar, here or at a URL."""
+    """Open a tar, local or at a URL."""
     if not is_url(tar):
         return open(tar, "rb")
     folder, _, name = tar.rpartition("/")
-    remote = io.BufferedReader(RemoteFile(Store(folder), name), HEADERS)
+    remote = io.BufferedReader(RemoteFile(Store(folder), name), READ_AHEAD)
     return cast(BinaryIO, remote)
 
 
-def refuse_one_result(
+def refuse_equal_outputs(
     names: Sequence[str], stem: Callable[[str], str], pair: Callable[[int, int], str]
 ) -> None:
-    """Raise DataError naming inputs that would share a result.
+    """Raise DataError naming inputs that would write the same output.
 
     Args:
-        names: of the inputs.
-        stem: what the result of one is named after.
-        pair: two of them, by number, for people.
+        names: names of the inputs.
+        stem: maps a name to the name of its output.
+        pair: formats two inputs, given by number, for the message.
     """
-    # Numbers, since a set of a million strings takes ten times their memory.
+    # Hashes: a set of a million strings takes ten times the memory.
     hashes = np.fromiter(map(hash, map(stem, names)), np.int64, len(names))
     order = np.argsort(hashes, kind="stable")
     equal = np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]])
@@ -317,6 +320,6 @@ def refuse_one_result(
     for number in map(int, np.unique(order[np.concatenate([equal, equal + 1])])):
         one = first.setdefault(stem(names[number]), number)
         if one != number:
-            problems.append(f"{pair(one, number)} would have one result")
+            problems.append(f"{pair(one, number)} would write the same output")
     if problems:
         raise ProblemsError(problems, "rename one of each, or predict them into two folders")

@@ -1,4 +1,4 @@
-"""Pictures by number: in files, in a data set or in tars that others wrote; here or at a URL."""
+"""Indexable image inputs: files, data sets or foreign tars, local or at a URL."""
 
 import bisect
 import hashlib
@@ -22,59 +22,59 @@ from shards.reader import ShardReader
 from shards.sample import DataError, encode_key, is_safe_path
 from shards.store import ByteRange, Store, is_url
 
-MOST_BYTES = 8 * 2**30
-"""A file that is larger is no picture: no more pixels are taken than fit, uncompressed."""
+MAX_FILE_BYTES = 8 * 2**30
+"""Larger files are refused: the largest allowed image is smaller even uncompressed."""
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
-    """The bytes of one input."""
+class EncodedImage:
+    """The bytes of one input image."""
 
     key: str
     source: str
-    """Relative path that the results are named after."""
+    """Relative path that its outputs are named after."""
     data: bytes
 
 
 class Inputs(Protocol):
-    """An ordered list of pictures, the same on every rank. Picklable and small."""
+    """An ordered list of images, identical on every rank. Picklable and small."""
 
     @property
     def remote(self) -> bool:
-        """Whether pictures come from a URL.
+        """Whether images come from a URL.
 
-        Its client has threads and connections that do not survive a fork, so processes that read
-        are to be started in another way.
+        Remote clients have threads and connections that do not survive a fork; worker processes
+        then need another start method.
         """
         ...
 
     def __len__(self) -> int:
-        """How many there are."""
+        """Return the number of images."""
         ...
 
     def name(self, number: int) -> str:
-        """Where picture `number` lies, for messages."""
+        """Return the location of image `number`, for messages."""
         ...
 
-    def read(self, number: int) -> Picture:
-        """Read picture `number`. Raises DataError or OSError."""
+    def read(self, number: int) -> EncodedImage:
+        """Read image `number`. Raises DataError or OSError."""
         ...
 
     def digest(self) -> str:
-        """A hash of what the list says."""
+        """Return a hash of the list."""
         ...
 
 
 class Names(Sequence[str]):
-    """Strings in one block of memory.
+    """A sequence of strings in one block of memory.
 
-    A million paths take their own bytes and eight each, are pickled in a moment, and stay shared
-    with forked processes, which would copy a list of objects by looking at it.
+    A million paths take their bytes plus eight each, pickle quickly, and stay shared with forked
+    processes, where the reference counts of a list of objects would cause copies.
     """
 
     def __init__(self, names: Iterable[str]) -> None:
         data, sizes, rest = bytearray(), array("q", [0]), iter(names)
-        # Some at a time: a list of all would take more than they do.
+        # In blocks: a list of all of them would take more memory than the result.
         while some := [name.encode("utf-8", "surrogateescape") for name in islice(rest, 4096)]:
             data += b"\n".join([*some, b""])
             sizes.extend(len(name) + 1 for name in some)
@@ -96,62 +96,62 @@ class Names(Sequence[str]):
         return self.data[begin:end].decode("utf-8", "surrogateescape")
 
     def digest(self) -> str:
-        """sha256 over the strings, a line each."""
+        """Return the sha256 of the strings, one per line."""
         return hashlib.sha256(self.data).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
 class FileInputs:
-    """Pictures in files."""
+    """Images in files."""
 
     root: str
-    """What comes before each source to make its path or URL: nothing, or all up to a slash."""
+    """Prefix that makes a source a path or URL: empty, or ending in a slash."""
     sources: Names
     """Sorted, with `/` between parts."""
 
     @property
     def remote(self) -> bool:
-        """Whether they lie at a URL."""
+        """Whether the inputs are at a URL."""
         return is_url(self.root)
 
     def __len__(self) -> int:
         return len(self.sources)
 
     def name(self, number: int) -> str:
-        """The path or URL."""
+        """Return the path or URL."""
         return self.root + self.sources[number]
 
-    def read(self, number: int) -> Picture:
+    def read(self, number: int) -> EncodedImage:
         """Read the file."""
         source, name = self.sources[number], self.name(number)
         data = read_url(name) if self.remote else read_file(name)
-        return Picture(encode_key(source), source, data)
+        return EncodedImage(encode_key(source), source, data)
 
     def digest(self) -> str:
-        """Of the names; two runs over one list are one job even if a picture has vanished."""
+        """Return a hash of the names: a rerun is the same job even if an image has disappeared."""
         return self.sources.digest()
 
 
 def read_url(url: str) -> bytes:
-    """A remote file. Raises DataError or OSError where it is out of reach."""
+    """Read a remote file. Raises DataError or OSError if it is unreachable."""
     folder, _, name = url.rpartition("/")
     return Store(folder).read(name)
 
 
 def read_file(path: str) -> bytes:
-    """A local file. Raises OSError, and DataError for what cannot be a picture."""
-    # Opening a pipe that nobody writes to would last for ever.
+    """Read a local file. Raises OSError, and DataError for what cannot be an image."""
+    # Opening a pipe without a writer would block forever.
     with open(path, "rb", opener=lambda path, how: os.open(path, how | os.O_NONBLOCK)) as file:
         found = os.fstat(file.fileno())
         if not stat.S_ISREG(found.st_mode):
             raise DataError(f"{path} is a pipe or a device, not a file; remove it")
-        if found.st_size > MOST_BYTES:
-            raise DataError(f"{path} has {found.st_size:,} bytes, more than any picture; remove it")
+        if found.st_size > MAX_FILE_BYTES:
+            raise DataError(f"{path} has {found.st_size:,} bytes, more than any image; remove it")
         return file.read()
 
 
 class ShardInputs:
-    """Pictures in a data set of shards, all splits."""
+    """Images of a data set of shards, all splits."""
 
     def __init__(self, place: Store | Path | str) -> None:
         manifest = read_manifest(place)
@@ -162,62 +162,64 @@ class ShardInputs:
 
     @property
     def remote(self) -> bool:
-        """Whether the shards lie at a URL."""
+        """Whether the shards are at a URL."""
         return self.reader.store.local is None
 
     def __len__(self) -> int:
         return self.starts[-1]
 
     def address(self, number: int) -> Address:
-        """Where picture `number` lies."""
+        """Return shard and row of image `number`."""
         shard = bisect.bisect_right(self.starts, number) - 1
         return Address(number, shard, number - self.starts[shard])
 
     def name(self, number: int) -> str:
-        """Shard and row."""
+        """Return shard and row, for messages."""
         address = self.address(number)
         return f"{self.reader.where(address.shard)}, sample {address.row}"
 
-    def read(self, number: int) -> Picture:
-        """Read the sample's picture."""
+    def read(self, number: int) -> EncodedImage:
+        """Read the image of the sample."""
         raw = self.reader.read(self.address(number))
         source = str(raw.describe().get("source", f"{raw.key}.{raw.extension}"))
-        return Picture(encode_key(source), source, raw.image)
+        return EncodedImage(encode_key(source), source, raw.image)
 
     def digest(self) -> str:
-        """Of the manifest, which holds every shard's own."""
+        """Return the sha256 of the manifest, which holds those of the shards."""
         return self.manifest_digest
 
 
 @dataclass(frozen=True, slots=True)
 class TarInputs:
-    """Pictures in tars without a manifest, by the places of their members."""
+    """Images in tars without a manifest, by the offsets of their members."""
 
     tars: tuple[str, ...]
     """Paths or URLs."""
     members: Names
-    """Of each picture, its name in the tar."""
+    """Member name of each image."""
     places: NDArray[np.int64]
-    """[N, 5]: number of the tar, offset and size of the picture, of its json (size 0: none)."""
+    """int64 [N, 5]: index of the tar, offset and size of the image, and of its json (size 0:
+    none)."""
     problems: tuple[tuple[str, str], ...]
-    """Tar, and what is wrong with a member: inputs too, which cannot be read."""
+    """Tar and problem of each unreadable member. They count as inputs, so that they are
+    reported."""
 
     @property
     def remote(self) -> bool:
-        """Whether they lie at a URL."""
+        """Whether the inputs are at a URL."""
         return is_url(self.tars[0])
 
     def __len__(self) -> int:
         return len(self.members) + len(self.problems)
 
     def name(self, number: int) -> str:
-        """Tar and member."""
+        """Return tar and member, for messages."""
         if number >= len(self.members):
             return self.problems[number - len(self.members)][0]
         return f"{self.tars[int(self.places[number, 0])]}: {self.members[number]}"
 
-    def read(self, number: int) -> Picture:
-        """Read the member, and the json of its sample, which may know of a longer path."""
+    def read(self, number: int) -> EncodedImage:
+        """Read the member, and the json of its sample, which may name a longer path."""
         if number >= len(self.members):
             raise DataError(self.problems[number - len(self.members)][1])
         tar, begin, size, info_begin, info_size = self.places[number].tolist()
@@ -226,14 +228,16 @@ class TarInputs:
         wanted = [(begin, begin + size), (info_begin, info_begin + info_size)]
         data, *info = read_pieces(self.tars[tar], wanted if info_size else wanted[:1])
         if len(data) != size:
-            raise DataError(f"{self.name(number)} ends too early; the tar was cut, copy it again")
+            raise DataError(
+                f"{self.name(number)} ends too early; the tar is truncated, copy it again"
+            )
         key, extension = member_key(self.members[number])
         source = read_source(info[0], key) if info else None
         source = source or f"{key}.{extension}"
-        return Picture(encode_key(source), source, data)
+        return EncodedImage(encode_key(source), source, data)
 
     def digest(self) -> str:
-        """Of the places and names of all members, tar by tar."""
+        """Return a hash of the offsets and names of all members, tar by tar."""
         whole = hashlib.sha256(json.dumps([self.tars, self.problems]).encode())
         whole.update(self.places.astype("<i8").tobytes())
         whole.update(self.members.data)
@@ -241,7 +245,7 @@ class TarInputs:
 
 
 def read_pieces(path: str, wanted: Sequence[tuple[int, int]]) -> list[bytes]:
-    """Pieces of a file, from one byte to before another; short where it ends before."""
+    """Read byte ranges [start, end) of a file; shorter where the file ends before."""
     if is_url(path):
         folder, _, name = path.rpartition("/")
         return Store(folder).read_ranges([ByteRange(name, *piece) for piece in wanted])
@@ -250,13 +254,13 @@ def read_pieces(path: str, wanted: Sequence[tuple[int, int]]) -> list[bytes]:
 
 
 def member_key(name: str) -> tuple[str, str]:
-    """Key and extension, in lower case, of a picture in a tar."""
+    """Split the member name of an image into key and lower-case extension."""
     key, _, extension = name.rpartition(".")
     return posixpath.normpath(key), extension.lower()
 
 
 def read_source(data: bytes, key: str) -> str | None:
-    """The path that a sample's json names, if it is what its key was made of."""
+    """Return the path that the json of a sample names, if it matches the key."""
     try:
         info: Any = json.loads(data)
     except (ValueError, RecursionError):

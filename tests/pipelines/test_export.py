@@ -187,7 +187,7 @@ def changed(checkpoint: Path) -> Callable[..., float]:
             logits = loaded.model(loaded.spec.normalise(image))
             return change(tuple(image.shape[-2:]), logits)
 
-        return export.check(loaded, run_file)
+        return export.compare_logits(loaded, run_file)
 
     return check
 
@@ -275,7 +275,7 @@ def test_a_missing_extra_is_named_before_anything_is_read(
     ended = call("export", *told, "--out", tmp_path / "model.onnx")
     assert (ended.code, ended.out) == (2, "")
     assert ended.err == (
-        "unet export: --format onnx needs onnxscript and onnxruntime: "
+        "unet export: --format onnx requires onnxscript and onnxruntime: "
         "pip install 'unet-shards[export]'\n"
     )
     # torch needs none of them.
@@ -305,7 +305,10 @@ def test_help_needs_none_of_the_extra(
         (("--out", "m.pt2"), "--out m.pt2 must end in .onnx with --format onnx"),
         (("--out", "m.pt", "--format", "torch"), "--out m.pt must end in .pt2 with --format torch"),
         (("--out", "s3://bucket/m.onnx"), "is a URL"),
-        (("--out", "folder.onnx"), "--out folder.onnx is a folder; give the file to write"),
+        (
+            ("--out", "folder.onnx"),
+            "--out folder.onnx is a directory; --out takes the file to write",
+        ),
     ],
 )
 def test_a_wrong_command_is_refused(

@@ -160,7 +160,10 @@ def test_what_cannot_be_read_is_an_error_of_its_own(tree):
     expected = {
         "folder.png": (IsADirectoryError, "Is a directory"),
         "gone.png": (FileNotFoundError, "No such file"),
-        "huge.png": (DataError, f"{tree}/huge.png has 1,099,511,627,776 bytes, more than any pict"),
+        "huge.png": (
+            DataError,
+            f"{tree}/huge.png has 1,099,511,627,776 bytes, more than any image",
+        ),
         "loop.png": (OSError, "Too many levels"),
         "pipe.png": (DataError, f"{tree}/pipe.png is a pipe or a device, not a file; remove it"),
     }
@@ -192,7 +195,7 @@ def test_folders_called_like_pictures_are_gone_into_and_no_pictures(tree):
 
 def test_a_list_that_is_no_text_is_refused(tree):
     (tree / "list.txt").write_bytes(b"\xff\xfe\x00b")
-    with pytest.raises(DataError, match=r"list\.txt is no list of paths: it is not UTF-8 text"):
+    with pytest.raises(DataError, match=r"list\.txt is not a list of paths: it is not UTF-8 text"):
         find_inputs(str(tree / "list.txt"))
 
 
@@ -201,15 +204,15 @@ def test_a_list_of_several_kinds_of_place_is_refused(tree):
     with pytest.raises(DataError) as caught:
         find_inputs(str(tree / "list.txt"))
     assert str(caught.value) == (
-        f"{tree}/list.txt lists files of several kinds of place, such as {tree}/b.png and "
-        "s3://bucket/b.png; make a list for each"
+        f"--input {tree}/list.txt mixes locations, such as {tree}/b.png and "
+        "s3://bucket/b.png; write one list for each"
     )
 
 
 def test_an_empty_list_is_refused(tree):
     path = tree / "list.txt"
     path.write_text("# nothing\n\n")
-    with pytest.raises(DataError, match=f"{path} lists no picture"):
+    with pytest.raises(DataError, match=f"{path} lists no images"):
         find_inputs(str(path))
 
 
@@ -254,7 +257,7 @@ def test_two_pictures_that_would_have_one_result_are_refused(tree):
     with pytest.raises(DataError) as caught:
         find_inputs(str(tree))
     assert str(caught.value) == (
-        f"{tree / 'b.jpg'} and b.png would have one result; "
+        f"{tree / 'b.jpg'} and b.png would write the same output; "
         "rename one of each, or predict them into two folders"
     )
 
@@ -265,21 +268,21 @@ def test_all_pictures_that_would_have_one_result_are_named(tree):
     with pytest.raises(ProblemsError) as caught:
         find_inputs(str(tree))
     assert caught.value.lines == [
-        f"{tree / 'b.jpg'} and b.png would have one result",
-        f"{tree / 'b.jpg'} and b.tif would have one result",
-        f"{tree / 'x/y/c.png'} and x/y/c.tif would have one result",
+        f"{tree / 'b.jpg'} and b.png would write the same output",
+        f"{tree / 'b.jpg'} and b.tif would write the same output",
+        f"{tree / 'x/y/c.png'} and x/y/c.tif would write the same output",
     ]
 
 
 def test_a_picture_listed_twice_is_refused(tree):
     (tree / "list.txt").write_text("b.png\n./b.png\n")
-    with pytest.raises(DataError, match=r"b\.png and b\.png would have one result"):
+    with pytest.raises(DataError, match=r"b\.png and b\.png would write the same output"):
         find_inputs(str(tree / "list.txt"))
 
 
 def test_a_folder_without_pictures_is_refused(tmp_path):
     (tmp_path / "notes.md").touch()
-    with pytest.raises(DataError, match=f"{tmp_path} holds no picture"):
+    with pytest.raises(DataError, match=f"{tmp_path} contains no images"):
         find_inputs(str(tmp_path))
 
 
@@ -288,7 +291,7 @@ def test_what_means_nothing_is_refused_naming_what_it_could_be(tree, given):
     with pytest.raises(UsageError) as caught:
         find_inputs(given)
     assert str(caught.value) == (
-        f"--input {given}: no picture, folder, list (.txt), pattern or folder of shards is there"
+        f"--input {given}: matches no image, folder, list (.txt), pattern or folder of shards"
     )
 
 

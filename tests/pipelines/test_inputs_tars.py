@@ -145,8 +145,8 @@ def test_pictures_of_two_tars_that_would_have_one_result_are_named(place):
         find_inputs(place)
     assert sorted(caught.value.lines) == [
         f"{place}/below/data-000001.tar: deep/one.two/x.png and {place}/z.tar: "
-        "./deep/one.two/x.webp would have one result",
-        f"{place}/data-000000.tar: 000.jpg and {place}/z.tar: 000.png would have one result",
+        "./deep/one.two/x.webp would write the same output",
+        f"{place}/data-000000.tar: 000.jpg and {place}/z.tar: 000.png would write the same output",
     ]
 
 
@@ -204,7 +204,7 @@ def test_a_tar_that_is_cut_or_goes_meanwhile_is_an_error_for_each_picture(place)
 
 def test_tars_without_pictures_are_refused(place):
     put(place, "none.tar", tar({"a.txt": b"", "b.mask.png": b""}))
-    with pytest.raises(DataError, match=f"{place}/none.tar: no picture is in there"):
+    with pytest.raises(DataError, match=f"{place}/none.tar: contains no images"):
         find_inputs(f"{place}/none.tar")
 
 
@@ -219,7 +219,7 @@ def test_pictures_beside_tars_are_refused_and_either_can_be_chosen(place):
     with pytest.raises(DataError) as caught:
         find_inputs(place)
     assert str(caught.value) == (
-        f"{place} holds pictures (1) and shards (2, such as below/data-000001.tar); say which: "
+        f"{place} contains images (1) and shards (2, such as below/data-000001.tar); select one: "
         f"--input '{place}/**/*.{{jpg,png}}' or '{place}/**/*.tar'"
     )
     assert sources(find_inputs(f"{place}/**/*.{{jpg,png}}")) == ["a.png"]

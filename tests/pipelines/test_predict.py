@@ -493,11 +493,11 @@ def test_a_damaged_description_is_an_error_of_its_own(
 @pytest.mark.parametrize(
     ("given", "code", "said"),
     [
-        ("nowhere", 2, "no picture, folder, list (.txt), pattern or folder of shards is there"),
+        ("nowhere", 2, "matches no image, folder, list (.txt), pattern or folder of shards"),
         ("nothing*.png", 2, "no picture, folder, list"),
-        ("empty", 1, "holds no picture"),
-        ("twice", 1, "would have one result; rename one of each"),
-        ("empty.txt", 1, "lists no picture"),
+        ("empty", 1, "contains no images"),
+        ("twice", 1, "would write the same output; rename one of each"),
+        ("empty.txt", 1, "lists no images"),
         ("binary.txt", 1, "binary.txt"),
     ],
 )

@@ -14,7 +14,7 @@ from PIL import Image
 import shards.store
 from pipelines.config import UsageError
 from pipelines.inputs import find_inputs
-from pipelines.readers import Picture
+from pipelines.readers import EncodedImage
 from shards.sample import DataError
 
 s3fs = pytest.importorskip("s3fs")
@@ -65,7 +65,7 @@ def copied(s3: str, put, folder: Path, shards: Path) -> None:
     put(shards, "shards")
 
 
-def read(given: object) -> list[Picture]:
+def read(given: object) -> list[EncodedImage]:
     inputs = find_inputs(str(given))
     assert inputs.remote == ("://" in str(given))
     return [inputs.read(number) for number in range(len(inputs))]
@@ -118,7 +118,7 @@ def test_what_is_not_there_is_said_as_of_files_here(given: str) -> None:
 
 def test_a_folder_without_pictures_is_refused(folder: Path) -> None:
     fsspec.filesystem("s3").pipe_file("bucket/none/notes.md", b"")
-    with pytest.raises(DataError, match="s3://bucket/none holds no picture"):
+    with pytest.raises(DataError, match="s3://bucket/none contains no images"):
         find_inputs("s3://bucket/none")
 
 
