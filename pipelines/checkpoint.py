@@ -5,16 +5,21 @@ RUN/checkpoints/step-00012000/
     training.pt                      raw weights, optimizer, loss scaler
     state.json                       TrainState
 RUN/checkpoints/last, best           relative links, replaced atomically
+
+They are copied to host memory and written beside training.
 """
 
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError
@@ -23,14 +28,16 @@ from torch.amp.grad_scaler import GradScaler
 from pipelines.config import RunError, UsageError
 from pipelines.failures import is_device_error, is_killed_worker, out_of_memory
 from pipelines.optim import Learner
+from pipelines.snapshot import TRAINING, HostBuffers, Snapshot
 from shards.images import ImageFormat
 from shards.sample import DataError
 from shards.writer import write_json
 from unet import DataSpec, UNet, weights
 
 CHECKPOINTS = "checkpoints"
-TRAINING = "training.pt"
 STATE = "state.json"
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +63,38 @@ class TrainState:
 
 
 class Checkpoints:
-    """The checkpoints of one run folder. Only the main process writes."""
+    """The checkpoints of one run folder. Only the main process saves, and one at a time.
+
+    `save` copies to host memory and returns; one thread writes, flushes, renames, links and prunes.
+    Until `wait` has returned, what was saved may not be on the disk. A write that failed is raised
+    by `wait`, by `raise_failure` and by the next `save`. The host memory is that of
+    `HostBuffers`: four times the weights with AdamW and the average, and is used again.
+
+    As a context, it does not end before its thread does; a failure is then raised, or, where the
+    context ends with another error, logged.
+    """
 
     def __init__(self, run_dir: Path, keep: int, keep_every: int | None = None) -> None:
         """`keep`: newest ones that stay; `keep_every`: those of steps that it divides stay too."""
         self.folder, self.keep, self.keep_every = run_dir / CHECKPOINTS, keep, keep_every
+        self.buffers = HostBuffers()
+        self.writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
+        self.writing: Future[None] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, _: object, error: BaseException | None, _trace: TracebackType | None
+    ) -> None:
+        self.writer.shutdown()
+        # Forgotten, since an error that knows its run would keep that run, and its lock, alive.
+        writing, self.writing = self.writing, None
+        failure = writing.exception() if writing is not None else None
+        if error is None and failure is not None:
+            raise failure
+        if failure not in (None, error):
+            logger.warning("%s", failure)
 
     @property
     def begun(self) -> bool:
@@ -70,6 +104,29 @@ class Checkpoints:
     def save(
         self, state: TrainState, learner: Learner, scaler: GradScaler | None, *, is_best: bool
     ) -> None:
+        """Copy a checkpoint to host memory and begin to write it, once the one before is written.
+
+        Then `last`, and `best`, point at it, and old ones go. Raises the RunError of the one
+        before, where that could not be written.
+        """
+        self.wait()
+        snapshot = self.buffers.take(learner, scaler)
+        self.writing = self.writer.submit(self.publish, state, snapshot, is_best=is_best)
+
+    def wait(self) -> None:
+        """Return when what was saved is complete on the disk.
+
+        Raises RunError where it could not be written; the one before is as it was.
+        """
+        if self.writing is not None:
+            self.writing.result()
+
+    def raise_failure(self) -> None:
+        """Raise the RunError of a write that has failed. Waits for nothing: for every step."""
+        if self.writing is not None and self.writing.done():
+            self.writing.result()
+
+    def publish(self, state: TrainState, snapshot: Snapshot, *, is_best: bool) -> None:
         """Write one checkpoint and point `last`, and `best`, at it. Old ones go only afterwards.
 
         Raises RunError where it cannot be written; the one before is as it was.
@@ -77,7 +134,7 @@ class Checkpoints:
         final = self.folder / f"step-{state.step:08d}"
         temporary = final.with_name(f".{final.name}.tmp")
         try:
-            self.write(final, temporary, state, learner, scaler)
+            self.write(final, temporary, state, snapshot)
             for name in ("last", "best") if is_best else ("last",):
                 point(self.folder / name, final.name)
         except (OSError, RuntimeError, SafetensorError) as error:
@@ -91,20 +148,11 @@ class Checkpoints:
             ) from error
         self.prune()
 
-    def write(
-        self,
-        final: Path,
-        temporary: Path,
-        state: TrainState,
-        learner: Learner,
-        scaler: GradScaler | None,
-    ) -> None:
+    def write(self, final: Path, temporary: Path, state: TrainState, snapshot: Snapshot) -> None:
         """Write a checkpoint aside and rename it when all its bytes are on the disk."""
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        learner.scored.save_pretrained(temporary)
-        training = {**learner.state_dict(), "scaler": scaler.state_dict() if scaler else None}
-        torch.save(training, temporary / TRAINING)
+        snapshot.write(temporary)
         write_json(temporary / STATE, asdict(state))
         for file in temporary.iterdir():
             flush_to_disk(file)

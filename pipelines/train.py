@@ -179,6 +179,12 @@ class TrainConfig(DataConfig):
 
 def run(config: TrainConfig) -> int:
     """Run or resume to the end; 75 if a signal interrupted it."""
+    with Checkpoints(config.run_dir, config.keep_checkpoints, config.keep_every) as checkpoints:
+        return train(config, checkpoints)
+
+
+def train(config: TrainConfig, checkpoints: Checkpoints) -> int:
+    """Run or resume to the end, with what is saved in the hands of a thread; the exit code."""
     manifest = read_manifest(config.data)
     config, order = resolve(config, manifest)
     trackers = config.tracking.trackers()
@@ -203,7 +209,6 @@ def run(config: TrainConfig) -> int:
     _lock = RunLock(config.run_dir) if accelerator.is_main_process else None
 
     set_seed(config.seed)
-    checkpoints = Checkpoints(config.run_dir, config.keep_checkpoints, config.keep_every)
     init_from = None if checkpoints.begun else config.init_from
     model = prepare_model(config, manifest, accelerator, init_from)
     learner, spec = build_learner(model, config.optim), require_spec(model)
@@ -251,6 +256,7 @@ def run(config: TrainConfig) -> int:
     scores = None
 
     while not budget.interrupted:
+        checkpoints.raise_failure()
         if validation_due(config, budget, state):
             with uncompiled(config):
                 scores = scoring.score(learner.scored, accelerator, data, "val", config.tiles)
@@ -305,6 +311,7 @@ def run(config: TrainConfig) -> int:
     else:
         save(checkpoints, state, learner, accelerator, is_best=False)
 
+    finish_saving(checkpoints, accelerator)
     progress.close()
     tracker.finish(checkpoints.folder / "best")
     return conclude(config, budget, state, scores, accelerator)
@@ -508,9 +515,15 @@ def save(
     *,
     is_best: bool,
 ) -> None:
-    """Write a checkpoint on the main process; the others wait, so that none runs ahead of it."""
+    """Copy a checkpoint on the main process, to be written beside training; the others wait."""
     if accelerator.is_main_process:
         checkpoints.save(state, learner, accelerator.scaler, is_best=is_best)
+    accelerator.wait_for_everyone()
+
+
+def finish_saving(checkpoints: Checkpoints, accelerator: Accelerator) -> None:
+    """Wait on all ranks until what was saved is complete. Raises its RunError on the main one."""
+    checkpoints.wait()
     accelerator.wait_for_everyone()
 
 

@@ -43,11 +43,19 @@ def learn(learner: Learner) -> None:
     learner.average.update(learner.model, 1)
 
 
+def save(
+    checkpoints: Checkpoints, state: TrainState, learner: Learner, *, is_best: bool = False
+) -> None:
+    """Save and wait until it is written."""
+    checkpoints.save(state, learner, None, is_best=is_best)
+    checkpoints.wait()
+
+
 def test_what_was_saved_is_what_comes_back(learner: Learner, tmp_path: Path) -> None:
     learn(learner)
     checkpoints = Checkpoints(tmp_path, keep=2)
     state = replace(STATE, step=3, position=12, seconds=4.5, best=0.5, tracking_id="abc")
-    checkpoints.save(state, learner, None, is_best=True)
+    save(checkpoints, state, learner, is_best=True)
     other = build_learner(UNet(UNetConfig(base_channels=1, depth=1)), OptimConfig())
     assert checkpoints.resume(STATE.fixed, other, None) == state
     for ours, theirs in (
@@ -67,7 +75,7 @@ def test_what_was_saved_is_what_comes_back(learner: Learner, tmp_path: Path) -> 
 
 def test_what_prediction_uses_is_the_average(learner: Learner, tmp_path: Path) -> None:
     learn(learner)
-    Checkpoints(tmp_path, keep=2).save(STATE, learner, None, is_best=False)
+    save(Checkpoints(tmp_path, keep=2), STATE, learner)
     loaded = UNet.from_pretrained(str(tmp_path / "checkpoints" / "last"))
     assert torch.equal(loaded.head.weight, learner.scored.head.weight)
 
@@ -78,12 +86,12 @@ def test_without_a_checkpoint_a_run_begins(learner: Learner, tmp_path: Path) -> 
 
 def test_a_checkpoint_that_was_not_finished_is_not_seen(learner: Learner, tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, keep=2)
-    checkpoints.save(replace(STATE, step=1), learner, None, is_best=False)
+    save(checkpoints, replace(STATE, step=1), learner)
     half = tmp_path / "checkpoints" / ".step-00000002.tmp"
     half.mkdir()
     (half / "state.json").write_text("{")
     assert checkpoints.resume(STATE.fixed, learner, None).step == 1
-    checkpoints.save(replace(STATE, step=2), learner, None, is_best=False)
+    save(checkpoints, replace(STATE, step=2), learner)
     assert not half.exists()
     assert checkpoints.resume(STATE.fixed, learner, None).step == 2
 
@@ -91,7 +99,7 @@ def test_a_checkpoint_that_was_not_finished_is_not_seen(learner: Learner, tmp_pa
 def test_pruning_keeps_the_newest_and_what_is_pointed_at(learner: Learner, tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, keep=2)
     for step in range(1, 7):
-        checkpoints.save(replace(STATE, step=step), learner, None, is_best=step == 2)
+        save(checkpoints, replace(STATE, step=step), learner, is_best=step == 2)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
         *("best", "last", "step-00000002", "step-00000005", "step-00000006"),
     ]
@@ -99,7 +107,7 @@ def test_pruning_keeps_the_newest_and_what_is_pointed_at(learner: Learner, tmp_p
 
 def test_everything_that_differs_is_named(learner: Learner, tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, keep=2)
-    checkpoints.save(STATE, learner, None, is_best=False)
+    save(checkpoints, STATE, learner)
     with pytest.raises(UsageError) as refused:
         checkpoints.resume({"seed": 1, "optim.lr": 0.2}, learner, None)
     said = str(refused.value)
@@ -119,7 +127,7 @@ class Payload:
 
 def test_nothing_in_a_checkpoint_is_executed(learner: Learner, tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, keep=2)
-    checkpoints.save(STATE, learner, None, is_best=False)
+    save(checkpoints, STATE, learner)
     trace = tmp_path / "trace"
     torch.save({"model": Payload(trace)}, tmp_path / "checkpoints" / "last" / "training.pt")
     with pytest.raises(DataError, match=r"training\.pt is damaged"):
@@ -153,10 +161,10 @@ def test_a_link_is_replaced_and_stays_relative(tmp_path: Path) -> None:
 
 def test_a_run_means_its_best_else_its_last(learner: Learner, tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, keep=9)
-    checkpoints.save(replace(STATE, step=1), learner, None, is_best=False)
+    save(checkpoints, replace(STATE, step=1), learner)
     assert Path(find_checkpoint(str(tmp_path))).name == "step-00000001"
-    checkpoints.save(replace(STATE, step=2), learner, None, is_best=True)
-    checkpoints.save(replace(STATE, step=3), learner, None, is_best=False)
+    save(checkpoints, replace(STATE, step=2), learner, is_best=True)
+    save(checkpoints, replace(STATE, step=3), learner)
     assert Path(find_checkpoint(str(tmp_path))).name == "step-00000002"
     folder = tmp_path / "checkpoints" / "step-00000001"
     assert find_checkpoint(str(folder)) == folder

@@ -96,9 +96,9 @@ def test_a_run_begins_with_the_weights_of_another(
     first = {}
     load_state_dict = UNet.load_state_dict
 
-    def noting(self: UNet, tensors: Any, *more: Any) -> Any:
+    def noting(self: UNet, tensors: Any, *more: Any, **named: Any) -> Any:
         first.setdefault("tensors", {name: t.clone() for name, t in tensors.items()})
-        return load_state_dict(self, tensors, *more)
+        return load_state_dict(self, tensors, *more, **named)
 
     best = UNet.from_pretrained(trained / "checkpoints" / "best").state_dict()
     monkeypatch.setattr(UNet, "load_state_dict", noting)
