@@ -33,6 +33,7 @@ from pipelines.config import INTERRUPTED, RunError, UsageError, run_command, to_
 from pipelines.dataset import DataConfig, DataSet, open_data, train_in_use
 from pipelines.devices import choose_batch_size, choose_channels_last, start, use_deterministic
 from pipelines.flops import count_flops
+from pipelines.memory_probe import Probe, describe_passes
 from pipelines.meter import Meter
 from pipelines.network import (
     ModelConfig,
@@ -78,8 +79,9 @@ class TrainConfig(DataConfig):
     global_batch_size: int | None = None
     """Samples of one optimizer step, over all ranks. It belongs to the run, not to the machine.
     Left out: 8 (2 with the preset small, 1 with paper)."""
-    accumulate: int = 1
-    """Forward passes that a rank splits its part of a step into."""
+    accumulate: int | Literal["auto"] = 1
+    """Forward passes that a rank splits its part of a step into. auto: the fewest that fit into the
+    memory of every GPU, found by trying at the start, also of a resume; 1 without a GPU."""
     compile: bool = False
     """Compile the network for training (torch.compile): a minute at the start, faster steps.
     Validation runs it uncompiled, since every size of image would be compiled anew."""
@@ -145,7 +147,7 @@ class TrainConfig(DataConfig):
             "lanes",
             "window",
         ):
-            if (value := getattr(self, name)) is not None and value < 1:
+            if isinstance(value := getattr(self, name), int) and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if self.seed < 0:
             raise ValueError("seed must not be below 0")
@@ -166,6 +168,11 @@ class TrainConfig(DataConfig):
         if not steps and self.minutes is None:
             steps = [DEFAULT_STEPS]
         return Limits(min(steps) if steps else None, self.minutes)
+
+    @property
+    def passes(self) -> int:
+        """Forward passes of a step on each rank; 1 as long as that is left to be found."""
+        return 1 if self.accumulate == "auto" else self.accumulate
 
     def saves(self, step: int) -> bool:
         """Whether weights are scored or saved after a step, not counting the last."""
@@ -190,7 +197,7 @@ def train(config: TrainConfig, checkpoints: Checkpoints) -> int:
     trackers = config.tracking.trackers()
     use_deterministic(config.deterministic)
     accelerator = start(
-        config.accumulate,
+        config.passes,
         trackers=trackers,
         project_dir=config.run_dir,
         rank_timeout=config.rank_timeout,
@@ -215,6 +222,10 @@ def train(config: TrainConfig, checkpoints: Checkpoints) -> int:
     state = checkpoints.resume(fixed_settings(config, manifest), learner, accelerator.scaler)
     if config.compile:
         learner.model.compile()
+    if config.accumulate == "auto":
+        config = find_passes(config, manifest, accelerator, learner)
+        batch_size = rank_batch_size(config, world)
+        refuse_batch_norm(config, accelerator, batch_size)
     # Only these two: a prepared loader is split or dispatched a second time. The optimizer's state
     # is where it belongs; placed again after a resume, AdamW's step counters would lie on the GPU,
     # and each step would wait for every one of them.
@@ -276,7 +287,7 @@ def train(config: TrainConfig, checkpoints: Checkpoints) -> int:
 
         lr = learning_rate(config.optim, budget.progress)
         set_learning_rate(optimizer, lr)
-        for number in range(config.accumulate):
+        for number in range(config.passes):
             with meter.waiting():
                 batch = next(batches)
             batch = batch.to(accelerator.device)
@@ -371,16 +382,32 @@ def uncompiled(config: TrainConfig) -> AbstractContextManager[None]:
 def rank_batch_size(config: TrainConfig, world: int) -> int:
     """Samples of one forward pass of one rank. Raises UsageError where the step does not divide."""
     samples = config.step_samples()
-    size, rest = divmod(samples, world * config.accumulate)
+    size, rest = divmod(samples, world * config.passes)
     if rest or not size:
-        passes = world * config.accumulate
+        passes = world * config.passes
         below = samples // passes * passes
         fitting = [str(number) for number in (below, below + passes) if number]
         raise UsageError(
             f"--global-batch-size {samples} does not divide among {world} ranks x "
-            f"{config.accumulate} accumulated passes; {' or '.join(fitting)} would"
+            f"{config.passes} accumulated passes; {' or '.join(fitting)} would"
         )
     return size
+
+
+def find_passes(
+    config: TrainConfig, manifest: Manifest, accelerator: Accelerator, learner: Learner
+) -> TrainConfig:
+    """The configuration with `accumulate` found by trying; Accelerate counts by it from here on."""
+    assert config.crop_size is not None
+    criterion = build_loss(config.loss, manifest).to(accelerator.device)
+    augment, border = Augment(config.augment, config.seed), config.loss.border_weight > 0
+    probe = Probe(accelerator, learner, criterion, augment, config.crop_size, border)
+    samples = rank_batch_size(config, accelerator.num_processes)
+    config = replace(config, accumulate=probe.choose_passes(samples))
+    accelerator.gradient_accumulation_steps = config.passes
+    if accelerator.is_main_process:
+        print(describe_passes(accelerator.device, config.passes, samples), file=sys.stderr)
+    return config
 
 
 def refuse_batch_norm(config: TrainConfig, accelerator: Accelerator, batch_size: int) -> None:
