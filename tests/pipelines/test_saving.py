@@ -409,3 +409,25 @@ def test_a_kill_while_training_is_ahead_of_the_disk_costs_the_steps_since_the_ch
     ]
     assert losses[0] == losses[1]
     assert len(losses[0]) == 12
+
+
+# ---- on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_snapshot_of_a_card_is_complete_and_in_page_locked_memory(learner: Learner) -> None:
+    model = learner.model.to("cuda")
+    on_card = build_learner(model, OptimConfig())
+    on_card.model(torch.rand(2, 3, 8, 8, device="cuda")).square().mean().backward()
+    on_card.optimizer.step()
+    expected = {name: t.cpu() for name, t in tensors(on_card.state_dict()).items()}
+    taken = HostBuffers().take(on_card, None)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    found = tensors(taken.training)
+    assert_equal(found, expected)
+    pinned = [t.is_pinned() for name, t in found.items() if ".step" not in name]
+    assert all(pinned)
+    assert taken.model.head.weight.device.type == "cpu"
