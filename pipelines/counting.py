@@ -12,7 +12,7 @@ from pipelines.batches import Batch, eval_batches
 from pipelines.dataset import DataSet
 from pipelines.per_image import ImageCounts
 from shards.sample import DataError
-from unet import Empty, Scores, SegmentationScores, SurfaceScores
+from unet import Empty, Scores, SegmentationScores, SurfaceScores, confusion_per_image
 from unet.model import counted_classes
 
 Predict = Callable[[Iterator[Batch]], Iterator[tuple[Batch, Tensor]]]
@@ -55,11 +55,13 @@ def count_split(
         disable=not (sys.stderr.isatty() and accelerator.is_main_process),
     ) as bar:
         for batch, prediction in predict(batch.to(accelerator.device) for batch in batches):
-            metric.update(prediction, batch.mask)
+            confusion = confusion_per_image(prediction, batch.mask, len(classes))
+            metric.add(confusion)
             if surface is not None:
                 surface.update(prediction, batch.mask)
             if images is not None:
-                images.update(prediction, batch.mask, batch.position)
+                height, width = batch.mask.shape[1:]
+                images.update(confusion, batch.position, (height, width))
             bar.update(len(batch.position) * accelerator.num_processes)
     scores = metric.scores()
     if scores.num_images != split.samples:

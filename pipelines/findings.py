@@ -23,7 +23,7 @@ from pipelines.scoring import SCORES
 from shards.index import Manifest, read_manifest
 from shards.sample import DataError
 from shards.store import Store
-from unet import SegmentationScores, TileConfig, UNet
+from unet import SegmentationScores, TileConfig, UNet, confusion_per_image
 
 MAX_SCORED = 64
 """Images that are scored if `unet evaluate` has not scored them all."""
@@ -226,8 +226,9 @@ def score_sample(
         for number, example in enumerate(examples):
             prediction = torch.tensor(example.prediction)[None]
             mask = torch.tensor(example.mask)[None]
-            metric.update(prediction, mask)
-            counts.update(prediction, mask, torch.tensor([number]))
+            confusion = confusion_per_image(prediction, mask, len(spec.classes))
+            metric.add(confusion)
+            counts.update(confusion, torch.tensor([number]), example.mask.shape)
             bar.update()
     dice = np.full(num_images, np.nan)
     dice[positions] = image_scores(counts.rows, spec.counted).macro[:, 0]

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from pipelines.dataset import DataSet
 from shards.order import EvalPlan
-from shards.sample import IGNORE
 from unet import Empty
 
 SCORES_CSV = "scores.csv"
@@ -25,6 +24,20 @@ LINES = 4096
 """Pictures whose counts are turned into scores at one time."""
 
 Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Coming:
+    """Counts of a batch on their way from the device."""
+
+    own: NDArray[np.int64]
+    """Rows of the images [B]."""
+    size: tuple[int, int]
+    """Height and width."""
+    counted: Tensor
+    """int64 [B, 3 K], on the CPU."""
+    arrived: torch.cuda.Event | None
+    """Of a GPU: when they are there; None: now."""
 
 
 class ImageCounts:
@@ -44,21 +57,46 @@ class ImageCounts:
         self.ranges = [*zip([0, *ends[:-1]], ends, strict=True)]
         self.num_classes = num_classes
         self.first, last = self.ranges[rank]
-        self.rows = np.zeros((last - self.first, 2 + 3 * num_classes), dtype=np.uint32)
+        self._rows = np.zeros((last - self.first, 2 + 3 * num_classes), dtype=np.uint32)
+        self._coming: Coming | None = None
 
-    def update(self, prediction: Tensor, mask: Tensor, position: Tensor) -> None:
-        """Count class indices: prediction and mask uint8 [B, H, W], position int64 [B]."""
-        batch, height, width = mask.shape
-        k = self.num_classes
-        valid = mask != IGNORE
-        sample = torch.arange(batch, device=mask.device).view(-1, 1, 1).expand(mask.shape)
-        cell = (sample * k + mask.long()) * k + prediction.long()
-        counts = torch.bincount(cell[valid], minlength=batch * k * k).view(batch, k, k)
-        tp = counts.diagonal(dim1=1, dim2=2)
-        counted = torch.cat([tp, counts.sum(dim=1) - tp, counts.sum(dim=2) - tp], dim=1)
-        own = position.numpy() - self.first
-        self.rows[own, :2] = width, height
-        self.rows[own, 2:] = counted.cpu().numpy()
+    def update(self, confusion: Tensor, position: Tensor, size: tuple[int, int]) -> None:
+        """Count images of one size (height, width) by their confusions.
+
+        They arrive while the device goes on, and become rows at the next call, or when asked for.
+
+        Args:
+            confusion: int64 [B, K, K], of `unet.confusion_per_image`.
+            position: int64 [B], on the CPU: where in the split the images are.
+            size: height and width.
+        """
+        tp = confusion.diagonal(dim1=1, dim2=2)
+        fp, fn = confusion.sum(dim=1) - tp, confusion.sum(dim=2) - tp
+        on_gpu = confusion.device.type == "cuda"
+        counted = torch.cat([tp, fp, fn], dim=1).to("cpu", non_blocking=on_gpu)
+        arrived = None
+        if on_gpu:
+            arrived = torch.cuda.Event()
+            arrived.record()
+        self._take_in()
+        self._coming = Coming(position.numpy() - self.first, size, counted, arrived)
+
+    @property
+    def rows(self) -> NDArray[np.uint32]:
+        """Of all images counted so far on this rank, uint32 [N, 2 + 3 K]."""
+        self._take_in()
+        return self._rows
+
+    def _take_in(self) -> None:
+        """Fill the rows of the images that were counted last."""
+        if (coming := self._coming) is None:
+            return
+        if coming.arrived is not None:
+            coming.arrived.synchronize()
+        height, width = coming.size
+        self._rows[coming.own, :2] = width, height
+        self._rows[coming.own, 2:] = coming.counted.numpy()
+        self._coming = None
 
     def gather(self, accelerator: Accelerator) -> NDArray[np.uint32] | None:
         """The rows of the whole split on the main process, None elsewhere.

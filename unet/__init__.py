@@ -5,7 +5,7 @@ Nothing here opens a file but weights, asks for a rank, or knows what a shard is
 
 from unet.losses import LossConfig, SegmentationLoss, inverse_frequency
 from unet.masks import MaskRule, Masks, predict_mask, predict_masks
-from unet.metrics import Empty, Scores, SegmentationScores
+from unet.metrics import Empty, Scores, SegmentationScores, confusion_per_image
 from unet.model import PRESETS, DataSpec, UNet, UNetConfig, valid_input
 from unet.surface import Surface, SurfaceScores
 from unet.tiling import Block, TileConfig, halve_tile, predict_blocks
@@ -26,6 +26,7 @@ __all__ = [
     "TileConfig",
     "UNet",
     "UNetConfig",
+    "confusion_per_image",
     "halve_tile",
     "inverse_frequency",
     "predict_blocks",

@@ -27,6 +27,9 @@ Empty = Literal["skip", "one", "zero"]
 """What Dice and IoU are of a class that is neither in mask nor in prediction."""
 EMPTY_SCORES: dict[Empty, float | None] = {"skip": None, "one": 1.0, "zero": 0.0}
 
+PIXELS = 2**22
+"""Pixels that are counted at one time: what that takes does not grow with the images."""
+
 FIXED_POINT = 2**32
 """Scores of single pictures are summed as integers of 1/2^32: exact in any order of summation."""
 
@@ -117,7 +120,8 @@ class SegmentationScores(Metric):
     def __init__(
         self, classes: tuple[str, ...], counted: tuple[int, ...], empty: Empty = "skip"
     ) -> None:
-        super().__init__()
+        # Not kept, since `add` may change what was computed.
+        super().__init__(compute_with_cache=False)
         self.names, self.counted = classes, counted
         self.empty: Empty = empty
         k = len(classes)
@@ -133,23 +137,18 @@ class SegmentationScores(Metric):
 
     def update(self, prediction: Tensor, mask: Tensor) -> None:
         """Count class indices: prediction and mask uint8 [B, H, W]; 255 in the mask is left out."""
-        batch, k = len(mask), len(self.names)
-        # On the device, since asking for the answer would wait for it; an error surfaces later.
-        torch._assert_async(  # pyright: ignore[reportPrivateImportUsage]
-            ((mask < k) | (mask == IGNORE)).all(), "a mask value is no class"
-        )
-        valid = mask != IGNORE
-        sample = torch.arange(batch, device=mask.device).view(-1, 1, 1).expand(mask.shape)
-        cell = (sample * k + mask.long()) * k + prediction.long()
-        counts = torch.bincount(cell[valid], minlength=batch * k * k).view(batch, k, k)
-        tp = counts.diagonal(dim1=1, dim2=2)
-        both = counts.sum(dim=1) + counts.sum(dim=2)
+        self.add(confusion_per_image(prediction, mask, len(self.names)))
+
+    def add(self, confusion: Tensor) -> None:
+        """Count images by their own confusions, int64 [B, K, K], of `confusion_per_image`."""
+        tp = confusion.diagonal(dim1=1, dim2=2)
+        both = confusion.sum(dim=1) + confusion.sum(dim=2)
         seen = both > 0
-        self.confusion += counts.sum(dim=0)
+        self.confusion += confusion.sum(dim=0)
         self.image_dice += fixed_point(2 * tp, both).sum(dim=0)
         self.image_iou += fixed_point(tp, both - tp).sum(dim=0)
         self.image_count += seen.sum(dim=0)
-        self.num_images += batch
+        self.num_images += len(confusion)
         self.num_valid += seen.any(dim=1).sum()
 
     def compute(self) -> Counts:
@@ -213,6 +212,40 @@ class SegmentationScores(Metric):
             classes=classes,
             confusion=tuple(tuple(row) for row in confusion.tolist()),
         )
+
+
+def confusion_per_image(prediction: Tensor, mask: Tensor, num_classes: int) -> Tensor:
+    """Count the pixels of each image by their class in the mask and in the prediction.
+
+    Nothing leaves the device, and no shape depends on a value: nothing is waited for. Sums of
+    integers are the same in any order, so that GPUs give them exactly too.
+
+    Args:
+        prediction: class indices, uint8 [B, H, W].
+        mask: the same; 255 is left out.
+        num_classes: K.
+
+    Returns:
+        Pixels [image, true class, predicted class], int64 [B, K, K].
+
+    Raises:
+        RuntimeError: a value is no class; on a GPU wherever it is next waited for.
+    """
+    batch, k = len(mask), num_classes
+    counts = torch.zeros(batch, k * k + 1, dtype=torch.int64, device=mask.device)
+    rows = max(1, PIXELS // max(1, batch * mask.shape[2]))
+    for p, m in zip(prediction.split(rows, dim=1), mask.split(rows, dim=1), strict=True):
+        ignored = m == IGNORE
+        for fits, what in (((m < k) | ignored, "mask"), (p < k, "predicted")):
+            torch._assert_async(  # pyright: ignore[reportPrivateImportUsage]
+                fits.all(), f"a {what} value is no class"
+            )
+        # What is ignored goes into a cell of its own, which is cut off.
+        cell = torch.where(ignored, k * k, m.long() * k + p.long()).flatten(1)
+        part = torch.zeros_like(counts, dtype=torch.int32)
+        one = torch.ones((), dtype=torch.int32, device=mask.device)
+        counts += part.scatter_add_(1, cell, one.expand_as(cell))
+    return counts[:, :-1].unflatten(1, (k, k))
 
 
 def sums_of_all_ranks(metric: Metric) -> list[Tensor]:

@@ -15,8 +15,9 @@ from PIL import Image
 from pipelines import evaluate, per_image
 from pipelines.checkpoint import load_model
 from pipelines.gallery import GAP, IGNORED, WRONG
-from pipelines.per_image import ImageCounts
+from pipelines.per_image import Coming, ImageCounts
 from shards.index import read_index
+from unet import confusion_per_image
 
 
 @pytest.fixture
@@ -276,12 +277,28 @@ def test_counts_come_together_in_pieces_as_they_do_at_once(
         for position in range(first, last):
             prediction = torch.zeros_like(mask)
             prediction.view(-1)[: position % 12] = 1
-            counts.update(prediction, mask, torch.tensor([position]))
+            confusion = confusion_per_image(prediction, mask, 2)
+            counts.update(confusion, torch.tensor([position]), (3, 4))
     whole = everyone[0].gather(Meeting(everyone))
     wrong = np.arange(13) % 12
     expected = np.stack([0 * wrong + 4, 0 * wrong + 3, 12 - wrong, 0 * wrong, 0 * wrong,
                          wrong, wrong, 0 * wrong], axis=1)  # fmt: skip
     np.testing.assert_array_equal(whole, expected)
+
+
+def test_counts_of_a_gpu_are_read_once_they_have_arrived() -> None:
+    class Copy:
+        """Stands in for the event after a copy; the numbers are there once it is waited for."""
+
+        def synchronize(self) -> None:
+            counted[:] = torch.arange(6).expand(2, 6)
+
+    counts = ImageCounts((3,), 2, batch_size=2, rank=0, world=1)
+    counted = torch.full((2, 6), 99)
+    counts._coming = Coming(np.array([0, 2]), (5, 7), counted, Copy())
+    counts.update(torch.eye(2, dtype=torch.int64)[None], torch.tensor([1]), (3, 4))
+    first = [7, 5, 0, 1, 2, 3, 4, 5]
+    assert counts.rows.tolist() == [first, [4, 3, 1, 1, 0, 0, 0, 0], first]
 
 
 def test_boundaries_cost_nothing_and_are_nowhere_unless_asked_for(

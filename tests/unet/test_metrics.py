@@ -12,7 +12,7 @@ from torchmetrics.classification import (
     MulticlassRecall,
 )
 
-from unet import SegmentationScores
+from unet import SegmentationScores, confusion_per_image, metrics
 
 CLASSES = ("background", "cell", "wall")
 
@@ -247,6 +247,78 @@ def test_per_image_sums_stay_exact_over_many_pictures():
         backwards.update(prediction[63 - i :][:1], mask[63 - i :][:1])
     assert counts(forwards)["image_dice"] == counts(backwards)["image_dice"]
     assert counts(forwards)["image_iou"] == counts(backwards)["image_iou"]
+
+
+# ---- counting
+
+
+def counted_by_boolean_index(prediction, mask, classes):
+    """What `confusion_per_image` must be equal to; it waits for the device three times."""
+    batch, valid = len(mask), mask != 255
+    sample = torch.arange(batch).view(-1, 1, 1).expand(mask.shape)
+    cell = (sample * classes + mask.long()) * classes + prediction.long()
+    counts = torch.bincount(cell[valid], minlength=batch * classes**2)
+    return counts.view(batch, classes, classes)
+
+
+@pytest.mark.parametrize(("batch", "side", "classes"), [(5, 9, 3), (1, 1, 2), (3, 40, 255)])
+@pytest.mark.parametrize("pixels", [1, 60, metrics.PIXELS])
+def test_counts_are_those_of_a_boolean_index(batch, side, classes, pixels, monkeypatch):
+    monkeypatch.setattr(metrics, "PIXELS", pixels)
+    prediction, mask = draw(batch, side=side, classes=classes)
+    mask[0] = 255
+    found = confusion_per_image(prediction, mask, classes)
+    assert found.dtype == torch.int64
+    assert torch.equal(found, counted_by_boolean_index(prediction, mask, classes))
+
+
+@pytest.mark.parametrize("value", [3, 200, 254])
+def test_a_value_that_is_no_class_is_never_counted(value):
+    prediction, mask = draw(2)
+    for which, what in ((mask, "mask"), (prediction, "predicted")):
+        wrong = which.clone()
+        wrong[1, 2, 3] = value
+        pair = (prediction, wrong) if which is mask else (wrong, mask)
+        with pytest.raises(RuntimeError, match=f"a {what} value is no class"):
+            confusion_per_image(*pair, 3)
+
+
+def test_counting_waits_for_nothing(dispatched):
+    """On the meta device, where what asks for a value or a size that depends on it raises."""
+    prediction, mask = (part.to("meta") for part in draw(4, side=32))
+    m = metric().to("meta")
+    with dispatched() as calls:
+        m.update(prediction, mask)
+    names = [call.name for call in calls]
+    assert any("scatter_add" in name for name in names)
+    for name in ("bincount", "nonzero", "_local_scalar_dense", "aten.index.Tensor"):
+        assert not [called for called in names if name in called]
+    assert not any(call.crosses for call in calls)
+
+
+def test_what_counting_takes_does_not_grow_with_the_image(monkeypatch):
+    sizes = []
+    where = torch.where
+    monkeypatch.setattr(torch, "where", lambda *a: sizes.append(a[0].numel()) or where(*a))
+    monkeypatch.setattr(metrics, "PIXELS", 1000)
+    prediction, mask = draw(2, side=100)
+    assert confusion_per_image(prediction, mask, 3).sum() == (mask != 255).sum()
+    assert max(sizes) <= 1000
+    assert sum(sizes) == mask.numel()
+
+
+@pytest.mark.filterwarnings("ignore:The ``compute`` method")
+def test_counts_of_images_are_added_as_their_pixels_are():
+    prediction, mask = draw(4)
+    one, other = metric(), metric()
+    one.update(prediction, mask)
+    for _ in range(2):
+        # Scores may be asked for in between.
+        other.scores()
+        other.add(confusion_per_image(prediction[:2], mask[:2], 3))
+        prediction, mask = prediction[2:], mask[2:]
+    assert counts(one) == counts(other)
+    assert one.scores() == other.scores()
 
 
 # ---- beside torchmetrics, where it answers the same question
