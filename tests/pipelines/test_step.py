@@ -177,6 +177,42 @@ def test_the_first_batch_is_drawn_once_however_many_passes_a_step_has(
     assert len(drawn) == 1
 
 
+@pytest.fixture
+def refuse_waits():
+    """Let PyTorch raise wherever the host waits for the GPU."""
+    yield lambda: torch.cuda.set_sync_debug_mode("error")
+    torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("run", ["fresh", "again"])
+def test_on_a_gpu_no_step_waits(
+    run: str, refuse_waits, shards: Path, tiny, call, monkeypatch: pytest.MonkeyPatch, tmp_path
+) -> None:
+    if run == "again":
+        assert call("train", *told(shards, tmp_path, tiny, "--steps", 2)).code == 0
+    seed, advance = train.seed_dropout, Budget.advance
+    steps = []
+
+    def begin(*arguments: Any) -> None:
+        seed(*arguments)
+        steps.append(1)
+        # The first one makes constants and draws its batch.
+        if len(steps) > 1:
+            refuse_waits()
+
+    def end(self: Budget) -> Any:
+        torch.cuda.set_sync_debug_mode("default")
+        return advance(self)
+
+    monkeypatch.setattr(train, "seed_dropout", begin)
+    monkeypatch.setattr(Budget, "advance", end)
+    ended = call("train", *told(shards, tmp_path, tiny, "--steps", 6))
+    assert ended.code == 0, ended.err
+    assert len(steps) == (6 if run == "fresh" else 4)
+
+
 # ---- after a resume
 
 

@@ -296,6 +296,21 @@ def test_counting_waits_for_nothing(dispatched):
     assert not any(call.crosses for call in calls)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_counts_the_same_integers_and_is_not_waited_for():
+    prediction, mask = draw(4, side=300)
+    m, there = metric().to("cuda"), (prediction.to("cuda"), mask.to("cuda"))
+    m.update(*there)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = confusion_per_image(*there, 3)
+        m.add(found)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(found.cpu(), counted_by_boolean_index(prediction, mask, 3))
+
+
 def test_what_counting_takes_does_not_grow_with_the_image(monkeypatch):
     sizes = []
     where = torch.where
