@@ -92,7 +92,9 @@ def main() -> None:
     parser.add_argument("--recipe", choices=("common", "careful"), required=True)
     parser.add_argument("--minutes", type=float, default=8)
     parser.add_argument("--width", type=int, default=16)
+    parser.add_argument("--device", default="cpu", help="cuda: with autocast and GradScaler")
     arguments = parser.parse_args()
+    device, cuda = torch.device(arguments.device), arguments.device == "cuda"
     with arguments.split_file.open() as file:
         split = {row["path"]: row["split"] for row in csv.DictReader(file)}
 
@@ -100,13 +102,15 @@ def main() -> None:
         names = sorted(name for name, where in split.items() if where == part)
         images = [read(arguments.images, n, side, Image.Resampling.BICUBIC) for n in names]
         masks = [read(arguments.masks, n, side, Image.Resampling.NEAREST) == 0 for n in names]
-        return torch.tensor(np.stack(images))[:, None] / 255, torch.tensor(np.stack(masks)).long()
+        pixels = torch.tensor(np.stack(images), device=device)[:, None] / 255
+        return pixels, torch.tensor(np.stack(masks), device=device).long()
 
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
     common = arguments.recipe == "common"
     images, masks = load("train", 256 if common else 512)
-    model = PlainUNet(arguments.width).train()
+    model = PlainUNet(arguments.width).to(device).train()
+    scaler = torch.amp.GradScaler(device.type, enabled=cuda)
     optimizer = (
         torch.optim.RMSprop(model.parameters(), lr=1e-5, weight_decay=1e-8, momentum=0.999)
         if common
@@ -122,12 +126,15 @@ def main() -> None:
         else:
             optimizer.param_groups[0]["lr"] = 2e-3 * 0.5 * (1 + math.cos(math.pi * done))
             x, y = draw(images, masks, rng)
-        logits = model(x)
-        loss = F.cross_entropy(logits, y) + dice_loss(logits, y)
+        with torch.autocast(device.type, enabled=cuda):
+            logits = model(x)
+            loss = F.cross_entropy(logits, y) + dice_loss(logits, y)
         optimizer.zero_grad()
-        loss.backward()
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        scaler.step(optimizer)
+        scaler.update()
         steps += 1
 
     model.eval()

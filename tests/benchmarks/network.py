@@ -56,9 +56,9 @@ def seconds(work: Callable[[], object], device: torch.device, repeats: int) -> f
     return (time.perf_counter() - begun) / repeats
 
 
-def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """TFLOP/s of a product of two square matrices."""
-    side = 8192 if device.type == "cuda" else 2048
+def matrix_rate(device: torch.device, dtype: torch.dtype, side: int | None = None) -> float:
+    """TFLOP/s of a product of two square matrices; left out: as large as suits the device."""
+    side = side or (8192 if device.type == "cuda" else 2048)
     a = torch.randn(side, side, device=device, dtype=dtype)
     with torch.inference_mode():
         seconds(lambda: a @ a, device, 3)

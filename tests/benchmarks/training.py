@@ -33,6 +33,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import nullcontext
 from datetime import date
@@ -99,21 +100,35 @@ def autocast() -> Any:
 
 def loop(model: nn.Module, optimizer: torch.optim.Optimizer, given: argparse.Namespace) -> float:
     """Samples/s of forward, loss, backward and step on one batch."""
-    device = torch.device("cuda" if GPU else "cpu")
+    step = make_step(model, optimizer, given, torch.device("cuda" if GPU else "cpu"))
+    began = 0.0
+    for number in range(-10, given.steps):
+        if number == 0:
+            began = now()
+        step()
+    return given.steps * given.batch / (now() - began)
+
+
+def make_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    given: argparse.Namespace,
+    device: torch.device,
+) -> Callable[[], None]:
+    """One step on a batch that lies ready on the device."""
     image, mask = ready(given)
     image, mask = (image.to(device).float() - 127) / 64, mask.to(device)
     criterion = SegmentationLoss(LossConfig(), (1,)).to(device)
-    began = 0.0
-    for step in range(-10, given.steps):
-        if step == 0:
-            began = now()
+
+    def step() -> None:
         with autocast():
             logits = model(image)
         loss, _ = criterion(logits, mask)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    return given.steps * given.batch / (now() - began)
+
+    return step
 
 
 def now() -> float:

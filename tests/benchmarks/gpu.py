@@ -1,0 +1,391 @@
+"""Everything that only a GPU can show, in one command of at most eight minutes.
+
+    tests/benchmarks/gpu.sh --out DIR                     # installs the wheels of a folder first
+    python tests/benchmarks/gpu.py --out DIR [--isbi FOLDER] [--only step predict] [--budget 480]
+    python tests/benchmarks/gpu.py --out DIR --rehearse   # every step on a CPU, with tiny sizes
+
+Steps, most important first, so that a run that is cut short still counts: without the limits of the
+card no other figure can be judged; the bare training step decides the settings of all that follows;
+`unet train` and `unet predict` are the product; the tests say whether it is right as well as fast;
+learning takes four minutes and says least about the GPU; the rest of the grid refines.
+
+    limits    the bf16 matrix rate, copy bandwidth, versions; whether torch.compile works here
+    step      a training step of `modern` at batch 32, three ways, beside public single-file loops
+    train     `unet train` from shards: beside the bare step, SIGTERM, resume, NCCL with one rank
+    predict   `unet predict` from a folder to shards: beside the bare forward pass, stage by stage
+    tests     the tests marked gpu, and what is printed where memory or GPUs do not suffice
+    learn     Dice on isbi2012 after 90 seconds, beside the public loop (needs --isbi)
+    grid      the fourth way, compiled without channels_last, which takes a minute to compile and
+              decides least; segmentation_models_pytorch; other batch sizes; batch norm
+
+Within a lease of minutes: one command with `--only limits step train predict`, some seven minutes,
+and another with `--only limits tests learn grid`.
+
+The rows of a step share a process, which imports torch and compiles once. Every row has a time
+limit. A row that fails ends that process, with whatever state its error left on the GPU; a new one
+takes the remaining rows. Rows that would start after --budget seconds are skipped; none runs for
+longer than 60 seconds beyond it. DIR/gpu.json and DIR/gpu.md are replaced after every figure;
+DIR/gpu.log holds what the processes print. `expected` is an estimate made before anything had run
+on a GPU.
+
+Exits with 0 only if no row failed.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from itertools import groupby
+from pathlib import Path
+from typing import Any, TextIO
+
+import psutil
+from gpu_bench import LOG, REPO, Bench, Figure, NotApplicableError, last_lines
+
+GRACE = 60
+"""Seconds beyond --budget after which a row is ended."""
+STARTING = 90
+"""Seconds in which a process must begin its first row."""
+PATIENCE = 3
+"""How much longer a row may take in a rehearsal, on a machine with other things to do."""
+WIDTH = 100
+"""Characters of a printed figure; gpu.json and gpu.md have all."""
+RESULTS = "gpu.json"
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "PYTHONUNBUFFERED": "1",
+    "WANDB_MODE": "offline",
+    "WANDB_SILENT": "true",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One measurement: a function `module:name` that takes a `Bench` and these arguments."""
+
+    step: str
+    name: str
+    limit: float
+    """Seconds."""
+    function: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+
+def step_row(step: str, name: str, limit: float, expected: str = "", **settings: Any) -> Row:
+    """A training step of ours."""
+    return Row(step, name, limit, "gpu_steps:ours", {**settings, "expected": expected})
+
+
+FASTEST = {"channels_last": True, "compiled": True}
+ROWS = (
+    Row("limits", "card", 60, "gpu_steps:card"),
+    Row("limits", "compiler", 90, "gpu_steps:compiler"),
+    Row("limits", "packages", 60, "gpu_steps:packages"),
+    step_row("step", "eager", 60, "160 ms"),
+    step_row("step", "eager, channels_last", 45, "155 ms", channels_last=True),
+    step_row("step", "compiled, channels_last", 120, "105 ms", **FASTEST),
+    Row("step", "public loop", 45, "gpu_steps:public"),
+    Row("step", "public loop, channels_last", 45, "gpu_steps:public", {"channels_last": True}),
+    Row("train", "shards", 90, "gpu_train:pack_shards"),
+    Row("train", "unet train", 150, "gpu_train:train"),
+    Row("train", "resumed", 120, "gpu_train:resume"),
+    Row("train", "accelerate launch, one rank", 120, "gpu_train:launched"),
+    Row("predict", "forward", 120, "gpu_predict:forward"),
+    Row("predict", "unet predict", 90, "gpu_predict:predict"),
+    Row("predict", "unet predict, compiled", 120, "gpu_predict:predict", {"compiled": True}),
+    Row("predict", "everything but the network", 90, "gpu_predict:ceiling"),
+    Row("predict", "stages", 60, "gpu_predict:stages"),
+    Row("predict", "one large image", 120, "gpu_predict:large"),
+    Row("tests", "pytest -m gpu", 180, "gpu_train:pytest_gpu"),
+    Row("tests", "out of memory", 60, "gpu_train:out_of_memory"),
+    Row("tests", "two ranks on one GPU", 60, "gpu_train:two_ranks"),
+    Row("learn", "unet train", 160, "gpu_train:learn"),
+    Row("learn", "public loop", 140, "gpu_train:learn_public"),
+    step_row("grid", "compiled", 120, "120 ms", compiled=True),
+    Row("grid", "smp resnet34, channels_last", 60, "gpu_steps:smp"),
+    step_row("grid", "batch 8", 60, batch=8, **FASTEST),
+    step_row("grid", "batch 16", 60, batch=16, **FASTEST),
+    step_row("grid", "batch 64", 60, batch=64, **FASTEST),
+    step_row(
+        "grid", "batch norm, eager, channels_last", 45, "120 ms", norm="batch", channels_last=True
+    ),
+    step_row("grid", "batch norm, compiled, channels_last", 60, norm="batch", **FASTEST),
+    step_row("grid", "batch 8, eager, channels_last", 45, batch=8, channels_last=True),
+    step_row("grid", "batch 64, eager, channels_last", 45, batch=64, channels_last=True),
+)
+STEPS = tuple(dict.fromkeys(row.step for row in ROWS))
+
+
+@dataclass(slots=True)
+class Result:
+    """What became of a row."""
+
+    step: str
+    name: str
+    state: str = "skipped"
+    """done, failed or skipped."""
+    seconds: float = 0.0
+    figures: list[Figure] = field(default_factory=list)
+    message: str = "the run ended before it"
+    """Why it failed or was skipped."""
+
+
+# ------------------------------------------------------------------------------ the worker process
+
+
+def work(arguments: argparse.Namespace) -> None:
+    """Measure the rows with these numbers, one after the other; events go to the parent."""
+    with os.fdopen(arguments.events, "w", buffering=1) as events:
+
+        def send(**event: Any) -> None:
+            events.write(json.dumps(event) + "\n")
+
+        bench = Bench(
+            work=arguments.work,
+            out=arguments.out,
+            isbi=arguments.isbi,
+            rehearse=arguments.rehearse,
+            send=lambda figure: send(figure=asdict(figure)),
+            known=known_figures(arguments.out / RESULTS),
+        )
+        for number in arguments.worker:
+            row = ROWS[number]
+            bench.begin(row.step, row.name)
+            send(begin=number)
+            print(f"\n=== {row.step}: {row.name}", flush=True)
+            module, _, name = row.function.partition(":")
+            try:
+                getattr(importlib.import_module(module), name)(bench, **row.arguments)
+            except NotApplicableError as reason:
+                send(state="skipped", message=str(reason))
+            except Exception as error:
+                traceback.print_exc()
+                send(state="failed", message=f"{type(error).__name__}: {error}"[-1000:])
+                # What an error leaves on a GPU may be of no more use.
+                raise SystemExit(1) from error
+            else:
+                send(state="done", message="")
+
+
+def known_figures(path: Path) -> dict[tuple[str, str, str], Any]:
+    """{(step, row, figure): value} of the rows before."""
+    return {
+        (row["step"], row["name"], figure["name"]): figure["value"]
+        for row in json.loads(path.read_text())["rows"]
+        for figure in row["figures"]
+    }
+
+
+# ------------------------------------------------------------------------------ the parent process
+
+
+class Table:
+    """The results so far, on the disk after every figure."""
+
+    def __init__(self, out: Path, rows: dict[int, Row], *, rehearsal: bool) -> None:
+        self.out, self.rehearsal = out, rehearsal
+        self.started, self.begun = datetime.now(UTC), time.monotonic()
+        self.results = {number: Result(row.step, row.name) for number, row in rows.items()}
+        self.write()
+
+    @property
+    def seconds(self) -> float:
+        """Since the start."""
+        return time.monotonic() - self.begun
+
+    def write(self) -> None:
+        """Replace gpu.json and gpu.md."""
+        plain = {
+            "started": self.started.isoformat(timespec="seconds"),
+            "seconds": round(self.seconds, 1),
+            "rehearsal": self.rehearsal,
+            "rows": [asdict(result) for result in self.results.values()],
+        }
+        replace_file(self.out / RESULTS, json.dumps(plain, indent=1) + "\n")
+        replace_file(self.out / "gpu.md", "\n".join(self.lines()) + "\n")
+
+    def lines(self) -> Iterator[str]:
+        """The Markdown table."""
+        kind = "Rehearsal on a CPU: its figures mean nothing" if self.rehearsal else "Measured"
+        yield f"{kind}; {self.started:%Y-%m-%d %H:%M} UTC, {self.seconds:.0f} s.\n"
+        yield markdown_row("step", "row", "figure", "measured", "expected (estimate)")
+        yield markdown_row(*["---"] * 5)
+        for result in self.results.values():
+            head = (result.step, result.name)
+            for figure in result.figures:
+                yield markdown_row(*head, figure.name, figure.text, figure.expected)
+            if result.state != "done":
+                yield markdown_row(*head, result.state.upper(), result.message, "")
+
+    def finish(self, result: Result, state: str, message: str, seconds: float) -> None:
+        """Record how a row ended, and print its figures."""
+        result.state, result.message, result.seconds = state, message, round(seconds, 1)
+        self.write()
+        figures = []
+        for figure in result.figures:
+            estimate = f" (expected {figure.expected})" if figure.expected else ""
+            figures.append(f"{figure.name} {figure.text}"[:WIDTH] + estimate)
+        head = f"[{self.seconds:.0f} s] {result.step}: {result.name}: {state}"
+        print(f"{head} {message}"[: 3 * WIDTH], "; ".join(figures), sep=" -- ", flush=True)
+
+
+def markdown_row(*cells: str) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text)
+    part.replace(path)
+
+
+class Worker:
+    """A process that measures rows, and the events that it sends."""
+
+    def __init__(self, numbers: Sequence[int], arguments: argparse.Namespace, log: TextIO) -> None:
+        self.log = arguments.out / LOG
+        receiving, sending = os.pipe()
+        given = ["--out", arguments.out, "--work", arguments.work, "--events", sending]
+        given += ["--isbi", arguments.isbi] if arguments.isbi else []
+        given += ["--rehearse"] if arguments.rehearse else []
+        self.process = subprocess.Popen(
+            [sys.executable, sys.argv[0], *map(str, given), "--worker", *map(str, numbers)],
+            pass_fds=[sending],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        os.close(sending)
+        self.events: queue.Queue[dict[str, Any] | None] = queue.Queue()
+        threading.Thread(target=self.receive, args=(receiving,), daemon=True).start()
+
+    def receive(self, receiving: int) -> None:
+        """Pass on what comes, and None at its end."""
+        with os.fdopen(receiving) as lines:
+            for line in lines:
+                self.events.put(json.loads(line))
+        self.events.put(None)
+
+    def next_event(self, deadline: float) -> dict[str, Any] | None:
+        """The next one; None when the process has ended. Raises queue.Empty at the deadline."""
+        return self.events.get(timeout=max(0.0, deadline - time.monotonic()))
+
+    @property
+    def last_lines(self) -> str:
+        """The end of what it and all others printed."""
+        return last_lines(self.log.read_text(errors="replace"))
+
+    def kill(self) -> None:
+        """End it and all that it started, ranks in sessions of their own too."""
+        started = []
+        with suppress(psutil.NoSuchProcess):
+            started = psutil.Process(self.process.pid).children(recursive=True)
+        self.process.kill()
+        for one in started:
+            with suppress(psutil.NoSuchProcess):
+                one.kill()
+        self.process.wait()
+
+
+def measure(numbers: list[int], table: Table, arguments: argparse.Namespace, log: TextIO) -> None:
+    """Measure rows in one process, and after a failure those that are left in another."""
+    while numbers and table.seconds < arguments.budget:
+        worker = Worker(numbers, arguments, log)
+        try:
+            numbers = follow(worker, numbers, table, arguments)
+        finally:
+            worker.kill()
+    for number in numbers:
+        message = f"the budget of {arguments.budget:.0f} s was spent"
+        table.finish(table.results[number], "skipped", message, 0.0)
+
+
+def follow(
+    worker: Worker, numbers: list[int], table: Table, arguments: argparse.Namespace
+) -> list[int]:
+    """Record what a process measures until it ends or must be ended; the rows that are left."""
+    left, begun, limit = list(numbers), time.monotonic(), STARTING
+    row, hard = table.results[left[0]], table.begun + arguments.budget + GRACE
+    patience = PATIENCE if arguments.rehearse else 1
+    while left:
+        try:
+            event = worker.next_event(min(begun + patience * limit, hard))
+        except queue.Empty:
+            event = {"state": "failed", "message": f"took too long: {worker.last_lines}"}
+        if event is None:
+            code = worker.process.wait()
+            event = {"state": "failed", "message": f"ended with {code}: {worker.last_lines}"}
+        if "begin" in event:
+            if table.seconds > arguments.budget:
+                return left
+            row, begun = table.results[event["begin"]], time.monotonic()
+            limit = ROWS[event["begin"]].limit
+        elif "figure" in event:
+            row.figures.append(Figure(**event["figure"]))
+            table.write()
+        else:
+            table.finish(row, event["state"], event["message"], time.monotonic() - begun)
+            del left[0]
+            if event["state"] == "failed":
+                return left
+    return left
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
+    parser.add_argument("--rehearse", action="store_true", help="on a CPU, with tiny sizes")
+    parser.add_argument("--isbi", type=Path, help="folder with images, masks and split.csv")
+    parser.add_argument("--only", nargs="+", choices=STEPS, default=STEPS, metavar="STEP")
+    parser.add_argument("--budget", type=float, default=480, help="seconds; then rows are skipped")
+    parser.add_argument("--work", type=Path, help="folder for data and runs; else a temporary one")
+    parser.add_argument("--worker", nargs="+", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--events", type=int, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> int:
+    arguments = parse()
+    if arguments.worker:
+        work(arguments)
+        return 0
+    for name in ("out", "isbi"):
+        if (path := getattr(arguments, name)) is not None:
+            setattr(arguments, name, path.resolve())
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    # Ended from outside, it ends what it started.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    os.environ.update(ENVIRONMENT)
+    paths = (str(REPO), os.environ.get("PYTHONPATH", ""))
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    if arguments.rehearse:
+        os.environ["OMP_NUM_THREADS"] = "1"
+    rows = {number: row for number, row in enumerate(ROWS) if row.step in arguments.only}
+    table = Table(arguments.out, rows, rehearsal=arguments.rehearse)
+    with tempfile.TemporaryDirectory() as folder, (arguments.out / LOG).open("a") as log:
+        arguments.work = (arguments.work or Path(folder)).resolve()
+        arguments.work.mkdir(parents=True, exist_ok=True)
+        for _, numbers in groupby(rows, key=lambda number: ROWS[number].step):
+            measure(list(numbers), table, arguments, log)
+    failed = [r for r in table.results.values() if r.state == "failed"]
+    print(f"{len(failed)} of {len(rows)} rows failed; {arguments.out / 'gpu.md'}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# The GPU proof on a bare machine without network: installs wheels from a folder, then runs gpu.py.
+#
+#   tests/benchmarks/gpu.sh --out DIR [FLAGS OF gpu.py]
+#   WHEELS=FOLDER PYTHON=/path/to/python3 tests/benchmarks/gpu.sh --out DIR
+#
+# Expected there: Python 3.12, torch with CUDA, numpy, pillow, accelerate, torchmetrics, safetensors,
+# huggingface-hub, fsspec, tqdm, jinja2, pyyaml, scipy, timm, torchvision, psutil, requests, click,
+# protobuf, packaging, xxhash, anyio, httpx, pytest with pytest-timeout and pytest-xdist, a C
+# compiler and Python.h. Everything else travels as wheels, 25 MB, which this command fetches into
+# .whl on any machine that has network (wandb and below: only for its tracker; the last: a peer):
+#
+#   python -m pip download --dest .whl --no-deps --only-binary=:all: --python-version 3.12 \
+#       --implementation cp --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 \
+#       --platform manylinux2014_x86_64 --constraint launch/constraints.txt \
+#       webdataset braceexpand tyro docstring-parser typeguard typing-extensions simplejpeg \
+#       wandb platformdirs pydantic pydantic-core annotated-types typing-inspection cwevals distro \
+#       sniffio googleapis-common-protos opentelemetry-api opentelemetry-sdk opentelemetry-proto \
+#       opentelemetry-semantic-conventions opentelemetry-exporter-otlp-proto-http \
+#       opentelemetry-exporter-otlp-proto-common opentelemetry-exporter-otlp-common \
+#       opentelemetry-exporter-http-transport segmentation-models-pytorch
+#
+# Results: DIR/gpu.md, gpu.json, gpu.log and tests.xml. Expect: eight minutes, nine at most.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+python=${PYTHON:-python3}
+wheels=${WHEELS:-.whl}
+if [ -d "$wheels" ]; then
+  site=$(mktemp -d)
+  trap 'rm -rf "$site"' EXIT
+  "$python" -m pip install --quiet --no-index --no-deps --no-compile --no-cache-dir \
+    --target "$site" "$wheels"/*.whl
+  export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
+fi
+"$python" tests/benchmarks/gpu.py "$@"

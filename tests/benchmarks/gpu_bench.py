@@ -1,0 +1,167 @@
+"""What the measurements of gpu.py share: sizes, figures and where they go. Imports no torch."""
+
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+REPO = Path(__file__).resolve().parents[2]
+LOG = "gpu.log"
+"""In --out: what all processes print."""
+
+
+class NotApplicableError(Exception):
+    """This row cannot be measured here; the text says why. It is skipped, not failed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """One measured value."""
+
+    name: str
+    value: float | str
+    unit: str = ""
+    expected: str = ""
+    """An estimate made before the first run, or a goal."""
+
+    @property
+    def text(self) -> str:
+        """The value for people."""
+        value = f"{self.value:.4g}" if isinstance(self.value, float) else str(self.value)
+        return f"{value} {self.unit}".strip()
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """How large everything is."""
+
+    side: int = 512
+    """Of crops and of images in the folder to predict."""
+    batch: int = 32
+    network: dict[str, int] = field(default_factory=dict)
+    """Changes to the preset modern."""
+    width: int = 64
+    """Of the public network."""
+    matrix: int = 8192
+    copied: int = 2**32
+    """Bytes."""
+    warmup: int = 5
+    steps: int = 20
+    pairs: int = 4000
+    """Of 512 x 512, to train on."""
+    images: int = 2560
+    """Of 512 x 512, to predict."""
+    val_fraction: float = 0.1
+    log_every: int = 10
+    settle: int = 40
+    """Steps of `unet train` before its speed counts."""
+    window: int = 100
+    """Steps over which it counts."""
+    watched: int = 30
+    """Steps that are sampled and watched for synchronisations."""
+    predicted: int = 16
+    """Images of a forward pass of `unet predict`."""
+    per_shard: int = 256
+    stage_images: int = 64
+    large: int = 20_000
+    learn_seconds: float = 90
+    oom_batch: int = 512
+
+
+REHEARSAL = Sizes(
+    side=32,
+    batch=2,
+    network={"base_channels": 2, "depth": 1},
+    width=4,
+    matrix=64,
+    copied=2**20,
+    warmup=1,
+    steps=2,
+    pairs=12,
+    images=12,
+    val_fraction=0.4,
+    log_every=1,
+    settle=1,
+    window=3,
+    watched=3,
+    predicted=2,
+    per_shard=2,
+    stage_images=2,
+    large=700,
+    learn_seconds=2,
+    oom_batch=2,
+)
+
+
+@dataclass(slots=True)
+class Bench:
+    """What a measurement is given."""
+
+    work: Path
+    """Folder for data and runs, shared by all rows."""
+    out: Path
+    isbi: Path | None
+    rehearse: bool
+    send: Callable[[Figure], None]
+    known: dict[tuple[str, str, str], Any]
+    """{(step, row, figure): value} so far."""
+    step: str = ""
+    row: str = ""
+
+    @property
+    def sizes(self) -> Sizes:
+        return REHEARSAL if self.rehearse else Sizes()
+
+    @property
+    def device(self) -> "torch.device":
+        """The GPU; the CPU in a rehearsal."""
+        import torch
+
+        if not self.rehearse and not torch.cuda.is_available():
+            raise RuntimeError("no CUDA device; --rehearse runs on a CPU")
+        return torch.device("cpu" if self.rehearse else "cuda")
+
+    @property
+    def backend(self) -> str:
+        """Of torch.compile: a rehearsal traces, and generates no code."""
+        return "eager" if self.rehearse else "inductor"
+
+    def begin(self, step: str, row: str) -> None:
+        """The figures that follow belong to a row."""
+        self.step, self.row = step, row
+
+    def report(self, name: str, value: float | str, unit: str = "", expected: str = "") -> None:
+        """Record a figure at once: what comes after it may fail."""
+        figure = Figure(name, value, unit, expected)
+        self.known[self.step, self.row, name] = value
+        print(f"{name}: {figure.text}", flush=True)
+        self.send(figure)
+
+    def report_ratio(
+        self, name: str, value: float, step: str, row: str, figure: str, expected: str = ""
+    ) -> None:
+        """Record a value beside that of another row, if that was measured."""
+        if (other := self.known.get((step, row, figure))) is not None:
+            self.report(name, value / other, "", expected)
+
+    def batch(self, size: int | None) -> int:
+        """A batch size of the grid, tiny in a rehearsal."""
+        if size is None:
+            return self.sizes.batch
+        return max(1, size // 16) if self.rehearse else size
+
+    def environment(self, **more: str) -> dict[str, str]:
+        """For a process of the product."""
+        tiny = {"TORCH_COMPILE_DISABLE": "1", "ACCELERATE_USE_CPU": "true"}
+        return {**os.environ, **(tiny if self.rehearse else {}), **more}
+
+
+def last_lines(text: str, count: int = 4, width: int = 300) -> str:
+    """The end of what a process printed, as one line, without frames and empty lines."""
+    lines = [re.sub("[\u2500-\u257f]", "", line).strip() for line in text.splitlines()]
+    return " / ".join(line[-width:] for line in [line for line in lines if line][-count:])

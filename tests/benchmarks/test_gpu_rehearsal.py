@@ -1,0 +1,167 @@
+"""The GPU proof is ready at any minute: rehearsed on a CPU, and no row can take others along."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+import tomllib
+from dataclasses import fields
+from importlib.util import find_spec
+from pathlib import Path
+
+import gpu
+import psutil
+
+from pipelines.predict import PredictConfig
+
+REPO = Path(__file__).resolve().parents[2]
+SCRIPT = REPO / "tests" / "benchmarks" / "gpu.sh"
+
+ROWS = """
+import os, subprocess, sys, time
+from gpu_bench import NotApplicableError
+
+def works(bench, value=1):
+    bench.report("value", value, "ms", "about 1 | 2")
+    bench.report_ratio("of the first", value, "one", "works", "value")
+
+def hangs(bench):
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    bench.report("child", child.pid)
+    print("last words", flush=True)
+    time.sleep(600)
+
+def dies(bench):
+    bench.report("before", 2)
+    os._exit(3)
+
+def raises(bench):
+    raise ValueError("no such figure")
+
+def skips(bench):
+    raise NotApplicableError("not here")
+"""
+PROGRAM = """
+import sys
+import gpu
+gpu.ROWS = (
+    gpu.Row("one", "works", 60, "rows:works"),
+    gpu.Row("one", "hangs", 1, "rows:hangs"),
+    gpu.Row("one", "dies", 60, "rows:dies"),
+    gpu.Row("one", "raises", 60, "rows:raises"),
+    gpu.Row("two", "skips", 60, "rows:skips"),
+    gpu.Row("two", "works again", 60, "rows:works", {"value": 3}),
+)
+gpu.STEPS = ("one", "two")
+sys.exit(gpu.main())
+"""
+
+
+def run_rows(folder: Path, *flags: str) -> tuple[int, dict[str, dict]]:
+    """The exit code of made-up rows, and what is written of each."""
+    (folder / "rows.py").write_text(ROWS)
+    (folder / "program.py").write_text(PROGRAM)
+    ended = subprocess.run(
+        [sys.executable, folder / "program.py", "--out", folder / "out", *flags],
+        env={**os.environ, "PYTHONPATH": str(SCRIPT.parent)},
+        check=False,
+        timeout=120,
+    )
+    written = json.loads((folder / "out" / "gpu.json").read_text())
+    return ended.returncode, {row["name"]: row for row in written["rows"]}
+
+
+def test_a_row_that_hangs_dies_or_raises_takes_no_other_along(tmp_path: Path) -> None:
+    code, rows = run_rows(tmp_path)
+    assert code == 1
+    states = {name: row["state"] for name, row in rows.items()}
+    assert states == {
+        "works": "done",
+        "hangs": "failed",
+        "dies": "failed",
+        "raises": "failed",
+        "skips": "skipped",
+        "works again": "done",
+    }
+    assert rows["hangs"]["message"].endswith("last words")
+    child = int(rows["hangs"]["figures"][0]["value"])
+    assert not psutil.pid_exists(child) or psutil.Process(child).status() == "zombie"
+    # What was measured before the end is kept.
+    assert rows["dies"]["figures"][0]["value"] == 2
+    assert "ended with 3" in rows["dies"]["message"]
+    assert rows["raises"]["message"] == "ValueError: no such figure"
+    assert rows["skips"]["message"] == "not here"
+    # Figures of rows before are known to another process.
+    ratio = rows["works again"]["figures"][1]
+    assert (ratio["name"], ratio["value"]) == ("of the first", 3)
+    table = (tmp_path / "out" / "gpu.md").read_text()
+    assert "| one | works | value | 1 ms | about 1 \\| 2 |" in table
+    assert "| one | raises | FAILED | ValueError: no such figure |  |" in table
+
+
+def test_rows_beyond_the_budget_are_skipped_and_named(tmp_path: Path) -> None:
+    code, rows = run_rows(tmp_path, "--budget", "0", "--only", "two")
+    assert code == 0
+    assert {name: row["state"] for name, row in rows.items()} == {
+        "skips": "skipped",
+        "works again": "skipped",
+    }
+    assert rows["works again"]["message"] == "the budget of 0 s was spent"
+
+
+def test_every_function_that_a_row_names_is_there() -> None:
+    for row in gpu.ROWS:
+        module, _, name = row.function.partition(":")
+        source = (SCRIPT.parent / f"{module}.py").read_text()
+        assert f"def {name}(" in source, row
+    assert len({(row.step, row.name) for row in gpu.ROWS}) == len(gpu.ROWS)
+    # Rows of a step share processes: they stand together.
+    order = [row.step for row in gpu.ROWS]
+    assert order == sorted(order, key=gpu.STEPS.index)
+
+
+def test_what_we_need_is_there_or_travels() -> None:
+    header = SCRIPT.read_text().split("set -euo pipefail")[0]
+    named = set(re.findall(r"[a-z][a-z0-9-]+", header.lower()))
+    wanted = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]["dependencies"]
+    names = {re.split(r"[<>=!~ \[]", text)[0].replace("_", "-") for text in wanted}
+    assert len(names) >= 14
+    assert not names - named
+
+
+def test_the_rehearsal_runs_every_row(tmp_path: Path) -> None:
+    began = time.monotonic()
+    ended = subprocess.run(
+        [SCRIPT, "--rehearse", "--out", tmp_path, "--budget", "800"],
+        env={**os.environ, "PYTHON": sys.executable, "WHEELS": str(tmp_path / "none")},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=860,
+    )
+    print(ended.stdout, f"{time.monotonic() - began:.0f} s")
+    written = json.loads((tmp_path / "gpu.json").read_text())
+    rows = {(row["step"], row["name"]): row for row in written["rows"]}
+    assert [*rows] == [(row.step, row.name) for row in gpu.ROWS]
+    expected = dict.fromkeys(rows, "done")
+    if find_spec("segmentation_models_pytorch") is None:
+        expected["grid", "smp resnet34, channels_last"] = "skipped"
+    if "compile" not in {field.name for field in fields(PredictConfig)}:
+        expected["predict", "unet predict, compiled"] = "failed"
+    messages = {key: row["message"] for key, row in rows.items() if row["state"] != expected[key]}
+    assert {key: row["state"] for key, row in rows.items()} == expected, messages
+    assert all(row["figures"] for key, row in rows.items() if expected[key] == "done")
+    assert ended.returncode == ("failed" in expected.values()), ended.stdout + ended.stderr
+    # What comes back from the machine is at most eight files.
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "gpu.json",
+        "gpu.md",
+        "gpu.log",
+        "tests.xml",
+    }
+    found = {
+        figure["name"]: figure["value"] for figure in rows["tests", "pytest -m gpu"]["figures"]
+    }
+    assert found["skipped"] > 10
