@@ -23,8 +23,9 @@ from pipelines.decoding import Chunk, Cutting, Decoded, Decoder, DecodeSource, r
 from pipelines.results import Found
 from unet import Masks
 
-CHUNK_BYTES = 2**25
-"""Bytes of the images of a batch that workers hand over in memory which is used again."""
+CHUNK_BYTES = 2**26
+"""Bytes of the images of a batch that workers hand over in memory which is used again: 16 of
+1024 x 1024 in RGB, and room to spare. What is not used takes no memory."""
 OVERHEAD = 2**16
 """Bytes that a result counts for besides its pixels."""
 

@@ -112,8 +112,8 @@ def predict_blocks(
         some = places[first : first + config.num_together]
         tiles = stack([read_tile(images[n], rows, columns, i, j) for n, i, j in some])
         probability = average(forward, tiles, config.tta)
-        for begin, (n, i, j) in enumerate(some[:1] if whole else some):
-            count = len(some) if whole else 1
+        count = len(some) if whole and takes_batches(probability.device) else 1
+        for begin, (n, i, j) in enumerate(some[:1] if count > 1 else some):
             if blend is not None:
                 blend.add(probability[begin], i, j)
             down, right = rows.finished(i), columns.finished(j)
@@ -124,12 +124,29 @@ def predict_blocks(
         del probability
 
 
+def takes_batches(device: torch.device) -> bool:
+    """Whether probabilities of several images are best looked at together.
+
+    A GPU waits for launches. What a CPU looks at should fit into its cache, as an image may.
+    """
+    return device.type != "cpu"
+
+
 def stack(tiles: Sequence[Tensor]) -> Tensor:
     """One batch [B, C, h, w] of tiles [C, h, w], channels last in memory where theirs are.
 
-    To move the channels is the device's work, which does it on the way to float32.
+    To move the channels is the device's work, which does it on the way to float32. Tiles that
+    follow each other in memory, as whole images of a batch may, are not copied.
     """
-    first = tiles[0]
+    first, size = tiles[0], tiles[0].numel()
+    memory, begin = first.untyped_storage().data_ptr(), first.data_ptr()
+    if (first.is_contiguous() or first.permute(1, 2, 0).is_contiguous()) and all(
+        tile.untyped_storage().data_ptr() == memory
+        and tile.data_ptr() == begin + number * size * first.element_size()
+        and (tile.shape, tile.stride()) == (first.shape, first.stride())
+        for number, tile in enumerate(tiles)
+    ):
+        return first.as_strided((len(tiles), *first.shape), (size, *first.stride()))
     if first.stride(0) == 1 < first.shape[0]:
         return torch.stack([tile.permute(1, 2, 0) for tile in tiles]).permute(0, 3, 1, 2)
     return torch.stack([*tiles])

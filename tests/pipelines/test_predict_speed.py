@@ -280,3 +280,25 @@ def test_results_carry_the_counts_of_their_masks() -> None:
     items = [Decoded("a", "a.png", None), Decoded("b", "b.png", None)]
     found = [found for _, found in engine.Launched(0, items, masks, None).results()]
     assert [one.counts for one in found] == [[1, 3, 0], [4, 0, 0]]
+
+
+# ---- on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_compiled_network_predicts_on_the_card_and_a_rerun_the_same_bytes(
+    trained: Path, draw, call, samples, content, tmp_path: Path
+) -> None:
+    given = draw(tmp_path / "in", 34, size=(64, 64)) / "images"
+    more = ("--probabilities", "png", "--min-confidence", 0.5)
+    for out, switches in (("plain", ()), ("a", ("--compile",)), ("b", ("--compile",))):
+        ended = call("predict", *flags(trained, given, tmp_path / out, *more, *switches))
+        assert ended.code == 0, ended.err
+    settings = job(tmp_path / "a")
+    assert (settings["batch_size"], settings["channels_last"]) == (16, True)
+    assert content(tmp_path / "a") == content(tmp_path / "b")
+    plain, compiled = samples(tmp_path / "plain"), samples(tmp_path / "a")
+    assert len(compiled) == 34
+    for source, sample in plain.items():
+        assert (sample.mask != compiled[source].mask).mean() < 0.05

@@ -17,6 +17,7 @@ from unet import (
     predict_blocks,
     predict_mask,
     predict_masks,
+    tiling,
     valid_input,
 )
 from unet.tiling import Cut, blending_weights, cut_evenly, cut_exactly, halve_tile
@@ -127,10 +128,22 @@ def test_there_may_be_255_classes():
     assert confidence.item() == pytest.approx(1)
 
 
-def test_images_predicted_whole_leave_a_batch_at_a_time():
-    config = TileConfig(tile=32, batch_size=3)
-    blocks = [*predict_blocks(pointwise, picture(20, 30, batch=5), config)]
-    assert [block.images for block in blocks] == [slice(0, 3), slice(3, 5)]
+@pytest.mark.parametrize(
+    ("device", "expected"), [("cpu", [1] * 5), ("cuda", [3, 2]), ("mps", [3, 2])]
+)
+def test_images_predicted_whole_leave_a_gpu_a_batch_at_a_time(device, expected, monkeypatch):
+    takes_batches = tiling.takes_batches(torch.device(device))
+    monkeypatch.setattr(tiling, "takes_batches", lambda _: takes_batches)
+    config, images = TileConfig(tile=32, batch_size=3), picture(20, 30, batch=5)
+    blocks = [*predict_blocks(pointwise, images, config)]
+    assert [block.images.stop - block.images.start for block in blocks] == expected
+    assert torch.equal(assemble(pointwise, images, config), pointwise(images).softmax(1))
+    rule = MaskRule(min_confidence=0.6, keep=torch.float16, count=True)
+    found = predict_masks(pointwise, images, config, rule)
+    monkeypatch.undo()
+    alone = predict_masks(pointwise, images, config, rule)
+    for name in ("classes", "confidence", "unsure", "probabilities", "counts"):
+        assert torch.equal(getattr(found, name), getattr(alone, name))
 
 
 @pytest.mark.parametrize("tile", [16, 64])
@@ -162,6 +175,39 @@ def test_tiles_reach_the_model_in_the_layout_of_the_images(tile):
     found = predict_mask(forward, list(channels_last), config)
     assert all(seen)
     assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_images_that_follow_each_other_in_memory_are_not_copied(channels_last):
+    images = picture(4, 5, batch=4)
+    if channels_last:
+        images = images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+    batch = tiling.stack(list(images[1:]))
+    assert batch.data_ptr() == images[1].data_ptr()
+    assert batch.stride() == images.stride()
+    assert torch.equal(batch, images[1:])
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_tiles_that_lie_elsewhere_are_copied(channels_last):
+    images = picture(6, 9, batch=4)
+    if channels_last:
+        images = images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+    a, b, c, d = images
+    turned = a.permute(0, 2, 1)
+    for tiles in (
+        (a, c),
+        (b, a),
+        (a, b, d),
+        (a, b.clone()),
+        (a[:, :2], a[:, 3:5]),
+        (a[:, :, :3], a[:, :, 3:6]),
+        (turned, b.permute(0, 2, 1)),
+        (a, a),
+    ):
+        batch = tiling.stack(tiles)
+        assert batch.data_ptr() != tiles[0].data_ptr()
+        assert torch.equal(batch, torch.stack(tiles))
 
 
 # ---- overlapping tiles
