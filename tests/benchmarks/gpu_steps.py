@@ -153,10 +153,11 @@ def public(bench: Bench, *, channels_last: bool = False) -> None:
 
 def smp(bench: Bench) -> None:
     """A segmentation_models_pytorch U-Net with resnet34, in the bare step of ours."""
-    if find_spec("segmentation_models_pytorch") is None:
-        raise NotApplicableError("not carried: segmentation_models_pytorch cannot be imported")
+    try:
+        build = import_module("segmentation_models_pytorch").Unet
+    except ImportError as error:
+        raise NotApplicableError(f"not carried: {error}") from error
     forget()
-    build = import_module("segmentation_models_pytorch").Unet
     given = {"encoder_name": "resnet34", "encoder_weights": None, "in_channels": 3, "classes": 2}
     model, size = build(**given).to(bench.device), bench.sizes.batch
     model.to(memory_format=torch.channels_last)
