@@ -47,33 +47,38 @@ class Probe:
         if not has_memory_limit(device):
             return 1
         candidates = [passes for passes in range(1, samples + 1) if samples % passes == 0]
+        failure = None
         with left_as_it_was(self.learner, device):
-            fitting = (n for n in candidates if self.fits(samples // n, accumulated=n > 1))
-            passes = next(fitting, samples + 1)
+            for passes in candidates:
+                failure = self.find_failure(samples // passes, accumulated=passes > 1)
+                if failure is None:
+                    break
+            else:
+                passes = samples + 1
         everyone = self.accelerator.gather(torch.tensor([passes], device=device))
         assert isinstance(everyone, Tensor)
         passes = int(everyone.max())
         if passes > samples:
             raise RunError(
                 f"--accumulate auto: one sample of {self.crop_size} x {self.crop_size} pixels does "
-                "not fit into the memory of the GPU; lower --crop-size or --model.base-channels, "
-                "or give --gradient-checkpointing"
+                f"not fit into the memory of the GPU ({failure or 'of another rank'}); lower "
+                "--crop-size or --model.base-channels, or give --gradient-checkpointing"
             )
         return passes
 
-    def fits(self, batch_size: int, *, accumulated: bool) -> bool:
-        """Whether passes of a batch size fit into memory; what they took is free again."""
-        fitted = self.attempt(batch_size, accumulated=accumulated)
+    def find_failure(self, batch_size: int, *, accumulated: bool) -> str | None:
+        """Make passes of a batch size and free what they took; why they do not fit, None if so."""
+        failure = self.attempt(batch_size, accumulated=accumulated)
         self.learner.model.zero_grad(set_to_none=True)
         if self.learner.model._compiled_call_impl is not None:
             # A second batch size would make the compiled code one for all sizes, which is slower.
             torch.compiler.reset()
         if self.accelerator.device.type == "cuda":
             torch.cuda.empty_cache()
-        return fitted
+        return failure
 
-    def attempt(self, batch_size: int, *, accumulated: bool) -> bool:
-        """Make the passes of a step; False where memory does not suffice."""
+    def attempt(self, batch_size: int, *, accumulated: bool) -> str | None:
+        """Make the passes of a step; the error, in one line, where memory does not suffice."""
         try:
             reserve = reserve_memory(self.learner, self.accelerator)
             for _ in range(1 + accumulated):
@@ -84,8 +89,8 @@ class Probe:
             if not out_of_memory(error):
                 raise
             # The traceback, which holds what was allocated, ends here.
-            return False
-        return True
+            return " ".join(str(error).split())[:200]
+        return None
 
     def make_pass(self, batch_size: int) -> None:
         """Forward, loss and backward of samples that are black and of class 0."""
