@@ -12,7 +12,7 @@ from torch.optim import AdamW, Optimizer
 from pipelines.augment import Augment
 from pipelines.checkpoint import require_spec
 from pipelines.config import RunError
-from pipelines.failures import out_of_memory
+from pipelines.failures import out_of_memory, summary
 from pipelines.optim import Learner
 from unet import SegmentationLoss
 
@@ -32,6 +32,8 @@ class Probe:
     crop_size: int
     border: bool
     """Whether samples have border maps."""
+    benchmark: bool
+    """Let cuDNN time its algorithms, as training does: their workspaces take memory too."""
 
     def choose_passes(self, samples: int) -> int:
         """The smallest number of passes of which each fits into memory, the same on all ranks.
@@ -79,6 +81,7 @@ class Probe:
 
     def attempt(self, batch_size: int, *, accumulated: bool) -> str | None:
         """Make the passes of a step; the error, in one line, where memory does not suffice."""
+        torch.backends.cudnn.benchmark = self.benchmark and self.accelerator.device.type == "cuda"
         try:
             reserve = reserve_memory(self.learner, self.accelerator)
             for _ in range(1 + accumulated):
@@ -89,7 +92,9 @@ class Probe:
             if not out_of_memory(error):
                 raise
             # The traceback, which holds what was allocated, ends here.
-            return " ".join(str(error).split())[:200]
+            return summary(error)
+        finally:
+            torch.backends.cudnn.benchmark = False
         return None
 
     def make_pass(self, batch_size: int) -> None:

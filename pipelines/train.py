@@ -401,7 +401,10 @@ def find_passes(
     assert config.crop_size is not None
     criterion = build_loss(config.loss, manifest).to(accelerator.device)
     augment, border = Augment(config.augment, config.seed), config.loss.border_weight > 0
-    probe = Probe(accelerator, learner, criterion, augment, config.crop_size, border)
+    probe = Probe(
+        *(accelerator, learner, criterion, augment, config.crop_size, border),
+        benchmark=not config.deterministic,
+    )
     samples = rank_batch_size(config, accelerator.num_processes)
     config = replace(config, accumulate=probe.choose_passes(samples))
     accelerator.gradient_accumulation_steps = config.passes

@@ -15,7 +15,8 @@ from torch import Tensor
 from pipelines import memory_probe
 from pipelines.augment import Augment, AugmentConfig
 from pipelines.config import RunError
-from pipelines.devices import out_of_memory, start
+from pipelines.devices import start
+from pipelines.failures import out_of_memory
 from pipelines.memory_probe import MARGIN, Probe, num_moments, reserve_memory
 from pipelines.optim import Learner, OptimConfig, build_learner
 from unet import DataSpec, LossConfig, SegmentationLoss, UNet, UNetConfig
@@ -69,7 +70,7 @@ def make_probe(learner: Learner, **config: Any) -> Probe:
     criterion = SegmentationLoss(LossConfig(**config), SPEC.counted).to(accelerator.device)
     augment = Augment(AugmentConfig(), seed=0)
     border = bool(config.get("border_weight"))
-    return Probe(accelerator, learner, criterion, augment, SPEC.crop_size, border)
+    return Probe(accelerator, learner, criterion, augment, SPEC.crop_size, border, benchmark=True)
 
 
 # ---- what is chosen
