@@ -157,7 +157,7 @@ class Cropper:
         width, height = image.size
         inside = clipped(box, height, width)
         around = beyond(box, height, width)
-        part = padded(image.region(*inside), around, None if self.margin else self.fill)
+        part = padded(image.crop(*inside), around, None if self.margin else self.fill)
         return self.resized(part, Image.Resampling.BILINEAR)
 
     def cut_mask(self, mask: Uint8, box: Box) -> Uint8:

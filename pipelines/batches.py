@@ -23,7 +23,7 @@ from pipelines.parallel import follow_parent
 from shards.images import ImageFormat
 from shards.index import Manifest, SplitInfo
 from shards.order import EvalPlan, Order, TrainPlan
-from shards.reader import RawSample, ShardReader, Stage, read_samples
+from shards.reader import RawSample, ShardReader, Stage, build_pipeline
 from shards.sample import DataError, Uint8
 
 MOST_ATTEMPTS = 16
@@ -83,7 +83,7 @@ class Substitutes:
 
     def read(self, position: int, attempt: int) -> RawSample:
         """The sample that is tried next; attempts count from 1."""
-        return self.reader.read(self.order.substitute(position, attempt))
+        return self.reader.read(self.order.draw_substitute(position, attempt))
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +150,7 @@ class CropStage:
         """
         for attempt in range(1, MOST_ATTEMPTS + 1):
             try:
-                image, found = raw.decode_pixels(self.form, self.num_classes)
+                image, found = raw.decode_unconverted(self.form, self.num_classes)
                 mask = require_mask(found, raw)
                 box = self.cropper.place(mask, raw.position)
                 parts = [self.cropper.cut_image(image, box), self.cropper.cut_mask(mask, box)]
@@ -289,7 +289,7 @@ def load(
     if method == "forkserver":
         start_forkserver()
     return DataLoader(
-        read_samples(reader, plan, stage),
+        build_pipeline(reader, plan, stage),
         batch_size=None,
         num_workers=workers,
         pin_memory=pin,

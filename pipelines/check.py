@@ -17,16 +17,16 @@ from pipelines.progress import progress
 from pipelines.propose import propose_format
 from pipelines.source import SourceConfig, check_rule, save_problems
 from shards.images import NOTES, ImageFormat, to_array
-from shards.pairs import MOST_SHOWN, Pair, Pairing, ProblemsError
+from shards.pairs import MAX_LISTED, AggregateDataError, Pair, Pairing
 from shards.sample import DataError
 from shards.store import Store
 from shards.tally import (
-    ReadSample,
     SampleRule,
-    Tally,
+    SampleStatistics,
+    StoredSample,
+    compute_mean_std,
     find_duplicates,
     read_sample,
-    statistics,
 )
 
 SHEET_CELLS = 30
@@ -62,7 +62,7 @@ class CheckConfig(SourceConfig):
 class Found:
     """What was found in some pairs."""
 
-    tally: Tally
+    tally: SampleStatistics
     sources: list[str]
     """Sources of the pairs, in the order of the tally's digests."""
     problems: list[str]
@@ -77,7 +77,7 @@ def run(config: CheckConfig) -> int:
     if config.mask_format == "auto":
         return propose_format(config, "check")
     pairing = config.find_pairs()
-    found = Found(Tally(), [], pairing_problems(config, pairing), [], set())
+    found = Found(SampleStatistics(), [], pairing_problems(config, pairing), [], set())
     if pairing.pairs:
         rule = check_rule(config, pairing)
         look_at_all(config, pairing, rule, found)
@@ -87,7 +87,7 @@ def run(config: CheckConfig) -> int:
         rule, splits, problems = None, {}, found.problems
     problems.sort()
     store = Store(str(config.out))
-    store.make()
+    store.create_folder()
     report = make_report(config, pairing, found, splits, problems)
     store.write(REPORT, (json.dumps(report, indent=1) + "\n").encode())
     place = save_problems(problems, store)
@@ -98,10 +98,10 @@ def run(config: CheckConfig) -> int:
         print("no problem found; `unet pack` with the same flags and --out SHARDS packs it")
         return 0
     print(f"{len(problems)} problems: {place}", file=sys.stderr)
-    for problem in problems[:MOST_SHOWN]:
+    for problem in problems[:MAX_LISTED]:
         print(f"  {problem}", file=sys.stderr)
-    if len(problems) > MOST_SHOWN:
-        print(f"  and {len(problems) - MOST_SHOWN} more", file=sys.stderr)
+    if len(problems) > MAX_LISTED:
+        print(f"  and {len(problems) - MAX_LISTED} more", file=sys.stderr)
     return REFUSED
 
 
@@ -135,7 +135,7 @@ def look_at_all(config: CheckConfig, pairing: Pairing, rule: SampleRule, found: 
 
 def look_at(pairs: Sequence[Pair], images: str, masks: str, rule: SampleRule) -> Found:
     """What some pairs hold."""
-    found = Found(Tally(), [pair.source for pair in pairs], [], [], set())
+    found = Found(SampleStatistics(), [pair.source for pair in pairs], [], [], set())
     for pair in pairs:
         try:
             sample = read_pair(pair, images, masks, rule)
@@ -145,16 +145,16 @@ def look_at(pairs: Sequence[Pair], images: str, masks: str, rule: SampleRule) ->
                 text = f"{error.filename} cannot be read: {error.strerror or error}; repair it"
             found.problems.append(text)
             found.bad.add(pair.source)
-            found.tally.leave_out()
+            found.tally.add_omitted()
             continue
         found.tally.add(sample)
-        classes = sample.mask.classes if sample.mask is not None else None
+        classes = sample.mask.class_map if sample.mask is not None else None
         if classes is not None and not classes.pixels[1:255].any():
             found.empty.append(pair.source)
     return found
 
 
-def read_pair(pair: Pair, images: str, masks: str, rule: SampleRule) -> ReadSample:
+def read_pair(pair: Pair, images: str, masks: str, rule: SampleRule) -> StoredSample:
     """A picture and its mask, read. Raises DataError or OSError."""
     image_path, mask_path = f"{images}/{pair.source}", f"{masks}/{pair.mask}"
     with open(image_path, "rb") as file:
@@ -171,9 +171,9 @@ def assign(config: CheckConfig, pairing: Pairing, found: Found) -> dict[str, str
     if pairing.masks is None:
         return {pair.source: "unlabelled" for pair in pairing.pairs}
     try:
-        splits, _ = config.split_rule().assign(pairing.pairs)
-    except ProblemsError as error:
-        found.problems += [f"{line}; {error.remedy}" for line in error.lines]
+        splits, _ = config.split_rule().assign_splits(pairing.pairs)
+    except AggregateDataError as error:
+        found.problems += [f"{line}; {error.remedy}" for line in error.problems]
         return {}
     except DataError as error:
         found.problems.append(str(error))
@@ -207,7 +207,7 @@ def make_report(
     pixels = tally.class_pixels(len(names)) if names else ()
     total = max(1, sum(pixels))
     form = config.image_format(tally)
-    mean, std = statistics(tally.levels, form) if tally.channels else ((), ())
+    mean, std = compute_mean_std(tally.levels, form) if tally.channels else ((), ())
     duplicates = find_duplicates(tally.digests, found.sources)
     return {
         "pairs": len(pairing.pairs),
@@ -297,8 +297,8 @@ def draw_sheet(
     for pair in chosen:
         sample = read_pair(pair, str(pairing.images), str(pairing.masks), rule)
         mask = None
-        if sample.mask is not None and sample.mask.classes is not None:
-            mask = sample.mask.classes.index
+        if sample.mask is not None and sample.mask.class_map is not None:
+            mask = sample.mask.class_map.index
         assert sample.image.image is not None
         cells.append(Cell(pair.source, Image.fromarray(to_array(sample.image.image, form)), mask))
     if not cells:

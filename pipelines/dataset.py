@@ -14,7 +14,7 @@ from accelerate import Accelerator
 
 from pipelines.parallel import num_workers
 from pipelines.progress import progress
-from shards.cache import ShardCache, pieces, refuse_changed
+from shards.cache import ShardCache, download_chunks, refuse_changed_shard
 from shards.index import Manifest, ShardInfo
 from shards.order import EvalPlan, Order
 from shards.reader import ShardReader, open_shard
@@ -130,9 +130,11 @@ def train_in_use(order: Order, manifest: Manifest, accelerator: Accelerator, chu
     ranks = range(first, min(first + local, world))
     shards = manifest.splits["val"].shards
     plans = [EvalPlan(tuple(s.samples for s in shards), chunk, rank, world) for rank in ranks]
-    validation = {shard for plan in plans for shard in plan.upcoming(plan.chunks()[0] * chunk)}
+    validation = {
+        shard for plan in plans for shard in plan.upcoming_shards(plan.chunk_bounds()[0] * chunk)
+    }
     validated = sum(shards[shard].bytes for shard in validation)
-    return order.most_in_use(weights, ranks, world) + validated
+    return order.max_weight_in_use(weights, ranks, world) + validated
 
 
 def split_in_use(manifest: Manifest, split: str) -> int:
@@ -167,10 +169,10 @@ def verify_shard(store: Store, shard: ShardInfo) -> ShardInfo:
             found = hashlib.file_digest(file, "sha256").hexdigest()
     else:
         digest = hashlib.sha256()
-        for data in pieces(shard, store):
+        for data in download_chunks(shard, store):
             digest.update(data)
         found = digest.hexdigest()
-    refuse_changed(found, shard, store)
+    refuse_changed_shard(found, shard, store)
     return shard
 
 

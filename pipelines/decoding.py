@@ -18,8 +18,8 @@ from shards.images import (
     ImageRule,
     decode_image,
     open_image,
+    probe_upright_jpeg,
     read_image,
-    upright_jpeg,
 )
 from shards.sample import DataError, is_safe_path
 
@@ -125,8 +125,10 @@ def stored(picture: EncodedImage, form: ImageFormat, where: str) -> tuple[bytes,
     They are its own, unless an EXIF orientation turns it. Raises DataError where it is damaged, or
     of a kind that is not packed.
     """
-    rule = ImageRule(alpha=form.alpha, deep=form.range is not None, max_pixels=form.max_pixels)
-    if upright_jpeg(picture.data) is None:
+    rule = ImageRule(
+        alpha=form.alpha, allow_16_bit=form.range is not None, max_pixels=form.max_pixels
+    )
+    if probe_upright_jpeg(picture.data) is None:
         found = read_image(picture.data, rule, where, pixels=False)
         if found.extension is not None:
             return found.data, found.extension

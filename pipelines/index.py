@@ -25,19 +25,26 @@ from pipelines.manifest import describe, make_manifest
 from pipelines.parallel import num_workers, run_all
 from pipelines.progress import progress
 from pipelines.source import PictureConfig
-from shards.foreign import COPY, DECOMPRESS, Group, Role, find_members, read_member
-from shards.images import NOTES, ImageRule, StoredImage, load, open_image, read_image
+from shards.foreign import (
+    COPY_REMEDY,
+    DECOMPRESS_REMEDY,
+    Role,
+    SampleMembers,
+    group_members,
+    read_member,
+)
+from shards.images import NOTES, ImageRule, StoredImage, load_pixels, open_image, read_image
 from shards.index import MANIFEST, Manifest, MemberRange, ShardInfo, write_manifest
 from shards.masks import (
-    ANY,
+    CANONICAL_RULE,
     CanonicalMask,
     ClassMap,
     MaskFormat,
-    count_values,
+    count_pixel_values,
     default_palette,
-    tally,
+    format_counts,
 )
-from shards.pairs import SPLIT_NAMES, ProblemsError, Split, walk
+from shards.pairs import SPLIT_NAMES, AggregateDataError, Split, walk_files
 from shards.sample import (
     BORDER_EXTENSION,
     IGNORE,
@@ -48,7 +55,7 @@ from shards.sample import (
     is_safe_path,
 )
 from shards.store import Store
-from shards.tally import ReadSample, Tally, find_duplicates, merge_tallies
+from shards.tally import SampleStatistics, StoredSample, find_duplicates, merge_statistics
 
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
@@ -104,7 +111,7 @@ class IndexConfig(PictureConfig):
             raise ValueError(
                 f"--mask-ext {self.mask_ext} leaves no extension for pictures; see --image-ext"
             )
-        roles: dict[str, Role] = dict.fromkeys(pictures, "picture")
+        roles: dict[str, Role] = dict.fromkeys(pictures, "image")
         if self.classes:
             # Made of masks. Where there are none, it can only be the name of a picture.
             roles[BORDER_EXTENSION] = "border"
@@ -114,7 +121,9 @@ class IndexConfig(PictureConfig):
     def image_rule(self) -> ImageRule:
         """What pictures may be."""
         # Of a file with several frames the first is looked at, so that it can be named as such.
-        return ImageRule(alpha=self.alpha, deep=self.is_deep, frame=0, max_pixels=self.max_pixels)
+        return ImageRule(
+            alpha=self.alpha, allow_16_bit=self.is_deep, frame=0, max_pixels=self.max_pixels
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +152,7 @@ class FoundShard:
     """Of the .idx, one for each sample."""
     sources: list[str] = field(default_factory=list)
     """What each sample is called when it is unpacked."""
-    tally: Tally = field(default_factory=Tally)
+    tally: SampleStatistics = field(default_factory=SampleStatistics)
     ignored: Counter[str] = field(default_factory=Counter)
     """Members that no sample has, by kind."""
     problems: list[str] = field(default_factory=list)
@@ -168,13 +177,13 @@ def run(config: IndexConfig) -> int:
     equal = [] if problems else equal_pictures(found)
     problems += leaks(equal, splits, config.folder)
     if problems:
-        raise ProblemsError(problems, "nothing was written")
+        raise AggregateDataError(problems, "nothing was written")
     full = [shard for shard in found if shard.lines]
     if not full:
         raise DataError(
             f"{config.folder} holds {len(found)} shards without a picture; see --image-ext"
         )
-    total = merge_tallies(shard.tally for shard in full)
+    total = merge_statistics(shard.tally for shard in full)
     manifest = describe_shards(config, full, splits, equal, total)
     for shard in full:
         name = index_name(shard.name)
@@ -198,10 +207,12 @@ def find_shards(folder: Path) -> list[str]:
         raise DataError(f"{folder} is no folder")
     if (folder / MANIFEST).exists():
         raise DataError(f"{folder} is a data set already; remove its {MANIFEST} to index it anew")
-    names = sorted(walk(str(folder)))
+    names = sorted(walk_files(str(folder)))
     compressed = [name for name in names if name.endswith(COMPRESSED)]
     if compressed:
-        raise ProblemsError([f"{folder / n} is compressed" for n in compressed], DECOMPRESS)
+        raise AggregateDataError(
+            [f"{folder / n} is compressed" for n in compressed], DECOMPRESS_REMEDY
+        )
     shards = [name for name in names if name.endswith(".tar")]
     if not shards:
         raise DataError(f"{folder} holds no shard (*.tar); pack pictures with unet pack")
@@ -250,9 +261,9 @@ def look_at(name: str, rule: IndexRule) -> FoundShard:
             # Reads it once as a whole, so that what follows comes from memory.
             found.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
             found.size = os.fstat(file.fileno()).st_size
-            members = find_members(file, path, rule.roles)
+            members = group_members(file, path, rule.roles)
             found.ignored, found.problems = members.ignored, members.problems
-            for key, group in members.groups.items():
+            for key, group in members.samples.items():
                 try:
                     add_sample(file, key, group, rule, found)
                 except DataError as error:
@@ -261,7 +272,7 @@ def look_at(name: str, rule: IndexRule) -> FoundShard:
     except DataError as error:
         found.problems.append(str(error))
     except OSError as error:
-        found.problems.append(f"{path} cannot be read: {error.strerror or error}; {COPY}")
+        found.problems.append(f"{path} cannot be read: {error.strerror or error}; {COPY_REMEDY}")
     return found
 
 
@@ -275,10 +286,12 @@ def check_index(found: FoundShard, rule: IndexRule) -> None:
         )
 
 
-def add_sample(file: BinaryIO, key: str, group: Group, rule: IndexRule, found: FoundShard) -> None:
+def add_sample(
+    file: BinaryIO, key: str, group: SampleMembers, rule: IndexRule, found: FoundShard
+) -> None:
     """Check a sample and count it in. Raises DataError for what cannot be trained on."""
     path = rule.folder / found.name
-    picture, mask, info, border = map(group.get, ("picture", "mask", "json", "border"))
+    picture, mask, info, border = map(group.get, ("image", "mask", "json", "border"))
     if mask is not None and not rule.num_classes:
         raise DataError(f"{path}: {mask.name} is a mask; name the classes with --classes")
     if picture is None and mask is None and border is None:
@@ -306,7 +319,7 @@ def add_sample(file: BinaryIO, key: str, group: Group, rule: IndexRule, found: F
 
 def read_members(
     file: BinaryIO, picture: MemberRange, mask: MemberRange | None, rule: IndexRule, path: Path
-) -> ReadSample:
+) -> StoredSample:
     """Picture and mask of a sample, decoded. Raises DataError for what must be rewritten."""
     where = f"{path}: {picture.name}"
     data = read_member(file, picture)
@@ -315,7 +328,7 @@ def read_members(
         raise DataError(f"{where} holds several frames; {REPACK}")
     digest = hashlib.sha256(data).hexdigest()
     if mask is None:
-        return ReadSample(image, None, digest)
+        return StoredSample(image, None, digest)
     mask_where = f"{path}: {mask.name}"
     canonical = read_canonical(read_member(file, mask), rule.num_classes, mask_where)
     if canonical.size != image.full_size:
@@ -323,7 +336,7 @@ def read_members(
             f"{mask_where} is {size_text(canonical.size)}, its picture {picture.name} "
             f"{size_text(image.full_size)}{turned_text(image)}; {REPACK}"
         )
-    return ReadSample(image, canonical, digest)
+    return StoredSample(image, canonical, digest)
 
 
 def size_text(size: tuple[int, int]) -> str:
@@ -338,19 +351,19 @@ def turned_text(image: StoredImage) -> str:
 
 def read_canonical(data: bytes, num_classes: int, where: str) -> CanonicalMask:
     """A mask that can be trained on as it is. Raises DataError for any other."""
-    opened = open_image(data, where, ANY)
+    opened = open_image(data, where, CANONICAL_RULE)
     if opened.format != "PNG" or opened.mode not in ("P", "L"):
         raise DataError(
             f"{where} is {opened.format} of mode {opened.mode}; masks in shards are PNG of mode P "
             f"or L whose value is the class: {REPACK}"
         )
-    image, _ = load(opened, where)
+    image, _ = load_pixels(opened, where)
     index = np.asarray(image)
-    counts = count_values(index)
+    counts = count_pixel_values(index)
     beyond = np.flatnonzero(counts[num_classes:IGNORE]) + num_classes
     if len(beyond):
         raise DataError(
-            f"{where} holds values without a class: {tally(counts, beyond)}; "
+            f"{where} holds values without a class: {format_counts(counts, beyond)}; "
             f"name all classes with --classes, or {REPACK}"
         )
     classes = ClassMap(index, counts, tuple(np.flatnonzero(counts).tolist()))
@@ -399,17 +412,17 @@ def describe_shards(
     found: Sequence[FoundShard],
     splits: dict[str, str],
     equal: Sequence[Equal],
-    total: Tally,
+    total: SampleStatistics,
 ) -> Manifest:
     """The manifest of shards that are all good."""
     num_classes = len(config.classes)
     infos: dict[str, list[ShardInfo]] = {}
-    tallies: dict[str, Tally] = {}
+    tallies: dict[str, SampleStatistics] = {}
     for shard in found:
         pixels = shard.tally.class_pixels(num_classes) if num_classes else ()
         info = ShardInfo(shard.name, len(shard.lines), shard.size, shard.sha256, pixels)
         infos.setdefault(splits[shard.name], []).append(info)
-        tallies.setdefault(splits[shard.name], Tally()).merge(shard.tally)
+        tallies.setdefault(splits[shard.name], SampleStatistics()).merge(shard.tally)
     mask_format = {
         "kind": "index",
         "num_classes": num_classes,

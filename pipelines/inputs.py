@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 
 from pipelines.config import UsageError
 from pipelines.readers import FileInputs, Inputs, Names, ShardInputs, TarInputs, member_key
-from shards.foreign import DECOMPRESS, Role, find_members
+from shards.foreign import DECOMPRESS_REMEDY, Role, group_members
 from shards.images import IMAGE_EXTENSIONS
 from shards.index import MANIFEST
-from shards.pairs import ProblemsError, walk
+from shards.pairs import AggregateDataError, walk_files
 from shards.sample import BORDER_EXTENSION, INFO_EXTENSION, MASK_EXTENSION, DataError
 from shards.store import RemoteFile, Store, is_url
 
@@ -35,7 +35,7 @@ ROLES: dict[str, Role] = {
     MASK_EXTENSION: "mask",
     BORDER_EXTENSION: "border",
     INFO_EXTENSION: "json",
-    **dict.fromkeys(sorted(extension[1:] for extension in IMAGE_EXTENSIONS), "picture"),
+    **dict.fromkeys(sorted(extension[1:] for extension in IMAGE_EXTENSIONS), "image"),
 }
 """Roles of tar members by extension, as in `unet index`."""
 
@@ -59,7 +59,7 @@ def find_inputs(given: str) -> Inputs:
     if (path / MANIFEST).is_file():
         return ShardInputs(path)
     if path.is_dir():
-        return inputs_below(prefix(path), walk(str(path)))
+        return inputs_below(prefix(path), walk_files(str(path)))
     if path.suffix.lower() in LIST_EXTENSIONS and path.is_file():
         with path.open(encoding="utf-8-sig") as lines:
             return listed_inputs(given, prefix(path.parent.resolve()), lines)
@@ -224,7 +224,7 @@ def inputs_of(root: str, names: list[str]) -> Inputs:
         )
     compressed = [f"{root}{tar} is compressed" for tar in tars if not tar.endswith(TAR)]
     if compressed:
-        raise ProblemsError(compressed, DECOMPRESS)
+        raise AggregateDataError(compressed, DECOMPRESS_REMEDY)
     return tar_inputs([*dict.fromkeys(root + tar for tar in tars)])
 
 
@@ -280,11 +280,11 @@ class TarContents:
 def read_headers(tar: str) -> TarContents:
     """List the images of a tar. Raises DataError or OSError if it is damaged or unreachable."""
     with open_tar(tar) as file:
-        found = find_members(file, tar, ROLES)
+        found = group_members(file, tar, ROLES)
     names: list[str] = []
     places = array("q")
-    for group in found.groups.values():
-        picture, info = group.get("picture"), group.get("json")
+    for group in found.samples.values():
+        picture, info = group.get("image"), group.get("json")
         if picture is not None:
             names.append(picture.name)
             places.extend((picture.offset, picture.size))
@@ -322,4 +322,4 @@ def refuse_equal_outputs(
         if one != number:
             problems.append(f"{pair(one, number)} would write the same output")
     if problems:
-        raise ProblemsError(problems, "rename one of each, or predict them into two folders")
+        raise AggregateDataError(problems, "rename one of each, or predict them into two folders")

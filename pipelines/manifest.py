@@ -7,7 +7,7 @@ from shards.images import NOTES, ImageFormat
 from shards.index import Manifest, ShardInfo, SplitInfo
 from shards.pairs import SPLITS
 from shards.sample import Palette
-from shards.tally import Tally, merge_tallies, statistics
+from shards.tally import SampleStatistics, compute_mean_std, merge_statistics
 
 MOST_DUPLICATES = 1000
 """Groups of equal pictures that a manifest names."""
@@ -22,7 +22,7 @@ def make_manifest(
     image_format: ImageFormat,
     mask_format: dict[str, Any],
     shards: Mapping[str, Sequence[ShardInfo]],
-    tallies: Mapping[str, Tally],
+    tallies: Mapping[str, SampleStatistics],
     duplicates: Sequence[Sequence[str]],
     verified: Literal["full", "headers"],
     border_sigma: float | None = None,
@@ -42,8 +42,8 @@ def make_manifest(
         border_sigma: pixels, of border maps; None: there are none.
         border_classes: names of the classes that are cells in them.
     """
-    measured = tallies["train"] if "train" in shards else merge_tallies(tallies.values())
-    mean, std = statistics(measured.levels, image_format)
+    measured = tallies["train"] if "train" in shards else merge_statistics(tallies.values())
+    mean, std = compute_mean_std(measured.levels, image_format)
     groups = sorted(sorted(names) for names in duplicates)
     return Manifest(
         classes=classes,
@@ -65,7 +65,7 @@ def make_manifest(
 
 
 def describe(
-    place: object, manifest: Manifest, total: Tally, notes: Mapping[str, str] = NOTES
+    place: object, manifest: Manifest, total: SampleStatistics, notes: Mapping[str, str] = NOTES
 ) -> Iterator[str]:
     """What a data set holds, line by line; `total`: the tally of all its shards."""
     form = manifest.image_format
@@ -89,7 +89,7 @@ def describe(
         )
 
 
-def class_lines(classes: Sequence[str], total: Tally) -> Iterator[str]:
+def class_lines(classes: Sequence[str], total: SampleStatistics) -> Iterator[str]:
     """The share of each class, and those that occur nowhere."""
     if not classes:
         return

@@ -35,10 +35,17 @@ from pipelines.propose import propose_format
 from pipelines.source import PROBLEMS, SourceConfig, check_rule, parse_part, save_problems
 from shards.border import NEEDS_SCIPY, BorderRule, has_scipy
 from shards.index import MANIFEST, Manifest, ShardInfo, write_manifest
-from shards.pairs import Pairing, ProblemsError
+from shards.pairs import AggregateDataError, Pairing
 from shards.sample import BORDER_EXTENSION, INFO_EXTENSION, MASK_EXTENSION, DataError
 from shards.store import Store, is_url
-from shards.tally import ReadSample, SampleRule, Tally, find_duplicates, merge_tallies, read_sample
+from shards.tally import (
+    SampleRule,
+    SampleStatistics,
+    StoredSample,
+    find_duplicates,
+    merge_statistics,
+    read_sample,
+)
 from shards.writer import ShardFile, ShardWriter
 
 REPORT, NONE = ".json", ".none.json"
@@ -150,7 +157,7 @@ class ShardReport:
     """sha256 of the plan."""
     file: ShardFile | None
     """None where nothing was left to write."""
-    tally: Tally
+    tally: SampleStatistics
     problems: list[str]
     """What was left out, with --keep-going."""
 
@@ -178,7 +185,7 @@ class ShardReport:
         plain = json.loads(data)
         file = None if plain["file"] is None else ShardFile(**plain["file"])
         return cls(
-            **{**plain, "file": file, "tally": Tally.from_plain(plain["tally"])},
+            **{**plain, "file": file, "tally": SampleStatistics.from_plain(plain["tally"])},
         )
 
 
@@ -187,18 +194,18 @@ def run(config: PackConfig) -> int:
     if config.mask_format == "auto":
         return propose_format(config, "pack")
     store = Store(config.out)
-    store.make()
+    store.create_folder()
     if store.exists(MANIFEST):
         # Left by a kill between the manifest and the end.
         store.remove(WORK_DIR)
         raise DataError(f"{store} is a finished data set; choose another --out or remove it")
     try:
         return pack(config, store)
-    except ProblemsError as error:
-        if len(error.lines) > 1:
+    except AggregateDataError as error:
+        if len(error.problems) > 1:
             # Those of a part go when the data set is finished, which has its own.
             part = "" if config.part is None else f"{WORK_DIR}/{config.part.replace('/', '-of-')}-"
-            place = save_problems(error.lines, store, f"{part}{PROBLEMS}")
+            place = save_problems(error.problems, store, f"{part}{PROBLEMS}")
             raise DataError(f"{error}\n  all of them: {place}") from error
         raise
 
@@ -244,10 +251,10 @@ def pair_up(config: PackConfig) -> tuple[Pairing, list[str]]:
     pairing = config.find_pairs()
     problems = left_out(config, pairing)
     if not pairing.pairs:
-        raise ProblemsError(problems or ["there is no pair"], "nothing is left to pack")
+        raise AggregateDataError(problems or ["there is no pair"], "nothing is left to pack")
     if problems and not config.keep_going:
         more = "" if pairing.refused else ", --skip-unpaired leaves them out"
-        raise ProblemsError(problems, f"correct them{more}, or pack the rest: --keep-going")
+        raise AggregateDataError(problems, f"correct them{more}, or pack the rest: --keep-going")
     return pairing, problems
 
 
@@ -299,7 +306,7 @@ def write_shards(shards: Sequence[PlannedShard], rule: PackRule, config: PackCon
             problems += found
             bar.update(0 if alone else len(shard.samples))
     if problems and not rule.keep_going:
-        raise ProblemsError(
+        raise AggregateDataError(
             sorted(problems), "their shards were not written; --keep-going leaves these files out"
         )
     return len(problems)
@@ -320,7 +327,7 @@ def write_shard(
     if rule.sample.border is not None and not has_scipy():
         raise RunError(f"a worker of the cluster cannot make border maps: {NEEDS_SCIPY}")
     problems: list[str] = []
-    tally = Tally()
+    tally = SampleStatistics()
     try:
         with rule.store.staging() as folder:
             with ShardWriter(folder / planned.name) as writer:
@@ -330,7 +337,7 @@ def write_shard(
                         stored = members(sample, read, rule)
                     except (DataError, OSError) as error:
                         problems.append(in_words(error))
-                        tally.leave_out()
+                        tally.add_omitted()
                     else:
                         writer.add(sample.key, stored)
                         tally.add(read)
@@ -362,7 +369,7 @@ def in_words(error: DataError | OSError) -> str:
     return f"{error.filename} cannot be read: {error.strerror or error}"
 
 
-def read_pair(sample: PlannedSample, rule: PackRule, *, pixels: bool) -> ReadSample:
+def read_pair(sample: PlannedSample, rule: PackRule, *, pixels: bool) -> StoredSample:
     """A planned pair, checked. Raises DataError if anything about it is wrong, or OSError."""
     image_path = f"{rule.images}/{sample.source}"
     image = read_planned(image_path, sample.image)
@@ -375,7 +382,7 @@ def read_pair(sample: PlannedSample, rule: PackRule, *, pixels: bool) -> ReadSam
     )
 
 
-def members(sample: PlannedSample, read: ReadSample, rule: PackRule) -> dict[str, bytes]:
+def members(sample: PlannedSample, read: StoredSample, rule: PackRule) -> dict[str, bytes]:
     """{extension: bytes} of a sample. Raises DataError where its key is too long for them."""
     width, height = read.image.size
     info: dict[str, Any] = {
@@ -390,8 +397,8 @@ def members(sample: PlannedSample, read: ReadSample, rule: PackRule) -> dict[str
         found[MASK_EXTENSION] = read.mask.encode(rule.sample.palette)
         if rule.sample.border is not None:
             refuse_long_key(sample, rule)
-            assert read.mask.classes is not None
-            found[BORDER_EXTENSION] = rule.sample.border.encode(read.mask.classes.index)
+            assert read.mask.class_map is not None
+            found[BORDER_EXTENSION] = rule.sample.border.encode(read.mask.class_map.index)
     return found
 
 
@@ -430,7 +437,7 @@ def finish(
     """Write the manifest, and say what was packed; `problems`: what the plan leaves out."""
     store = rule.store
     shards: dict[str, list[ShardInfo]] = {}
-    tallies: dict[str, Tally] = {}
+    tallies: dict[str, SampleStatistics] = {}
     digests: list[str] = []
     for planned in progress(plan, desc="count", unit="shard", delay=2):
         report = read_report(store, planned, rule.plan)
@@ -438,11 +445,11 @@ def finish(
         report.tally.digests = []
         problems += report.problems
         if report.file is not None:
-            tallies.setdefault(report.split, Tally()).merge(report.tally)
+            tallies.setdefault(report.split, SampleStatistics()).merge(report.tally)
             shards.setdefault(report.split, []).append(report.info(config))
     if not shards:
-        raise ProblemsError(problems, "nothing is left to pack")
-    total = merge_tallies(tallies.values())
+        raise AggregateDataError(problems, "nothing is left to pack")
+    total = merge_statistics(tallies.values())
     manifest = make_manifest(
         classes=config.class_names(),
         palette=rule.sample.palette,
@@ -468,7 +475,7 @@ def finish(
     return 0
 
 
-def describe_masks(config: PackConfig, rule: PackRule, total: Tally) -> dict[str, Any]:
+def describe_masks(config: PackConfig, rule: PackRule, total: SampleStatistics) -> dict[str, Any]:
     """The mask format as the manifest holds it."""
     if rule.sample.masks is None:
         return {}

@@ -53,7 +53,7 @@ class ImageCounts:
     ) -> None:
         """`sizes`: samples of each shard; `batch_size`: as they are read, which decides whose."""
         plans = [EvalPlan(sizes, batch_size, some, world) for some in range(world)]
-        ends = [min(plan.chunks()[1] * batch_size, sum(sizes)) for plan in plans]
+        ends = [min(plan.chunk_bounds()[1] * batch_size, sum(sizes)) for plan in plans]
         self.ranges = [*zip([0, *ends[:-1]], ends, strict=True)]
         self.num_classes = num_classes
         self.first, last = self.ranges[rank]
@@ -187,7 +187,7 @@ def split_keys(data: DataSet, split: str) -> Iterator[str]:
     """The keys of a split in its order, out of the shards' indexes."""
     reader = data.reader(split)
     for number, shard in enumerate(reader.shards):
-        index = reader.open_indexes([number])[number]
+        index = reader.open_offsets([number])[number]
         yield from (index[row].key for row in range(shard.samples))
 
 

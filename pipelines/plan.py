@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.progress import progress
-from shards.pairs import SPLITS, Pair, Pairing, ProblemsError, SplitRule
+from shards.pairs import SPLITS, AggregateDataError, Pair, Pairing, SplitRule
 from shards.sample import DataError, encode_key
 from shards.store import Store
 
@@ -98,7 +98,7 @@ def make_plan(
         names: Sequence[str] = ["unlabelled"] * len(pairs)
         groups: Sequence[str | None] = [None] * len(pairs)
     else:
-        names, groups = splits.assign(pairs)
+        names, groups = splits.assign_splits(pairs)
     by_split: dict[str, list[PlannedSample]] = defaultdict(list)
     folders = str(pairing.images), str(pairing.masks)
     with progress(total=len(pairs), desc="plan", unit="pair", delay=2) as bar:
@@ -114,7 +114,7 @@ def make_plan(
         remedy = (
             "remove one, put both into one split (--split-file), or pack the rest: --keep-going"
         )
-        raise ProblemsError(problems, f"one picture in two splits: {remedy}")
+        raise AggregateDataError(problems, f"one picture in two splits: {remedy}")
     leave_out(by_split, leaks)
     plan: list[PlannedShard] = []
     for name in (*SPLITS, "unlabelled"):
@@ -264,9 +264,9 @@ def fix_plan(
         # Last, so that after a kill in between what is left goes too.
         store.remove(HEADER)
     if not store.exists(HEADER):
-        store.create(LINES, plan_lines(plan))
+        store.write_if_absent(LINES, plan_lines(plan))
         # Of several parts that begin at once, the first to come here decides.
-        store.create(HEADER, [header])
+        store.write_if_absent(HEADER, [header])
     if lock is not None:
         fcntl.flock(lock, fcntl.LOCK_SH)
     begun = store.read(HEADER)

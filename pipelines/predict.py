@@ -171,7 +171,7 @@ def run(config: PredictConfig) -> int:
             f"{', '.join(classes)}"
         )
     store = Store(config.out)
-    store.make()
+    store.create_folder()
     accelerator = start()
     begun = read_job(store)
     config = config.settle(begun or {}, accelerator.device)

@@ -21,7 +21,7 @@ from pipelines.results import JOB
 from shards.index import Manifest, read_manifest
 from shards.masks import decode_mask
 from shards.order import Address, EvalPlan
-from shards.pairs import ProblemsError
+from shards.pairs import AggregateDataError
 from shards.reader import ShardReader
 from shards.sample import IGNORE, DataError, Uint8, encode_key
 from shards.store import Store
@@ -146,7 +146,7 @@ def open_predictions(place: str, data: DataSet, split: str) -> StoredPredictions
         else:
             places[position] = shard, row
     if duplicates:
-        raise ProblemsError(duplicates, "remove one of each")
+        raise AggregateDataError(duplicates, "remove one of each")
     missing = [key for key, position in keys.items() if places[position, 0] < 0]
     if missing and len(missing) == num_images and others:
         raise DataError(
@@ -157,7 +157,7 @@ def open_predictions(place: str, data: DataSet, split: str) -> StoredPredictions
         )
     if missing:
         lines = [f"{place} has no prediction of {key}" for key in missing]
-        raise ProblemsError(
+        raise AggregateDataError(
             lines, f"predict all of {split}; errors.jsonl lists inputs that could not be read"
         )
     return StoredPredictions(manifest, reader, data, split, places, num_others, read_job(store))
@@ -172,7 +172,7 @@ def all_keys(reader: ShardReader) -> Iterator[tuple[int, int, str]]:
     """Yield shard, row and key of every sample."""
     for first in range(0, len(reader.shards), INDEXES):
         some = range(first, min(first + INDEXES, len(reader.shards)))
-        indexes = reader.open_indexes(some)
+        indexes = reader.open_offsets(some)
         for shard in some:
             for row in range(len(indexes[shard])):
                 yield shard, row, indexes[shard][row].key

@@ -12,7 +12,7 @@ from pipelines.progress import progress
 from pipelines.source import SourceConfig
 from shards.images import ImageRule
 from shards.sample import DataError
-from shards.survey import MaskSurvey, look, propose
+from shards.survey import MaskSurvey, propose_flags, survey_mask
 
 PROPOSED = frozenset(
     {
@@ -38,7 +38,7 @@ def propose_format(config: SourceConfig, verb: str) -> int:
             bar.update(len(piece))
     for problem in sorted(problems)[:20]:
         print(problem, file=sys.stderr)
-    print(propose(survey).text(command_of(config, verb)))
+    print(propose_flags(survey).text(command_of(config, verb)))
     return REFUSED
 
 
@@ -49,7 +49,7 @@ def look_at(paths: Sequence[str], rule: ImageRule) -> tuple[MaskSurvey, list[str
     for path in paths:
         try:
             with open(path, "rb") as file:
-                survey.merge(look(file.read(), path, rule))
+                survey.merge(survey_mask(file.read(), path, rule))
         except DataError as error:
             problems.append(str(error))
         except OSError as error:

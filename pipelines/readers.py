@@ -176,12 +176,12 @@ class ShardInputs:
     def name(self, number: int) -> str:
         """Return shard and row, for messages."""
         address = self.address(number)
-        return f"{self.reader.where(address.shard)}, sample {address.row}"
+        return f"{self.reader.shard_path(address.shard)}, sample {address.row}"
 
     def read(self, number: int) -> EncodedImage:
         """Read the image of the sample."""
         raw = self.reader.read(self.address(number))
-        source = str(raw.describe().get("source", f"{raw.key}.{raw.extension}"))
+        source = str(raw.parse_info().get("source", f"{raw.key}.{raw.extension}"))
         return EncodedImage(encode_key(source), source, raw.image)
 
     def digest(self) -> str:

@@ -30,7 +30,7 @@ from shards.index import (
     ShardInfo,
     SizeCount,
     SplitInfo,
-    merge_sizes,
+    merge_size_counts,
     write_manifest,
 )
 from shards.masks import encode_mask
@@ -350,7 +350,7 @@ def predicted_manifest(split: str, spec: DataSpec, reports: Sequence[dict[str, A
     shards = tuple(
         ShardInfo(**{**r["shard"], "pixels": tuple(r["shard"]["pixels"])}) for r in reports
     )
-    sizes = merge_sizes([SizeCount(**size) for report in reports for size in report["sizes"]])
+    sizes = merge_size_counts([SizeCount(**size) for report in reports for size in report["sizes"]])
     return Manifest(
         classes=spec.classes,
         palette=spec.palette,

@@ -13,7 +13,7 @@ import tyro
 
 from pipelines.config import run_command
 from pipelines.progress import progress
-from shards.pairs import Separation, check_regex, dotted, separate
+from shards.pairs import FileMove, normalise_extension, plan_separation, validate_regex
 from shards.sample import DataError
 
 
@@ -53,20 +53,22 @@ class SeparateConfig:
         if self.mask_suffix == "":
             raise ValueError("--mask-suffix must not be empty")
         if self.mask_pattern is not None:
-            check_regex("--mask-pattern", self.mask_pattern)
-        if all(by_extension) and dotted(self.image_ext) == dotted(self.mask_ext):
+            validate_regex("--mask-pattern", self.mask_pattern)
+        if all(by_extension) and normalise_extension(self.image_ext) == normalise_extension(
+            self.mask_ext
+        ):
             raise ValueError("--image-ext and --mask-ext must differ; else use --mask-suffix")
 
 
 def run(config: SeparateConfig) -> int:
     """Place every file, or say where it would go."""
-    plan = separate(
+    plan = plan_separation(
         config.folder,
         config.out,
         mask_suffix=config.mask_suffix,
         mask_pattern=config.mask_pattern,
-        image_ext=dotted(config.image_ext),
-        mask_ext=dotted(config.mask_ext),
+        image_ext=normalise_extension(config.image_ext),
+        mask_ext=normalise_extension(config.mask_ext),
     )
     num_masks = sum(file.is_mask for file in plan)
     if config.dry_run:
@@ -84,7 +86,7 @@ def run(config: SeparateConfig) -> int:
     return 0
 
 
-def place(file: Separation, mode: Literal["copy", "move", "link"]) -> None:
+def place(file: FileMove, mode: Literal["copy", "move", "link"]) -> None:
     """Put one file where it belongs, whole or not at all; one that is there already is left."""
     file.target.parent.mkdir(parents=True, exist_ok=True)
     if os.path.lexists(file.target):

@@ -12,10 +12,10 @@ from typing import Any, Literal
 import yaml
 
 from pipelines.config import UsageError, load_yaml, refuse_url
-from shards.images import MAX_PIXELS, Alpha, Exif, ImageFormat, ImageRule, open_image
-from shards.masks import MaskFormat, MaskKind, default_palette, palette_of
+from shards.images import MAX_PIXELS, AlphaPolicy, ExifPolicy, ImageFormat, ImageRule, open_image
+from shards.masks import MaskFormat, MaskKind, default_palette, read_palette
 from shards.pairs import (
-    VAL_FRACTION,
+    DEFAULT_VAL_FRACTION,
     Pairing,
     PairRule,
     SplitRule,
@@ -24,7 +24,7 @@ from shards.pairs import (
 )
 from shards.sample import DataError
 from shards.store import Store
-from shards.tally import DEEP, SampleRule, Tally, percentile_range
+from shards.tally import GREY16, SampleRule, SampleStatistics, percentile_range
 
 IGNORED_NAME = "ignore"
 """A colour of this name in a colour table counts nowhere."""
@@ -64,7 +64,7 @@ class PictureConfig:
     """Values of 16-bit pictures that become black and white: 0 65535."""
     image_percentiles: tuple[float, float] | None = None
     """The same, as percentiles of all pixels of 16-bit pictures, measured now."""
-    alpha: Alpha = "refuse"
+    alpha: AlphaPolicy = "refuse"
     """Pictures with transparent pixels. drop: take the colours under them."""
     max_pixels: int = MAX_PIXELS
     """Pictures that claim more pixels are refused unopened."""
@@ -87,13 +87,13 @@ class PictureConfig:
         """Whether a rule for 16-bit pictures was declared."""
         return self.image_range is not None or self.image_percentiles is not None
 
-    def image_format(self, total: Tally) -> ImageFormat:
+    def image_format(self, total: SampleStatistics) -> ImageFormat:
         """How every picture is decoded, from what was declared and measured."""
         bounds = self.image_range
-        if DEEP not in total.levels:
+        if GREY16 not in total.levels:
             bounds = None
         elif self.image_percentiles is not None:
-            bounds = percentile_range(total.levels[DEEP], self.image_percentiles)
+            bounds = percentile_range(total.levels[GREY16], self.image_percentiles)
         channels = "RGB" if "RGB" in total.channels else "L"
         return ImageFormat(channels, self.alpha, bounds, self.max_pixels)
 
@@ -148,13 +148,13 @@ class SourceConfig(PictureConfig):
     """Bring masks of another size than their picture, but of its shape, to it, by nearest
     neighbour."""
 
-    exif: Exif = "upright"
+    exif: ExifPolicy = "upright"
     """Pictures with an EXIF orientation. ignore: take the pixels as they lie in the file."""
     frame: int | None = None
     """Which frame of files with several (TIFF stacks, GIF), from 0; left out: they are refused."""
     resize: int | None = None
     """Scale the longer side down to this many pixels."""
-    val_fraction: float = VAL_FRACTION
+    val_fraction: float = DEFAULT_VAL_FRACTION
     """Share of the samples for the split val, by a hash of the name."""
     test_fraction: float = 0.0
     """Share of the samples for the split test."""
@@ -235,7 +235,7 @@ class SourceConfig(PictureConfig):
         """What pictures may be."""
         return ImageRule(
             alpha=self.alpha,
-            deep=self.is_deep,
+            allow_16_bit=self.is_deep,
             exif=self.exif,
             frame=self.frame,
             resize=self.resize,
@@ -329,7 +329,7 @@ def first_palette(
             f"{path} has no palette (mode {image.mode}); use --mask-format index, or rgb with "
             "--colours"
         )
-    found = palette_of(image)[:num_classes]
+    found = read_palette(image)[:num_classes]
     return found + ((128, 128, 128),) * (num_classes - len(found))
 
 

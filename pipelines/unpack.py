@@ -103,7 +103,7 @@ def free_colour(colours: list[tuple[int, ...]]) -> tuple[int, ...]:
 
 def source_path(raw: RawSample) -> PurePosixPath:
     """Where a sample's picture lay. Raises DataError for a path that would leave the folder."""
-    source = raw.describe().get("source", f"{raw.key}.{raw.extension}")
+    source = raw.parse_info().get("source", f"{raw.key}.{raw.extension}")
     if not isinstance(source, str) or not is_safe_path(source):
         raise DataError(
             f"{raw.where} names {source!r} as its source, a path that leaves the folder; "

@@ -1,7 +1,7 @@
-"""Pictures and masks as WebDataset shards: the bytes, and nothing of models, ranks or devices.
+"""Images and masks as WebDataset shards: bytes and arrays, no models, ranks or devices.
 
-`shards/README.md` is the specification of the format. Packing needs numpy and Pillow alone;
-`shards.reader`, which brings webdataset and with it torch, is imported by those who read.
+`shards/README.md` specifies the format. Packing needs only numpy and Pillow; `shards.reader`
+imports webdataset, and with it torch, and is therefore imported only by code that reads shards.
 """
 
 from shards.images import ImageFormat

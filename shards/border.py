@@ -1,8 +1,8 @@
 """The border map of a mask: where cells nearly touch (Ronneberger et al. 2015, U-Net, eq. 2).
 
-The paper weighs each pixel's loss by w(x) = w_c(x) + w0 exp(-(d1(x) + d2(x))^2 / (2 sigma^2)), d1
-and d2 the distances to the nearest and the second nearest cell. What is stored is the exponential
-alone, times 255: sigma is fixed here, while w0 stays a setting of training.
+The paper weights the loss of each pixel by w(x) = w_c(x) + w0 exp(-(d1(x) + d2(x))^2 / (2 sigma^2))
+with d1 and d2 the distances to the nearest and the second nearest cell. Only the exponential is
+stored, times 255: sigma is fixed when packing, w0 remains a training setting.
 """
 
 import math
@@ -13,7 +13,7 @@ from importlib.util import find_spec
 import numpy as np
 from PIL import Image
 
-from shards.images import ImageRule, encode_png, load, open_image
+from shards.images import ImageRule, encode_png, load_pixels, open_image
 from shards.sample import DataError, Uint8
 
 NEEDS_SCIPY = "--border-sigma needs SciPy: pip install 'unet-shards[scipy]'"
@@ -21,35 +21,37 @@ NEEDS_SCIPY = "--border-sigma needs SciPy: pip install 'unet-shards[scipy]'"
 
 @dataclass(frozen=True, slots=True)
 class BorderRule:
-    """How border maps are made. Raises ValueError for a sigma that is no width."""
+    """How border maps are computed. Raises ValueError if sigma is not a positive finite number."""
 
     sigma: float
-    """Pixels; the paper's is 5."""
+    """Pixels; 5 in the paper."""
     classes: tuple[int, ...]
     """Indices of the classes whose connected components are cells."""
 
     def __post_init__(self) -> None:
         if not 0 < self.sigma < math.inf:
-            raise ValueError(f"--border-sigma is a width in pixels above 0, got {self.sigma}")
+            raise ValueError(
+                f"--border-sigma must be a finite number of pixels > 0, got {self.sigma}"
+            )
 
     def encode(self, mask: Uint8) -> bytes:
-        """Class indices uint8 [H, W] -> its border map as PNG of mode L, W x H."""
-        return encode_png(Image.fromarray(border_map(mask, self.classes, self.sigma)))
+        """Compute the border map of class indices uint8 [H, W] and encode it as PNG of mode L."""
+        return encode_png(Image.fromarray(compute_border_map(mask, self.classes, self.sigma)))
 
 
 def has_scipy() -> bool:
-    """Whether the extra `scipy` is installed, without loading it."""
+    """Return whether the extra `scipy` is installed, without importing it."""
     return find_spec("scipy") is not None
 
 
-def border_map(mask: Uint8, classes: Sequence[int], sigma: float) -> Uint8:
-    """round(255 exp(-(d1 + d2)^2 / (2 sigma^2))) outside of cells, 0 inside them.
+def compute_border_map(mask: Uint8, classes: Sequence[int], sigma: float) -> Uint8:
+    """Compute round(255 exp(-(d1 + d2)^2 / (2 sigma^2))) outside of cells, 0 inside them.
 
     Cells are the 4-connected components of each class by itself: the ridge that a mask leaves
-    between touching cells may be one pixel wide and run diagonally, where 8-connectivity would
-    step across it. Distances are Euclidean, in pixels, from centre to centre of the nearest pixel
-    of a cell. Ignored pixels and those of other classes belong to no cell. With fewer than two
-    cells, everything is 0.
+    between touching cells may be one pixel wide and run diagonally, which 8-connectivity would
+    bridge. Distances are Euclidean, in pixels, between the centres of a pixel and of the nearest
+    pixel of a cell. Ignored pixels and those of other classes belong to no cell. With fewer than
+    two cells, the map is 0 everywhere.
 
     Args:
         mask: class indices uint8 [H, W].
@@ -59,50 +61,53 @@ def border_map(mask: Uint8, classes: Sequence[int], sigma: float) -> Uint8:
     Returns:
         uint8 [H, W].
     """
-    # Takes most of a second, and nothing else needs it.
+    # Importing it takes most of a second, and nothing else needs it.
     from scipy import ndimage
 
     nearest = np.full(mask.shape, np.inf)
     second = nearest.copy()
-    # Beyond, 255 times the exponential rounds to 0: a cell matters in its box, so much larger.
+    # Beyond this distance, 255 times the exponential rounds to 0, so a cell only affects its
+    # bounding box enlarged by it.
     reach = sigma * math.sqrt(2 * math.log(2 * 255))
     margin = int(min(reach, max(mask.shape)))
-    for number in classes:
+    for index in classes:
         labels = np.zeros(mask.shape, dtype=np.int32)
-        ndimage.label(mask == number, output=labels)
+        ndimage.label(mask == index, output=labels)
         for label, (rows, columns) in enumerate(ndimage.find_objects(labels), start=1):
-            box = grown(rows, margin), grown(columns, margin)
+            box = expand_span(rows, margin), expand_span(columns, margin)
             distance = np.asarray(ndimage.distance_transform_edt(labels[box] != label))
             np.minimum(second[box], np.maximum(nearest[box], distance), out=second[box])
             np.minimum(nearest[box], distance, out=nearest[box])
     total = nearest + second
     near = (nearest > 0) & (total <= reach)
-    found = np.zeros(mask.shape, dtype=np.uint8)
-    found[near] = np.rint(255 * np.exp(-((total[near] / sigma) ** 2) / 2))
-    return found
+    border = np.zeros(mask.shape, dtype=np.uint8)
+    border[near] = np.rint(255 * np.exp(-((total[near] / sigma) ** 2) / 2))
+    return border
 
 
-def grown(span: slice, margin: int) -> slice:
-    """A span of rows or columns, larger by a margin at both ends."""
+def expand_span(span: slice, margin: int) -> slice:
+    """Extend a span of rows or columns by a margin at both ends, clipped at 0."""
     return slice(max(0, span.start - margin), span.stop + margin)
 
 
 def decode_border(data: bytes, size: tuple[int, int], where: str) -> Uint8:
-    """Bytes of a stored border map -> uint8 [H, W], 255 where cells touch.
+    """Decode a stored border map to uint8 [H, W], 255 where cells touch.
 
     Args:
         data: PNG of mode L.
-        size: (width, height) of the picture that it belongs to.
-        where: names it in messages.
+        size: (width, height) of its image.
+        where: name of the border map in error messages.
 
-    Raises DataError for what is damaged, none, or of another size.
+    Raises DataError if it is damaged, not a border map, or of another size.
     """
     image = open_image(data, where, ImageRule())
     if image.mode != "L":
-        raise DataError(f"{where} is no border map: mode {image.mode}, not L; pack it again")
+        raise DataError(
+            f"{where} is not a border map (mode {image.mode}, expected L); pack it again"
+        )
     if image.size != size:
         raise DataError(
-            f"{where} is {image.width} x {image.height}, its picture {size[0]} x {size[1]}; "
+            f"{where} is {image.width} x {image.height}, but its image is {size[0]} x {size[1]}; "
             "pack the data set again"
         )
-    return np.asarray(load(image, where, "ignore")[0])
+    return np.asarray(load_pixels(image, where, "ignore")[0])

@@ -1,4 +1,4 @@
-"""Tars that others wrote: whether they are whole, and which members make one sample."""
+"""Tars written by other programs: checked for completeness, their members grouped into samples."""
 
 import posixpath
 import re
@@ -14,66 +14,67 @@ from shards.sample import (
     BORDER_EXTENSION,
     INFO_EXTENSION,
     MASK_EXTENSION,
-    PROBABILITY_NAME,
+    PROBABILITY_MEMBER,
     DataError,
     is_safe_path,
 )
 
-Role = Literal["picture", "mask", "json", "border"]
+Role = Literal["image", "mask", "json", "border"]
 
 COMPRESSED_MAGIC = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
-"""How gzip, bzip2, xz and zstd files begin."""
+"""First bytes of gzip, bzip2, xz and zstd files."""
 
-DECOMPRESS = "decompress it: samples are read by their place in the tar"
-COPY = "copy or write it again"
+DECOMPRESS_REMEDY = "decompress it: samples are read by byte offset"
+COPY_REMEDY = "copy or write it again"
 
-Group = dict[Role, MemberRange]
+SampleMembers = dict[Role, MemberRange]
 """The members of one sample."""
 
 
 @dataclass(slots=True)
-class Members:
-    """What a tar holds."""
+class TarContents:
+    """The samples of a tar, and what could not be assigned to one."""
 
-    groups: dict[str, Group] = field(default_factory=dict)
-    """The members of each key, in the order of the tar, however far apart they lie."""
+    samples: dict[str, SampleMembers] = field(default_factory=dict)
+    """The members of each key, in the order of the tar; they need not be adjacent."""
     ignored: Counter[str] = field(default_factory=Counter)
-    """Members that no sample has, by kind."""
+    """Number of members that belong to no sample, by kind."""
     problems: list[str] = field(default_factory=list)
+    """Error messages of members that were refused."""
 
 
-def find_members(file: BinaryIO, path: Path | str, roles: Mapping[str, Role]) -> Members:
-    """The samples of a tar, by the ends of their members' names.
+def group_members(file: BinaryIO, path: Path | str, roles: Mapping[str, Role]) -> TarContents:
+    """Group the members of a tar into samples, by the extensions of their names.
 
     Args:
-        file: the tar, open.
-        path: its path or URL, for messages.
-        roles: {extension in lower case: what such a member is}, the longest first.
+        file: the open tar.
+        path: its path or URL, for error messages.
+        roles: {extension in lower case: role of the member}, the longest extension first.
 
-    Raises DataError where the tar is cut, damaged or none.
+    Raises DataError if the tar is truncated, damaged or not a tar.
     """
-    found = Members()
+    contents = TarContents()
     for member in list_members(file, path):
         if member.isdir():
             continue
         try:
-            parts = split_name(member.name, roles)
-            refuse_member(member, parts is not None, path)
+            parts = split_member_name(member.name, roles)
+            refuse_unusable_member(member, parts is not None, path)
             if parts is None:
-                found.ignored[kind_of(member.name)] += 1
+                contents.ignored[classify_ignored_member(member.name)] += 1
             else:
-                add_member(found.groups, member, *parts, roles, path)
+                add_member(contents.samples, member, *parts, roles, path)
         except DataError as error:
-            found.problems.append(str(error))
-    return found
+            contents.problems.append(str(error))
+    return contents
 
 
-def split_name(name: str, roles: Mapping[str, Role]) -> tuple[str, str] | None:
-    """(key, extension) of a member, told by its end; None where it is none of ours.
+def split_member_name(name: str, roles: Mapping[str, Role]) -> tuple[str, str] | None:
+    """Split a member name into (key, extension); None if no sample has such a member.
 
-    The longest extension that was declared counts, so a key may hold dots.
+    The longest declared extension wins, so keys may contain dots.
     """
-    if PurePosixPath(name).name.startswith(".") or PROBABILITY_NAME.fullmatch(name):
+    if PurePosixPath(name).name.startswith(".") or PROBABILITY_MEMBER.fullmatch(name):
         return None
     for extension in roles:
         cut = len(name) - len(extension)
@@ -83,10 +84,10 @@ def split_name(name: str, roles: Mapping[str, Role]) -> tuple[str, str] | None:
 
 
 def list_members(file: BinaryIO, path: Path | str) -> list[tarfile.TarInfo]:
-    """The members of a tar. Raises DataError where it is cut, damaged or none."""
+    """List the members of a tar. Raises DataError if it is truncated, damaged or not a tar."""
     file.seek(0)
     if file.read(6).startswith(COMPRESSED_MAGIC):
-        raise DataError(f"{path} is compressed; {DECOMPRESS}")
+        raise DataError(f"{path} is compressed; {DECOMPRESS_REMEDY}")
     file.seek(0)
     try:
         with tarfile.open(fileobj=file, mode="r:", encoding="utf-8") as tar:
@@ -94,67 +95,75 @@ def list_members(file: BinaryIO, path: Path | str) -> list[tarfile.TarInfo]:
             end = tar.offset
     except OSError:
         raise
-    except Exception as error:  # hostile headers provoke more than TarError
-        raise DataError(f"{path} is cut or no tar ({error}); {COPY}") from error
-    # tarfile takes the end of the file, and any block that is no header, for the end of the tar.
+    except Exception as error:  # hostile headers raise more than TarError
+        raise DataError(f"{path} is truncated or not a tar ({error}); {COPY_REMEDY}") from error
+    # tarfile accepts the end of the file, and any block that is not a header, as the end marker.
     file.seek(end)
     block = file.read(tarfile.BLOCKSIZE)
     if len(block) < tarfile.BLOCKSIZE:
-        raise DataError(f"{path} is cut: it ends after {len(members)} members, unclosed; {COPY}")
+        raise DataError(
+            f"{path} is truncated: no end marker after {len(members)} members; {COPY_REMEDY}"
+        )
     if block.strip(b"\0"):
-        raise DataError(f"{path} is damaged at byte {end:,}, where a header should be; {COPY}")
+        raise DataError(f"{path} is damaged: no tar header at byte {end:,}; {COPY_REMEDY}")
     while block := file.read(2**20):
         if block.strip(b"\0"):
             raise DataError(
-                f"{path} goes on after its end at byte {end:,}, as joined tars do; "
-                "part it, or write it again"
+                f"{path} has data after its end marker at byte {end:,}, as concatenated tars do; "
+                "split it, or write it again"
             )
     return members
 
 
-def kind_of(name: str) -> str:
-    """What a member is called that no sample has: by its ending."""
+def classify_ignored_member(name: str) -> str:
+    """Return the kind of a member that belongs to no sample: `hidden` or its extension."""
     pure = PurePosixPath(name)
     return "hidden" if pure.name.startswith(".") else pure.suffix or "without extension"
 
 
-def refuse_member(member: tarfile.TarInfo, is_ours: bool, path: Path | str) -> None:
-    """Raise DataError for a member that cannot be read by its place or would leave a folder."""
+def refuse_unusable_member(member: tarfile.TarInfo, in_sample: bool, path: Path | str) -> None:
+    """Raise DataError for a member that has no byte range, leaves the folder or breaks an .idx."""
     where = f"{path}: {member.name!r}"
     if not member.isreg() or member.issparse():
         raise DataError(f"{where} is a link, device or sparse file; write the tar without it")
     if not is_safe_path(member.name):
-        raise DataError(f"{where} is a path that leaves the folder; write the tar without it")
-    if is_ours and re.search(r"[\s\ud800-\udfff]", member.name):
         raise DataError(
-            f"{where} has white space in its name, or is not UTF-8, and the words of an .idx are "
-            "parted by spaces; rename it"
+            f"{where} would be extracted outside the target folder; write the tar without it"
+        )
+    if in_sample and re.search(r"[\s\ud800-\udfff]", member.name):
+        raise DataError(
+            f"{where} has whitespace in its name or is not UTF-8, but the fields of an .idx are "
+            "separated by spaces; rename it"
         )
 
 
 def add_member(
-    groups: dict[str, Group],
+    samples: dict[str, SampleMembers],
     member: tarfile.TarInfo,
     key: str,
     extension: str,
     roles: Mapping[str, Role],
     path: Path | str,
 ) -> None:
-    """Put a member to its sample. Raises DataError where its place is taken."""
+    """Add a member to its sample. Raises DataError if the sample already has one of its role."""
     role = roles[extension.lower()]
-    # `./a.jpg` and `a.jpg` are one file when they are extracted.
-    group = groups.setdefault(posixpath.normpath(key), {})
-    if role in group:
-        other = group[role].name
-        what = "occurs twice" if member.name == other else f"and {other} are two {role}s of one key"
+    # `./a.jpg` and `a.jpg` are extracted to the same file.
+    sample = samples.setdefault(posixpath.normpath(key), {})
+    if role in sample:
+        other = sample[role].name
+        what = (
+            "occurs twice"
+            if member.name == other
+            else f"and {other} are two {role}s of the same key"
+        )
         raise DataError(f"{path}: {member.name} {what}; keep one of them")
-    # The names by which the index of a shard is read.
+    # The extensions by which readers of an .idx recognise these members.
     words = {"mask": MASK_EXTENSION, "json": INFO_EXTENSION, "border": BORDER_EXTENSION}
     word = words.get(role, extension)
-    group[role] = MemberRange(word, member.offset_data, member.size, member.name)
+    sample[role] = MemberRange(word, member.offset_data, member.size, member.name)
 
 
 def read_member(file: BinaryIO, member: MemberRange) -> bytes:
-    """A member's bytes."""
+    """Read the bytes of a member."""
     file.seek(member.offset)
     return file.read(member.size)

@@ -18,8 +18,8 @@ MANIFEST = "index.json"
 FORMAT = "unet-shards"
 VERSION = 2
 
-MOST_SIZES = 4096
-"""Sizes of pictures that a manifest tells apart; beyond, they are rounded down together."""
+MAX_SIZES = 4096
+"""Distinct image sizes that a manifest lists; if there are more, they are rounded down."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,12 +31,12 @@ class ShardInfo:
     bytes: int
     sha256: str
     pixels: tuple[int, ...]
-    """Mask pixels of each class, then of ignore; empty where unlabelled."""
+    """Mask pixels of each class, then of ignore; empty if unlabelled."""
 
 
 @dataclass(frozen=True, slots=True)
 class SizeCount:
-    """How many pictures have one size and mode."""
+    """Number of images with one size and mode."""
 
     width: int
     height: int
@@ -50,56 +50,58 @@ class SplitInfo:
 
     shards: tuple[ShardInfo, ...]
     sizes: tuple[SizeCount, ...]
-    """Sizes of the pictures, the commonest first."""
+    """Sizes of the images, the most common first."""
 
     @property
     def samples(self) -> int:
-        """Samples in all shards."""
+        """Number of samples in all shards."""
         return sum(shard.samples for shard in self.shards)
 
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What a folder of shards holds. Written last: a folder without it is no data set."""
+    """Description of a folder of shards. Written last: without it, a folder is not a data set."""
 
     classes: tuple[str, ...]
     """Class names by index."""
     palette: Palette
     """RGB colour of each class."""
     image_format: ImageFormat
-    """How every picture is decoded."""
+    """How every image is decoded."""
     mask_format: dict[str, Any]
     """The declared format of the mask files, and `source_values`: the pixel value of each class."""
     mean: tuple[float, ...]
-    """Mean of each channel over the train split (all splits where it is empty), pixels in 0-1."""
+    """Mean of each channel over the train split (over all splits if train is empty), pixels 0-1."""
     std: tuple[float, ...]
-    """Standard deviation of each channel, pixels in 0-1."""
+    """Standard deviation of each channel, pixels 0-1."""
     splits: dict[str, SplitInfo]
     duplicates: tuple[tuple[str, ...], ...] = ()
-    """Sources of pictures that are equal byte for byte, at most a thousand groups of twenty."""
+    """Sources of images that are equal byte for byte: at most 1,000 groups of 20."""
     verified: Literal["full", "headers"] = "full"
-    """Whether every pixel was looked at; with `headers`, mean and std come from a sample."""
+    """Whether all pixels were checked; with `headers`, mean and std come from a sample."""
     border_sigma: float | None = None
-    """Pixels, of the samples' border maps; None: they have none."""
+    """Sigma of the border maps, in pixels; None: there are no border maps."""
     border_classes: tuple[str, ...] = ()
     """Classes whose connected components are cells in the border maps."""
     digest: str = field(default="", compare=False)
-    """sha256 of the file that this was read from."""
+    """sha256 of the manifest file that was read."""
 
     def split(self, name: str, place: object) -> SplitInfo:
-        """A split that has samples. Raises DataError naming those there are, and the place."""
+        """Return a split that has samples. Raises DataError naming `place` and all such splits."""
         if name not in self.splits or not self.splits[name].samples:
-            there = ", ".join(k for k, v in self.splits.items() if v.samples)
-            raise DataError(f"{place} has no samples in the split {name!r}, only in: {there}")
+            available = ", ".join(k for k, v in self.splits.items() if v.samples)
+            raise DataError(
+                f"{place} has no samples in the split {name!r}; splits with samples: {available}"
+            )
         return self.splits[name]
 
 
 def write_manifest(store: Store, manifest: Manifest, within: str | None = None) -> None:
-    """Write `index.json` into a folder, whole or not at all; `within`: see `Store.write`."""
+    """Write `index.json` into a folder, atomically; `within`: see `Store.write`."""
     plain = asdict(manifest)
     del plain["digest"]
     if manifest.border_sigma is None:
-        # So that programs which know nothing of border maps read it.
+        # So that programs without support for border maps can read it.
         del plain["border_sigma"], plain["border_classes"]
     for info in plain["splits"].values():
         info["samples"] = sum(shard["samples"] for shard in info["shards"])
@@ -108,39 +110,41 @@ def write_manifest(store: Store, manifest: Manifest, within: str | None = None) 
 
 
 def read_manifest(place: Store | Path | str) -> Manifest:
-    """The manifest of a folder of shards, on disk or at a URL.
+    """Read the manifest of a folder of shards, on disk or at a URL.
 
-    Raises DataError where there is none, where it is none of ours or of a newer version.
+    Raises DataError if it is missing, damaged, not a manifest, or of another version.
     """
     store = Store(place)
     if store.local is not None and not store.local.is_dir():
-        raise DataError(f"{store} is no folder of shards: it does not exist")
+        raise DataError(f"{store} does not exist or is not a directory; check the path")
     path = store.path(MANIFEST)
     try:
         data = store.read(MANIFEST)
     except FileNotFoundError as error:
         raise DataError(
-            f"{store} is no data set: it has no {MANIFEST} (unet pack writes it last)"
+            f"{store} is not a data set: {MANIFEST} is missing (unet pack writes it last)"
         ) from error
     try:
         plain = json.loads(data)
         if plain.pop("format", None) != FORMAT:
-            raise DataError(f"{path} is not a manifest of shards that unet pack wrote")
+            raise DataError(f"{path} is not a manifest written by unet pack")
         if (version := plain.pop("version")) != VERSION:
-            remedy = "update it" if version > VERSION else "pack the data set again"
-            raise DataError(f"{path} has version {version}, this program reads {VERSION}; {remedy}")
-        splits = {name: read_split(info) for name, info in plain.pop("splits").items()}
+            remedy = "update unet-shards" if version > VERSION else "pack the data set again"
+            raise DataError(
+                f"{path} has version {version}, but this program reads version {VERSION}; {remedy}"
+            )
+        splits = {name: parse_split(info) for name, info in plain.pop("splits").items()}
         tuples = {
             name: to_tuple(plain.pop(name))
             for name in ("classes", "palette", "mean", "std", "duplicates")
         }
-        # Manifests written before there were border maps do not name them.
+        # Manifests written before border maps existed do not have this field.
         tuples["border_classes"] = to_tuple(plain.pop("border_classes", []))
-        form = plain.pop("image_format")
+        image_format = plain.pop("image_format")
         return Manifest(
             **plain,
             **tuples,
-            image_format=ImageFormat(**{**form, "range": to_tuple(form["range"])}),
+            image_format=ImageFormat(**{**image_format, "range": to_tuple(image_format["range"])}),
             splits=splits,
             digest=hashlib.sha256(data).hexdigest(),
         )
@@ -148,8 +152,8 @@ def read_manifest(place: Store | Path | str) -> Manifest:
         raise DataError(f"{path} is damaged ({error}); pack the data set again") from error
 
 
-def read_split(plain: dict[str, Any]) -> SplitInfo:
-    """A split from its JSON."""
+def parse_split(plain: dict[str, Any]) -> SplitInfo:
+    """Build a split from its JSON object."""
     shards = tuple(
         ShardInfo(**{**shard, "pixels": tuple(shard["pixels"])}) for shard in plain["shards"]
     )
@@ -157,12 +161,12 @@ def read_split(plain: dict[str, Any]) -> SplitInfo:
 
 
 def to_tuple(value: Any) -> Any:
-    """JSON lists become tuples, at any depth."""
+    """Convert JSON lists to tuples, at any depth."""
     return tuple(to_tuple(item) for item in value) if isinstance(value, list) else value
 
 
 class MemberRange(NamedTuple):
-    """Where one member's bytes lie in a shard."""
+    """Byte range of one member in a shard."""
 
     extension: str
     offset: int
@@ -171,38 +175,38 @@ class MemberRange(NamedTuple):
 
 
 class SampleRange(NamedTuple):
-    """Where one sample's members lie in a shard."""
+    """Byte ranges of the members of one sample in a shard."""
 
     key: str
     image: MemberRange
     mask: MemberRange | None
     info: MemberRange | None
-    """None in shards that others wrote."""
+    """None in shards written by other programs."""
     border: MemberRange | None
-    """None where no border maps were asked for."""
+    """None if no border maps were requested."""
 
 
-class ShardIndex:
-    """The `.idx` of one shard, parsed a sample at a time.
+class ShardOffsets:
+    """The `.idx` of one shard, parsed one sample at a time.
 
     Args:
-        data: its content.
-        path: where it lies.
-        reread: it is a local file, whose lines are read again when they are asked for; else the
-            content is kept.
+        data: content of the file.
+        path: path or URL of the file.
+        reread: the file is local, and each line is read again when it is needed; otherwise the
+            content is kept in memory.
 
-    Raises DataError where the content is no whole index.
+    Raises DataError if the content is truncated or not an `.idx`.
     """
 
     def __init__(self, data: bytes, path: str, *, reread: bool = False) -> None:
         header, _, _ = data.partition(b"\n")
         version, _, count = header.partition(b" ")
         newlines = np.flatnonzero(np.frombuffer(data, dtype=np.uint8) == ord("\n"))
-        # Four bytes a line: a data set of a million samples has as many in each process.
+        # 4 bytes per line: a data set of a million samples has as many lines in each process.
         self.ends = newlines.astype(np.uint32)
-        whole = data.endswith(b"\n") and count.isdigit() and int(count) == len(self.ends) - 1
-        if version != b"v1.2" or not whole:
-            raise DataError(f"{path} is cut or no index of version v1.2; pack the data set again")
+        complete = data.endswith(b"\n") and count.isdigit() and int(count) == len(self.ends) - 1
+        if version != b"v1.2" or not complete:
+            raise DataError(f"{path} is truncated or not a v1.2 .idx; pack the data set again")
         self.path, self.data = path, None if reread else data
 
     def __len__(self) -> int:
@@ -210,20 +214,20 @@ class ShardIndex:
 
     @property
     def num_bytes(self) -> int:
-        """What it takes in memory."""
+        """Size in memory."""
         return len(self.data or b"") + self.ends.nbytes
 
     def line(self, row: int) -> bytes:
-        """The line of sample `row`. Raises OSError where its file has gone."""
-        begin, end = int(self.ends[row]) + 1, int(self.ends[row + 1])
+        """Return the line of sample `row`. Raises OSError if the file can no longer be read."""
+        start, end = int(self.ends[row]) + 1, int(self.ends[row + 1])
         if self.data is not None:
-            return self.data[begin:end]
+            return self.data[start:end]
         with open(self.path, "rb", buffering=0) as file:
-            file.seek(begin)
-            return file.read(end - begin)
+            file.seek(start)
+            return file.read(end - start)
 
     def __getitem__(self, row: int) -> SampleRange:
-        """The members of sample `row`. Raises DataError where one that is needed is missing."""
+        """Return the members of sample `row`. Raises DataError if a required one is missing."""
         try:
             words = self.line(row).decode().split(" ")
             members = [
@@ -237,41 +241,41 @@ class ShardIndex:
         mask, info, border = (
             next((m for m in members if m.extension == extension), None) for extension in others
         )
-        # Predictions without their pictures are samples too: the mask stands in as the picture.
+        # Predictions stored without their images are samples too: the mask doubles as the image.
         image = images[0] if images else mask
         if image is None or len(images) > 1:
             raise DataError(
-                f"{self.path}, line {row + 2}: a sample has {len(images)} pictures, not one; "
+                f"{self.path}, line {row + 2}: a sample has {len(images)} images, expected 1; "
                 "pack it again"
             )
         key = image.name.removesuffix(f".{image.extension}")
         return SampleRange(key, image, mask, info, border)
 
 
-def read_index(shard: Path) -> ShardIndex:
-    """The index beside a shard on disk. Raises DataError where there is none."""
+def read_offsets(shard: Path) -> ShardOffsets:
+    """Read the `.idx` of a shard on disk. Raises DataError if it is missing or unreadable."""
     path = shard.with_suffix(".idx")
     try:
-        return ShardIndex(path.read_bytes(), str(path), reread=True)
+        return ShardOffsets(path.read_bytes(), str(path), reread=True)
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error}); pack the data set again") from error
 
 
-def merge_sizes(counts: Sequence[SizeCount]) -> tuple[SizeCount, ...]:
-    """The counts of several shards added up, the commonest size first.
+def merge_size_counts(counts: Sequence[SizeCount]) -> tuple[SizeCount, ...]:
+    """Add up the size counts of several shards, the most common size first.
 
-    More than `MOST_SIZES` are rounded down to multiples of 2, 4, 8, ... until few enough are left:
-    a manifest stays small however odd its pictures are.
+    If there are more than `MAX_SIZES` sizes, they are rounded down to multiples of 2, 4, 8, ...
+    until few enough remain: a manifest stays small even if every image has a size of its own.
     """
     total: Counter[tuple[int, int, str]] = Counter()
     for size in counts:
         total[size.width, size.height, size.mode] += size.images
     step = 1
-    while len(total) > MOST_SIZES:
+    while len(total) > MAX_SIZES:
         step *= 2
         coarse: Counter[tuple[int, int, str]] = Counter()
         for (width, height, mode), images in total.items():
-            # A side below the step stays 1, so that no picture vanishes.
+            # A side shorter than the step stays 1, so that no size becomes 0.
             rounded = (max(1, width // step * step), max(1, height // step * step), mode)
             coarse[rounded] += images
         total = coarse

@@ -1,4 +1,4 @@
-"""Mask formats: what people have on disk -> class indices, by a declared rule and never a guess."""
+"""Mask formats: from the pixel values of mask files to class indices, by declared rules only."""
 
 import struct
 import zlib
@@ -11,53 +11,53 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from shards.headers import PNG_BEGIN, PNG_END, read_header
-from shards.images import DEEP_MODES, ImageRule, load, open_image
+from shards.headers import PNG_END, PNG_START, read_image_header
+from shards.images import GREY16_MODES, ImageRule, load_pixels, open_image
 from shards.sample import IGNORE, Colour, DataError, Palette, Uint8
 
 MaskKind = Literal["binary", "index", "values", "palette", "rgb"]
 
-ANY = ImageRule()
+CANONICAL_RULE = ImageRule()
 """Canonical masks are single upright frames."""
 
-LOSSY = ("JPEG", "MPO")
-"""File formats whose pixel values are near what was drawn, not equal to it."""
+LOSSY_FORMATS = ("JPEG", "MPO")
+"""File formats whose pixel values are only close to those that were saved."""
 
-MANY_COLOURS = 64
-"""More unknown colours than this are noise of a lossy file, not classes that were forgotten."""
+MAX_CLASS_COLOURS = 64
+"""More unknown colours than this are compression noise, not forgotten classes."""
 
-FEW_VALUES = 16
-"""So many comparisons of a whole mask take less time than one look-up of each pixel."""
+MAX_COMPARED_VALUES = 16
+"""Up to this many values, comparing the entire mask is faster than a table look-up per pixel."""
 
 Values = NDArray[np.uint8] | NDArray[np.uint16]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MaskFormat:
-    """How pixel values of mask files are to be read."""
+    """How the pixel values of mask files are read. Raises ValueError for contradictory settings."""
 
     kind: MaskKind
-    """`binary`: 0 and one other value. `index`: the value is the class. `values`, `palette`, `rgb`:
-    see below."""
+    """`binary`: 0 and one other value. `index`: the value is the class index. `values`, `palette`,
+    `rgb`: see below."""
     num_classes: int
-    """Classes, background included."""
+    """Number of classes, including the background."""
     values: tuple[int, ...] = ()
     """`values` only: the pixel value of class 0, 1, 2, ..."""
     colours: tuple[tuple[int, ...], ...] = ()
-    """`rgb`: the colour (R, G, B or R, G, B, A) of each class. `palette`: the same, and a file in
-    which an index has another colour is refused."""
+    """`rgb`: the colour (R, G, B or R, G, B, A) of each class. `palette`: the palette colour of
+    each class; a file with another colour at one of these indices is refused."""
     ignore_colours: tuple[tuple[int, ...], ...] = ()
     """`rgb` only: colours that become 255 (ignored)."""
     invert: bool = False
     """`binary` only: 0 is class 1 and the other value class 0."""
     threshold: int | None = None
-    """`binary` only: values from here up are foreground, whatever else occurs."""
+    """`binary` only: values >= this are foreground, and any values may occur."""
     ignore_value: int | None = None
     """Pixel value that becomes 255 (ignored)."""
     unknown: Literal["error", "ignore"] = "error"
-    """What has no class: an error, or 255 (ignored)."""
+    """Pixels without a class: an error, or 255 (ignored)."""
     tolerance: int = 0
-    """`values` and `rgb`: how far, in each channel, a pixel may be from the value of its class."""
+    """`values` and `rgb`: maximum difference, per channel, between a pixel and its class value."""
 
     def __post_init__(self) -> None:
         if not 2 <= self.num_classes <= 255:
@@ -66,80 +66,88 @@ class MaskFormat:
             raise ValueError(f"binary masks have 2 classes, got {self.num_classes} names")
         if self.kind in ("palette", "rgb") and len(self.colours) != self.num_classes:
             raise ValueError(
-                f"{len(self.colours)} colours for {self.num_classes} classes; give one for each"
+                f"{len(self.colours)} colours for {self.num_classes} classes; give one per class"
             )
         if self.kind == "values" and len(self.values) != self.num_classes:
             raise ValueError(
-                f"{len(self.values)} mask values for {self.num_classes} classes; give one for each"
+                f"{len(self.values)} mask values for {self.num_classes} classes; give one per class"
             )
         if len(set(self.values)) != len(self.values):
-            raise ValueError(f"a mask value stands for two classes: {self.values}")
+            raise ValueError(f"each class needs a mask value of its own, got {self.values}")
         for value in (*self.values, self.threshold, self.ignore_value):
             if value is not None and not 0 <= value <= 65535:
-                raise ValueError(f"mask values are 0 to 65535, got {value}")
-        of_classes = range(self.num_classes) if self.kind in ("index", "palette") else self.values
-        if self.ignore_value in of_classes:
+                raise ValueError(f"mask values must be 0 to 65535, got {value}")
+        class_values = range(self.num_classes) if self.kind in ("index", "palette") else self.values
+        if self.ignore_value in class_values:
             raise ValueError(f"--ignore-value {self.ignore_value} is also the value of a class")
-        self.refuse_strangers()
-        self.refuse_overlap()
+        self.refuse_inapplicable_settings()
+        self.refuse_overlapping_classes()
 
-    def refuse_strangers(self) -> None:
-        """Raise ValueError for settings that belong to another kind."""
-        belongs = {
-            "mask values belong to `values`": (bool(self.values), ("values",)),
-            "--invert and --mask-threshold belong to `binary`": (
+    def refuse_inapplicable_settings(self) -> None:
+        """Raise ValueError for settings that apply to another kind only."""
+        applicable = {
+            "mask values apply to `values` only": (bool(self.values), ("values",)),
+            "--invert and --mask-threshold apply to `binary` only": (
                 self.invert or self.threshold is not None,
                 ("binary",),
             ),
-            "--colours belongs to `rgb`": (bool(self.colours), ("rgb", "palette")),
-            "--ignore-value belongs to formats of values; name a colour `ignore` in --colours": (
+            "--colours applies to `rgb` only": (bool(self.colours), ("rgb", "palette")),
+            "--ignore-value applies to values, not colours; use `ignore` in --colours": (
                 self.ignore_value is not None,
                 ("binary", "index", "values", "palette"),
             ),
-            "--unknown has no meaning for two classes": (
+            "--unknown does not apply to two classes": (
                 self.unknown == "ignore",
                 ("index", "values", "palette", "rgb"),
             ),
-            "--tolerance belongs to `values` and `rgb`": (self.tolerance != 0, ("values", "rgb")),
+            "--tolerance applies to `values` and `rgb` only": (
+                self.tolerance != 0,
+                ("values", "rgb"),
+            ),
         }
-        for what, (used, kinds) in belongs.items():
+        for problem, (used, kinds) in applicable.items():
             if used and self.kind not in kinds:
-                raise ValueError(f"{what}; the format is `{self.kind}`")
+                raise ValueError(f"{problem}; the format is `{self.kind}`")
 
-    def refuse_overlap(self) -> None:
-        """Raise ValueError where a pixel could be near two classes."""
+    def refuse_overlapping_classes(self) -> None:
+        """Raise ValueError if a pixel could be within the tolerance of two classes."""
         if not 0 <= self.tolerance <= 255:
-            raise ValueError(f"--tolerance is 0 to 255, got {self.tolerance}")
+            raise ValueError(f"--tolerance must be 0 to 255, got {self.tolerance}")
         ignored = () if self.ignore_value is None else (self.ignore_value,)
         colours = (*self.colours, *self.ignore_colours) if self.kind == "rgb" else ()
         entries = (*((value,) for value in (*self.values, *ignored)), *colours)
         if len({len(entry) for entry in colours}) > 1:
-            raise ValueError("--colours: give all colours three numbers, or all of them four")
+            raise ValueError("--colours: either all colours have three numbers, or all have four")
         for one, other in combinations(entries, 2):
-            apart = max(abs(a - b) for a, b in zip(one, other, strict=True))
-            if apart <= 2 * self.tolerance:
+            distance = max(abs(a - b) for a, b in zip(one, other, strict=True))
+            if distance <= 2 * self.tolerance:
                 raise ValueError(
-                    f"{shown(one)} and {shown(other)} are {apart} apart"
-                    + (f", too near for --tolerance {self.tolerance}" if apart else "")
+                    f"{format_colour(one)} and {format_colour(other)} differ by {distance}, too "
+                    f"little for --tolerance {self.tolerance}"
+                    if distance
+                    else f"{format_colour(one)} is listed twice"
                 )
 
-    def read(self, image: Image.Image, where: str) -> "ClassMap":
-        """A decoded mask -> its classes. Raises DataError for what has none, with pixel counts."""
+    def map_classes(self, image: Image.Image, where: str) -> "ClassMap":
+        """Convert a decoded mask to class indices.
+
+        Raises DataError, with pixel counts, for pixels that have no class.
+        """
         if self.kind == "rgb":
-            return self.read_colours(image, where)
+            return self.map_colours(image, where)
         if self.kind == "palette" and image.mode != "P":
             raise DataError(
                 f"{where} has no palette (mode {image.mode}); use --mask-format "
                 + ("rgb with --colours" if image.mode in ("RGB", "RGBA") else "index")
             )
-        pixels = mask_values(image, where)
-        counts = count_values(pixels)
-        table = self.table(counts, where)
+        pixels = read_stored_values(image, where)
+        counts = count_pixel_values(pixels)
+        table = self.build_table(counts, where)
         unknown = np.flatnonzero((table < 0) & (counts > 0))
         if len(unknown) and self.unknown == "error":
             raise DataError(
-                f"{where} holds values without a class: {tally(counts, unknown)}; "
-                + self.remedy(unknown, image.mode)
+                f"{where} has values without a class: {format_counts(counts, unknown)}; "
+                + self.suggest_remedy(unknown, image.mode)
             )
         table[table < 0] = IGNORE
         if self.kind == "palette":
@@ -149,66 +157,74 @@ class MaskFormat:
         if (table[present] == present).all():
             index = pixels.astype(np.uint8, copy=False)
         else:
-            index = look_up(pixels, present, table.astype(np.uint8))
+            index = apply_table(pixels, present, table.astype(np.uint8))
         return ClassMap(index, by_class.astype(np.int64), tuple(present.tolist()))
 
-    def table(self, counts: NDArray[np.int64], where: str) -> NDArray[np.int64]:
-        """Class of each pixel value [256 or 65536] in a file with these counts; -1: it has none."""
+    def build_table(self, counts: NDArray[np.int64], where: str) -> NDArray[np.int64]:
+        """Build the table [256 or 65536] from pixel value to class index, -1 if it has none.
+
+        Args:
+            counts: pixels of each value in the file.
+            where: name of the file in error messages.
+        """
         table = np.full(len(counts), -1, dtype=np.int64)
         levels = np.arange(len(counts))
         match self.kind:
             case "binary":
-                table[:] = self.binary_table(counts, levels, where)
+                table[:] = self.build_binary_table(counts, levels, where)
             case "values":
-                for number, value in enumerate(self.values):
-                    table[np.abs(levels - value) <= self.tolerance] = number
+                for index, value in enumerate(self.values):
+                    table[np.abs(levels - value) <= self.tolerance] = index
             case _:
                 table[: self.num_classes] = np.arange(self.num_classes)
         if self.ignore_value is not None:
             table[np.abs(levels - self.ignore_value) <= self.tolerance] = IGNORE
         return table
 
-    def binary_table(
+    def build_binary_table(
         self, counts: NDArray[np.int64], levels: NDArray[np.int64], where: str
     ) -> NDArray[np.int64]:
-        """Class of each pixel value in this file."""
+        """Build the table from pixel value to class index 0 or 1."""
         if self.threshold is None:
             present = np.flatnonzero(counts)
             foreground = present[(present != 0) & (present != self.ignore_value)]
             if len(foreground) > 1:
                 raise DataError(
-                    f"{where} is not binary, it holds {tally(counts, present)}; "
+                    f"{where} is not binary: it has {format_counts(counts, present)}; "
                     "use --mask-threshold 128 if the edges are blurred, else --mask-format values"
                 )
         bound = 1 if self.threshold is None else self.threshold
         return ((levels >= bound) ^ self.invert).astype(np.int64)
 
-    def read_colours(self, image: Image.Image, where: str) -> "ClassMap":
-        """A decoded mask in the colours of a table -> its classes."""
+    def map_colours(self, image: Image.Image, where: str) -> "ClassMap":
+        """Convert a decoded colour mask to class indices by the table of colours."""
         mode = "RGBA" if len(self.colours[0]) == 4 else "RGB"
         if mode == "RGB":
-            refuse_transparency(image, where)
-        if image.mode in DEEP_MODES:
+            refuse_transparent_pixels(image, where)
+        if image.mode in GREY16_MODES:
             raise DataError(f"{where} is 16-bit grey, not in colour; use --mask-format values")
         if image.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA"):
-            raise DataError(f"{where} has mode {image.mode}; masks in colour are RGB, RGBA or P")
+            raise DataError(f"{where} has mode {image.mode}; colour masks must be RGB, RGBA or P")
         if image.mode == "P":
             refuse_short_palette(image, where)
-        shades, counts, runs, lengths = count_colours(image, mode)
-        colours = shades[:, : len(mode)]
-        classes = self.classes_of(colours)
+        rgba, counts, runs, lengths = count_colours(image, mode)
+        colours = rgba[:, : len(mode)]
+        classes = self.match_colours(colours)
         unknown = np.flatnonzero(classes < 0)
         if len(unknown) and self.unknown == "error":
             order = unknown[np.argsort(-counts[unknown], kind="stable")]
-            shares = ", ".join(f"{shown(colours[i])}: {counts[i]:,} px" for i in order[:5])
+            examples = ", ".join(
+                f"{format_colour(colours[i])}: {counts[i]:,} px" for i in order[:5]
+            )
             more = f" and {len(order) - 5:,} more" if len(order) > 5 else ""
             raise DataError(
-                f"{where} holds colours without a class: {shares}{more}; "
+                f"{where} has colours without a class: {examples}{more}; "
                 + (
-                    "so many come from lossy or smoothed edges: --tolerance 30, or --unknown ignore"
-                    if len(order) > MANY_COLOURS
-                    else "name them in --colours (`ignore: [r, g, b]` counts nowhere), or add "
-                    "--unknown ignore"
+                    "so many come from lossy compression or smoothed edges: add --tolerance 30, "
+                    "or --unknown ignore"
+                    if len(order) > MAX_CLASS_COLOURS
+                    else "list them in --colours (as `ignore: [r, g, b]` to ignore one), or "
+                    "add --unknown ignore"
                 )
             )
         classes[unknown] = IGNORE
@@ -216,36 +232,39 @@ class MaskFormat:
         index = np.repeat(classes[runs].astype(np.uint8), lengths)
         return ClassMap(index.reshape(image.height, image.width), by_class, ())
 
-    def classes_of(self, colours: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Class of each colour [N, 3 or 4]; -1 where none is within the tolerance."""
+    def match_colours(self, colours: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the class index of each colour [N, 3 or 4]; -1 if none is within the tolerance."""
         classes = np.full(len(colours), -1, dtype=np.int64)
-        numbers = (*range(self.num_classes), *(IGNORE for _ in self.ignore_colours))
-        for number, colour in zip(numbers, (*self.colours, *self.ignore_colours), strict=True):
+        indices = (*range(self.num_classes), *(IGNORE for _ in self.ignore_colours))
+        for index, colour in zip(indices, (*self.colours, *self.ignore_colours), strict=True):
             near = (np.abs(colours - np.array(colour)) <= self.tolerance).all(axis=1)
-            classes[near] = number
+            classes[near] = index
         return classes
 
     def refuse_other_palette(
         self, image: Image.Image, counts: NDArray[np.int64], where: str
     ) -> None:
-        """Raise DataError where an index that occurs has another colour than was declared."""
-        found = palette_of(image)
-        for number in np.flatnonzero(counts[: self.num_classes]):
-            colour = found[number] if number < len(found) else None
-            if colour != self.colours[number]:
-                seen = "no colour" if colour is None else shown(colour)
+        """Raise DataError if an index that occurs has another colour than declared."""
+        palette = read_palette(image)
+        for index in np.flatnonzero(counts[: self.num_classes]):
+            colour = palette[index] if index < len(palette) else None
+            if colour != self.colours[index]:
+                actual = "no colour" if colour is None else format_colour(colour)
                 raise DataError(
-                    f"{where} shows index {number} in {seen}, others in "
-                    f"{shown(self.colours[number])}, so one number may mean two classes; "
-                    "go by the colours: --mask-format rgb with --colours"
+                    f"{where} has {actual} at palette index {index}, other files have "
+                    f"{format_colour(self.colours[index])}, so an index may stand for two classes; "
+                    "read the colours instead: --mask-format rgb with --colours"
                 )
 
-    def remedy(self, unknown: NDArray[np.int64], mode: str) -> str:
-        """The likeliest way out for values that have no class."""
+    def suggest_remedy(self, unknown: NDArray[np.int64], mode: str) -> str:
+        """Return the most likely remedy for values that have no class."""
         if len(unknown) == 1:
-            return f"if these pixels do not count, add --ignore-value {unknown[0]}"
+            return f"to ignore these pixels, add --ignore-value {unknown[0]}"
         if mode == "P":
-            return "they are palette indices: name them all, or go by colours: --mask-format rgb"
+            return (
+                "they are palette indices: name them all with --classes, or read the colours: "
+                "--mask-format rgb"
+            )
         if self.kind == "index":
             return (
                 f"{self.num_classes} classes allow 0 to {self.num_classes - 1}: "
@@ -254,9 +273,9 @@ class MaskFormat:
         return "name them all with --mask-values and --classes, or add --unknown ignore"
 
     def source_values(self, foreground: int | None) -> tuple[int, ...]:
-        """The pixel value that stands for each class in the files; () for colours.
+        """Return the pixel value of each class in the files; () for colours.
 
-        `foreground` is the one value other than 0 that binary masks held, None if they differ.
+        `foreground` is the value other than 0 in binary masks, None if files differ.
         """
         match self.kind:
             case "binary":
@@ -272,232 +291,250 @@ class MaskFormat:
 
 @dataclass(frozen=True, slots=True)
 class ClassMap:
-    """The classes of one mask."""
+    """The class indices of one mask."""
 
     index: Uint8
     """Class indices [H, W], 255 = ignore."""
     pixels: NDArray[np.int64]
-    """Pixels of each index [256]."""
+    """Pixel count of each index [256]."""
     values: tuple[int, ...]
-    """Pixel values that the file held; () for colours."""
+    """Pixel values that occur in the file; () for colours."""
 
 
 @dataclass(frozen=True, slots=True)
 class CanonicalMask:
-    """A mask as it goes into a shard."""
+    """A mask in the form in which it is written to a shard."""
 
     size: tuple[int, int]
     """(width, height)."""
     mode: str
     """Pillow's mode of the file."""
-    own: bytes | None
-    """The file's bytes, where they are canonical already."""
-    classes: ClassMap | None
-    """None where only the header was looked at."""
+    original: bytes | None
+    """The file's bytes if they are already canonical, else None."""
+    class_map: ClassMap | None
+    """None if only the header was read."""
 
-    def resized(self, size: tuple[int, int]) -> "CanonicalMask":
-        """The same at another (width, height), by nearest neighbour."""
-        assert self.classes is not None
+    def resize(self, size: tuple[int, int]) -> "CanonicalMask":
+        """Resize to (width, height) by nearest neighbour."""
+        assert self.class_map is not None
         index = np.asarray(
-            Image.fromarray(self.classes.index).resize(size, Image.Resampling.NEAREST)
+            Image.fromarray(self.class_map.index).resize(size, Image.Resampling.NEAREST)
         )
-        classes = ClassMap(index, count_values(index), self.classes.values)
-        return CanonicalMask(size, self.mode, None, classes)
+        class_map = ClassMap(index, count_pixel_values(index), self.class_map.values)
+        return CanonicalMask(size, self.mode, None, class_map)
 
     def encode(self, palette: Palette) -> bytes:
-        """PNG of mode P."""
-        if self.own is not None:
-            return self.own
-        assert self.classes is not None
-        return encode_mask(self.classes.index, palette)
+        """Encode as PNG of mode P; canonical bytes are returned unchanged."""
+        if self.original is not None:
+            return self.original
+        assert self.class_map is not None
+        return encode_mask(self.class_map.index, palette)
 
 
 def read_mask(
     data: bytes,
-    form: MaskFormat,
+    mask_format: MaskFormat,
     palette: Palette,
     where: str,
     *,
-    rule: ImageRule = ANY,
+    rule: ImageRule = CANONICAL_RULE,
     pixels: bool = True,
 ) -> CanonicalMask:
-    """A mask file in canonical form; its own bytes where it is canonical already.
+    """Convert a mask file to canonical form; a canonical file keeps its bytes.
 
     Args:
         data: the file's bytes.
-        form: the declared mask format.
+        mask_format: the declared mask format.
         palette: the manifest's.
-        where: names the file in messages.
-        rule: what holds for pictures: frames, EXIF orientation, most pixels.
-        pixels: False believes a header that says what a canonical mask's would.
+        where: name of the file in error messages.
+        rule: the rule for images: frame, EXIF orientation and maximum number of pixels.
+        pixels: False trusts a header equal to that of a canonical mask.
 
-    Raises DataError for what the declared format does not cover.
+    Raises DataError for anything that the declared format does not cover.
     """
-    if not pixels and (header := read_header(data)) is not None:
+    if not pixels and (header := read_image_header(data)) is not None:
         ours = header.mode == "P" and palette_bytes(palette).startswith(header.palette)
-        plain = form.kind in ("index", "palette") and form.ignore_value in (None, IGNORE)
+        plain = mask_format.kind in ("index", "palette") and mask_format.ignore_value in (
+            None,
+            IGNORE,
+        )
         if ours and plain and header.size[0] * header.size[1] <= rule.max_pixels:
             return CanonicalMask(header.size, "P", data, None)
     opened = open_image(data, where, rule)
-    own_palette = header_palette(opened) if opened.format == "PNG" else b""
-    looks_canonical = bool(own_palette) and palette_bytes(palette).startswith(own_palette)
-    if opened.format in LOSSY and form.tolerance == 0 and form.threshold is None:
-        remedy = {"binary": "--mask-threshold 128", "rgb": "--tolerance 30"}
+    file_palette = read_header_palette(opened) if opened.format == "PNG" else b""
+    looks_canonical = bool(file_palette) and palette_bytes(palette).startswith(file_palette)
+    if (
+        opened.format in LOSSY_FORMATS
+        and mask_format.tolerance == 0
+        and mask_format.threshold is None
+    ):
+        remedies = {"binary": "--mask-threshold 128", "rgb": "--tolerance 30"}
+        remedy = remedies.get(mask_format.kind, "--mask-format values and --tolerance 10")
         raise DataError(
-            f"{where} is a JPEG, whose values are near the true ones but not equal; save masks as "
-            f"PNG, or add {remedy.get(form.kind, '--mask-format values and --tolerance 10')}"
+            f"{where} is a JPEG, whose values are not exact; save masks as PNG, or add {remedy}"
         )
     mode = opened.mode
-    image, oriented = load(opened, where, rule.exif)
-    classes = form.read(image, where)
-    if form.kind == "binary" and mode == "P" and not form.invert:
-        refuse_inverted(image, classes.values, where)
-    same = classes.values == tuple(np.flatnonzero(classes.pixels).tolist())
+    image, oriented = load_pixels(opened, where, rule.exif)
+    class_map = mask_format.map_classes(image, where)
+    if mask_format.kind == "binary" and mode == "P" and not mask_format.invert:
+        refuse_inverted_palette(image, class_map.values, where)
+    same = class_map.values == tuple(np.flatnonzero(class_map.pixels).tolist())
     canonical = (
         looks_canonical
         and not oriented
         and getattr(opened, "n_frames", 1) == 1
         and same
-        and form.kind != "rgb"
-        and max(classes.values) < len(own_palette) // 3
-        and np.array_equal(classes.index, mask_values(image, where))
+        and mask_format.kind != "rgb"
+        and max(class_map.values) < len(file_palette) // 3
+        and np.array_equal(class_map.index, read_stored_values(image, where))
     )
-    return CanonicalMask(image.size, mode, data if canonical else None, classes)
+    return CanonicalMask(image.size, mode, data if canonical else None, class_map)
 
 
-def refuse_inverted(image: Image.Image, values: tuple[int, ...], where: str) -> None:
-    """Raise DataError where a black and white palette has white as its index 0.
+def refuse_inverted_palette(image: Image.Image, values: tuple[int, ...], where: str) -> None:
+    """Raise DataError if a black and white palette has white at index 0.
 
-    Programs that save a black and white picture as GIF may number the colours so; read as it
-    stands, such a mask has foreground and background swapped.
+    Programs that save a black and white image as GIF may number the colours in this order, so that
+    reading the indices would swap foreground and background.
     """
-    colours = palette_of(image)
+    colours = read_palette(image)
     foreground = max(values)
-    shown_as = colours[foreground] if foreground < len(colours) else None
-    if foreground and colours[:1] == ((255, 255, 255),) and shown_as == (0, 0, 0):
+    foreground_colour = colours[foreground] if foreground < len(colours) else None
+    if foreground and colours[:1] == ((255, 255, 255),) and foreground_colour == (0, 0, 0):
         raise DataError(
-            f"{where} has white as its index 0, so background and foreground may be swapped; "
+            f"{where} has white at palette index 0, so background and foreground may be swapped; "
             "add --invert if white is the foreground, else save it without a palette"
         )
 
 
-def mask_values(image: Image.Image, where: str) -> Values:
-    """The stored values [H, W]: indices of a palette, never the luminance of its colours."""
+def read_stored_values(image: Image.Image, where: str) -> Values:
+    """Return the stored values [H, W]: palette indices, never the luminance of their colours.
+
+    Raises DataError if the mask is in colour or its values do not fit into 16 bits.
+    """
     match image.mode:
         case "1":
             return np.asarray(image).astype(np.uint8)
         case "L" | "P":
             return np.asarray(image)
         case "I;16" | "I;16B" | "I;16L" | "I":
-            wide = np.asarray(image)
-            if wide.min() < 0 or wide.max() > 65535:
+            values = np.asarray(image)
+            if values.min() < 0 or values.max() > 65535:
                 raise DataError(
-                    f"{where} holds values from {wide.min()} to {wide.max()}; masks hold 0 to 65535"
+                    f"{where} has values from {values.min()} to {values.max()}; "
+                    "mask values must be 0 to 65535"
                 )
-            return wide.astype(np.uint8) if wide.max() < 256 else wide.astype(np.uint16)
+            return values.astype(np.uint8) if values.max() < 256 else values.astype(np.uint16)
         case "RGB" | "RGBA" | "LA":
-            refuse_transparency(image, where)
+            refuse_transparent_pixels(image, where)
             bands = np.asarray(image)
             colours = bands[..., : 3 if image.mode != "LA" else 1]
             if (colours == colours[..., :1]).all():
                 return np.ascontiguousarray(colours[..., 0])
             raise DataError(
                 f"{where} is in colour (mode {image.mode}); use --mask-format rgb with --colours, "
-                "a table of the colour of each class"
+                "a table with the colour of each class"
             )
         case mode:
-            raise DataError(f"{where} has mode {mode}; masks are modes 1, L, P, I;16, RGB or RGBA")
-
-
-def refuse_transparency(image: Image.Image, where: str) -> None:
-    """Raise DataError where an alpha channel says something."""
-    if image.mode in ("RGBA", "LA"):
-        least, most = image.getchannel("A").getextrema()
-        if least != most:
             raise DataError(
-                f"{where} has transparent pixels, which may mean a class; give them one with "
-                "--mask-format rgb and colours of four numbers, or flatten it"
+                f"{where} has mode {mode}; masks must be of mode 1, L, P, I;16, RGB or RGBA"
             )
 
 
-def look_up(pixels: Values, present: NDArray[np.int64], table: Uint8) -> Uint8:
-    """`table[pixels]`, faster where few values are present, as in masks."""
-    if len(present) > FEW_VALUES:
+def refuse_transparent_pixels(image: Image.Image, where: str) -> None:
+    """Raise DataError if an alpha channel is not constant."""
+    if image.mode in ("RGBA", "LA"):
+        min_alpha, max_alpha = image.getchannel("A").getextrema()
+        if min_alpha != max_alpha:
+            raise DataError(
+                f"{where} has transparent pixels, which may stand for a class; declare it with "
+                "--mask-format rgb and colours of four numbers, or flatten the mask"
+            )
+
+
+def apply_table(pixels: Values, present: NDArray[np.int64], table: Uint8) -> Uint8:
+    """Return `table[pixels]`, faster if few values are present, as in masks."""
+    if len(present) > MAX_COMPARED_VALUES:
         return table[pixels]
     index: Uint8 | None = None
     for value in present:
         if table[value]:
-            found = (pixels == value).view(np.uint8)
+            equal = (pixels == value).view(np.uint8)
             if table[value] != 1:
-                found *= table[value]
+                equal *= table[value]
             if index is None:
-                index = found
+                index = equal
             else:
-                index |= found
+                index |= equal
     return np.zeros(pixels.shape, dtype=np.uint8) if index is None else index
 
 
-def count_values(pixels: Values) -> NDArray[np.int64]:
-    """Pixels of each value [256], [65536] for 16 bits."""
+def count_pixel_values(pixels: Values) -> NDArray[np.int64]:
+    """Count the pixels of each value: [256], or [65536] for 16 bits."""
     counts = np.zeros(256 if pixels.dtype == np.uint8 else 65536, dtype=np.int64)
     flat = pixels.ravel()
-    # Most masks hold two values, and to compare is twice as fast as to look for runs.
-    for_first = flat == flat[0]
-    counts[flat[0]] = np.count_nonzero(for_first)
-    second = flat[for_first.argmin()]
+    # Most masks have two values, and comparing is twice as fast as finding runs.
+    is_first = flat == flat[0]
+    counts[flat[0]] = np.count_nonzero(is_first)
+    second = flat[is_first.argmin()]
     counts[second] = np.count_nonzero(flat == second)
     if counts.sum() == len(flat):
         return counts
-    values, lengths = runs_of(flat)
+    values, lengths = find_runs(flat)
     return np.bincount(values, weights=lengths, minlength=len(counts)).astype(np.int64)
 
 
 def count_colours(image: Image.Image, mode: str) -> tuple[NDArray[np.int64], ...]:
-    """Each colour (R, G, B, A) [N, 4] and its pixels [N]; the colour and the length of each run."""
-    # Four bytes a pixel are one number, and equal neighbours need be looked up only once.
-    codes, lengths = runs_of(np.asarray(image.convert(mode).convert("RGBA")).view("<u4").ravel())
-    found, runs = np.unique(codes, return_inverse=True)
+    """Count the pixels of each colour of an image converted to `mode`.
+
+    Returns:
+        colours (R, G, B, A) [N, 4], their pixel counts [N], and for each run of equal pixels the
+        row of its colour and its length.
+    """
+    # Four bytes per pixel are one integer, and equal neighbours need only one look-up.
+    codes, lengths = find_runs(np.asarray(image.convert(mode).convert("RGBA")).view("<u4").ravel())
+    unique, runs = np.unique(codes, return_inverse=True)
     counts = np.bincount(runs, weights=lengths).astype(np.int64)
-    return found.view(np.uint8).reshape(-1, 4).astype(np.int64), counts, runs, lengths
+    return unique.view(np.uint8).reshape(-1, 4).astype(np.int64), counts, runs, lengths
 
 
-def runs_of(flat: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.int64]]:
-    """The value and the length of each run of equal neighbours: few, in masks."""
+def find_runs(flat: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    """Return the value and the length of each run of equal neighbours; masks have few runs."""
     starts = np.flatnonzero(flat[1:] != flat[:-1]) + 1
     starts = np.concatenate(([0], starts)) if len(flat) else starts
     return flat[starts], np.diff(np.append(starts, len(flat)))
 
 
-def tally(counts: NDArray[np.int64], values: NDArray[np.int64]) -> str:
-    """`0: 1,234 px, 255: 5 px`, at most five of them, the commonest first."""
+def format_counts(counts: NDArray[np.int64], values: NDArray[np.int64]) -> str:
+    """Format as `0: 1,234 px, 255: 5 px`, the five most common values first."""
     order = values[np.argsort(-counts[values], kind="stable")]
     listed = ", ".join(f"{v}: {counts[v]:,} px" for v in order[:5])
     return listed + (f" and {len(order) - 5:,} more" if len(order) > 5 else "")
 
 
-def shown(colour: tuple[int, ...] | NDArray[np.int64]) -> str:
-    """`(255, 0, 0)`, or the number itself where there is one."""
+def format_colour(colour: tuple[int, ...] | NDArray[np.int64]) -> str:
+    """Format as `(255, 0, 0)`, or as the number itself if there is only one."""
     numbers = [str(int(part)) for part in colour]
     return numbers[0] if len(numbers) == 1 else f"({', '.join(numbers)})"
 
 
-def header_palette(image: Image.Image) -> bytes:
-    """The palette of a file of mode P that is not decoded yet (`getpalette` would decode it)."""
+def read_header_palette(image: Image.Image) -> bytes:
+    """Return the palette of an image of mode P without decoding it, as `getpalette` would."""
     return bytes(image.palette.palette) if image.mode == "P" and image.palette else b""
 
 
 def refuse_short_palette(image: Image.Image, where: str) -> None:
-    """Raise DataError where an index has no colour: Pillow would take it for black."""
-    most, size = int(np.asarray(image).max()), len(palette_of(image))
-    if most >= size:
+    """Raise DataError if an index has no palette colour: Pillow would read it as black."""
+    max_index, size = int(np.asarray(image).max()), len(read_palette(image))
+    if max_index >= size:
         raise DataError(
-            f"{where} holds index {most}, its palette only {size} colours; save it anew, or use "
-            "--mask-format index"
+            f"{where} has index {max_index}, but its palette has only {size} colours; "
+            "save it again, or use --mask-format index"
         )
 
 
-def palette_of(image: Image.Image) -> Palette:
-    """The colours of a picture of mode P, in the order of its indices."""
+def read_palette(image: Image.Image) -> Palette:
+    """Return the colours of an image of mode P, in the order of its indices."""
     numbers = image.getpalette("RGB") or []
     return tuple(
         (numbers[i], numbers[i + 1], numbers[i + 2]) for i in range(0, len(numbers) - 2, 3)
@@ -505,38 +542,38 @@ def palette_of(image: Image.Image) -> Palette:
 
 
 def decode_mask(data: bytes, num_classes: int, where: str) -> Uint8:
-    """Bytes of a canonical mask (PNG, mode P or L) -> class indices uint8 [H, W].
+    """Decode a canonical mask (PNG, mode P or L) to class indices uint8 [H, W].
 
-    Raises DataError for what is none, and for an index that no class has.
+    Raises DataError if it is not canonical or has an index without a class.
     """
     mask = unpack_mask(data)
     if mask is None:
-        image, _ = load(open_image(data, where, ANY), where)
+        image, _ = load_pixels(open_image(data, where, CANONICAL_RULE), where)
         if image.mode not in ("P", "L"):
             raise DataError(
-                f"{where} is no canonical mask: mode {image.mode}, not P; pack it again"
+                f"{where} is not a canonical mask (mode {image.mode}, expected P); pack it again"
             )
         mask = np.asarray(image)
     if mask.max(initial=0) >= num_classes and ((mask >= num_classes) & (mask != IGNORE)).any():
-        counts = count_values(mask)
+        counts = count_pixel_values(mask)
         beyond = np.flatnonzero(counts[num_classes:IGNORE]) + num_classes
         raise DataError(
-            f"{where} holds values without a class: {tally(counts, beyond)}; pack the data set "
-            "again (pack --verify full looks at every pixel)"
+            f"{where} has values without a class: {format_counts(counts, beyond)}; pack the data "
+            "set again (pack --verify full checks every pixel)"
         )
     return mask
 
 
 def encode_mask(mask: Uint8, palette: Palette) -> bytes:
-    """Class indices uint8 [H, W] -> PNG of mode P, seen in the colours of its classes.
+    """Encode class indices uint8 [H, W] as PNG of mode P in the colours of their classes.
 
-    PNG, third edition (W3C 2025): colour type 3, no filter, no interlace. Few classes take few
-    bits a pixel, and run lengths (zlib's Z_RLE) are what masks are made of: a quarter of Pillow's
-    time, and faster to read ever after.
+    PNG, third edition (W3C 2025): colour type 3, no filter, no interlace. Few classes need few
+    bits per pixel, and run-length encoding (zlib's Z_RLE) suits masks: a quarter of Pillow's time,
+    and faster to decode.
     """
     height, width = mask.shape
-    most = int(mask.max(initial=0))
-    bits = next(bits for bits in (1, 2, 4, 8) if most < 2**bits)
+    max_index = int(mask.max(initial=0))
+    bits = next(bits for bits in (1, 2, 4, 8) if max_index < 2**bits)
     packed = pack_bits(mask, bits)
     rows = np.zeros((height, packed.shape[1] + 1), dtype=np.uint8)
     rows[:, 1:] = packed
@@ -555,42 +592,42 @@ def encode_mask(mask: Uint8, palette: Palette) -> bytes:
 
 
 def pack_bits(mask: Uint8, bits: int) -> Uint8:
-    """Values [H, W] of so many bits -> bytes [H, ceil(W bits / 8)], the leftmost value highest."""
+    """Pack values [H, W] of `bits` bits into bytes [H, ceil(W bits / 8)], high bits first."""
     if bits == 8:
         return mask
     if bits == 1:
         return np.packbits(mask, axis=1)
-    each = 8 // bits
-    padded = np.pad(mask, ((0, 0), (0, -mask.shape[1] % each)))
-    packed = np.zeros((mask.shape[0], padded.shape[1] // each), dtype=np.uint8)
-    for place in range(each):
-        packed |= padded[:, place::each] << (8 - bits * (place + 1))
+    per_byte = 8 // bits
+    padded = np.pad(mask, ((0, 0), (0, -mask.shape[1] % per_byte)))
+    packed = np.zeros((mask.shape[0], padded.shape[1] // per_byte), dtype=np.uint8)
+    for place in range(per_byte):
+        packed |= padded[:, place::per_byte] << (8 - bits * (place + 1))
     return packed
 
 
 def unpack_mask(data: bytes) -> Uint8 | None:
-    """Class indices of a PNG as `encode_mask` writes it, in a third of Pillow's time.
+    """Decode a PNG as written by `encode_mask` to class indices, in a third of Pillow's time.
 
-    None for every other file, damaged ones among them.
+    Returns None for every other file, including damaged ones.
     """
     try:
         width, height, bits = struct.unpack_from(">IIB", data, 16)
         (palette_length,) = struct.unpack_from(">I", data, 33)
-        begin = 45 + palette_length
-        length, kind = struct.unpack_from(">I4s", data, begin)
-        # Each chunk, from its kind on, is followed by its check sum.
-        spans = [(12, 29), (37, begin - 4), (begin + 4, begin + 8 + length)]
+        start = 45 + palette_length
+        length, kind = struct.unpack_from(">I4s", data, start)
+        # The kind and content of each chunk are followed by their checksum.
+        spans = [(12, 29), (37, start - 4), (start + 4, start + 8 + length)]
         if any(struct.unpack_from(">I", data, b)[0] != zlib.crc32(data[a:b]) for a, b in spans):
             return None
     except struct.error:
         return None
-    packed = data[begin + 8 : begin + 8 + length]
-    ordinary = data.startswith(PNG_BEGIN) and data[37:41] == b"PLTE" and kind == b"IDAT"
+    packed = data[start + 8 : start + 8 + length]
+    ordinary = data.startswith(PNG_START) and data[37:41] == b"PLTE" and kind == b"IDAT"
     if not ordinary or data[25:29] != bytes((3, 0, 0, 0)) or bits not in (1, 2, 4, 8):
         return None
-    if palette_length > 3 * 2**bits or data[begin + 12 + length :] != PNG_END:
+    if palette_length > 3 * 2**bits or data[start + 12 + length :] != PNG_END:
         return None
-    if width * height > ANY.max_pixels:
+    if width * height > CANONICAL_RULE.max_pixels:
         return None
     row = 1 + -(-width * bits // 8)
     inflate = zlib.decompressobj()
@@ -601,26 +638,26 @@ def unpack_mask(data: bytes) -> Uint8 | None:
     if len(raw) != height * row or not inflate.eof:
         return None
     rows = np.frombuffer(raw, dtype=np.uint8).reshape(height, row)
-    # The first byte of a row names its filter.
+    # The first byte of a row is its filter type.
     return None if rows[:, 0].any() else unpack_bits(rows[:, 1:], bits, width)
 
 
 def unpack_bits(packed: Uint8, bits: int, width: int) -> Uint8:
-    """What `pack_bits` packed, [H, width]."""
+    """Undo `pack_bits`; returns values [H, width]."""
     if bits == 8:
         return packed
     if bits == 1:
         return np.unpackbits(packed, axis=1, count=width)
-    each = 8 // bits
-    mask = np.empty((packed.shape[0], packed.shape[1] * each), dtype=np.uint8)
-    for place in range(each):
-        mask[:, place::each] = packed >> (8 - bits * (place + 1)) & (2**bits - 1)
+    per_byte = 8 // bits
+    mask = np.empty((packed.shape[0], packed.shape[1] * per_byte), dtype=np.uint8)
+    for place in range(per_byte):
+        mask[:, place::per_byte] = packed >> (8 - bits * (place + 1)) & (2**bits - 1)
     return mask[:, :width]
 
 
 @lru_cache
 def palette_bytes(palette: Palette) -> bytes:
-    """The 768 bytes of a PNG palette: the classes from 0, white for 255 (ignore), else grey."""
+    """Return the 768 bytes of a PNG palette: class colours, white for 255 (ignore), else grey."""
     table = np.full((256, 3), 128, dtype=np.uint8)
     table[: len(palette)] = palette
     table[IGNORE] = 255
@@ -628,15 +665,15 @@ def palette_bytes(palette: Palette) -> bytes:
 
 
 def default_palette(classes: tuple[str, ...]) -> Palette:
-    """Distinct colours; black for `background` and for the first of two classes."""
+    """Return distinct colours: black for `background` or the first of two classes, then hues."""
     plain = len(classes) == 2 or (bool(classes) and classes[0].lower() == "background")
-    return ((0, 0, 0),) * plain + tuple(colour(i) for i in range(len(classes) - plain))
+    return ((0, 0, 0),) * plain + tuple(generate_colour(i) for i in range(len(classes) - plain))
 
 
-def colour(index: int) -> Colour:
-    """The index-th colour: hues a golden ratio apart, every third ring darker."""
-    hue = (index * 0.618034) % 1.0 * 6
-    value = (255, 190, 225)[index % 3]
+def generate_colour(number: int) -> Colour:
+    """Generate the colour of a number: hues a golden ratio apart, in three levels of brightness."""
+    hue = (number * 0.618034) % 1.0 * 6
+    value = (255, 190, 225)[number % 3]
     rgb = [min(1.0, max(0.0, abs((hue + shift) % 6 - 3) - 1)) for shift in (0, 4, 2)]
     red, green, blue = (round(value * (0.2 + 0.8 * part)) for part in rgb)
     return red, green, blue

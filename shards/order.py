@@ -1,17 +1,17 @@
-"""Which sample when: a pure function of shard sizes, seed and position.
+"""The order of samples: a pure function of shard sizes, seed and position.
 
-The training stream is endless. Position p = epoch * N + j; global batch s is the positions
+The training stream is endless. Position p = epoch * N + j; global batch s consists of the positions
 [s * G, (s + 1) * G); rank r of W takes the positions p = r (mod W). Within an epoch
 
 1. the shards are permuted with (seed, epoch);
-2. their samples, in that order, are cut into L lanes of consecutive samples, lane l having
-   ceil((N - l) / L) of them; cuts may fall inside a shard;
-3. each lane is shuffled inside windows (a data set of at most 16,384 samples is instead permuted
-   as a whole before the cut);
+2. their samples, in that order, are cut into L lanes of consecutive samples, where lane l has
+   ceil((N - l) / L) samples; cuts may fall inside a shard;
+3. each lane is shuffled within windows (a data set of at most 16,384 samples is instead fully
+   permuted before the cut);
 4. j is sample j // L of lane j mod L.
 
-Nothing here depends on the number of ranks or workers, and a rank draws from one lane in gcd(L, W):
-where W divides L it owns these lanes, and reads its own shards and (borders aside) no others.
+None of this depends on the number of ranks or workers. A rank draws from every gcd(L, W)-th lane:
+if W divides L, it has these lanes, and except at their borders also their shards, to itself.
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,16 +27,16 @@ from numpy.typing import NDArray
 ORDER_VERSION = 1
 LANES = 96
 WINDOW = 4096
-WHOLE = 16_384
-"""Up to this many samples are permuted as a whole."""
+MAX_FULL_SHUFFLE = 16_384
+"""Data sets of up to this many samples are fully permuted in each epoch."""
 
 
 SHARDS, SAMPLES, IN_WINDOW, SUBSTITUTE = range(4)
-"""Keep the random numbers of different uses apart."""
+"""Seed words that make the random numbers of different uses independent."""
 
 
 class Address(NamedTuple):
-    """One sample of a stream."""
+    """Position of a sample in a stream, and its shard and row."""
 
     position: int
     shard: int
@@ -45,16 +45,18 @@ class Address(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """The order of one training stream."""
+    """The order of one training stream. Raises ValueError for an empty stream."""
 
     sizes: tuple[int, ...]
-    """Samples in each shard."""
+    """Number of samples in each shard."""
     seed: int
     lanes: int = LANES
     window: int = WINDOW
     num_samples: int = field(init=False)
-    """Samples in an epoch."""
-    _epochs: dict[int, "Epoch"] = field(init=False, repr=False, compare=False, default_factory=dict)
+    """Number of samples in an epoch."""
+    _epochs: dict[int, "EpochOrder"] = field(
+        init=False, repr=False, compare=False, default_factory=dict
+    )
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "num_samples", sum(self.sizes))
@@ -66,7 +68,7 @@ class Order:
             )
 
     def locate(self, position: int) -> Address:
-        """The sample at a position of the stream."""
+        """Return the sample at a position of the stream."""
         num_samples = self.num_samples
         epoch, j = divmod(position, num_samples)
         index, lane = divmod(j, self.lanes)
@@ -80,105 +82,114 @@ class Order:
             window, offset = divmod(index, self.window)
             first = window * self.window
             width = min(self.window, size - first)
-            shuffled = window_permutation(width, self.seed, epoch, lane, window)
+            shuffled = draw_window_permutation(width, self.seed, epoch, lane, window)
             place = start + first + int(shuffled[offset])
         slot = int(np.searchsorted(starts, place, side="right")) - 1
         return Address(position, int(shards[slot]), place - int(starts[slot]))
 
-    def substitute(self, position: int, attempt: int) -> Address:
-        """Another sample for a position whose own cannot be used; attempts count from 1."""
+    def draw_substitute(self, position: int, attempt: int) -> Address:
+        """Draw another sample for a position whose own cannot be used; `attempt` starts at 1."""
         words = np.random.SeedSequence((self.seed, position, attempt, SUBSTITUTE))
         draw = int(words.generate_state(1, np.uint64)[0]) % self.num_samples
         start = position - position % self.num_samples
         return self.locate(start + draw)._replace(position=position)
 
-    def window_of(self, position: int) -> tuple[int, int]:
-        """(epoch, window) of a position: all lanes come to their windows together."""
+    def locate_window(self, position: int) -> tuple[int, int]:
+        """Return (epoch, window) of a position; all lanes pass their windows in step."""
         epoch, j = divmod(position, self.num_samples)
-        return epoch, 0 if self.num_samples <= WHOLE else j // self.lanes // self.window
+        return epoch, 0 if self.num_samples <= MAX_FULL_SHUFFLE else j // self.lanes // self.window
 
     def next_window(self, epoch: int, window: int) -> tuple[int, int]:
-        """(epoch, window) of what comes after a window."""
+        """Return the (epoch, window) that follows."""
         longest = -(-self.num_samples // self.lanes)
-        last = self.num_samples <= WHOLE or (window + 1) * self.window >= longest
+        last = self.num_samples <= MAX_FULL_SHUFFLE or (window + 1) * self.window >= longest
         return (epoch + 1, 0) if last else (epoch, window + 1)
 
-    def shards_of(self, epoch: int, window: int, ranks: Sequence[int], world: int) -> list[int]:
-        """Shards that some ranks read in a window, each once, in the order of their first lanes."""
-        if self.num_samples <= WHOLE:
+    def shards_in_window(
+        self, epoch: int, window: int, ranks: Sequence[int], world: int
+    ) -> list[int]:
+        """List the shards that these ranks read in a window, in the order of their first lanes."""
+        if self.num_samples <= MAX_FULL_SHUFFLE:
             return [int(shard) for shard in self.epoch(epoch).shards if self.sizes[shard]]
-        # Position p belongs to rank p mod W, and to lane (p - epoch * N) mod L: with rank and lane
-        # it is fixed modulo what divides both.
+        # Position p belongs to rank p mod W and to lane (p - epoch * N) mod L, so that
+        # lane = rank - epoch * N modulo gcd(L, W).
         step = gcd(self.lanes, world)
-        mine = {(rank - epoch * self.num_samples) % step for rank in ranks}
-        lanes = [lane for lane in range(self.lanes) if lane % step in mine]
+        residues = {(rank - epoch * self.num_samples) % step for rank in ranks}
+        lanes = [lane for lane in range(self.lanes) if lane % step in residues]
         length, longer = divmod(self.num_samples, self.lanes)
         shards, starts, _ = self.epoch(epoch)
-        found: dict[int, None] = {}
+        # A dict as an ordered set.
+        in_window: dict[int, None] = {}
         for lane in lanes:
             start, size = lane * length + min(lane, longer), length + (lane < longer)
             first, end = window * self.window, min((window + 1) * self.window, size)
             if first >= end:
                 continue
-            # Shards without samples share the place of the next; the last of equals is meant.
+            # Empty shards have the same start as the next one; the last of equals has the sample.
             low = int(np.searchsorted(starts, start + first, side="right")) - 1
             high = int(np.searchsorted(starts, start + end - 1, side="right"))
-            found.update((int(s), None) for s in shards[low:high] if self.sizes[s])
-        return list(found)
+            in_window.update((int(s), None) for s in shards[low:high] if self.sizes[s])
+        return list(in_window)
 
-    def most_in_use(self, weights: Sequence[int], ranks: Sequence[int], world: int) -> int:
-        """The most that the shards weigh which some ranks read in a window and the next one.
+    def max_weight_in_use(self, weights: Sequence[int], ranks: Sequence[int], world: int) -> int:
+        """Return the maximum total weight of the shards read in a window and the next one.
 
-        Over the windows of the first epoch; `weights`: of each shard, such as its bytes.
+        Args:
+            weights: weight of each shard, such as its bytes.
+            ranks: ranks that read.
+            world: number of ranks.
+
+        Returns:
+            the maximum over the windows of the first epoch.
         """
-        most, now = 0, (0, 0)
-        shards = {*self.shards_of(*now, ranks, world)}
+        max_weight, now = 0, (0, 0)
+        shards = {*self.shards_in_window(*now, ranks, world)}
         while now[0] == 0:
             now = self.next_window(*now)
-            before, shards = shards, {*self.shards_of(*now, ranks, world)}
-            most = max(most, sum(weights[shard] for shard in before | shards))
-        return most
+            before, shards = shards, {*self.shards_in_window(*now, ranks, world)}
+            max_weight = max(max_weight, sum(weights[shard] for shard in before | shards))
+        return max_weight
 
-    def epoch(self, epoch: int) -> "Epoch":
-        """The order of the shards in an epoch; the last two are remembered."""
+    def epoch(self, epoch: int) -> "EpochOrder":
+        """Return the order of the shards in an epoch; the last two epochs are cached."""
         if epoch not in self._epochs:
-            shards = permutation(len(self.sizes), self.seed, epoch, SHARDS)
+            shards = draw_permutation(len(self.sizes), self.seed, epoch, SHARDS)
             permuted = np.asarray(self.sizes, dtype=np.int64)[shards]
             if len(self._epochs) > 1:
                 del self._epochs[min(self._epochs)]
             samples = None
-            if self.num_samples <= WHOLE:
-                samples = permutation(self.num_samples, self.seed, epoch, SAMPLES)
-            self._epochs[epoch] = Epoch(shards, np.cumsum(permuted) - permuted, samples)
+            if self.num_samples <= MAX_FULL_SHUFFLE:
+                samples = draw_permutation(self.num_samples, self.seed, epoch, SAMPLES)
+            self._epochs[epoch] = EpochOrder(shards, np.cumsum(permuted) - permuted, samples)
         return self._epochs[epoch]
 
 
-class Epoch(NamedTuple):
+class EpochOrder(NamedTuple):
     """The permuted shards of an epoch."""
 
     shards: NDArray[np.uint32]
     starts: NDArray[np.int64]
-    """First place of each in the permuted order."""
+    """First place of each shard in the permuted order."""
     samples: NDArray[np.uint32] | None
-    """What stands at each place of the lanes, where the samples are permuted as a whole."""
+    """The sample at each place, if the data set is fully permuted."""
 
 
-def permutation(size: int, *words: int) -> NDArray[np.uint32]:
-    """A permutation of range(size) drawn from the words.
+def draw_permutation(size: int, *words: int) -> NDArray[np.uint32]:
+    """Draw a permutation of range(size), seeded by `words`.
 
-    PCG64's raw stream and SeedSequence are promised to stay the same in all versions of numpy;
-    `Generator.permutation` is not.
+    numpy guarantees that PCG64's raw stream and SeedSequence do not change between versions;
+    `Generator.permutation` may change.
     """
     draws = np.random.PCG64(np.random.SeedSequence(words)).random_raw(size)
     return np.argsort(draws, kind="stable").astype(np.uint32)
 
 
 @lru_cache(maxsize=512)
-def window_permutation(
+def draw_window_permutation(
     size: int, seed: int, epoch: int, lane: int, window: int
 ) -> NDArray[np.uint32]:
-    """The order inside a window of a lane; those of the lanes of now and next are remembered."""
-    return permutation(size, seed, epoch, IN_WINDOW, lane, window)
+    """Draw the order within a window of a lane; cached for the current and next lanes."""
+    return draw_permutation(size, seed, epoch, IN_WINDOW, lane, window)
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,54 +198,56 @@ class TrainPlan:
 
     order: Order
     batch_size: int
-    """Samples in a batch of this rank."""
+    """Samples per batch of this rank."""
     rank: int
     world: int
     start: int
-    """Position of the stream that the first global batch begins with."""
-    _upcoming: dict[tuple[int, int], list[int]] = field(
+    """Position in the stream at which the first global batch starts."""
+    _upcoming_shards: dict[tuple[int, int], list[int]] = field(
         init=False, repr=False, compare=False, default_factory=dict
     )
 
     def batches(self, worker: int, num_workers: int) -> Iterator[list[Address]]:
-        """The addresses of this worker's batches, without end."""
+        """Yield the addresses of this worker's batches, endlessly."""
         first = self.start + (self.rank - self.start) % self.world
         batch = worker
         while True:
-            begin = first + batch * self.batch_size * self.world
-            yield [self.order.locate(begin + i * self.world) for i in range(self.batch_size)]
+            start = first + batch * self.batch_size * self.world
+            yield [self.order.locate(start + i * self.world) for i in range(self.batch_size)]
             batch += num_workers
 
-    def upcoming(self, position: int) -> list[int]:
-        """The shards that this rank reads in the window of a position, then those of the next."""
-        now = self.order.window_of(position)
-        if now not in self._upcoming:
+    def upcoming_shards(self, position: int) -> list[int]:
+        """List the shards that this rank reads in the window of a position, then in the next."""
+        now = self.order.locate_window(position)
+        if now not in self._upcoming_shards:
             both = (now, self.order.next_window(*now))
-            shards = (self.order.shards_of(*one, [self.rank], self.world) for one in both)
-            self._upcoming.clear()
-            self._upcoming[now] = list(dict.fromkeys(chain.from_iterable(shards)))
-        return self._upcoming[now]
+            shards = (self.order.shards_in_window(*one, [self.rank], self.world) for one in both)
+            self._upcoming_shards.clear()
+            self._upcoming_shards[now] = list(dict.fromkeys(chain.from_iterable(shards)))
+        return self._upcoming_shards[now]
 
 
 @dataclass(frozen=True, slots=True)
 class EvalPlan:
-    """Every sample once, in the order of the shards.
+    """Every sample once, in the order of the shards, without padding.
 
-    The split is cut into chunks of consecutive samples, and rank r of W takes the chunks
-    [r M / W, (r + 1) M / W) of M. Samples that share a forward pass are so the same for any W,
-    and with them every last bit of the result. Unpadded; a rank may have none.
+    The split is cut into M chunks of consecutive samples, and rank r of W takes the chunks
+    [r M / W, (r + 1) M / W). The samples that share a forward pass are therefore the same for any
+    W, and so is every bit of the result. A rank may have no chunk.
     """
 
     sizes: tuple[int, ...]
+    """Number of samples in each shard."""
     chunk: int
+    """Samples per chunk."""
     rank: int
     world: int
 
     def batches(self, worker: int, num_workers: int) -> Iterator[list[Address]]:
-        """The addresses of this worker's chunks."""
+        """Yield the addresses of this worker's chunks."""
         starts = np.cumsum((0, *self.sizes))
         num_samples = int(starts[-1])
-        first, last = self.chunks()
+        first, last = self.chunk_bounds()
         for chunk in range(first + worker, last, num_workers):
             places = range(chunk * self.chunk, min((chunk + 1) * self.chunk, num_samples))
             shards = np.searchsorted(starts, places, side="right") - 1
@@ -243,14 +256,14 @@ class EvalPlan:
                 for place, shard in zip(places, shards, strict=True)
             ]
 
-    def chunks(self) -> tuple[int, int]:
-        """This rank's first chunk, and that after its last."""
+    def chunk_bounds(self) -> tuple[int, int]:
+        """Return this rank's first chunk and the one after its last."""
         num_chunks = -(-sum(self.sizes) // self.chunk)
         first, last = (r * num_chunks // self.world for r in (self.rank, self.rank + 1))
         return first, last
 
-    def upcoming(self, position: int) -> list[int]:
-        """The shards that this rank reads from a position on, in order."""
-        last = self.chunks()[1] * self.chunk
+    def upcoming_shards(self, position: int) -> list[int]:
+        """List the shards that this rank reads from a position on, in order."""
+        last = self.chunk_bounds()[1] * self.chunk
         ends = np.cumsum(self.sizes)
         return [s for s, end in enumerate(ends) if end > position and end - self.sizes[s] < last]

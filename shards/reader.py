@@ -16,90 +16,94 @@ from torch.utils.data import IterableDataset, get_worker_info
 from webdataset.pipeline import DataPipeline
 
 from shards.border import decode_border
-from shards.cache import Fetcher, ShardCache, mark_read
-from shards.images import DecodedImage, ImageFormat, open_pixels
-from shards.index import MemberRange, SampleRange, ShardIndex, ShardInfo, read_index
+from shards.cache import ShardCache, ShardPrefetcher, mark_read
+from shards.images import DecodedImage, ImageFormat, decode_unconverted
+from shards.index import MemberRange, SampleRange, ShardInfo, ShardOffsets, read_offsets
 from shards.masks import decode_mask
 from shards.order import Address
 from shards.sample import BORDER_EXTENSION, DataError, Sample, Uint8
 from shards.store import ByteRange, Store
 
-MAX_OPEN = 128
+MAX_OPEN_SHARDS = 128
 """Shards that one process keeps open: more than a stream has lanes."""
 
-TOGETHER = 4
-"""Batches of remote samples that are asked for at once."""
+BATCHES_PER_REQUEST = 4
+"""Batches of remote samples that are requested at once."""
 
-INDEX_BYTES = 128 * 2**20
-"""Bytes of indexes that one process keeps: of a million remote samples, or of 32 million here."""
+MAX_OFFSETS_BYTES = 128 * 2**20
+"""Memory for offsets per process: a million remote samples, or 32 million local ones."""
 
-MOST_BETWEEN = 2**16
-"""Bytes between members of a sample that are read along rather than skipped."""
+MAX_GAP_BYTES = 2**16
+"""Bytes between the members of a sample that are read as well rather than skipped."""
 
 
 @dataclass(frozen=True, slots=True)
 class RawSample:
-    """A sample as it lies in its shard."""
+    """The encoded members of a sample."""
 
     key: str
     position: int
-    """Where it stands in the stream or split that it was read for."""
+    """Its position in the stream or split that it was read for."""
     image: bytes
     extension: str
-    """Of the picture, in lower case: `jpg`, `png`, ..."""
+    """Extension of the image, in lower case: `jpg`, `png`, ..."""
     is_mask: bool
-    """There is no picture, as in predictions without them: the mask stands in for it."""
+    """The sample has no image, as in predictions without images: `image` is the mask."""
     mask: bytes | None
     info: bytes | None
-    """The member `json`; None in shards that others wrote."""
+    """The member `json`; None in shards written by other programs."""
     where: str
-    """Shard and member, for messages."""
+    """Shard and key, for error messages."""
     border: bytes | None = None
-    """The member `border.png`; None where no border maps were packed."""
+    """The member `border.png`; None if no border maps were packed."""
 
-    def decode(self, form: ImageFormat, num_classes: int) -> Sample:
-        """Decode picture and mask. Raises DataError naming shard and key."""
-        image, mask = self.decode_pixels(form, num_classes)
-        return Sample(self.key, image.region(0, 0, *image.size), mask)
+    def decode(self, image_format: ImageFormat, num_classes: int) -> Sample:
+        """Decode image and mask. Raises DataError naming shard and key."""
+        image, mask = self.decode_unconverted(image_format, num_classes)
+        return Sample(self.key, image.crop(0, 0, *image.size), mask)
 
-    def decode_pixels(
-        self, form: ImageFormat, num_classes: int
+    def decode_unconverted(
+        self, image_format: ImageFormat, num_classes: int
     ) -> tuple[DecodedImage, Uint8 | None]:
-        """The same, with the picture as its file had it: what is cut away need not be converted."""
-        image = open_pixels(self.image, form, self.where)
+        """Decode image and mask without converting the image: only a crop may be needed.
+
+        Returns the image and class indices [H, W], None if unlabelled. Raises DataError naming
+        shard and key.
+        """
+        image = decode_unconverted(self.image, image_format, self.where)
         if self.mask is None:
             return image, None
         mask = decode_mask(self.mask, num_classes, self.where)
         (width, height), (rows, columns) = image.size, mask.shape
         if (rows, columns) != (height, width):
             raise DataError(
-                f"{self.where}: the mask is {columns} x {rows}, the picture {width} x {height}; "
-                "pack the data set again"
+                f"{self.where}: the mask is {columns} x {rows}, but the image is {width} x "
+                f"{height}; pack the data set again"
             )
         return image, mask
 
     def decode_border(self, size: tuple[int, int]) -> Uint8 | None:
-        """The border map uint8 [H, W] of a picture of (width, height); None where there is none.
+        """Decode the border map to uint8 [H, W]; None if the sample has none.
 
-        Raises DataError where it is damaged or of another size.
+        Raises DataError if it is damaged or not of the image's `size` (width, height).
         """
         if self.border is None:
             return None
         return decode_border(self.border, size, f"{self.where}.{BORDER_EXTENSION}")
 
-    def describe(self) -> dict[str, Any]:
-        """The content of `KEY.json`, or its place in a foreign shard as `source`.
+    def parse_info(self) -> dict[str, Any]:
+        """Parse `KEY.json`; without one, return the name of the image member as `source`.
 
-        Raises DataError where the member is no JSON object.
+        Raises DataError if the member is not a JSON object.
         """
         if self.info is None:
             return {"source": f"{self.key}.{self.extension}"}
         try:
             info = json.loads(self.info)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{self.where}: its json is damaged; pack it again") from error
+            raise DataError(f"{self.where}.json is not valid JSON; pack it again") from error
         if not isinstance(info, dict):
-            raise DataError(f"{self.where}: its json is no object; pack it again")
+            raise DataError(f"{self.where}.json is not a JSON object; pack it again")
         return info
 
 
@@ -108,30 +112,30 @@ Stage = Callable[[Iterator[Any]], Iterator[Any]]
 
 
 class Plan(Protocol):
-    """Says which samples a worker reads, batch by batch."""
+    """Which samples a worker reads, batch by batch."""
 
     def batches(self, worker: int, num_workers: int) -> Iterator[list[Address]]:
-        """Addresses of the batches of worker `worker` of `num_workers`."""
+        """Yield the addresses of the batches of worker `worker` of `num_workers`."""
         ...
 
-    def upcoming(self, position: int) -> list[int]:
-        """The shards that are of use at a position of the stream and soon after."""
+    def upcoming_shards(self, position: int) -> list[int]:
+        """List the shards that are read from a position of the stream on, as far as it is known."""
         ...
 
 
-class Span(NamedTuple):
-    """Bytes `begin` to `end`, without the last, of a shard."""
+class ByteSpan(NamedTuple):
+    """The bytes [start, end) of a shard."""
 
     shard: int
-    begin: int
+    start: int
     end: int
 
 
 class ShardReader:
-    """Reads samples of one split by shard and row, out of local files or by range requests.
+    """Reads samples of one split by shard and row, from local files or by range requests.
 
-    Picklable; files are opened when first read. With a cache, remote shards that are in it are
-    read from there, and those that `expect` names are brought there in the background.
+    Picklable; files are opened when they are first read. With a cache, remote shards are read from
+    it if they are cached, and those passed to `prefetch` are fetched into it in the background.
     """
 
     def __init__(
@@ -142,17 +146,17 @@ class ShardReader:
         *,
         borders: bool = True,
     ) -> None:
-        """`borders`: border maps, where there are any, are read with their samples."""
+        """`borders`: whether border maps, if there are any, are read with their samples."""
         self.store, self.shards, self.cache = Store(place), tuple(shards), cache
         self.borders = borders
-        self.forget()
+        self.close()
 
-    def forget(self) -> None:
-        """Close everything."""
+    def close(self) -> None:
+        """Close all files. The reader can be used again and reopens them."""
         self.files: OrderedDict[int, FileIO] = OrderedDict()
-        self.indexes: OrderedDict[int, ShardIndex] = OrderedDict()
-        self.fetcher: Fetcher | None = None
-        self.expected: list[int] = []
+        self.offsets: OrderedDict[int, ShardOffsets] = OrderedDict()
+        self.prefetcher: ShardPrefetcher | None = None
+        self.prefetched: list[int] = []
 
     def __getstate__(self) -> dict[str, Any]:
         names = ("store", "shards", "cache", "borders")
@@ -160,58 +164,65 @@ class ShardReader:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.forget()
+        self.close()
 
-    def where(self, shard: int) -> str:
-        """Where a shard lies, for messages."""
+    def shard_path(self, shard: int) -> str:
+        """Return the path or URL of a shard, for error messages."""
         return self.store.path(self.shards[shard].name)
 
     def read(self, address: Address) -> RawSample:
-        """One sample, as `read_all`."""
+        """Read one sample. Raises DataError as `read_all`."""
         return self.read_all([address])[0]
 
     def read_all(self, addresses: Sequence[Address]) -> list[RawSample]:
-        """Some samples: one read each from local files, from remote ones all at once.
+        """Read samples: one read each from local files, all remote ones in one round of requests.
 
-        Raises DataError if a shard is missing, cut or changed, or stays out of reach.
+        Raises DataError if a shard is missing, truncated, changed, or unreachable after retries.
         """
-        if self.fetcher is not None:
-            self.fetcher.check()
-        indexes = self.open_indexes({address.shard for address in addresses})
-        entries = [indexes[address.shard][address.row] for address in addresses]
+        if self.prefetcher is not None:
+            self.prefetcher.raise_failure()
+        offsets = self.open_offsets({address.shard for address in addresses})
+        entries = [offsets[address.shard][address.row] for address in addresses]
         if not self.borders:
             entries = [entry._replace(border=None) for entry in entries]
         for address, entry in zip(addresses, entries, strict=True):
-            self.refuse_outside(address.shard, entry)
+            self.refuse_offsets_past_end(address.shard, entry)
         spans = [
-            [Span(address.shard, *piece) for piece in pieces_of(members_of(entry))]
+            [ByteSpan(address.shard, *piece) for piece in plan_reads(list_sample_members(entry))]
             for address, entry in zip(addresses, entries, strict=True)
         ]
         read = self.read_spans(list(chain.from_iterable(spans)))
         raws = zip(addresses, entries, spans, strict=True)
-        return [self.raw_sample(address, entry, own, read) for address, entry, own in raws]
+        return [self.build_sample(address, entry, own, read) for address, entry, own in raws]
 
-    def refuse_outside(self, shard: int, entry: SampleRange) -> None:
-        """Raise DataError where an index points behind the end of its shard."""
-        for member in members_of(entry):
+    def refuse_offsets_past_end(self, shard: int, entry: SampleRange) -> None:
+        """Raise DataError if a member of a sample extends past the end of its shard."""
+        for member in list_sample_members(entry):
             if not 0 <= member.offset <= member.offset + member.size <= self.shards[shard].bytes:
                 raise DataError(
-                    f"{self.where(shard)}: {entry.key} ends too early; the shard is cut or its "
-                    "index damaged, copy or pack it again"
+                    f"{self.shard_path(shard)}: {entry.key} extends past the end of the shard; the "
+                    "shard is truncated or its .idx damaged, copy or pack it again"
                 )
 
-    def raw_sample(
-        self, address: Address, entry: SampleRange, spans: list[Span], read: dict[Span, bytes]
+    def build_sample(
+        self,
+        address: Address,
+        entry: SampleRange,
+        spans: list[ByteSpan],
+        read: dict[ByteSpan, bytes],
     ) -> RawSample:
-        """One sample out of what was read. Raises DataError if its shard ends too early."""
-        where = f"{self.where(address.shard)}: {entry.key}"
-        if any(len(read[span]) != span.end - span.begin for span in spans):
-            raise DataError(f"{where} ends too early; the shard is cut, copy or pack it again")
+        """Assemble one sample from the bytes read. Raises DataError if its shard is truncated."""
+        where = f"{self.shard_path(address.shard)}: {entry.key}"
+        if any(len(read[span]) != span.end - span.start for span in spans):
+            raise DataError(
+                f"{where} extends past the end of the shard; the shard is truncated, copy or pack "
+                "it again"
+            )
         parts: dict[MemberRange, bytes] = {}
-        for member in members_of(entry):
+        for member in list_sample_members(entry):
             end = member.offset + member.size
-            span = next(s for s in spans if s.begin <= member.offset and end <= s.end)
-            parts[member] = read[span][member.offset - span.begin : end - span.begin]
+            span = next(s for s in spans if s.start <= member.offset and end <= s.end)
+            parts[member] = read[span][member.offset - span.start : end - span.start]
         return RawSample(
             key=entry.key,
             position=address.position,
@@ -224,22 +235,22 @@ class ShardReader:
             border=None if entry.border is None else parts[entry.border],
         )
 
-    def read_spans(self, spans: Sequence[Span]) -> dict[Span, bytes]:
-        """Bytes of shards, short where a shard ends before."""
+    def read_spans(self, spans: Sequence[ByteSpan]) -> dict[ByteSpan, bytes]:
+        """Read spans of shards; the result is shorter than the span if the shard ends before."""
         read, remote = {}, []
         for span in spans:
             file = self.open_file(span.shard)
             if file is None:
                 remote.append(span)
             else:
-                read[span] = os.pread(file.fileno(), span.end - span.begin, span.begin)
+                read[span] = os.pread(file.fileno(), span.end - span.start, span.start)
         if remote:
-            ranges = [ByteRange(self.shards[s].name, begin, end) for s, begin, end in remote]
+            ranges = [ByteRange(self.shards[s].name, start, end) for s, start, end in remote]
             read.update(zip(remote, self.store.read_ranges(ranges), strict=True))
         return read
 
     def open_file(self, shard: int) -> FileIO | None:
-        """The file of a shard, None where it is remote and not in the cache."""
+        """Return the open file of a shard; None if it is remote and not cached."""
         if (file := self.files.get(shard)) is not None:
             self.files.move_to_end(shard)
             if self.store.local is not None:
@@ -247,7 +258,7 @@ class ShardReader:
             if os.fstat(file.fileno()).st_nlink:
                 mark_read(file)
                 return file
-            # It had to make room; its bytes are freed when nobody holds it any more.
+            # It was evicted; its bytes are freed when the last handle is closed.
             self.files.pop(shard).close()
         if self.store.local is not None:
             file = open_shard(self.store.local / self.shards[shard].name, self.shards[shard])
@@ -255,118 +266,119 @@ class ShardReader:
             file = None if self.cache is None else self.cache.open(self.shards[shard])
         if file is not None:
             self.files[shard] = file
-            if len(self.files) > MAX_OPEN:
+            if len(self.files) > MAX_OPEN_SHARDS:
                 self.files.popitem(last=False)[1].close()
         return file
 
-    def open_indexes(self, shards: Collection[int]) -> dict[int, ShardIndex]:
-        """The indexes of some shards, those least recently used let go beyond a bound.
+    def open_offsets(self, shards: Collection[int]) -> dict[int, ShardOffsets]:
+        """Return the offsets of shards, keeping the most recently used ones in memory.
 
-        Remote shards are also checked for their size. Raises DataError as `read_all`.
+        The size of remote shards is checked as well. Raises DataError as `read_all`.
         """
-        missing = [shard for shard in shards if shard not in self.indexes]
-        found = {shard: self.indexes[shard] for shard in shards if shard in self.indexes}
+        missing = [shard for shard in shards if shard not in self.offsets]
+        opened = {shard: self.offsets[shard] for shard in shards if shard in self.offsets}
         if missing and self.store.local is not None:
             local = self.store.local
-            found |= {shard: read_index(local / self.shards[shard].name) for shard in missing}
+            opened |= {shard: read_offsets(local / self.shards[shard].name) for shard in missing}
         elif missing:
-            found |= self.remote_indexes(missing)
+            opened |= self.read_remote_offsets(missing)
         for shard in missing:
-            listed, info = len(found[shard]), self.shards[shard]
-            if listed != info.samples:
+            num_listed, info = len(opened[shard]), self.shards[shard]
+            if num_listed != info.samples:
                 raise DataError(
-                    f"{found[shard].path} lists {listed} samples, the manifest says "
+                    f"{opened[shard].path} lists {num_listed} samples, but the manifest lists "
                     f"{info.samples}; copy or pack it again"
                 )
         for shard in shards:
-            self.indexes[shard] = found[shard]
-            self.indexes.move_to_end(shard)
-        held = sum(index.num_bytes for index in self.indexes.values()) if missing else 0
-        while held > INDEX_BYTES and len(self.indexes) > 1:
-            held -= self.indexes.popitem(last=False)[1].num_bytes
-        return found
+            self.offsets[shard] = opened[shard]
+            self.offsets.move_to_end(shard)
+        used = sum(offsets.num_bytes for offsets in self.offsets.values()) if missing else 0
+        while used > MAX_OFFSETS_BYTES and len(self.offsets) > 1:
+            used -= self.offsets.popitem(last=False)[1].num_bytes
+        return opened
 
-    def remote_indexes(self, shards: Sequence[int]) -> dict[int, ShardIndex]:
-        """Indexes of remote shards, and a look at the end of each shard, in one request each."""
+    def read_remote_offsets(self, shards: Sequence[int]) -> dict[int, ShardOffsets]:
+        """Read the offsets of remote shards and check their sizes, in one round of requests."""
         infos = [self.shards[shard] for shard in shards]
         names = [str(PurePosixPath(info.name).with_suffix(".idx")) for info in infos]
-        # A shard of the right size has one byte there; a longer one has two.
+        # A shard of the right size has one byte in this range, a longer one has two.
         ends = [ByteRange(info.name, info.bytes - 1, info.bytes + 1) for info in infos]
         try:
             read = self.store.read_ranges([*(ByteRange(name) for name in names), *ends])
         except DataError as error:
-            # Some stores answer no request that begins behind the end of a file.
+            # Some stores refuse a request that starts past the end of a file.
             if not isinstance(error.__cause__, FileNotFoundError):
-                self.refuse_sizes(infos)
+                self.refuse_changed_sizes(infos)
             raise
         if any(len(end) != 1 for end in read[len(names) :]):
-            self.refuse_sizes(infos)
-        indexes = zip(shards, names, read, strict=False)
-        return {shard: ShardIndex(data, self.store.path(name)) for shard, name, data in indexes}
+            self.refuse_changed_sizes(infos)
+        offsets = zip(shards, names, read, strict=False)
+        return {shard: ShardOffsets(data, self.store.path(name)) for shard, name, data in offsets}
 
-    def refuse_sizes(self, infos: Sequence[ShardInfo]) -> None:
-        """Raise DataError naming a remote shard that has not the size that the manifest says."""
+    def refuse_changed_sizes(self, infos: Sequence[ShardInfo]) -> None:
+        """Raise DataError naming the first remote shard whose size differs from the manifest."""
         for info in infos:
-            refuse_size(self.store.path(info.name), self.store.size(info.name), info)
+            refuse_shard_size(self.store.path(info.name), self.store.size(info.name), info)
 
-    def expect(self, shards: list[int]) -> None:
-        """Bring these shards into the cache, where there is one, while others are read."""
-        if self.cache is None or shards == self.expected:
+    def prefetch(self, shards: list[int]) -> None:
+        """Fetch shards into the cache, if there is one, in the background."""
+        if self.cache is None or shards == self.prefetched:
             return
-        self.expected = shards
-        # A file that made room keeps its bytes on the disk as long as it is open.
+        self.prefetched = shards
+        # An evicted file keeps its space on disk as long as it is open.
         for shard in self.files.keys() - {*shards}:
             self.files.pop(shard).close()
-        if self.fetcher is None:
-            self.fetcher = Fetcher(self.cache, self.store)
-            # Its thread would keep it alive.
-            weakref.finalize(self, self.fetcher.close)
-        self.fetcher.want([self.shards[shard] for shard in shards])
+        if self.prefetcher is None:
+            self.prefetcher = ShardPrefetcher(self.cache, self.store)
+            # Its thread holds a reference to it.
+            weakref.finalize(self, self.prefetcher.close)
+        self.prefetcher.schedule([self.shards[shard] for shard in shards])
 
 
 def open_shard(path: Path, info: ShardInfo) -> FileIO:
-    """A local shard. Raises DataError where it is missing or has another size."""
+    """Open a local shard. Raises DataError if it is missing or of another size."""
     try:
-        # Unbuffered; closes itself when nobody holds it any more.
+        # Unbuffered; closed when it is garbage-collected.
         file = FileIO(path)
     except OSError as error:
         raise DataError(f"{path} cannot be opened: {error.strerror}") from error
     try:
-        refuse_size(str(path), os.fstat(file.fileno()).st_size, info)
+        refuse_shard_size(str(path), os.fstat(file.fileno()).st_size, info)
     except DataError:
         file.close()
         raise
     return file
 
 
-def refuse_size(where: str, size: int, info: ShardInfo) -> None:
-    """Raise DataError where a shard has not the size that the manifest says."""
+def refuse_shard_size(where: str, size: int, info: ShardInfo) -> None:
+    """Raise DataError if the size of a shard differs from the manifest."""
     if size != info.bytes:
         raise DataError(
-            f"{where} has {size:,} bytes, the manifest says {info.bytes:,}; copy or pack it again"
+            f"{where} has {size:,} bytes, but the manifest lists {info.bytes:,}; copy or pack it "
+            "again"
         )
 
 
-def members_of(entry: SampleRange) -> list[MemberRange]:
-    """The members that a sample has."""
+def list_sample_members(entry: SampleRange) -> list[MemberRange]:
+    """List the members that a sample has."""
     members = (entry.image, entry.mask, entry.info, entry.border)
     return [member for member in members if member is not None]
 
 
-def pieces_of(members: Sequence[MemberRange]) -> list[tuple[int, int]]:
-    """Begin and end of what is to be read: in one piece where members lie together, as ours do."""
-    each = [(member.offset, member.offset + member.size) for member in members]
-    begin, end = min(each)[0], max(end for _, end in each)
-    if end - begin > 2 * sum(member.size for member in members) + MOST_BETWEEN:
-        return each
-    return [(begin, end)]
+def plan_reads(members: Sequence[MemberRange]) -> list[tuple[int, int]]:
+    """Return the (start, end) of the reads of a sample: one if its members are close together."""
+    separate = [(member.offset, member.offset + member.size) for member in members]
+    start, end = min(separate)[0], max(end for _, end in separate)
+    if end - start > 2 * sum(member.size for member in members) + MAX_GAP_BYTES:
+        return separate
+    return [(start, end)]
 
 
 class SampleSource(IterableDataset[list[RawSample]]):
-    """The source stage of a webdataset pipeline, whose later stages map iterators to iterators.
+    """The source stage of a webdataset pipeline; later stages map iterators to iterators.
 
-    Yields the raw samples of one planned batch at a time, those of this DataLoader worker. Remote
-    ones are read by a thread, some batches at once, while earlier ones are decoded.
+    Yields the raw samples of the planned batches of this DataLoader worker, one batch at a time.
+    Remote batches are read by a thread, several at once, while earlier ones are decoded.
     """
 
     def __init__(self, reader: ShardReader, plan: Plan) -> None:
@@ -378,31 +390,31 @@ class SampleSource(IterableDataset[list[RawSample]]):
         batches = self.plan.batches(worker, num_workers)
         if self.reader.store.local is not None:
             return map(self.reader.read_all, batches)
-        return self.read_ahead(batches)
+        return self.prefetch_batches(batches)
 
-    def read_ahead(self, batches: Iterator[list[Address]]) -> Iterator[list[RawSample]]:
-        """The raw samples of remote batches; the first batch waits for no other."""
+    def prefetch_batches(self, batches: Iterator[list[Address]]) -> Iterator[list[RawSample]]:
+        """Yield the raw samples of remote batches, reading ahead; the first batch is read alone."""
         thread = ThreadPoolExecutor(1)
         try:
-            groups = ([*islice(batches, size)] for size in chain([1], repeat(TOGETHER)))
-            waiting = [thread.submit(self.read_group, next(groups)) for _ in range(2)]
-            while group := waiting.pop(0).result():
+            groups = ([*islice(batches, n)] for n in chain([1], repeat(BATCHES_PER_REQUEST)))
+            pending = [thread.submit(self.read_batches, next(groups)) for _ in range(2)]
+            while group := pending.pop(0).result():
                 yield from group
-                waiting.append(thread.submit(self.read_group, next(groups)))
+                pending.append(thread.submit(self.read_batches, next(groups)))
         finally:
-            # What failed is told before what was to come is asked for.
+            # An error is raised without waiting for requests that have not started.
             thread.shutdown(cancel_futures=True)
 
-    def read_group(self, batches: list[list[Address]]) -> list[list[RawSample]]:
-        """The raw samples of some batches, in one round of requests."""
+    def read_batches(self, batches: list[list[Address]]) -> list[list[RawSample]]:
+        """Read the raw samples of several batches in one round of requests."""
         if not batches:
             return []
-        self.reader.expect(self.plan.upcoming(batches[0][0].position))
+        self.reader.prefetch(self.plan.upcoming_shards(batches[0][0].position))
         raws = iter(self.reader.read_all([*chain.from_iterable(batches)]))
         return [[*islice(raws, len(batch))] for batch in batches]
 
 
-def read_samples(reader: ShardReader, plan: Plan, *stages: Stage) -> IterableDataset[Any]:
-    """A webdataset pipeline over the planned samples: the source, then the stages in turn."""
-    # webdataset's hand-kept type stubs do not say that a DataPipeline is an IterableDataset.
+def build_pipeline(reader: ShardReader, plan: Plan, *stages: Stage) -> IterableDataset[Any]:
+    """Build a webdataset pipeline that reads the planned samples and applies stages in turn."""
+    # webdataset's type stubs do not declare that a DataPipeline is an IterableDataset.
     return cast(IterableDataset[Any], DataPipeline(SampleSource(reader, plan), *stages))

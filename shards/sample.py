@@ -1,4 +1,4 @@
-"""What one sample is: its key, its members in a tar, and the error that names it."""
+"""A sample: its key, its decoded form, the names of its members, and the error for bad data."""
 
 import hashlib
 import re
@@ -16,24 +16,24 @@ Palette = tuple[Colour, ...]
 Uint8 = NDArray[np.uint8]
 
 IGNORE = 255
-"""Mask value of pixels that count nowhere."""
+"""Mask value of pixels that are excluded from losses and metrics."""
 
 MAX_KEY_BYTES = 90
-"""A key and the longest extension must fit the 100 bytes of a USTAR name."""
+"""A key and the longest extension must fit into the 100 bytes of a USTAR name."""
 
 PLAIN_SOURCE = re.compile(r"(?:[A-Za-z0-9_-]+/)*[A-Za-z0-9_-]+\.[A-Za-z0-9]+")
-"""Most paths; their keys are themselves, less the extension."""
+"""The common case: a path whose key is the path itself without its extension."""
 
 MASK_EXTENSION = "mask.png"
 BORDER_EXTENSION = "border.png"
 INFO_EXTENSION = "json"
 
-PROBABILITY_NAME = re.compile(r".+\.probability-\d+\.png", re.DOTALL)
-"""Names of members that `unet predict` adds on request: no picture of a sample."""
+PROBABILITY_MEMBER = re.compile(r".+\.probability-\d+\.png", re.DOTALL)
+"""Names of the probability maps that `unet predict` adds on request: not images of a sample."""
 
 
 class DataError(Exception):
-    """Data that is refused. Its text is one line, `what and where; what to do`."""
+    """Data is refused. The message is one line: the path, the problem and the remedy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,20 +44,20 @@ class Sample:
     image: Uint8
     """[H, W, C], C = 1 or 3."""
     mask: Uint8 | None
-    """Class indices [H, W], 255 = ignore; None where unlabelled."""
+    """Class indices [H, W], 255 = ignore; None if unlabelled."""
 
 
 def encode_key(source: str) -> str:
-    """The key of a picture: its relative path without extension, made safe for a tar member.
+    """Return the key of an image: its relative path without extension, safe as a tar member name.
 
-    Reversible: every character but `A-Z a-z 0-9 _ - /` is percent-encoded, so no two paths share
-    a key. A key of more than 90 bytes becomes `%sha256-` and the hash of the path (no encoded
-    path can look like that); the full path stands in the sample's json.
+    Every character except `A-Z a-z 0-9 _ - /` is percent-encoded, which is reversible, so no two
+    paths share a key. A key of more than 90 bytes is replaced by `%sha256-` and the hash of the
+    path, which no encoded path can equal; the sample's json holds the full path.
     """
     if PLAIN_SOURCE.fullmatch(source) and len(source) <= MAX_KEY_BYTES:
         return source.rpartition(".")[0]
     stem = str(PurePosixPath(source).with_suffix(""))
-    # quote() leaves . and ~ alone whatever it is told; webdataset splits at the first dot.
+    # quote() never encodes . and ~; webdataset splits names at the first dot.
     key = quote(stem, safe="/", errors="surrogateescape").replace(".", "%2E").replace("~", "%7E")
     if len(key) <= MAX_KEY_BYTES:
         return key
@@ -65,7 +65,7 @@ def encode_key(source: str) -> str:
 
 
 def is_safe_path(path: str) -> bool:
-    """Whether a path from a shard names a file inside the folder that it is joined to."""
+    """Return whether a path from a shard stays inside the folder that it is joined to."""
     try:
         path.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:

@@ -1,4 +1,4 @@
-"""A folder that is written to, on disk or at any fsspec URL: files there are whole or absent."""
+"""A folder on disk or at any fsspec URL; files appear in it atomically."""
 
 import errno
 import io
@@ -19,34 +19,37 @@ import fsspec
 from shards.sample import DataError
 from shards.writer import write_atomically
 
-WHOLE_OR_NOT = ("abfs", "az", "gcs", "gs", "memory", "s3", "s3a")
-"""Protocols whose uploads are seen only when they are complete; others get a name aside first."""
+ATOMIC_PROTOCOLS = ("abfs", "az", "gcs", "gs", "memory", "s3", "s3a")
+"""Protocols whose uploads become visible only when complete; others upload under another name."""
 
 
-PAUSES = (0.2, 0.4, 0.8, 1.6, 3.2, 6.4)
-"""Seconds before a read that failed is tried again, each half random."""
+RETRY_DELAYS = (0.2, 0.4, 0.8, 1.6, 3.2, 6.4)
+"""Seconds to wait before a failed read is retried; half of each is random."""
 
-LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotImplementedError)
-"""Errors that waiting does not mend; so is an OSError with EINVAL, as S3 says of wrong ranges."""
+PERMANENT_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotImplementedError)
+"""Errors that are not retried, like an OSError with EINVAL, which S3 returns for wrong ranges."""
 
 T = TypeVar("T")
 
 
 class ByteRange(NamedTuple):
-    """Bytes `begin` to `end`, without the last, of a file; to its end where `end` is None."""
+    """The bytes [start, end) of a file; up to its end if `end` is None."""
 
     name: str
-    begin: int = 0
+    start: int = 0
     end: int | None = None
 
 
 def is_url(path: str) -> bool:
-    """Whether a path is a URL such as `s3://bucket/folder`."""
+    """Return whether a path is a URL such as `s3://bucket/folder`."""
     return re.match(r"[a-z][a-z0-9+.-]*://", path) is not None
 
 
 class Store:
-    """A folder, local or remote. Small and picklable; connects in the process that uses it."""
+    """A folder, local or remote. Small and picklable; connects in the process that uses it.
+
+    Except for FileNotFoundError, all errors of remote file systems are raised as DataError.
+    """
 
     def __init__(self, place: "Store | Path | str") -> None:
         place = str(place)
@@ -57,117 +60,117 @@ class Store:
         return self.place
 
     def path(self, name: str) -> str:
-        """Where a file lies, for messages."""
+        """Return the path or URL of a file, for messages."""
         return f"{self.place}/{name}"
 
     def absolute(self) -> "Store":
-        """The same folder, by a path that holds in processes with another working folder."""
+        """Return the same folder by its absolute path, for processes in other working folders."""
         return self if self.local is None else Store(str(self.local.resolve()))
 
     def connect(self) -> tuple[Any, str]:
-        """The fsspec file system and the folder's path in it.
+        """Return the fsspec file system and the folder's path in it.
 
-        Raises DataError where the protocol is unknown or its package is not installed.
+        Raises DataError if the protocol is unknown or its package is not installed.
         """
         try:
             return fsspec.url_to_fs(self.place)
         except (ImportError, ValueError) as error:
             raise DataError(f"{self.place} cannot be reached: {error}") from error
 
-    def make(self) -> None:
-        """Make the folder, where folders are made. Raises DataError where a file is in the way."""
+    def create_folder(self) -> None:
+        """Create the folder, if it is local. Raises DataError if a file is in the way."""
         if self.local is None:
             return
         try:
             self.local.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError) as error:
             raise DataError(
-                f"{self.local} is a file, not a folder; choose another --out"
+                f"{self.local} is a file, not a directory; choose another --out"
             ) from error
 
     def names(self, below: str = "") -> list[str]:
-        """Names of the files in the folder, or in one below it, sorted."""
+        """List the names of the files in the folder, or in a subfolder, sorted."""
         if self.local is not None:
             folder = self.local / below
             return sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
         system, root = self.connect()
-        with told(self.place):
+        with wrap_store_errors(self.place):
             try:
                 system.invalidate_cache()
-                found = system.ls(f"{root}/{below}".rstrip("/"), detail=False)
+                paths = system.ls(f"{root}/{below}".rstrip("/"), detail=False)
             except FileNotFoundError:
                 return []
-        return sorted(name.rstrip("/").rpartition("/")[2] for name in found)
+        return sorted(path.rstrip("/").rpartition("/")[2] for path in paths)
 
     def kind(self) -> Literal["file", "folder"] | None:
-        """What a URL names: a folder, or against its nature a file; None: nothing."""
+        """Return whether a URL is a folder or a single file; None if it does not exist."""
         system, root = self.connect()
-        with told(self.place):
+        with wrap_store_errors(self.place):
             system.invalidate_cache()
             try:
-                found = patiently(lambda: system.info(root))
+                info = retry(lambda: system.info(root))
             except FileNotFoundError:
                 return None
-        return "file" if found["type"] == "file" else "folder"
+        return "file" if info["type"] == "file" else "folder"
 
     def find(self, pattern: str | None = None) -> list[str]:
-        """Paths below a URL of its files at any depth, or of those a pattern names, sorted."""
+        """List the relative paths of the files at a URL, at any depth or by a glob, sorted."""
         system, root = self.connect()
 
-        def ask() -> list[str]:
+        def request() -> list[str]:
             system.invalidate_cache()
             if pattern is None:
                 return system.find(root)
-            found = system.glob(f"{root}/{pattern}", detail=True)
-            return [path for path, info in found.items() if info["type"] == "file"]
+            infos = system.glob(f"{root}/{pattern}", detail=True)
+            return [path for path, info in infos.items() if info["type"] == "file"]
 
-        with told(self.place):
-            found = patiently(ask)
-            # A listing of millions would stay in memory.
+        with wrap_store_errors(self.place):
+            paths = retry(request)
+            # A listing of millions of files would stay in memory.
             system.invalidate_cache()
-        return sorted(path.removeprefix(f"{root}/") for path in found)
+        return sorted(path.removeprefix(f"{root}/") for path in paths)
 
     def exists(self, name: str) -> bool:
-        """Whether a file is there."""
+        """Return whether a file exists."""
         if self.local is not None:
             return (self.local / name).exists()
         system, root = self.connect()
-        with told(self.path(name)):
+        with wrap_store_errors(self.path(name)):
             system.invalidate_cache()
             return bool(system.exists(f"{root}/{name}"))
 
     def read(self, name: str) -> bytes:
-        """A file's bytes."""
+        """Read a file. Raises FileNotFoundError if it does not exist."""
         if self.local is not None:
             return (self.local / name).read_bytes()
         system, root = self.connect()
 
-        def ask() -> bytes:
-            # To read one file s3fs makes two requests, one to read several.
+        def request() -> bytes:
+            # s3fs makes two requests to read a single file, but one per file to read several.
             (answer,) = system.cat_ranges([f"{root}/{name}"], [None], [None], on_error="return")
             if isinstance(answer, BaseException):
                 raise answer
             return answer
 
-        with told(self.path(name)):
-            return patiently(ask)
+        with wrap_store_errors(self.path(name)):
+            return retry(request)
 
     def read_ranges(self, ranges: Sequence[ByteRange]) -> list[bytes]:
-        """Several pieces of remote files, asked for at once; short where a file ends before.
+        """Read ranges of remote files concurrently; a result is short if its file ends before.
 
-        Raises DataError naming one that is not there or stays out of reach.
+        Raises DataError naming a file that does not exist or is unreachable after retries.
         """
         system, root = self.connect()
-        found: dict[ByteRange, bytes] = {}
+        read: dict[ByteRange, bytes] = {}
         failed = self.place
 
-        def ask() -> None:
+        def request() -> None:
             nonlocal failed
-            missing = [piece for piece in dict.fromkeys(ranges) if piece not in found]
-            names, begins, ends = zip(*missing, strict=True) if missing else ((), (), ())
+            missing = [piece for piece in dict.fromkeys(ranges) if piece not in read]
+            names, starts, ends = zip(*missing, strict=True) if missing else ((), (), ())
             paths = [f"{root}/{name}" for name in names]
-            answers = system.cat_ranges(paths, [*begins], [*ends], on_error="return")
-            found.update(
+            answers = system.cat_ranges(paths, [*starts], [*ends], on_error="return")
+            read.update(
                 (piece, answer)
                 for piece, answer in zip(missing, answers, strict=True)
                 if isinstance(answer, bytes)
@@ -178,24 +181,24 @@ class Store:
                     raise answer
 
         try:
-            patiently(ask)
+            retry(request)
         except FileNotFoundError as error:
-            raise DataError(f"{failed} is not there; copy or pack the data set again") from error
-        except Exception as error:  # every client library has exceptions of its own
-            raise unreachable(failed, error) from error
-        return [found[piece] for piece in ranges]
+            raise DataError(f"{failed} does not exist; copy or pack the data set again") from error
+        except Exception as error:  # each client library has its own exceptions
+            raise unreachable_error(failed, error) from error
+        return [read[piece] for piece in ranges]
 
     def size(self, name: str) -> int:
-        """Bytes of a file."""
+        """Return the size of a file in bytes. Raises FileNotFoundError if it does not exist."""
         if self.local is not None:
             return (self.local / name).stat().st_size
         system, root = self.connect()
-        with told(self.path(name)):
+        with wrap_store_errors(self.path(name)):
             system.invalidate_cache()
-            return patiently(lambda: int(system.info(f"{root}/{name}")["size"]))
+            return retry(lambda: int(system.info(f"{root}/{name}")["size"]))
 
     def write(self, name: str, data: bytes, within: str | None = None) -> None:
-        """Write a small file; `within`: a local folder below this one for its temporary file."""
+        """Write a small file atomically; `within`: subfolder for its temporary file, if local."""
         if self.local is not None:
             (self.local / name).parent.mkdir(parents=True, exist_ok=True)
             aside = None if within is None else self.local / within
@@ -208,7 +211,7 @@ class Store:
 
     @contextmanager
     def staging(self) -> Iterator[Path]:
-        """A folder for files that are to come here: this one itself, where it is local."""
+        """Provide a local folder for files to be uploaded: the store itself, if it is local."""
         if self.local is not None:
             yield self.local
             return
@@ -216,9 +219,9 @@ class Store:
             yield Path(folder)
 
     def upload(self, file: Path, name: str) -> None:
-        """Bring a staged file here, whole or not at all; nothing to do where it is here already.
+        """Upload a staged file atomically; does nothing if it was staged at its destination.
 
-        Raises DataError where it fails or did not arrive whole.
+        Raises DataError if the upload fails or is incomplete.
         """
         if self.local is not None and file == self.local / name:
             return
@@ -226,20 +229,20 @@ class Store:
         system, root = self.connect()
         target = f"{root}/{name}"
         protocols = (system.protocol,) if isinstance(system.protocol, str) else system.protocol
-        aside = target if set(protocols) & set(WHOLE_OR_NOT) else f"{target}.part"
-        with told(self.path(name)):
+        aside = target if set(protocols) & set(ATOMIC_PROTOCOLS) else f"{target}.part"
+        with wrap_store_errors(self.path(name)):
             if aside != target:
-                # Buckets have no folders, and a mistyped one is not to be made.
+                # Not on buckets: they have no folders, and a mistyped bucket must not be created.
                 system.makedirs(target.rpartition("/")[0], exist_ok=True)
             try:
                 system.put_file(str(file), aside)
                 size = system.info(aside)["size"]
                 if size != file.stat().st_size:
-                    with suppress(Exception):  # whatever else, this is told
+                    with suppress(Exception):  # the incomplete upload is reported in any case
                         system.rm(aside)
                     raise DataError(
-                        f"{self.path(name)} arrived with {size:,} of {file.stat().st_size:,} "
-                        "bytes; the same command goes on"
+                        f"{self.path(name)} is incomplete: {size:,} of {file.stat().st_size:,} "
+                        "bytes were uploaded; rerun the same command to resume"
                     )
                 if aside != target:
                     system.mv(aside, target)
@@ -249,12 +252,12 @@ class Store:
                         system.rm(aside)
                 if isinstance(error, FileNotFoundError):
                     raise DataError(
-                        f"{self.path(name)}: {error}; make the bucket first, or correct its name"
+                        f"{self.path(name)}: {error}; create the bucket first, or correct its name"
                     ) from error
                 raise
 
     def remove(self, name: str) -> None:
-        """Remove a file or a folder with all that is in it; nothing where it is not there."""
+        """Remove a file or a folder with its contents; does nothing if it does not exist."""
         if self.local is not None:
             path = self.local / name
             if path.is_dir():
@@ -263,14 +266,14 @@ class Store:
                 path.unlink(missing_ok=True)
             return
         system, root = self.connect()
-        with told(self.path(name)), suppress(FileNotFoundError):
+        with wrap_store_errors(self.path(name)), suppress(FileNotFoundError):
             system.invalidate_cache()
             system.rm(f"{root}/{name}", recursive=True)
 
-    def create(self, name: str, lines: Iterable[bytes]) -> bool:
-        """Write a file unless one is there; whether it was written.
+    def write_if_absent(self, name: str, lines: Iterable[bytes]) -> bool:
+        """Write a file unless it exists; returns whether it was written.
 
-        Of several local processes that try at once, one does.
+        If several local processes try at once, exactly one succeeds.
         """
         if self.exists(name):
             return False
@@ -287,7 +290,7 @@ class Store:
                     out.flush()
                     os.fsync(out.fileno())
                 if self.local is not None:
-                    return put_once(file, self.local / name)
+                    return rename_if_absent(file, self.local / name)
                 self.upload(file, name)
                 return True
             finally:
@@ -295,50 +298,50 @@ class Store:
 
 
 class RemoteFile(io.RawIOBase):
-    """A remote file to read from any place, by range requests with the patience of its store."""
+    """A remote file with random access, read by range requests with the retries of its store."""
 
     def __init__(self, store: Store, name: str) -> None:
-        """Raises DataError or FileNotFoundError where it is out of reach."""
+        """Raises DataError or FileNotFoundError if the file is unreachable or does not exist."""
         self.store, self.name = store, name
         self.place, self.size = 0, store.size(name)
 
     def readable(self) -> bool:
-        """It is."""
+        """Return True."""
         return True
 
     def seekable(self) -> bool:
-        """It is."""
+        """Return True."""
         return True
 
     def tell(self) -> int:
-        """Where the next byte comes from."""
+        """Return the current position in bytes."""
         return self.place
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Go to a place."""
-        begin = {os.SEEK_SET: 0, os.SEEK_CUR: self.place, os.SEEK_END: self.size}[whence]
-        self.place = begin + offset
+        """Move to a position in bytes and return it."""
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self.place, os.SEEK_END: self.size}[whence]
+        self.place = start + offset
         return self.place
 
     def readinto(self, buffer: Any) -> int:
-        """Fill a buffer as far as the file goes. Raises OSError where that fails for good."""
+        """Fill a buffer and return the number of bytes read. Raises OSError if retries fail."""
         end = min(self.place + len(buffer), self.size)
         if end <= self.place:
             return 0
         try:
             (data,) = self.store.read_ranges([ByteRange(self.name, self.place, end)])
         except DataError as error:
-            # What reads files expects errors of files.
+            # Readers of file objects expect OSError.
             raise OSError(str(error)) from error
         buffer[: len(data)] = data
         self.place += len(data)
         return len(data)
 
 
-def put_once(file: Path, target: Path) -> bool:
-    """Give a file its final name unless that is taken; whether it was given."""
+def rename_if_absent(file: Path, target: Path) -> bool:
+    """Rename a file unless the target exists; returns whether it was renamed."""
     try:
-        # Unlike a rename, a link never replaces what another process has put there.
+        # Unlike a rename, a link never replaces the file of another process.
         os.link(file, target)
     except FileExistsError:
         return False
@@ -348,37 +351,38 @@ def put_once(file: Path, target: Path) -> bool:
     return True
 
 
-def patiently(work: Callable[[], T]) -> T:
-    """What `work` returns, tried again with growing pauses where that may help."""
-    for pause in PAUSES:
+def retry(request: Callable[[], T]) -> T:
+    """Return the result of `request`; errors that may be temporary are retried with backoff."""
+    for delay in RETRY_DELAYS:
         try:
-            return work()
-        except LASTING:
+            return request()
+        except PERMANENT_ERRORS:
             raise
-        except Exception as error:  # every client library has exceptions of its own
+        except Exception as error:  # each client library has its own exceptions
             if getattr(error, "errno", None) == errno.EINVAL:
                 raise
-            time.sleep(random.uniform(pause / 2, pause))  # noqa: S311 (apart, not secret)
-    return work()
+            time.sleep(random.uniform(delay / 2, delay))  # noqa: S311 (jitter, not a secret)
+    return request()
 
 
 @contextmanager
-def told(where: str) -> Iterator[None]:
-    """Turns what a remote file system raises into one line."""
+def wrap_store_errors(where: str) -> Iterator[None]:
+    """Convert the exceptions of a remote file system to DataError, or to FileNotFoundError."""
     try:
         yield
     except DataError:
         raise
     except FileNotFoundError as error:
-        # Clients word it each in their own way.
+        # Each client has its own wording.
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), where) from error
-    except Exception as error:  # every client library has exceptions of its own
-        raise unreachable(where, error) from error
+    except Exception as error:  # each client library has its own exceptions
+        raise unreachable_error(where, error) from error
 
 
-def unreachable(where: str, error: Exception) -> DataError:
-    """What a remote file system raised, in one line."""
+def unreachable_error(where: str, error: Exception) -> DataError:
+    """Return a DataError with the exception of a remote file system in one line."""
     reason = " ".join(str(error).split()) or type(error).__name__
     return DataError(
-        f"{where}: {reason}; check address, credentials and network, the same command goes on"
+        f"{where}: {reason}; check address, credentials and network, then rerun the same command "
+        "to resume"
     )

@@ -1,4 +1,4 @@
-"""What pictures and masks hold: one pair read by the rules, and the sums over many of them."""
+"""Samples checked by the rules of a data set, and statistics over many of them."""
 
 import hashlib
 from collections import Counter
@@ -12,43 +12,43 @@ from PIL import Image
 
 from shards.border import BorderRule
 from shards.images import (
-    DEEP_MODES,
+    GREY16_MODES,
     ImageFormat,
     ImageRule,
     StoredImage,
+    build_scale_table,
     read_image,
-    scale_table,
 )
-from shards.index import SizeCount, merge_sizes
+from shards.index import SizeCount, merge_size_counts
 from shards.masks import CanonicalMask, MaskFormat, read_mask
 from shards.sample import IGNORE, Channels, DataError, Palette
 
 Histogram = NDArray[np.int64]
-DEEP = "I;16"
+GREY16 = "I;16"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SampleRule:
-    """What may stand in a shard, and as what."""
+    """Which samples may be packed, and in which form."""
 
     images: ImageRule
     masks: MaskFormat | None
     """None: there are no masks."""
     palette: Palette
     resize_mask: bool = False
-    """A mask of another size than its picture is brought to it, by nearest neighbour."""
+    """Whether a mask of another size than its image is resized to it, by nearest neighbour."""
     border: BorderRule | None = None
-    """Masks get a border map, for which they are decoded; None: they get none."""
+    """How border maps are computed, for which masks are decoded; None: no border maps."""
 
 
 @dataclass(frozen=True, slots=True)
-class ReadSample:
-    """A picture and its mask, checked."""
+class StoredSample:
+    """A checked image and its mask, in the form in which they are written to a shard."""
 
     image: StoredImage
     mask: CanonicalMask | None
     digest: str
-    """sha256 of the picture file's bytes; empty where it cannot have an equal."""
+    """sha256 of the image file; empty if no other file can be equal."""
 
 
 def read_sample(
@@ -60,69 +60,78 @@ def read_sample(
     *,
     pixels: bool = True,
     unique: bool = False,
-) -> ReadSample:
-    """A pair of files as it goes into a shard; `pixels=False` believes ordinary headers.
+) -> StoredSample:
+    """Check an image file and its mask file and return them as they are stored.
 
-    `unique` says that no other picture file has this size, so that no digest is needed.
+    Args:
+        image: bytes of the image file.
+        mask: bytes of the mask file, None if unlabelled.
+        rule: the rules of the data set.
+        image_where: name of the image file in error messages.
+        mask_where: name of the mask file in error messages.
+        pixels: False trusts ordinary headers instead of decoding.
+        unique: no other image file has the same size in bytes, so that no digest is needed.
 
-    Raises DataError for anything about it that `rule` does not cover.
+    Raises DataError for anything that `rule` does not cover.
     """
     stored = read_image(image, rule.images, image_where, pixels=pixels)
     digest = "" if unique else hashlib.sha256(image).hexdigest()
     if mask is None or rule.masks is None:
-        return ReadSample(stored, None, digest)
+        return StoredSample(stored, None, digest)
     changed = rule.images.resize is not None or rule.resize_mask
     pixels = pixels or changed or rule.border is not None
     canonical = read_mask(
         mask, rule.masks, rule.palette, mask_where, rule=rule.images, pixels=pixels
     )
     if canonical.size != stored.full_size:
-        scaled = is_scaled(canonical.size, stored.full_size)
+        scaled = has_same_aspect(canonical.size, stored.full_size)
         if not (scaled and rule.resize_mask):
-            turned = canonical.size == stored.full_size[::-1] and "turned" in stored.notes
+            rotated = canonical.size == stored.full_size[::-1] and "turned" in stored.notes
             raise DataError(
-                f"{mask_where} is {canonical.size[0]} x {canonical.size[1]}, its picture "
-                f"{image_where} {stored.full_size[0]} x {stored.full_size[1]}; "
+                f"{mask_where} is {canonical.size[0]} x {canonical.size[1]}, but its image "
+                f"{image_where} is {stored.full_size[0]} x {stored.full_size[1]}; "
                 + (
-                    "the picture was turned as its EXIF orientation says: --exif ignore leaves it"
-                    if turned
-                    else "give both one size, or add --resize-mask"
+                    "the image was rotated by its EXIF orientation: add --exif ignore to keep it "
+                    "unrotated"
+                    if rotated
+                    else "give both the same size, or add --resize-mask"
                     if scaled
-                    else "neither is the other scaled: crop or pad one, or find the right mask"
+                    else "their aspect ratios differ: crop or pad one, or find the right mask"
                 )
             )
         stored = replace(stored, notes=(*stored.notes, "mask"))
     if canonical.size != stored.size:
-        canonical = canonical.resized(stored.size)
-    return ReadSample(stored, canonical, digest)
+        canonical = canonical.resize(stored.size)
+    return StoredSample(stored, canonical, digest)
 
 
-def is_scaled(size: tuple[int, int], other: tuple[int, int]) -> bool:
-    """Whether one (width, height) is the other scaled, but for a pixel of the smaller one."""
+def has_same_aspect(size: tuple[int, int], other: tuple[int, int]) -> bool:
+    """Return whether two (width, height) have the same aspect ratio, within a rounded pixel."""
     return abs(size[0] * other[1] - size[1] * other[0]) <= max(*size, *other)
 
 
-class Tally:
-    """Adds up what samples hold, in integers: the sums do not depend on the order."""
+class SampleStatistics:
+    """Statistics over samples, in integers, so that they do not depend on the order of merging."""
 
     def __init__(self) -> None:
         self.pixels: Histogram = np.zeros(256, dtype=np.int64)
         """Mask pixels of each class index."""
         self.images: Histogram = np.zeros(256, dtype=np.int64)
-        """Masks in which each class index occurs."""
+        """Number of masks in which each class index occurs."""
         self.levels: dict[str, Histogram] = {}
-        """`L` [256], `RGB` [768] and `I;16` [65536]: picture pixels of each level."""
+        """Image pixels of each level: `L` [256], `RGB` [768] and `I;16` [65536]."""
         self.sizes: Counter[tuple[int, int, str]] = Counter()
+        """Number of images of each width, height and mode."""
         self.mask_modes: Counter[str] = Counter()
         self.notes: Counter[str] = Counter()
         self.values: set[int] = set()
-        """Pixel values that the mask files held."""
+        """Pixel values that occur in the mask files."""
         self.digests: list[str] = []
-        """sha256 of each picture, in order; empty where a sample was left out or is unique."""
+        """sha256 of each image, in order; empty if the sample was omitted or is unique."""
         self.channels: set[Channels] = set()
 
-    def add(self, sample: ReadSample) -> None:
-        """Count a sample in."""
+    def add(self, sample: StoredSample) -> None:
+        """Add a sample."""
         image = sample.image
         self.sizes[*image.size, image.mode] += 1
         self.notes.update(image.notes)
@@ -133,17 +142,17 @@ class Tally:
             self.levels[kind] = self.levels.get(kind, 0) + levels
         if sample.mask is not None:
             self.mask_modes[sample.mask.mode] += 1
-            if sample.mask.classes is not None:
-                self.pixels += sample.mask.classes.pixels
-                self.images += sample.mask.classes.pixels > 0
-                self.values.update(sample.mask.classes.values)
+            if sample.mask.class_map is not None:
+                self.pixels += sample.mask.class_map.pixels
+                self.images += sample.mask.class_map.pixels > 0
+                self.values.update(sample.mask.class_map.values)
 
-    def leave_out(self) -> None:
-        """Note the place of a sample that is not packed."""
+    def add_omitted(self) -> None:
+        """Add an empty digest for a sample that is not packed, so that digests stay aligned."""
         self.digests.append("")
 
-    def merge(self, other: "Tally") -> None:
-        """Count in what another tally counted."""
+    def merge(self, other: "SampleStatistics") -> None:
+        """Add the statistics of other samples."""
         self.pixels += other.pixels
         self.images += other.images
         for kind, levels in other.levels.items():
@@ -156,15 +165,15 @@ class Tally:
         self.channels |= other.channels
 
     def size_counts(self) -> tuple[SizeCount, ...]:
-        """How many pictures have one size and mode, the commonest first."""
-        return merge_sizes([SizeCount(*kind, images) for kind, images in self.sizes.items()])
+        """Return the number of images of each size and mode, the most common first."""
+        return merge_size_counts([SizeCount(*kind, images) for kind, images in self.sizes.items()])
 
     def class_pixels(self, num_classes: int) -> tuple[int, ...]:
-        """Mask pixels of each class, then of ignore."""
+        """Return the mask pixels of each class, then of ignore."""
         return (*self.pixels[:num_classes].tolist(), int(self.pixels[IGNORE]))
 
     def to_plain(self) -> dict[str, Any]:
-        """What JSON can hold."""
+        """Convert to a dict for JSON."""
         return {
             "pixels": self.pixels.tolist(),
             "images": self.images.tolist(),
@@ -179,59 +188,65 @@ class Tally:
 
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> Self:
-        """The tally that `to_plain` made."""
-        tally = cls()
-        tally.pixels = np.array(plain["pixels"], dtype=np.int64)
-        tally.images = np.array(plain["images"], dtype=np.int64)
-        tally.levels = {k: np.array(v, dtype=np.int64) for k, v in plain["levels"].items()}
-        tally.sizes = Counter({(w, h, mode): images for w, h, mode, images in plain["sizes"]})
-        tally.mask_modes = Counter(plain["mask_modes"])
-        tally.notes = Counter(plain["notes"])
-        tally.values = set(plain["values"])
-        tally.digests = plain["digests"]
-        tally.channels = set(plain["channels"])
-        return tally
+        """Restore the statistics from the result of `to_plain`."""
+        statistics = cls()
+        statistics.pixels = np.array(plain["pixels"], dtype=np.int64)
+        statistics.images = np.array(plain["images"], dtype=np.int64)
+        statistics.levels = {k: np.array(v, dtype=np.int64) for k, v in plain["levels"].items()}
+        statistics.sizes = Counter({(w, h, mode): images for w, h, mode, images in plain["sizes"]})
+        statistics.mask_modes = Counter(plain["mask_modes"])
+        statistics.notes = Counter(plain["notes"])
+        statistics.values = set(plain["values"])
+        statistics.digests = plain["digests"]
+        statistics.channels = set(plain["channels"])
+        return statistics
 
 
 def count_levels(image: Image.Image, channels: Channels) -> tuple[str, Histogram]:
-    """Pixels of each level of a picture, and what kind of levels they are."""
-    if image.mode in DEEP_MODES:
-        return DEEP, np.bincount(np.asarray(image).ravel(), minlength=65536)
-    picture = image if image.mode == channels else image.convert(channels)
-    return channels, np.array(picture.histogram(), dtype=np.int64)
+    """Count the pixels of each level of an image; returns the kind of levels and their counts."""
+    if image.mode in GREY16_MODES:
+        return GREY16, np.bincount(np.asarray(image).ravel(), minlength=65536)
+    converted = image if image.mode == channels else image.convert(channels)
+    return channels, np.array(converted.histogram(), dtype=np.int64)
 
 
-def merge_tallies(tallies: Iterable[Tally]) -> Tally:
-    """All of them in one."""
-    total = Tally()
-    for tally in tallies:
-        total.merge(tally)
+def merge_statistics(parts: Iterable[SampleStatistics]) -> SampleStatistics:
+    """Merge statistics into new ones."""
+    total = SampleStatistics()
+    for part in parts:
+        total.merge(part)
     return total
 
 
 def percentile_range(levels: Histogram, percentiles: tuple[float, float]) -> tuple[int, int]:
-    """The 16-bit values below which `percentiles` per cent of the pixels lie."""
+    """Return the 16-bit values at the given percentiles of the pixels, at least 1 apart."""
     total = np.cumsum(levels)
-    # At least one pixel: 0 per cent is the least value that occurs.
+    # At least one pixel: the 0th percentile is the smallest value that occurs.
     low, high = (int(np.searchsorted(total, max(1, total[-1] * p / 100))) for p in percentiles)
     low = min(low, 65534)
     return low, max(min(high, 65535), low + 1)
 
 
-def statistics(
-    levels: dict[str, Histogram], form: ImageFormat
+def compute_mean_std(
+    levels: dict[str, Histogram], image_format: ImageFormat
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel, pixels decoded by `form` and in 0-1.
+    """Compute mean and standard deviation of each channel, with pixels in 0-1.
 
-    Grey pictures count for each channel of RGB. Integer sums, so the order does not matter.
+    Args:
+        levels: histograms as in `SampleStatistics.levels`; grey images count in each channel of
+            RGB.
+        image_format: how the images are decoded.
+
+    Computed from integer sums, so that the result does not depend on the order of the images.
     """
     grey = levels.get("L", np.zeros(256, dtype=np.int64)).copy()
-    if DEEP in levels:
-        assert form.range is not None
-        deep = np.bincount(scale_table(form.range), weights=levels[DEEP], minlength=256)
-        grey += deep.astype(np.int64)
+    if GREY16 in levels:
+        assert image_format.range is not None
+        table = build_scale_table(image_format.range)
+        scaled = np.bincount(table, weights=levels[GREY16], minlength=256)
+        grey += scaled.astype(np.int64)
     coloured = levels.get("RGB", np.zeros(768, dtype=np.int64)).reshape(3, 256)
-    channels = [grey] if form.channels == "L" else [grey + band for band in coloured]
+    channels = [grey] if image_format.channels == "L" else [grey + band for band in coloured]
     scale = np.arange(256, dtype=np.int64)
     means, deviations = [], []
     for band in channels:
@@ -243,15 +258,15 @@ def statistics(
 
 
 def find_duplicates(digests: Iterable[str], sources: Iterable[str]) -> dict[str, list[str]]:
-    """{sha256: sources} of pictures whose bytes are equal, names in order."""
+    """Return {sha256: sources} of images that are equal byte for byte, sources in order."""
     seen: set[bytes] = set()
-    twice: set[bytes] = set()
+    repeated: set[bytes] = set()
     digests = list(digests)
     for digest in digests:
         raw = bytes.fromhex(digest)
-        (twice if raw in seen else seen).add(raw)
+        (repeated if raw in seen else seen).add(raw)
     groups: dict[str, list[str]] = {}
     for digest, source in zip(digests, sources, strict=True):
-        if digest and bytes.fromhex(digest) in twice:
+        if digest and bytes.fromhex(digest) in repeated:
             groups.setdefault(digest, []).append(source)
     return groups

@@ -1,4 +1,4 @@
-"""One shard, written as a whole or not at all, the same bytes each time."""
+"""One shard, written atomically and byte-identical for the same samples."""
 
 import errno
 import fcntl
@@ -27,11 +27,11 @@ class ShardFile:
 
 
 class ShardWriter:
-    """Writes `OUT/NAME.tar` and its `.idx` (DALI's webdataset index v1.2).
+    """Context manager that writes `OUT/NAME.tar` and its `.idx` (DALI's webdataset index v1.2).
 
-    Everything goes to a temporary name; leaving the block without an exception flushes it and
-    renames it, the index first, so that a tar that exists is whole and has its index. Members are
-    USTAR with time 0, owner 0 and mode 0644: the same samples give the same bytes.
+    Everything is written under a temporary name. Leaving the block without an exception flushes
+    and renames it, the `.idx` first, so that a tar that exists is complete and has its `.idx`.
+    Members are USTAR with time 0, owner 0 and mode 0644: the same samples give the same bytes.
     Raises DataError if another process is writing the same shard.
     """
 
@@ -42,7 +42,7 @@ class ShardWriter:
         self.sealed = False
 
     def __enter__(self) -> Self:
-        handle = claim(self.temporary)
+        handle = try_lock_file(self.temporary)
         if handle is None:
             raise DataError(f"another process is writing {self.path}; wait for it or stop it")
         os.ftruncate(handle, 0)
@@ -52,16 +52,17 @@ class ShardWriter:
     def add(
         self, key: str, members: Mapping[str, bytes], unlisted: Mapping[str, bytes] | None = None
     ) -> None:
-        """Append a sample: {extension: bytes}, stored side by side in the order of their names.
+        """Append a sample: {extension: bytes}, stored as adjacent members in the order of names.
 
-        `unlisted` are members that belong to no sample for our readers: the index leaves them out.
+        `unlisted` members are stored too, but left out of the `.idx`: our readers ignore them.
         """
         unlisted = unlisted or {}
         blocks, words = [], []
         offset = self.stream.size
         for extension, data in sorted([*members.items(), *unlisted.items()]):
             name = f"{key}.{extension}"
-            blocks += [tar_header(name, len(data)), data, bytes(-len(data) % tarfile.BLOCKSIZE)]
+            header = build_tar_header(name, len(data))
+            blocks += [header, data, bytes(-len(data) % tarfile.BLOCKSIZE)]
             if extension not in unlisted:
                 words.append(f"{extension} {offset + tarfile.BLOCKSIZE} {len(data)} {name}")
             offset += sum(map(len, blocks[-3:]))
@@ -69,12 +70,12 @@ class ShardWriter:
         self.lines.append(" ".join(words))
 
     def seal(self) -> ShardFile:
-        """Finish the file and write its index; the rename follows when the block is left."""
+        """Finish the file and write its `.idx`; it is renamed when the block is left."""
         end = 2 * tarfile.BLOCKSIZE
         self.stream.write(bytes(end + -(self.stream.size + end) % tarfile.RECORDSIZE))
         self.stream.flush_to_disk()
         index = "\n".join([f"v1.2 {len(self.lines)}", *self.lines]) + "\n"
-        # Its temporary name needs no more than the shard's: one lock guards both.
+        # The lock of the shard also protects the temporary name of its .idx.
         write_atomically(self.path.with_suffix(".idx"), index.encode(), unique="")
         self.sealed = True
         return ShardFile(
@@ -95,20 +96,20 @@ class ShardWriter:
             else:
                 self.temporary.unlink(missing_ok=True)
         finally:
-            # Last, since closing gives up the lock.
+            # Last, since closing the file releases the lock.
             self.stream.file.close()
 
 
-def claim(path: Path) -> int | None:
-    """A handle of a file, made if need be, that this process alone writes; None if another does.
+def try_lock_file(path: Path) -> int | None:
+    """Open a file, creating it if needed, and lock it; None if another process holds the lock.
 
-    The claim ends when the handle is closed, and with its process.
+    The lock is released when the returned descriptor is closed or its process ends.
     """
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        # The lock dies with its process, so a killed writer leaves nothing that blocks.
+        # The lock dies with its process, so a killed writer blocks nobody.
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # Between opening and locking, its writer may have renamed or removed the file.
+        # Its writer may have renamed or removed the file between open and lock.
         if os.path.samestat(os.fstat(handle), os.stat(path)):
             return handle
     except (BlockingIOError, FileNotFoundError):
@@ -117,45 +118,45 @@ def claim(path: Path) -> int | None:
     return None
 
 
-def blank_header() -> bytes:
-    """What `tarfile` writes before a nameless empty file: time 0, owner 0, mode 0644."""
+def build_blank_header() -> bytes:
+    """Build the header that `tarfile` writes for an empty file without a name or timestamp."""
     member = tarfile.TarInfo()
     member.mtime, member.mode = 0, 0o644
     return member.tobuf(tarfile.USTAR_FORMAT)
 
 
-BLANK = blank_header()
-BLANK_SUM = sum(BLANK[:148]) + 8 * ord(" ") + sum(BLANK[156:])
-"""The check sum is taken with eight spaces in its own place (POSIX.1-1988, ustar format)."""
+BLANK_HEADER = build_blank_header()
+BLANK_CHECKSUM = sum(BLANK_HEADER[:148]) + 8 * ord(" ") + sum(BLANK_HEADER[156:])
+"""The checksum field itself counts as eight spaces (POSIX.1-1988, ustar format)."""
 
 
-def tar_header(name: str, size: int) -> bytes:
-    """The 512 bytes before a file in a tar: those of `tarfile`, in a tenth of its time.
+def build_tar_header(name: str, size: int) -> bytes:
+    """Build the 512-byte header of a tar member, as `tarfile` does but ten times faster.
 
-    Raises ValueError for a name of more than 100 bytes.
+    Raises ValueError if the name has more than 100 bytes or the size does not fit.
     """
     raw, digits = name.encode(), b"%011o" % size
     if len(raw) > tarfile.LENGTH_NAME or len(digits) > 11:
         raise ValueError(f"{name} with {size:,} bytes is too long or too large for a tar member")
-    check = BLANK_SUM + sum(raw) + sum(digits) - 11 * ord("0")
-    head = raw.ljust(100, b"\0") + BLANK[100:124] + digits + BLANK[135:148]
-    return head + b"%06o\0 " % check + BLANK[156:]
+    checksum = BLANK_CHECKSUM + sum(raw) + sum(digits) - 11 * ord("0")
+    head = raw.ljust(100, b"\0") + BLANK_HEADER[100:124] + digits + BLANK_HEADER[135:148]
+    return head + b"%06o\0 " % checksum + BLANK_HEADER[156:]
 
 
 class HashingStream:
-    """A file that knows the sha256 and the size of what was written to it."""
+    """A file opened for writing that tracks the sha256 and the size of its content."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file, self.size, self.digest = file, 0, hashlib.sha256()
 
     def write(self, data: bytes) -> None:
-        """Write and count."""
+        """Write bytes and update hash and size."""
         self.file.write(data)
         self.digest.update(data)
         self.size += len(data)
 
     def flush_to_disk(self) -> None:
-        """Return when the bytes would survive a power cut."""
+        """Flush to disk, so that the content survives a power failure."""
         self.file.flush()
         os.fsync(self.file.fileno())
         if os.fstat(self.file.fileno()).st_size != self.size:
@@ -170,15 +171,15 @@ def write_atomically(
     within: Path | None = None,
     unique: str | None = None,
 ) -> None:
-    """A file that is there whole or not at all, however its writer ends.
+    """Write a file that is either complete or absent, however its writer ends.
 
     Args:
-        path: its final name.
-        data: its content.
-        durable: it is also on disk when this returns, should the power fail.
-        within: folder on the same disk for the temporary file, which a kill leaves behind; a
-            folder that is removed at the end of a job removes it too.
-        unique: what keeps the temporary files of several writers apart; by default random.
+        path: final path.
+        data: content.
+        durable: flush to disk before returning, so that the file survives a power failure.
+        within: folder on the same disk for the temporary file, which remains if the process is
+            killed; removing that folder at the end of a job removes it too.
+        unique: part of the temporary name that differs between concurrent writers; default: random.
     """
     unique = secrets.token_hex(4) if unique is None else unique
     temporary = (within or path.parent) / f".{path.name}.{unique}.tmp"
@@ -195,5 +196,5 @@ def write_atomically(
 
 
 def write_json(path: Path, plain: Any, within: Path | None = None) -> None:
-    """JSON for people and machines, whole or not at all, the same bytes for the same content."""
+    """Write indented JSON atomically; equal content gives equal bytes."""
     write_atomically(path, (json.dumps(plain, indent=1) + "\n").encode(), within=within)

@@ -355,7 +355,7 @@ def samples() -> Callable[[Path], dict[str, Packed]]:
             plan = EvalPlan(tuple(s.samples for s in split.shards), chunk=1, rank=0, world=1)
             for (raw,) in SampleSource(ShardReader(data, split.shards), plan):
                 decoded = raw.decode(manifest.image_format, len(manifest.classes))
-                found[raw.describe()["source"]] = Packed(name, raw, decoded.image, decoded.mask)
+                found[raw.parse_info()["source"]] = Packed(name, raw, decoded.image, decoded.mask)
         return found
 
     return read

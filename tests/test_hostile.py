@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import unet.weights
-from shards.images import ImageFormat, ImageRule, decode_image, load, open_image
+from shards.images import ImageFormat, ImageRule, decode_image, load_pixels, open_image
 from shards.index import ShardInfo, read_manifest
 from shards.masks import MaskFormat, encode_mask, read_mask
 from shards.order import Address
@@ -203,4 +203,4 @@ def test_a_turned_tiff_is_said_to_be_turned():
     exif[0x0112] = 6
     b = io.BytesIO()
     Image.fromarray(np.zeros((4, 6, 3), np.uint8)).save(b, "TIFF", exif=exif)
-    assert load(open_image(b.getvalue(), "x", ImageRule()), "x")[1]
+    assert load_pixels(open_image(b.getvalue(), "x", ImageRule()), "x")[1]

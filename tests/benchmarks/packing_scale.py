@@ -69,12 +69,12 @@ def png(pixels: bytes) -> bytes:
 def simulate(shards: "Sequence[PlannedShard]", rule: "PackRule", _: object) -> None:
     """Leave behind what packing would: a shard's name and its report."""
     from pipelines.pack import REPORT, WORK_DIR, ShardReport
-    from shards.tally import Tally
+    from shards.tally import SampleStatistics
     from shards.writer import ShardFile
 
     for planned in shards:
         count = len(planned.samples)
-        tally = Tally()
+        tally = SampleStatistics()
         tally.digests = [hashlib.sha256(s.source.encode()).hexdigest() for s in planned.samples]
         tally.sizes[SIDE, SIDE, "L"] = count
         tally.channels.add("L")

@@ -291,7 +291,9 @@ def test_evaluation_sees_every_picture_whole_and_once(data, workers, world):
 def test_a_manifest_without_a_train_split_is_refused(data):
     del data.manifest.splits["train"]
     plan = TrainPlan(Order((1,), 0), 1, 0, 1, 0)
-    with pytest.raises(DataError, match="has no samples in the split 'train', only in: val"):
+    with pytest.raises(
+        DataError, match="has no samples in the split 'train'; splits with samples: val"
+    ):
         train_batches(data, plan, crop_size=8, augment=AS_IT_IS, seed=0)
 
 

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from shards.index import read_manifest
-from shards.pairs import MOST_SHOWN
+from shards.pairs import MAX_LISTED
 from tests.conftest import flags, levels, picture
 
 Folder = Path
@@ -172,7 +172,7 @@ def test_all_problems_of_all_kinds_are_told_at_once(draw, call, tmp_path: Path) 
     assert len(lines) == 27
     first, *shown, last = ended.err.splitlines()
     assert first == f"27 problems: {tmp_path / 'out' / 'problems.txt'}"
-    assert (len(shown), last.strip()) == (MOST_SHOWN, "and 7 more")
+    assert (len(shown), last.strip()) == (MAX_LISTED, "and 7 more")
     assert [line for line in lines if "p031.png (val) = p032.png (train) are the same" in line]
 
 
@@ -184,7 +184,7 @@ def test_each_picture_that_a_split_file_lacks_is_a_problem_of_its_own(draw, call
     assert report(tmp_path / "out")["problems"] == [
         {
             "found": f"p00{number}.png is not in {tmp_path / 'split.csv'}",
-            "remedy": "every picture must be named once",
+            "remedy": "list every image exactly once",
         }
         for number in (0, 2, 3)
     ]
@@ -286,43 +286,51 @@ TABLE = ("--mask-format", "rgb", "--colours", "{}/colours.yaml")
 RED = "ground: [0, 0, 0]\ncell: [255, 0, 0]\n"
 BAD_DATA: dict[str, tuple[Callable[[Folder], object], tuple[object, ...], str]] = {
     # folders and names
-    "no folder": (lambda f: shutil.rmtree(f / "images"), (), "images is no folder"),
-    "no folder of masks": (lambda f: shutil.rmtree(f / "masks"), (), "masks is no folder"),
+    "no folder": (lambda f: shutil.rmtree(f / "images"), (), "images is not a directory"),
+    "no folder of masks": (lambda f: shutil.rmtree(f / "masks"), (), "masks is not a directory"),
     "no picture": (
         lambda f: (f / "images" / "a.png").unlink(),
         (),
-        "images holds no picture (.bmp",
+        "images contains no images (.bmp",
     ),
-    "no mask at all": (lambda f: (f / "masks" / "a.png").unlink(), (), "masks holds no picture"),
-    "nothing pairs": (save_image(picture(), "b.png"), (), "b.png and a.png, for example; see --ma"),
+    "no mask at all": (lambda f: (f / "masks" / "a.png").unlink(), (), "masks contains no images"),
+    "nothing pairs": (
+        save_image(picture(), "b.png"),
+        (),
+        "(for example: b.png and a.png); see --ma",
+    ),
     "no mask": (lambda f: picture().save(f / "images" / "b.png"), (), "b.png has no mask in"),
-    "no partner": (lambda f: picture().save(f / "masks" / "c.png"), (), "c.png has no picture in"),
-    "two of a name": (lambda f: picture().save(f / "images" / "a.bmp"), (), "have one name"),
-    "a volume": (write("images/v.nii.gz", b"x"), (), "v.nii.gz is a volume; write its slices"),
-    "a slide": (write("images/s.svs", b"x"), (), "s.svs is a microscope's or slide scanner's"),
-    "one folder": (nothing, ("--masks", "{}/images"), "tell them apart with --mask-suffix"),
-    "a suffix none has": (nothing, ("--mask-suffix", "_mask"), "a.png and nothing, for example"),
-    "a pattern none has": (nothing, ("--pair-regex", r"(\d+)"), "nothing and nothing, for example"),
+    "no partner": (lambda f: picture().save(f / "masks" / "c.png"), (), "c.png has no image in"),
+    "two of a name": (lambda f: picture().save(f / "images" / "a.bmp"), (), "have the same name"),
+    "a volume": (write("images/v.nii.gz", b"x"), (), "v.nii.gz is a volume; export each slice"),
+    "a slide": (write("images/s.svs", b"x"), (), "s.svs is a microscope or slide scanner"),
+    "one folder": (nothing, ("--masks", "{}/images"), "distinguish them with --mask-suffix"),
+    "a suffix none has": (nothing, ("--mask-suffix", "_mask"), "(for example: a.png and nothing)"),
+    "a pattern none has": (
+        nothing,
+        ("--pair-regex", r"(\d+)"),
+        "(for example: nothing and nothing)",
+    ),
     # pictures
     "empty": (write("images/a.png", b""), (), "images/a.png is empty; repair or remove it"),
     "text": (
         write("images/a.png", b"hello, I am text"),
         (),
-        "a.png is no picture that can be read",
+        "a.png is not a readable image",
     ),
     "cut": (cut_picture, (), "images/a.png is damaged ("),
-    "bomb": (write("images/a.png", png_that_claims(60_000, 60_000)), (), "claims 60000 x 60000"),
+    "bomb": (write("images/a.png", png_that_claims(60_000, 60_000)), (), "declares 60000 x 60000"),
     "too many pixels": (
         nothing,
         ("--max-pixels", 300),
-        "a.png claims 20 x 16 pixels, more than 300",
+        "a.png declares 20 x 16 pixels, more than the limit of 300",
     ),
-    "frames": (frames, (), "a.gif holds 2 frames; add --frame 0"),
-    "no such frame": (frames, ("--frame", 2), "a.gif holds 2 frames, none 2; lower --frame"),
+    "frames": (frames, (), "a.gif has 2 frames; add --frame 0"),
+    "no such frame": (frames, ("--frame", 2), "a.gif has 2 frames, but --frame is 2"),
     "16 bit": (
         save_image(Image.fromarray(np.arange(7, 327, dtype=np.uint16).reshape(16, 20))),
         (),
-        "than 8 bits a pixel (mode I;16, values from 7 to 326); say what becomes black and white",
+        "than 8 bits per pixel (mode I;16, values from 7 to 326); choose which values become black",
     ),
     "float": (
         save_image(Image.fromarray(np.zeros((16, 20), np.float32)), "a.tif"),
@@ -330,25 +338,25 @@ BAD_DATA: dict[str, tuple[Callable[[Folder], object], tuple[object, ...], str]] 
         "a.tif has mode F, which is not supported; convert it to 8- or 16-bit grey",
     ),
     "transparent": (save_image(picture(mode="RGBA")), (), "transparent pixels; flatten it onto a"),
-    "turned": (turned, (), "was turned as its EXIF orientation says: --exif ignore leaves it"),
+    "turned": (turned, (), "was rotated by its EXIF orientation: add --exif ignore to keep"),
     "sizes": (
         save_mask(np.zeros((16, 21), np.uint8)),
         (),
-        "masks/a.png is 21 x 16, its picture",
+        "masks/a.png is 21 x 16, but its image",
     ),
     "shapes": (
         save_mask(np.zeros((16, 16), np.uint8)),
         ("--resize-mask",),
-        "a.png 20 x 16; neither is the other scaled: crop or pad one, or find the right mask",
+        "a.png is 20 x 16; their aspect ratios differ: crop or pad one, or find the right mask",
     ),
     # masks
-    "cut mask": (write("masks/a.png", b"\x89PNG"), (), "masks/a.png is no picture that can be re"),
+    "cut mask": (write("masks/a.png", b"\x89PNG"), (), "masks/a.png is not a readable image"),
     "not binary": (
         save_mask(levels(7, 7, 255)),
         (),
-        "a.png is not binary, it holds 0: 317 px, 7: 2 px, 255: 1 px; use --mask-threshold 128",
+        "a.png is not binary: it has 0: 317 px, 7: 2 px, 255: 1 px; use --mask-threshold 128",
     ),
-    "JPEG mask": (save_mask(levels(255), "a.jpg"), (), "is a JPEG, whose values are near the true"),
+    "JPEG mask": (save_mask(levels(255), "a.jpg"), (), "is a JPEG, whose values are not exact"),
     "colour mask": (
         save_mask(Image.new("RGB", (20, 16), (1, 2, 3))),
         (),
@@ -357,12 +365,12 @@ BAD_DATA: dict[str, tuple[Callable[[Folder], object], tuple[object, ...], str]] 
     "white is 0": (
         save_mask(paletted((255, 255, 255), (0, 0, 0))),
         (),
-        "a.png has white as its index 0, so background and foreground may be swapped; add --inv",
+        "a.png has white at palette index 0, so background and foreground may be swapped; add",
     ),
     "a value too many": (
         save_mask(levels(1, 2, 2)),
         INDEX,
-        "a.png holds values without a class: 2: 2 px; if these pixels do not count, add --ignore-",
+        "a.png has values without a class: 2: 2 px; to ignore these pixels, add --ignore-",
     ),
     "values too many": (
         save_mask(levels(1, 5, 6)),
@@ -373,7 +381,7 @@ BAD_DATA: dict[str, tuple[Callable[[Folder], object], tuple[object, ...], str]] 
     "two palettes": (
         two_palettes,
         ("--mask-format", "palette", *AB),
-        "b.png shows index 1 in (0, 255, 0), others in (255, 0, 0), so one number may mean two",
+        "b.png has (0, 255, 0) at palette index 1, other files have (255, 0, 0), so an index",
     ),
     "a colour without a class": (
         lambda f: (
@@ -381,7 +389,7 @@ BAD_DATA: dict[str, tuple[Callable[[Folder], object], tuple[object, ...], str]] 
             write("colours.yaml", RED)(f),
         ),
         TABLE,
-        "a.png holds colours without a class: (1, 2, 3): 320 px; name them in --colours",
+        "a.png has colours without a class: (1, 2, 3): 320 px; list them in --colours",
     ),
     # splits
     "a leak": (leak, SPLIT, "a.png (train) = b.png (val) are the same picture"),
@@ -389,53 +397,57 @@ BAD_DATA: dict[str, tuple[Callable[[Folder], object], tuple[object, ...], str]] 
     "a split file of two names": (
         write("split.csv", "name,split\na.png,val\n"),
         SPLIT,
-        "split.csv must begin with the line path,split or be called train.txt, val.txt or test",
+        "split.csv must start with the line path,split or be named train.txt, val.txt or test",
     ),
     "a split of its own": (
         write("split.csv", "path,split\na.png,holdout\n"),
         SPLIT,
-        "split.csv, line 2: 'holdout' is none of train, val, test; correct it",
+        "split.csv, line 2: 'holdout' is not one of train, val, test; correct it",
     ),
     "in two splits": (
         write("split.csv", "path,split\na.png,val\na.png,train\n"),
         SPLIT,
-        "line 3: a.png stands twice, in val (",
+        "line 3: a.png is listed twice, in val (",
     ),
     "in no split": (write("split.csv", "path,split\n"), SPLIT, "a.png is not in"),
     "a name too many": (
         write("split.csv", "path,split\na.png,val\nz.png,val\n"),
         SPLIT,
-        "line 3 lists z.png, which is not there; every picture must be named once",
+        "line 3 lists z.png, which is not one of the images; list every image exactly once",
     ),
     "a column too many": (
         write("split.csv", "path,split\na.png,val,x\n"),
         SPLIT,
-        "line 2 is not path,split: 'a.png,val,x'; correct it",
+        "line 2 is not of the form path,split: 'a.png,val,x'; correct it",
     ),
     "a split file in another code": (
         write("split.csv", b"path,split\n\xff\xfe.png,val\n"),
         SPLIT,
-        "split.csv is no text in UTF-8; save it as such",
+        "split.csv is not UTF-8 text; save it as UTF-8",
     ),
-    "no folder of a split": (nothing, ("--split-folders",), "a.png lies in no folder called train"),
+    "no folder of a split": (nothing, ("--split-folders",), "a.png is not in a folder named train"),
     "no group": (nothing, ("--group-by", "patient"), "a.png does not match --group-by 'patient'"),
     # lists of pairs
     "no list": (nothing, PAIRS, "pairs.txt: No such file or directory"),
-    "an empty list": (write("pairs.txt", "# nothing\n"), PAIRS, "pairs.txt lists no pair; write a"),
+    "an empty list": (
+        write("pairs.txt", "# nothing\n"),
+        PAIRS,
+        "pairs.txt lists no pairs; write a",
+    ),
     "half a pair": (
         write("pairs.txt", "images/a.png\n"),
         PAIRS,
-        "pairs.txt, line 1 holds 1 names, not a picture and its mask",
+        "pairs.txt, line 1: expected 2 names, an image and its mask, got 1",
     ),
     "a name with a space": (
         write("pairs.txt", "my a.png masks/a.png\n"),
         PAIRS,
-        "line 1 holds 3 names, not a picture and its mask; names with spaces need a .csv",
+        "line 1: expected 2 names, an image and its mask, got 3; names with spaces need a .csv",
     ),
     "a list of what is not there": (
         write("pairs.txt", "a.png a.png\nb.png a.png\n"),
         PAIRS,
-        "images/b.png is listed but is not there",
+        "images/b.png is listed but does not exist",
     ),
     "a picture listed twice": (
         write("pairs.txt", "a.png a.png\na.png a.png\n"),
@@ -445,7 +457,7 @@ BAD_DATA: dict[str, tuple[Callable[[Folder], object], tuple[object, ...], str]] 
     "a list in another code": (
         write("pairs.txt", b"\xff\xfe\x00 a\n"),
         PAIRS,
-        "pairs.txt is no text in UTF-8; save it as such",
+        "pairs.txt is not UTF-8 text; save it as UTF-8",
     ),
 }
 
@@ -525,9 +537,9 @@ BAD_FLAGS: dict[str, tuple[tuple[object, ...], str]] = {
     ),
     "a range too wide": (("--images", "i", "--image-range", 0, 70000), "within 0 65535"),
     "percentiles too wide": (("--images", "i", "--image-percentiles", 0, 101), "within 0 100"),
-    "a frame before the first": (("--images", "i", "--frame", -1), "--frame counts from 0, got -1"),
-    "resized to nothing": (("--images", "i", "--resize", 0), "--resize is a number of pixels, got"),
-    "no pixels": (("--images", "i", "--max-pixels", 0), "--max-pixels must be above 0, got 0"),
+    "a frame before the first": (("--images", "i", "--frame", -1), "--frame must be >= 0, got -1"),
+    "resized to nothing": (("--images", "i", "--resize", 0), "--resize must be >= 1 pixel, got"),
+    "no pixels": (("--images", "i", "--max-pixels", 0), "--max-pixels must be >= 1, got 0"),
     "workers": (("--images", "i", "--workers", -1), "--workers must not be below 0"),
     "an unknown alpha": (("--images", "i", "--alpha", "blend"), "blend"),
     "an unknown format": (("--images", "i", "--masks", "m", "--mask-format", "guess"), "guess"),
@@ -539,36 +551,36 @@ BAD_RULES: dict[str, tuple[tuple[object, ...], str]] = {
     "one class": (("index", "--classes", "one"), "there must be 2 to 255 classes, got 1"),
     "one name twice": (("index", "--classes", "a", "a"), "two classes have one name: a a"),
     "three for two": (("binary", "--classes", "a", "b", "c"), "binary masks have 2 classes, got 3"),
-    "values of another": (("binary", "--mask-values", 0, 1), "mask values belong to `values`"),
+    "values of another": (("binary", "--mask-values", 0, 1), "mask values apply to `values`"),
     "no values": (("values",), "--mask-format values needs --mask-values, that of class 0, 1, 2"),
     "values and names": (
         ("values", "--mask-values", 0, 1, "--classes", "a", "b", "c"),
-        "2 mask values for 3 classes; give one for each",
+        "2 mask values for 3 classes; give one per class",
     ),
     "a value twice": (
         ("values", "--mask-values", 4, 4, *AB),
-        "a mask value stands for two classes",
+        "each class needs a mask value of its own",
     ),
     "a value too high": (
         ("values", "--mask-values", 0, 65536),
-        "mask values are 0 to 65535, got 65",
+        "mask values must be 0 to 65535, got 65",
     ),
     "ignored and a class": (
         ("index", *AB, "--ignore-value", 1),
         "--ignore-value 1 is also the value of a class",
     ),
-    "inverted index": (("index", *AB, "--invert"), "--invert and --mask-threshold belong to"),
+    "inverted index": (("index", *AB, "--invert"), "--invert and --mask-threshold apply to"),
     "unknown of two": (
         ("binary", "--unknown", "ignore"),
-        "--unknown has no meaning for two classes",
+        "--unknown does not apply to two classes",
     ),
     "tolerance of indices": (
         ("index", *AB, "--tolerance", 2),
-        "--tolerance belongs to `values` and",
+        "--tolerance applies to `values` and",
     ),
     "too near": (
         ("values", "--mask-values", 0, 10, "--tolerance", 5),
-        "0 and 10 are 10 apart, too near for --tolerance 5",
+        "0 and 10 differ by 10, too little for --tolerance 5",
     ),
     "rgb without a table": (("rgb",), "--mask-format rgb and --colours FILE belong together"),
     "a table without rgb": (
@@ -576,27 +588,33 @@ BAD_RULES: dict[str, tuple[tuple[object, ...], str]] = {
         "--mask-format rgb and --colours FILE belo",
     ),
     "no such table": (("rgb", "--colours", "{}/no.yaml"), "no.yaml: No such file or directory"),
-    "a pattern that is none": (("binary", "--pair-regex", "("), "--pair-regex '(' is no pattern: "),
-    "a group that is none": (("binary", "--group-by", "["), "--group-by '[' is no pattern: "),
+    "a pattern that is none": (
+        ("binary", "--pair-regex", "("),
+        "--pair-regex '(' is not a regular expression: ",
+    ),
+    "a group that is none": (
+        ("binary", "--group-by", "["),
+        "--group-by '[' is not a regular expression: ",
+    ),
     "two ways to split": (
         ("binary", "--fold", "1/2", "--split-folders"),
-        "--fold and --split-folders both say the splits; give one of them",
+        "--fold and --split-folders both define the splits; use one of them",
     ),
     "fold 0": (("binary", "--fold", "0/5"), "--fold counts from 1 to n, got '0/5'"),
-    "one fold": (("binary", "--fold", "1/1"), "--fold is i/k: fold i, from 1 to k, of k folds"),
+    "one fold": (("binary", "--fold", "1/1"), "--fold must be i/k: fold i, from 1 to k, of k"),
     "half a fold": (("binary", "--fold", "2"), "--fold is i/n, such as 2/5, got '2'"),
-    "shares": (("binary", "--val-fraction", 1.5), "are shares, 0 to 1"),
+    "shares": (("binary", "--val-fraction", 1.5), "must be between 0 and 1"),
     "no training": (
         ("binary", "--val-fraction", 0.6, "--test-fraction", 0.4),
         "--val-fraction and --test-fraction leave nothing to train on",
     ),
     "a share beside folds": (
         ("binary", "--fold", "1/2", "--val-fraction", 0.3),
-        "--val-fraction does nothing beside --fold; leave one out",
+        "--val-fraction has no effect with --fold; remove one of them",
     ),
     "a test share beside folders": (
         ("binary", "--split-folders", "--test-fraction", 0.3),
-        "--test-fraction does nothing beside --split-folders; leave one out",
+        "--test-fraction has no effect with --split-folders; remove one of them",
     ),
     "names beside a list": (
         ("binary", "--pairs", "p.txt", "--mask-suffix", "_m"),
@@ -625,9 +643,13 @@ BAD_TABLES = {
     "one colour twice": (
         "yaml",
         "a: [1, 1, 1]\nb: [1, 1, 1]\n",
-        "(1, 1, 1) and (1, 1, 1) are 0 ap",
+        "(1, 1, 1) is listed twice",
     ),
-    "three and four": ("yaml", "a: [1, 1, 1]\nb: [2, 2, 2, 0]\n", "give all colours three numbers"),
+    "three and four": (
+        "yaml",
+        "a: [1, 1, 1]\nb: [2, 2, 2, 0]\n",
+        "either all colours have three numbers",
+    ),
     "one class": (
         "yaml",
         "a: [1, 1, 1]\nignore: [2, 2, 2]\n",

@@ -59,7 +59,7 @@ def test_the_exit_code_is_the_verbs(tmp_path: Path) -> None:
     folders = ("--images", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out"))
     ended = unet("pack", *folders)
     assert ended.returncode == 1
-    assert ended.stderr == f"unet pack: {tmp_path / 'nowhere'} is no folder\n"
+    assert ended.stderr == f"unet pack: {tmp_path / 'nowhere'} is not a directory\n"
 
 
 @pytest.mark.parametrize("verb", cli.VERBS)

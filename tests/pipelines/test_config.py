@@ -269,4 +269,4 @@ def test_the_positional_of_separate_can_stand_in_a_file(file, call, tmp_path: Pa
     path = file(f"folder: {tmp_path / 'nowhere'}\nout: {tmp_path / 'out'}\nmask_suffix: _m\n")
     ended = call("separate", "--config", path)
     assert ended.code == 1
-    assert ended.err == f"unet separate: {tmp_path / 'nowhere'} is no folder\n"
+    assert ended.err == f"unet separate: {tmp_path / 'nowhere'} is not a directory\n"

@@ -16,7 +16,7 @@ from pipelines import evaluate, per_image
 from pipelines.checkpoint import load_model
 from pipelines.gallery import GAP, IGNORED, WRONG
 from pipelines.per_image import Coming, ImageCounts
-from shards.index import read_index
+from shards.index import read_offsets
 from unet import confusion_per_image
 
 
@@ -143,7 +143,7 @@ def test_each_picture_has_a_line_as_worked_out_by_hand(hand, call, tmp_path: Pat
     assert ended.code == 0, ended.err
     assert "scores.csv" in ended.out
     lines = read_csv(tmp_path / "out" / "scores.csv")
-    order = [read_index(data / "val-000000.tar")[row].key for row in range(3)]
+    order = [read_offsets(data / "val-000000.tar")[row].key for row in range(3)]
     assert [line["key"] for line in lines] == order
     assert {(line["width"], line["height"]) for line in lines} == {("6", "1")}
     a, b, c = sorted(lines, key=lambda line: line["key"])
@@ -393,7 +393,7 @@ def test_the_scores_of_a_run_lie_in_its_folder_and_are_those_of_its_best(
 def test_a_split_that_is_missing_names_those_there_are(trained, shards, call) -> None:
     ended = call("evaluate", "--checkpoint", trained, "--data", shards, "--split", "test")
     assert ended.code == 1
-    assert "has no samples in the split 'test', only in: train, val" in ended.err
+    assert "has no samples in the split 'test'; splits with samples: train, val" in ended.err
 
 
 @pytest.mark.parametrize(
@@ -437,7 +437,7 @@ def test_a_picture_that_does_not_decode_is_never_skipped(
     data = tmp_path / "data"
     shutil.copytree(shards, data)
     path = data / "val-000001.tar"
-    entry = read_index(path)[0]
+    entry = read_offsets(path)[0]
     with path.open("r+b") as file:
         file.seek(entry.image.offset)
         file.write(bytes(16))
@@ -463,7 +463,7 @@ def test_a_flipped_byte_is_found_by_verify_shards_alone(
         # Only the split that is scored is read.
         ended = call("evaluate", *told, "--verify-shards")
         assert ended.code == code
-    assert f"{path} is not what the manifest says (sha256); copy or pack it again" in ended.err
+    assert f"{path} does not match the manifest (sha256); copy or pack it again" in ended.err
 
 
 def test_a_checkpoint_that_is_no_folder_needs_a_place_for_its_scores(
@@ -478,6 +478,6 @@ def test_a_checkpoint_that_is_no_folder_needs_a_place_for_its_scores(
 
 def test_a_folder_that_is_no_data_set_is_refused(trained: Path, call, tmp_path: Path) -> None:
     ended = call("evaluate", "--checkpoint", trained, "--data", tmp_path / "nowhere")
-    assert (ended.code, "is no folder of shards: it does not exist" in ended.err) == (1, True)
+    assert (ended.code, "does not exist or is not a directory" in ended.err) == (1, True)
     ended = call("evaluate", "--checkpoint", trained, "--data", tmp_path)
-    assert (ended.code, "is no data set: it has no index.json" in ended.err) == (1, True)
+    assert (ended.code, "is not a data set: index.json is missing" in ended.err) == (1, True)

@@ -269,7 +269,7 @@ def test_pictures_are_no_predictions(shards, cells: Path, call, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda masks: (masks / "index.json").unlink(), "is no data set: it has no index.json"),
+        (lambda masks: (masks / "index.json").unlink(), "is not a data set: index.json is missing"),
         (
             lambda masks: (masks / "job.json").write_text("{"),
             "job.json is damaged; predict into another --out",

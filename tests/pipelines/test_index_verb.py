@@ -12,7 +12,7 @@ import pytest
 import webdataset
 from PIL import Image
 
-from shards.index import Manifest, read_index, read_manifest
+from shards.index import Manifest, read_manifest, read_offsets
 from shards.order import EvalPlan
 from shards.reader import SampleSource, ShardReader
 from shards.sample import Sample
@@ -216,7 +216,7 @@ def test_a_dot_in_a_name_belongs_to_the_key(indexed, tmp_path: Path) -> None:
     tar(tmp_path / "a.tar", members)
     manifest = indexed(tmp_path, *CLASSES, "--mask-ext", "seg.png")
     assert_holds(tmp_path, manifest, "train", members, "seg.png")
-    assert read_index(tmp_path / "a.tar")[0].key == "img_0.5um"
+    assert read_offsets(tmp_path / "a.tar")[0].key == "img_0.5um"
 
 
 def test_members_of_a_sample_may_lie_apart(indexed, tmp_path: Path) -> None:
@@ -270,7 +270,7 @@ def test_16_bits_by_the_declared_range(indexed, refused, tmp_path: Path) -> None
     deep = np.arange(12 * 16, dtype=np.uint16).reshape(12, 16) * 100
     tar(tmp_path / "a.tar", {"a.png": encoded(deep), "a.mask.png": mask(0)})
     said = refused(tmp_path)
-    assert "a.png has more than 8 bits a pixel (mode I;16, values from 0 to 19100); say" in said
+    assert "a.png has more than 8 bits per pixel (mode I;16, values from 0 to 19100)" in said
     manifest = indexed(tmp_path, *CLASSES, "--image-percentiles", 0, 100)
     assert manifest.image_format.range == (0, 19100)
     (sample,) = samples(tmp_path, manifest, "train")
@@ -329,7 +329,7 @@ def test_a_json_goes_in_where_it_says_nothing_false(
     ended = index(tmp_path / "data", *CLASSES)
     assert ended.code == 0
     assert ("1 other members are passed over: .json (1)" in ended.out) == (not taken)
-    assert (read_index(tmp_path / "data" / "a.tar")[0].info is not None) == taken
+    assert (read_offsets(tmp_path / "data" / "a.tar")[0].info is not None) == taken
     assert call("unpack", "--data", tmp_path / "data", "--out", tmp_path / "out").code == 0
     assert set(content(tmp_path / "out")) == {"images/d/a.png", "masks/d/a.png"}
 
@@ -455,12 +455,12 @@ def ends_at(path: Path, members: Members) -> int:
 @pytest.mark.parametrize(
     ("cut", "said"),
     [
-        (lambda end: end, "is cut: it ends after 4 members, unclosed"),
-        (lambda end: end + 100, "is cut: it ends after 4 members, unclosed"),
-        (lambda end: end - 1, "is cut or no tar (unexpected end of data)"),
-        (lambda end: end - 450, "is cut or no tar (unexpected end of data)"),
-        (lambda end: 300, "is cut or no tar (truncated header)"),
-        (lambda end: 0, "is cut or no tar (empty file)"),
+        (lambda end: end, "is truncated: no end marker after 4 members"),
+        (lambda end: end + 100, "is truncated: no end marker after 4 members"),
+        (lambda end: end - 1, "is truncated or not a tar (unexpected end of data)"),
+        (lambda end: end - 450, "is truncated or not a tar (unexpected end of data)"),
+        (lambda end: 300, "is truncated or not a tar (truncated header)"),
+        (lambda end: 0, "is truncated or not a tar (empty file)"),
     ],
 )
 def test_a_cut_tar_is_refused(cut, said: str, refused, tmp_path: Path) -> None:
@@ -475,7 +475,7 @@ def test_a_tar_cut_in_a_later_header_is_refused(refused, tmp_path: Path) -> None
     end = ends_at(path, pairs("a"))
     tar(path, pairs("a", "b"))
     path.write_bytes(path.read_bytes()[: end + 300])
-    assert refused(tmp_path).startswith("a.tar is cut: it ends after 2 members, unclosed; copy")
+    assert refused(tmp_path).startswith("a.tar is truncated: no end marker after 2 members; copy")
 
 
 def test_a_damaged_header_is_refused(refused, tmp_path: Path) -> None:
@@ -485,7 +485,7 @@ def test_a_damaged_header_is_refused(refused, tmp_path: Path) -> None:
     data[end] ^= 1
     path.write_bytes(data)
     assert refused(tmp_path).startswith(
-        f"a.tar is damaged at byte {end:,}, where a header should be; copy or write it again"
+        f"a.tar is damaged: no tar header at byte {end:,}; copy or write it again"
     )
 
 
@@ -494,7 +494,7 @@ def test_joined_tars_are_refused(refused, tmp_path: Path) -> None:
     whole = (tmp_path / "a.tar").read_bytes()
     (tmp_path / "a.tar").write_bytes(whole + whole)
     assert refused(tmp_path).startswith(
-        f"a.tar goes on after its end at byte {end:,}, as joined tars do; part it, or write it"
+        f"a.tar has data after its end marker at byte {end:,}, as concatenated tars do; split it"
     )
 
 
@@ -504,8 +504,8 @@ def grey(value: int, **options: Any) -> bytes:
 
 REPACK = "extract the tar and pack its files (unet pack, see --mask-suffix)"
 SPACE = (
-    "has white space in its name, or is not UTF-8, and the words of an .idx are parted by spaces; "
-    "rename it"
+    "has whitespace in its name or is not UTF-8, but the fields of an .idx are separated by "
+    "spaces; rename it"
 )
 
 
@@ -514,18 +514,18 @@ SPACE = (
     [
         ({"b.png": picture(1)}, "b.png has no mask; see --image-ext and --mask-ext"),
         ({"b.mask.png": mask(1)}, "b.mask.png has no picture; see --image-ext and --mask-ext"),
-        ({"./a.png": picture(1)}, "./a.png and a.png are two pictures of one key; keep one"),
-        ({"a.jpg": picture(1)}, "a.jpg and a.png are two pictures of one key; keep one of them"),
-        ({"a.MASK.png": mask(1)}, "a.MASK.png and a.mask.png are two masks of one key; keep one"),
-        ({"../b.png": picture(1)}, "'../b.png' is a path that leaves the folder; write the tar"),
-        ({"/b.png": picture(1)}, "'/b.png' is a path that leaves the folder; write the tar"),
+        ({"./a.png": picture(1)}, "./a.png and a.png are two images of the same key; keep one"),
+        ({"a.jpg": picture(1)}, "a.jpg and a.png are two images of the same key; keep one"),
+        ({"a.MASK.png": mask(1)}, "a.MASK.png and a.mask.png are two masks of the same key; keep"),
+        ({"../b.png": picture(1)}, "'../b.png' would be extracted outside the target folder"),
+        ({"/b.png": picture(1)}, "'/b.png' would be extracted outside the target folder"),
         (pairs("b c"), f"'b c.png' {SPACE}"),
         (pairs("b\nc"), f"'b\\nc.png' {SPACE}"),
         (pairs("b\u2028c"), f"'b\\u2028c.png' {SPACE}"),
         (pairs("b\udcffc"), f"'b\\udcffc.png' {SPACE}"),
         (
             {"b.png": b"nothing", "b.mask.png": mask(1)},
-            "b.png is no picture that can be read; repair or remove it",
+            "b.png is not a readable image; repair or remove it",
         ),
         (
             {"b.png": picture(1)[:200], "b.mask.png": mask(1)},
@@ -578,8 +578,8 @@ SPACE = (
                 "b.png": encoded(np.zeros((12, 16, 4), np.uint8)),
                 "b.mask.png": mask(1),
             },
-            "b.png has transparent pixels; flatten it onto a background, or take the colours under "
-            "them: --alpha drop",
+            "b.png has transparent pixels; flatten it onto a background, or add --alpha drop to "
+            "keep them in their colour",
         ),
     ],
 )
@@ -670,7 +670,7 @@ def test_a_data_set_is_not_indexed_twice(refused, indexed, tmp_path: Path) -> No
 def test_compressed_shards_are_refused(name: str, refused, tmp_path: Path) -> None:
     path = tar(tmp_path / "a", pairs("a"))
     (tmp_path / name).write_bytes(gzip.compress(path.read_bytes()))
-    assert f"{name} is compressed; decompress it: samples are read by their place" in refused(
+    assert f"{name} is compressed; decompress it: samples are read by byte offset" in refused(
         tmp_path
     )
 

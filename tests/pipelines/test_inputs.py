@@ -12,7 +12,7 @@ from pipelines.inputs import find_inputs
 from pipelines.readers import Names
 from shards.images import ImageFormat, decode_image
 from shards.index import Manifest, ShardInfo, SplitInfo, write_manifest
-from shards.pairs import ProblemsError
+from shards.pairs import AggregateDataError
 from shards.sample import DataError, encode_key
 from shards.store import Store
 from shards.writer import ShardWriter
@@ -265,9 +265,9 @@ def test_two_pictures_that_would_have_one_result_are_refused(tree):
 def test_all_pictures_that_would_have_one_result_are_named(tree):
     for name in ("b.jpg", "b.tif", "x/y/c.png", "b.jpg.png"):
         (tree / name).write_bytes(b"")
-    with pytest.raises(ProblemsError) as caught:
+    with pytest.raises(AggregateDataError) as caught:
         find_inputs(str(tree))
-    assert caught.value.lines == [
+    assert caught.value.problems == [
         f"{tree / 'b.jpg'} and b.png would write the same output",
         f"{tree / 'b.jpg'} and b.tif would write the same output",
         f"{tree / 'x/y/c.png'} and x/y/c.tif would write the same output",

@@ -12,7 +12,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 import shards.store
 from pipelines.inputs import find_inputs
-from shards.pairs import ProblemsError
+from shards.pairs import AggregateDataError
 from shards.sample import DataError, encode_key
 
 
@@ -141,9 +141,9 @@ def test_tars_of_a_data_set_give_the_keys_of_the_data_set(shards: Path):
 
 def test_pictures_of_two_tars_that_would_have_one_result_are_named(place):
     put(place, "z.tar", tar({"000.png": b"", "./deep/one.two/x.webp": b""}))
-    with pytest.raises(ProblemsError) as caught:
+    with pytest.raises(AggregateDataError) as caught:
         find_inputs(place)
-    assert sorted(caught.value.lines) == [
+    assert sorted(caught.value.problems) == [
         f"{place}/below/data-000001.tar: deep/one.two/x.png and {place}/z.tar: "
         "./deep/one.two/x.webp would write the same output",
         f"{place}/data-000000.tar: 000.jpg and {place}/z.tar: 000.png would write the same output",
@@ -172,9 +172,10 @@ def test_members_that_cannot_be_read_are_errors_of_their_own(place):
         said.append(str(caught.value))
     assert said == [
         f"{place}/bad.tar: 'link.png' is a link, device or sparse file; write the tar without it",
-        f"{place}/bad.tar: '../up.png' is a path that leaves the folder; write the tar without it",
-        f"{place}/bad.tar: 'my pic.png' has white space in its name, or is not UTF-8, and the "
-        "words of an .idx are parted by spaces; rename it",
+        f"{place}/bad.tar: '../up.png' would be extracted outside the target folder; write the "
+        "tar without it",
+        f"{place}/bad.tar: 'my pic.png' has whitespace in its name or is not UTF-8, but the "
+        "fields of an .idx are separated by spaces; rename it",
     ]
 
 
@@ -186,7 +187,7 @@ def test_a_damaged_tar_is_refused_before_anything_is_done(place, damage):
         "compressed": b"\x1f\x8b" + bytes(2000),
     }[damage]
     put(place, "bad.tar", data)
-    with pytest.raises(DataError, match=f"{place}/bad.tar is (cut|compressed)"):
+    with pytest.raises(DataError, match=f"{place}/bad.tar is (truncated|compressed)"):
         find_inputs(place)
 
 

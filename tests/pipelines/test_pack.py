@@ -17,7 +17,7 @@ import webdataset
 from PIL import Image
 
 from shards.images import ImageFormat
-from shards.index import read_index, read_manifest
+from shards.index import read_manifest, read_offsets
 from shards.masks import default_palette, encode_mask
 from shards.pairs import hash_fraction
 from shards.sample import DataError
@@ -98,7 +98,7 @@ def test_a_sample_is_its_pictures_own_bytes_with_a_canonical_mask(
 
 def test_the_index_files_point_at_the_members(shards: Path) -> None:
     for shard in sorted(shards.glob("*.tar")):
-        data, index = shard.read_bytes(), read_index(shard)
+        data, index = shard.read_bytes(), read_offsets(shard)
         with tarfile.open(shard) as tar:
             expected = {m.name: tar.extractfile(m).read() for m in tar}  # type: ignore[union-attr]
         found = {
@@ -530,7 +530,7 @@ def test_transparent_pixels_are_taken_in_their_colour_on_request(pair, call, sam
     assert manifest.image_format.alpha == "drop"
     np.testing.assert_array_equal(sample.image, pixels[..., :3])
     assert sample.raw.image == (pair / "images" / "b.png").read_bytes()
-    assert "1 pictures have transparent pixels; the alpha is kept" in said
+    assert "1 pictures have transparent pixels; alpha is kept" in said
 
 
 @pytest.mark.parametrize("frame", [0, 1])
@@ -540,7 +540,7 @@ def test_the_frame_that_was_asked_for_is_taken(frame: int, pair: Path, call, sam
     _, sample, said = pack_picture(pair, image, call, samples, "--frame", frame, **stack)
     assert (sample.image == (5, 99)[frame]).all()
     assert sample.raw.extension == "png"
-    assert "1 pictures with several frames are stored as one frame" in said
+    assert "1 pictures with several frames are stored as a single frame" in said
 
 
 def test_an_orientation_is_ignored_on_request(pair: Path, call, samples) -> None:
@@ -550,7 +550,7 @@ def test_an_orientation_is_ignored_on_request(pair: Path, call, samples) -> None
     image = Image.fromarray(pixels)
     _, sample, said = pack_picture(pair, image, call, samples, "--exif", "ignore", exif=exif)
     np.testing.assert_array_equal(sample.image, pixels)
-    assert "are stored as their pixels lie" in said
+    assert "are stored unrotated" in said
 
 
 def test_pictures_are_scaled_down_and_their_masks_follow(pair: Path, call, samples) -> None:
@@ -562,7 +562,7 @@ def test_pictures_are_scaled_down_and_their_masks_follow(pair: Path, call, sampl
     np.testing.assert_array_equal(sample.mask, mask[1::2, 1::2])
     ((size),) = manifest.splits[sample.split].sizes
     assert (size.width, size.height) == (10, 8)
-    assert sample.raw.describe()["width"] == 10
+    assert sample.raw.parse_info()["width"] == 10
     assert "1 pictures are scaled down" in said
 
 
@@ -574,7 +574,7 @@ def test_masks_of_another_size_are_brought_to_their_pictures_on_request(
     Image.fromarray(mask).save(pair / "masks" / "a.png")
     ended = call("pack", *flags(pair, pair / "out", "--resize-mask"))
     assert ended.code == 0, ended.err
-    assert "  1 pictures have a mask of another size, brought to theirs" in ended.out
+    assert "  1 pictures have a mask of another size, resized to theirs" in ended.out
     expected = np.repeat(np.repeat(mask // 255, 2, axis=0), 2, axis=1)
     np.testing.assert_array_equal(samples(pair / "out")["a.png"].mask, expected)
 
@@ -705,8 +705,8 @@ def test_what_is_good_is_packed_and_the_rest_listed(flawed: Path, kept, samples)
     assert len(lines) == 7
     said = (
         *("p003.png is empty", "p008.png is empty", "p020.png is empty"),
-        *("p011.png is not binary", "p012.png is 5 x 5, its picture"),
-        *("p013.png has no mask in", "q013.png has no picture in"),
+        *("p011.png is not binary", "p012.png is 5 x 5, but its image"),
+        *("p013.png has no mask in", "q013.png has no image in"),
     )
     for words in said:
         assert len([line for line in lines if words in line]) == 1
@@ -916,11 +916,11 @@ def test_an_index_that_headers_hid_is_an_error_when_it_is_read(pair: Path, call,
     (pair / "masks" / f"{name}.png").write_bytes(encode_mask(levels(1, 2, 3), palette))
     told = flags(pair, pair / "full", "--val-fraction", 0, *NAMES, mask_format="index")
     ended = call("pack", *told)
-    assert (ended.code, "holds values without a class: 3: 1 px" in ended.err) == (1, True)
+    assert (ended.code, "has values without a class: 3: 1 px" in ended.err) == (1, True)
     told = (*told, "--out", pair / "headers", "--verify", "headers")
     ended = call("pack", *told)
     assert ended.code == 0, ended.err
-    with pytest.raises(DataError, match=rf"{name} holds values without a class: 3: 1 px"):
+    with pytest.raises(DataError, match=rf"{name} has values without a class: 3: 1 px"):
         samples(pair / "headers")
 
 
@@ -1132,7 +1132,7 @@ def test_all_bad_files_are_named_at_once(draw, call, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("pixels", "more", "said"),
     [
-        (levels(1, 2, 2), ("--classes", "a", "b"), "without a class: 2: 2 px; if these pixels do"),
+        (levels(1, 2, 2), ("--classes", "a", "b"), "without a class: 2: 2 px; to ignore these"),
         (levels(1, 5, 6), ("--classes", "a", "b"), "5: 1 px, 6: 1 px; 2 classes allow 0 to 1"),
         (levels(1, 2), ("--classes", "a", "b"), "add --ignore-value 2"),
     ],
@@ -1149,26 +1149,26 @@ def test_a_value_without_a_class_is_named_with_its_pixel_count(
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (("--val-fraction", 1.5), "are shares, 0 to 1"),
+        (("--val-fraction", 1.5), "must be between 0 and 1"),
         (("--val-fraction", 0.6, "--test-fraction", 0.4), "leave nothing to train on"),
         (("--samples-per-shard", 0), "must be above 0"),
         (("--workers", -1), "--workers must not be below 0"),
         (("--mask-format", "index"), "--mask-format index needs --classes"),
         (("--classes", "a", "b", "c"), "binary masks have 2 classes, got 3 names"),
         (("--classes", "a", "a"), "two classes have one name: a a"),
-        (("--mask-values", 0, 1), "mask values belong to `values`; the format is `binary`"),
-        (("--ignore-value", 65536), "mask values are 0 to 65535, got 65536"),
+        (("--mask-values", 0, 1), "mask values apply to `values` only; the format is `binary`"),
+        (("--ignore-value", 65536), "mask values must be 0 to 65535, got 65536"),
         (
             ("--mask-format", "values", "--mask-values", 0, 1, "--classes", "a", "b", "c"),
             "2 mask values for 3 classes",
         ),
         (
             ("--mask-format", "values", "--mask-values", 4, 4, "--classes", "a", "b"),
-            "a mask value stands for two classes",
+            "each class needs a mask value of its own",
         ),
         (
             ("--mask-format", "index", "--classes", "a", "b", "--invert"),
-            "--invert and --mask-threshold belong to `binary`",
+            "--invert and --mask-threshold apply to `binary`",
         ),
         (("--mask-format", "index", "--classes", "one"), "there must be 2 to 255 classes, got 1"),
         (("--mask-format", "palette"), "--mask-format palette needs --classes"),
@@ -1208,11 +1208,11 @@ def test_classes_of_unlabelled_pictures_do_no_harm(pair: Path, call) -> None:
 @pytest.mark.parametrize(
     ("lines", "said"),
     [
-        (b"name,split\na.png,val\n", "must begin with the line path,split"),
-        (b"path,split\na.png,holdout\n", "line 2: 'holdout' is none of train, val, test"),
-        (b"path,split\na.png,val\na.png,train\n", "line 3: a.png stands twice, in val ("),
+        (b"name,split\na.png,val\n", "must start with the line path,split"),
+        (b"path,split\na.png,holdout\n", "line 2: 'holdout' is not one of train, val, test"),
+        (b"path,split\na.png,val\na.png,train\n", "line 3: a.png is listed twice, in val ("),
         (b"path,split\n", "a.png is not in"),
-        (b"path,split\na.png,val\nb.png,val\n", "lists b.png, which is not there"),
+        (b"path,split\na.png,val\nb.png,val\n", "lists b.png, which is not one of the images"),
         (None, "No such file or directory"),
         (b"path,split\n\xff\xfe.png,val\n", "split.csv"),
     ],
@@ -1244,14 +1244,14 @@ def test_pictures_and_masks_in_one_folder_need_to_be_parted(pair: Path, call) ->
     folders = ("--images", pair / "images", "--masks", pair / "images", "--out", pair / "out")
     ended = call("pack", *folders, "--mask-format", "binary")
     assert ended.code == 1
-    assert "part them: unet separate" in ended.err
+    assert "split the folder with unet separate" in ended.err
 
 
 def test_a_file_cannot_be_the_folder_for_the_shards(pair: Path, call) -> None:
     (pair / "out").write_text("")
     ended = call("pack", *flags(pair, pair / "out"))
     assert ended.code == 1
-    assert "out is a file, not a folder; choose another --out" in ended.err
+    assert "out is a file, not a directory; choose another --out" in ended.err
 
 
 def test_a_name_that_is_not_text_is_packed_and_said(pair: Path, call) -> None:

@@ -14,8 +14,8 @@ from PIL import Image
 from pipelines import pack
 from pipelines.config import RunError
 from pipelines.pack import PackConfig
-from shards.border import border_map
-from shards.index import read_index, read_manifest
+from shards.border import compute_border_map
+from shards.index import read_manifest, read_offsets
 from tests.conftest import flags
 
 SIGMA = ("--border-sigma", 5)
@@ -60,7 +60,7 @@ def test_every_sample_holds_the_map_of_its_mask(bordered: Path, samples) -> None
     assert len(found) == 9
     for sample in found.values():
         border = sample.raw.decode_border((48, 40))
-        assert np.array_equal(border, border_map(sample.mask, (1, 2), 5))
+        assert np.array_equal(border, compute_border_map(sample.mask, (1, 2), 5))
         assert border.max() > 100
 
 
@@ -90,7 +90,7 @@ def test_the_manifest_says_what_the_maps_are(bordered: Path) -> None:
 
 def test_the_index_files_point_at_the_maps(bordered: Path) -> None:
     for shard in sorted(bordered.glob("*.tar")):
-        data, index = shard.read_bytes(), read_index(shard)
+        data, index = shard.read_bytes(), read_offsets(shard)
         with tarfile.open(shard) as tar:
             expected = {m.name: tar.extractfile(m).read() for m in tar}  # type: ignore[union-attr]
         entries = [index[row] for row in range(len(index))]
@@ -148,7 +148,7 @@ def test_maps_are_made_of_the_classes_that_were_named(
     assert ended.code == 0, ended.err
     assert read_manifest(tmp_path / "out").border_classes == ("nucleus",)
     for sample in samples(tmp_path / "out").values():
-        expected = border_map(sample.mask, (2,), 5)
+        expected = compute_border_map(sample.mask, (2,), 5)
         assert np.array_equal(sample.raw.decode_border((48, 40)), expected)
 
 
@@ -157,7 +157,7 @@ def test_maps_are_made_of_the_mask_as_it_is_stored(dots: Path, call, samples, tm
     assert ended.code == 0, ended.err
     for sample in samples(tmp_path / "out").values():
         border = sample.raw.decode_border((24, 20))
-        assert np.array_equal(border, border_map(sample.mask, (1, 2), 5))
+        assert np.array_equal(border, compute_border_map(sample.mask, (1, 2), 5))
 
 
 # ---- the same bytes
@@ -221,8 +221,11 @@ def test_a_pack_goes_on_with_the_same_maps_only(
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (("--border-sigma", 0), "--border-sigma is a width in pixels above 0, got 0.0"),
-        (("--border-sigma", "nan"), "--border-sigma is a width in pixels above 0, got nan"),
+        (("--border-sigma", 0), "--border-sigma must be a finite number of pixels > 0, got 0.0"),
+        (
+            ("--border-sigma", "nan"),
+            "--border-sigma must be a finite number of pixels > 0, got nan",
+        ),
         (("--border-classes", "cell"), "--border-classes needs --border-sigma"),
         (
             (*SIGMA, "--border-classes", "cells"),

@@ -192,7 +192,7 @@ def test_of_an_animated_canonical_mask_one_frame_is_stored(call, samples, tmp_pa
     told = flags(folder, tmp_path / "out", "--classes", *NAMES, mask_format="index")
     ended = call("pack", *told)
     assert ended.code == 1
-    assert "masks/a.png holds 2 frames" in ended.err
+    assert "masks/a.png has 2 frames" in ended.err
     ended = call("pack", *told, "--frame", 0)
     assert ended.code == 0, ended.err
     sample = samples(tmp_path / "out")["a.png"]
@@ -238,7 +238,7 @@ def test_a_listed_file_without_a_pictures_ending_is_refused(name: str, call, tmp
     (tmp_path / "pairs.csv").write_text(f"image,mask\n{name},mask.png\n")
     told = ("--pairs", tmp_path / "pairs.csv", "--mask-format", "index", "--classes", *NAMES)
     ended = call("pack", *told, "--workers", 1, "--out", tmp_path / "out")
-    assert f"{tmp_path / name} is no picture by its ending" in one_line(ended, "pack")
+    assert f"{tmp_path / name} does not have an image extension" in one_line(ended, "pack")
     assert not (tmp_path / "out" / "index.json").exists()
 
 
@@ -292,7 +292,9 @@ def test_pictures_of_kinds_that_are_not_read_are_refused_by_name(
         Image.fromarray(noise(0)).save(path)
     for given in (flags(folder, tmp_path / "out"), ("--images", folder / "images")):
         ended = call("pack", *given, "--out", tmp_path / "out", "--workers", 1)
-        assert f"images/other.{extension} is a picture of a kind" in one_line(ended, "pack")
+        assert f"images/other.{extension} is an image in an unsupported format" in one_line(
+            ended, "pack"
+        )
         assert not (tmp_path / "out" / "index.json").exists()
 
 

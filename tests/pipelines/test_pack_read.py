@@ -99,7 +99,7 @@ def test_what_is_packed_is_what_is_read(call, drawn, most) -> None:
             plan = EvalPlan(tuple(s.samples for s in split.shards), chunk=1, rank=0, world=1)
             for (raw,) in SampleSource(ShardReader(folder / "out", split.shards), plan):
                 sample = raw.decode(form, len(manifest.classes))
-                source = str(raw.describe()["source"])
+                source = str(raw.parse_info()["source"])
                 assert raw.image == (folder / "images" / source).read_bytes()
                 found[source] = sample.image, sample.mask
         assert found.keys() == expected.keys()

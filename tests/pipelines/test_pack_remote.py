@@ -154,7 +154,7 @@ def test_an_upload_that_fails_is_said_and_goes_on_later(
     s3fs.S3FileSystem.clear_instance_cache()
     assert ended.code == 1
     assert "Traceback" not in ended.err
-    assert "the line is cut; check address, credentials and network, the same" in ended.err
+    assert "the line is cut; check address, credentials and network, then" in ended.err
     assert {name for name in objects(url) if name.endswith(".tar")} == there
     assert "index.json" not in objects(url)
     assert call("pack", *told).code == 0
@@ -171,4 +171,4 @@ def test_an_endpoint_where_nobody_listens_is_said_in_one_line(
     assert process.returncode == 1
     ((line),) = complaint.splitlines()
     assert line.startswith("unet pack: s3://bucket/gone")
-    assert "the same command goes on" in line
+    assert "rerun the same command to resume" in line

@@ -73,7 +73,7 @@ def results(out: Path) -> dict[str, tuple[np.ndarray, dict[str, Any]]]:
             assert raw.mask is not None
             mask = Image.open(io.BytesIO(raw.mask))
             assert mask.mode == "P"
-            info = raw.describe()
+            info = raw.parse_info()
             found[info["source"]] = (np.asarray(mask), info)
     return found
 
@@ -418,7 +418,7 @@ def test_what_cannot_be_read_is_listed_and_the_job_goes_on(
     for (name, reason), line in zip(
         [
             ("p001.png", "is empty"),
-            ("p002.png", "is no picture that can be read"),
+            ("p002.png", "is not a readable image"),
             ("p004.png", "is damaged"),
             ("p900.png", "has transparent pixels"),
             ("p901.png", "cannot be read: No such file or directory"),

@@ -51,7 +51,7 @@ def read(out: Path) -> dict[str, tuple[np.ndarray, dict[str, Any]]]:
     for number, shard in enumerate(split.shards):
         for row in range(shard.samples):
             raw = reader.read(Address(0, number, row))
-            info = raw.describe()
+            info = raw.parse_info()
             found[info["source"]] = (np.asarray(Image.open(io.BytesIO(raw.mask))), info)
     return found
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shards.index import read_index
+from shards.index import read_offsets
 
 pytestmark = pytest.mark.ranks
 
@@ -112,7 +112,7 @@ def test_the_same_samples_are_skipped_and_counted_over_ranks(
     shutil.copytree(uneven, data)
     for path in sorted(data.glob("train-*.tar")):
         with path.open("r+b") as file:
-            file.seek(read_index(path)[0].image.offset)
+            file.seek(read_offsets(path)[0].image.offset)
             file.write(bytes(16))
     skip = ("--bad-samples", "skip", "--max-bad-share", 1, "--eval-every", 100)
     given = [*training(data, tmp_path / "1", tiny), *skip, "--workers", 0]

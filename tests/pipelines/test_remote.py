@@ -24,9 +24,9 @@ from pipelines.augment import AugmentConfig
 from pipelines.batches import Batch, train_batches
 from pipelines.dataset import DataConfig, DataSet, choose_cache, open_data
 from shards.cache import ShardCache
-from shards.index import ShardIndex, read_manifest
+from shards.index import ShardOffsets, read_manifest
 from shards.order import Order, TrainPlan
-from shards.reader import SampleSource, members_of, pieces_of
+from shards.reader import SampleSource, list_sample_members, plan_reads
 from shards.store import Store
 
 s3fs = pytest.importorskip("s3fs")
@@ -106,7 +106,7 @@ def server(s3: str, put: Callable[..., str]) -> Iterator[None]:
 def proxy(monkeypatch: pytest.MonkeyPatch) -> type[Proxy]:
     Proxy.asked, Proxy.fails = [], lambda asked: None
     monkeypatch.setattr(Proxy, "log_message", lambda *given: None)
-    monkeypatch.setattr(shards.store, "PAUSES", (1e-3,) * 3)
+    monkeypatch.setattr(shards.store, "RETRY_DELAYS", (1e-3,) * 3)
     return Proxy
 
 
@@ -148,13 +148,13 @@ def test_an_epoch_asks_for_its_samples_the_indexes_and_a_byte_a_shard(rank, shar
     reader, plan, expected = data.reader("train"), plan_of(data, rank, 2), set[Asked]()
     # Eight samples, two ranks, batches of two.
     epoch: Any = SimpleNamespace(batches=lambda *_: islice(plan.batches(0, 1), 2))
-    epoch.upcoming = plan.upcoming
+    epoch.upcoming_shards = plan.upcoming_shards
     assert len([*SampleSource(reader, epoch)]) == 2
     for address in chain.from_iterable(epoch.batches()):
         info = reader.shards[address.shard]
         index = info.name.replace(".tar", ".idx")
-        entry = ShardIndex((shards / index).read_bytes(), index)[address.row]
-        pieces = pieces_of(members_of(entry))
+        entry = ShardOffsets((shards / index).read_bytes(), index)[address.row]
+        pieces = plan_reads(list_sample_members(entry))
         expected |= {(info.name, begin, end - 1) for begin, end in pieces}
         expected |= {(index, 0, None), (info.name, info.bytes - 1, info.bytes)}
     assert sorted(proxy.asked, key=str) == sorted(expected, key=str)
@@ -236,16 +236,19 @@ def test_a_shard_that_stays_out_of_reach_is_named_in_one_line(proxy: type[Proxy]
     proxy.fails = lambda asked: 503 if asked[0] == "train-000001.tar" else None
     line = refused(URL)
     assert line.startswith(f"{URL}/train-000001.tar: ")
-    assert line.endswith("check address, credentials and network, the same command goes on")
+    assert line.endswith("network, then rerun the same command to resume")
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda data: None, ""),
-        (lambda data: data[:5000], " has 5,000 bytes, the manifest says 30,720; copy or pack"),
-        (lambda data: data + b"x", " has 30,721 bytes, the manifest says 30,720; copy or pack"),
-        (lambda data: data[:-1] + b"x", " is not what the manifest says (sha256); copy or pack"),
+        (lambda data: data[:5000], " has 5,000 bytes, but the manifest lists 30,720; copy or pack"),
+        (
+            lambda data: data + b"x",
+            " has 30,721 bytes, but the manifest lists 30,720; copy or pack",
+        ),
+        (lambda data: data[:-1] + b"x", " does not match the manifest (sha256); copy or pack"),
     ],
     ids=["missing", "shorter", "longer", "changed"],
 )
@@ -266,7 +269,7 @@ def test_a_local_shard_that_was_changed_is_named_too(shards: Path, refused, tmp_
     path = Path(shutil.copytree(shards, tmp_path / "copy"), "val-000000.tar")
     path.write_bytes(path.read_bytes()[:-1] + b"x")
     line = refused(path.parent, "--verify-shards")
-    assert line == f"{path} is not what the manifest says (sha256); copy or pack it again"
+    assert line == f"{path} does not match the manifest (sha256); copy or pack it again"
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -292,7 +295,7 @@ def test_one_process_says_once_what_would_change_the_cache(tmp_path: Path, capsy
 
 def in_windows(order: Order, ranks: Iterable[int], world: int) -> dict[tuple[int, int], set[int]]:
     """{(epoch, window): shards} of some ranks for three epochs, position by position."""
-    found, whole = defaultdict[tuple[int, int], set[int]](set), shards.order.WHOLE
+    found, whole = defaultdict[tuple[int, int], set[int]](set), shards.order.MAX_FULL_SHUFFLE
     for position in range(3 * order.num_samples):
         epoch, j = divmod(position, order.num_samples)
         window = 0 if order.num_samples <= whole else j // order.lanes // order.window
@@ -311,21 +314,24 @@ def test_what_is_in_use_and_what_comes_is_what_positions_say(sizes, numbers, som
     lanes, window, world = numbers
     ranks, order = sorted({rank % world for rank in some}), Order(tuple(sizes), 3, lanes, window)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shards.order, "WHOLE", whole)
+        patch.setattr(shards.order, "MAX_FULL_SHUFFLE", whole)
         # All ranks may read a permutation of everything, and what ranks share that share lanes.
         step = gcd(lanes, world) if order.num_samples > whole else 1
         reading = [rank for rank in range(world) if rank % step in {one % step for one in ranks}]
         expected = in_windows(order, reading, world)
         for (epoch, number), found in expected.items():
-            assert set(order.shards_of(epoch, number, ranks, world)) == found
+            assert set(order.shards_in_window(epoch, number, ranks, world)) == found
         weights = [10 + 7 * number for number in range(len(sizes))]
         pairs = pairwise(expected.items())
         both = [now | then for ((epoch, _), now), (_, then) in pairs if epoch == 0]
         most = max(sum(weights[shard] for shard in found) for found in both)
-        assert order.most_in_use(weights, ranks, world) == most
+        assert order.max_weight_in_use(weights, ranks, world) == most
         mine, plan = in_windows(order, ranks[:1], world), TrainPlan(order, 1, ranks[0], world, 0)
         windows = list(mine)
         for position in range(ranks[0], 2 * order.num_samples, world):
-            now, upcoming = windows.index(order.window_of(position)), plan.upcoming(position)
+            now, upcoming = (
+                windows.index(order.locate_window(position)),
+                plan.upcoming_shards(position),
+            )
             assert {*upcoming} >= mine[windows[now]] | mine[windows[now + 1]]
             assert len({*upcoming}) == len(upcoming)

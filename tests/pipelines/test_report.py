@@ -274,7 +274,7 @@ def test_data_that_is_gone_is_said_and_done_without(
     gone = tmp_path / "gone"
     (run_dir / "config.yaml").write_text(yaml.safe_dump({**config, "data": str(gone)}))
     made = report()
-    assert f"No images: {gone} is no folder of shards: it does not exist." in made.text
+    assert f"No images: {gone} does not exist or is not a directory; check the path." in made.text
     assert (made.pictures, "Confusion" in made.text) == (0, False)
     # The scores of the classes are in metrics.jsonl all the same.
     best = max(

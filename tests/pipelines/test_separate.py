@@ -92,7 +92,7 @@ def test_by_pattern_which_says_what_a_mask_is_called(
 
 @pytest.mark.parametrize(
     ("pattern", "said"),
-    [("_mask$", "a.png has no mask"), ("^(a)(?:_seg)?$", "a.png and a_seg.png have one name")],
+    [("_mask$", "a.png has no mask"), ("^(a)(?:_seg)?$", "a.png and a_seg.png have the same name")],
 )
 def test_a_pattern_that_parts_wrongly_is_refused(
     pattern: str, said: str, call, content, tmp_path: Path
@@ -183,9 +183,9 @@ def test_a_target_that_differs_is_not_overwritten(mixed, call, content, tmp_path
     ("name", "rule", "said"),
     [
         ("c.bmp", BY_EXTENSION, "c.bmp has no mask"),
-        ("c.png", BY_EXTENSION, "c.png has no picture"),
+        ("c.png", BY_EXTENSION, "c.png has no image"),
         ("c.tif", BY_EXTENSION, "c.tif ends neither in .bmp nor in .png"),
-        ("a.bmp", ("--mask-suffix", "_mask"), "a.bmp and a.png have one name"),
+        ("a.bmp", ("--mask-suffix", "_mask"), "a.bmp and a.png have the same name"),
     ],
 )
 def test_what_fits_no_rule_is_named_and_nothing_is_done(
@@ -205,7 +205,7 @@ def test_what_fits_no_rule_is_named_and_nothing_is_done(
         (("--image-ext", ".bmp"), "or --mask-pattern, or --image-ext together with"),
         ((*BY_EXTENSION, "--mask-suffix", "_m"), "give --mask-suffix, or --mask-pattern, or"),
         (("--mask-pattern", "_m$", "--mask-suffix", "_m"), "give --mask-suffix, or --mask-pattern"),
-        (("--mask-pattern", "("), "--mask-pattern '(' is no pattern: "),
+        (("--mask-pattern", "("), "--mask-pattern '(' is not a regular expression: "),
         (("--mask-suffix", ""), "--mask-suffix must not be empty"),
         (("--image-ext", "PNG", "--mask-ext", ".png"), "must differ; else use --mask-suffix"),
         ((*BY_EXTENSION, "--mode", "burn"), "burn"),
@@ -226,4 +226,4 @@ def test_a_folder_without_pictures_is_refused(there: bool, call, tmp_path: Path)
         (tmp_path / "in").mkdir()
     ended = call("separate", tmp_path / "in", "--out", tmp_path / "out", *BY_EXTENSION)
     assert ended.code == 1
-    assert ("holds no picture" if there else "is no folder") in ended.err
+    assert ("contains no images" if there else "is not a directory") in ended.err

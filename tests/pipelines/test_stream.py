@@ -119,7 +119,7 @@ def test_any_ranks_and_workers_draw_the_same_global_batches(
     world: int, sizes: tuple[int, ...], windowed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if windowed:
-        monkeypatch.setattr(shards.order, "WHOLE", 0)
+        monkeypatch.setattr(shards.order, "MAX_FULL_SHUFFLE", 0)
     order = Order(sizes, 5, lanes=12, window=2)
     n, steps = order.num_samples, 10
     expected = [[order.locate(s * GLOBAL + i) for i in range(GLOBAL)] for s in range(steps)]
@@ -248,7 +248,7 @@ def test_the_same_samples_stand_in_for_bad_ones_for_any_ranks_and_workers(make: 
         while (number := 9 * address.shard + address.row) in BAD:
             skipped.append(where(number).split())
             attempt += 1
-            address = order.substitute(position, attempt)
+            address = order.draw_substitute(position, attempt)
         good[position] = number
     # several were bad twice in a row
     assert len(skipped) > 3 * len(BAD) + 1

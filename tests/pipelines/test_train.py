@@ -21,7 +21,7 @@ from pipelines import budget, scoring
 from pipelines.budget import Budget
 from pipelines.config import parse
 from pipelines.flops import count_flops
-from shards.index import read_index, read_manifest
+from shards.index import read_manifest
 from shards.reader import ShardReader
 from unet import SegmentationLoss, UNet
 
@@ -479,7 +479,7 @@ def test_a_split_that_is_missing_is_named_with_those_there_are(
     assert call("pack", *folders, *more, "--out", tmp_path / "data").code == 0
     ended = call("train", *told(tmp_path / "data", tmp_path / "run", tiny))
     assert ended.code == 1
-    assert f"has no samples in the split '{missing}', only in: {split}" in ended.err
+    assert f"has no samples in the split '{missing}'; splits with samples: {split}" in ended.err
     assert not (tmp_path / "run").exists()
 
 
@@ -494,7 +494,7 @@ def test_a_shard_that_was_cut_is_named_in_one_line(
     given = told(data, tmp_path / "run", tiny, "--steps", 2)
     ended = call("train", *given, "--workers", workers)
     assert ended.code == 1
-    assert "bytes, the manifest says" in ended.err
+    assert "bytes, but the manifest lists" in ended.err
     assert "Traceback" not in ended.err
 
 
@@ -509,7 +509,7 @@ def spoil(shards: Path, tmp_path: Path) -> Callable[..., tuple[Path, list[str]]]
         data, names = tmp_path / "data", []
         shutil.copytree(shards, data)
         for path in sorted(data.glob(f"{split}-*.tar")):
-            index = read_index(path)
+            index = read_offsets(path)
             with path.open("r+b") as file:
                 for row in rows:
                     if row >= len(index):
@@ -610,7 +610,7 @@ def test_a_flipped_byte_is_found_by_verify_shards_alone(
     for run_dir in ("other", "new"):
         ended = call("train", *told(data, tmp_path / run_dir, tiny, *verified[-3:]))
         assert ended.code == 1
-        assert f"{path} is not what the manifest says (sha256); copy or pack it again" in ended.err
+        assert f"{path} does not match the manifest (sha256); copy or pack it again" in ended.err
         assert "Traceback" not in ended.err
 
 

@@ -203,21 +203,30 @@ def test_one_split_alone(shards: Path, call, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
-        (lambda data: "--split=test", "has no samples in the split 'test', only in: train, val"),
-        (lambda data: (data / "index.json").unlink(), "it has no index.json"),
+        (
+            lambda data: "--split=test",
+            "has no samples in the split 'test'; splits with samples: train, val",
+        ),
+        (lambda data: (data / "index.json").unlink(), "index.json is missing"),
         (lambda data: (data / "index.json").write_text("{"), "index.json is damaged"),
         (
             lambda data: (data / "index.json").write_text('{"format": "x"}'),
-            "is not a manifest of shards that unet pack wrote",
+            "is not a manifest written by unet pack",
         ),
         (
             lambda data: (data / "index.json").write_text('{"format": "unet-shards","version": 9}'),
-            "has version 9, this program reads 2; update it",
+            "has version 9, but this program reads version 2; update",
         ),
         (lambda data: (data / "train-000000.tar").unlink(), "cannot be opened: No such file"),
-        (lambda data: (data / "train-000000.tar").write_bytes(b"cut"), "has 3 bytes, the manifest"),
+        (
+            lambda data: (data / "train-000000.tar").write_bytes(b"cut"),
+            "has 3 bytes, but the manifest",
+        ),
         (lambda data: (data / "train-000000.idx").unlink(), "train-000000.idx cannot be read"),
-        (lambda data: (data / "train-000000.idx").write_text("v1.2 3\n"), "is cut or no index"),
+        (
+            lambda data: (data / "train-000000.idx").write_text("v1.2 3\n"),
+            "is truncated or not a v1.2 .idx",
+        ),
         (
             lambda data: (data / "train-000000.idx").write_text("v1.2 3\na b c\na b c\na b c\n"),
             "train-000000.idx",

@@ -1,4 +1,4 @@
-"""Small pictures, masks and shards for the tests of this room."""
+"""Fixtures: small images, masks and shards."""
 
 import io
 import json
@@ -16,24 +16,26 @@ from shards.index import Manifest, ShardInfo, SizeCount, SplitInfo
 from shards.masks import default_palette, encode_mask
 from shards.writer import ShardWriter
 
-# The same examples each time, however busy the machine is, and no folder for failed ones.
-settings.register_profile("same", deadline=None, derandomize=True, database=None, max_examples=80)
-settings.load_profile("same")
+# Deterministic examples without a deadline, and no database of failed ones.
+settings.register_profile(
+    "deterministic", deadline=None, derandomize=True, database=None, max_examples=80
+)
+settings.load_profile("deterministic")
 
 
 @pytest.fixture(autouse=True)
-def _no_power_cut(monkeypatch):
-    """Flushing to a busy disk takes seconds, and the power stays on here."""
+def _no_fsync(monkeypatch):
+    """Skip flushing to disk, which takes seconds on a busy machine."""
     monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
 @pytest.fixture
 def to_bytes():
-    """to_bytes(PIL image, format, **options of Pillow) -> the file's bytes."""
+    """to_bytes(PIL image, file format, **options of Pillow) -> the file's bytes."""
 
-    def encode(image, form="PNG", **options):
+    def encode(image, file_format="PNG", **options):
         out = io.BytesIO()
-        image.save(out, form, **options)
+        image.save(out, file_format, **options)
         return out.getvalue()
 
     return encode
@@ -41,7 +43,7 @@ def to_bytes():
 
 @pytest.fixture
 def raw_png():
-    """raw_png(rows, bits, colour type, chunks) -> a PNG as Pillow would not write it."""
+    """raw_png(rows, width, bits, colour type, chunks) -> a PNG that Pillow cannot write."""
 
     def chunk(kind, data):
         named = kind + data
@@ -58,7 +60,7 @@ def raw_png():
 
 @pytest.fixture
 def raw_tiff():
-    """raw_tiff(pixels, (width, height), bits, bands) -> a TIFF as Pillow would not write it."""
+    """raw_tiff(pixels, (width, height), bits, bands) -> a TIFF that Pillow cannot write."""
 
     def encode(data, size, bits, bands, *, order="<", photometric=1, tags=(), planar=1, sample=1):
         entries = {
@@ -77,26 +79,26 @@ def raw_tiff():
         }
         types = {"H": 3, "I": 4, "d": 12}
         packed = {t: struct.pack(f"{order}{len(v)}{k}", *v) for t, (k, v) in entries.items()}
-        begin = 8 + 2 + 12 * len(entries) + 4
-        where = begin + sum(len(value) for value in packed.values() if len(value) > 4)
+        end_of_directory = 8 + 2 + 12 * len(entries) + 4
+        where = end_of_directory + sum(len(value) for value in packed.values() if len(value) > 4)
         packed[273] = struct.pack(f"{order}I", where)
-        directory, behind = struct.pack(f"{order}H", len(entries)), b""
+        directory, overflow = struct.pack(f"{order}H", len(entries)), b""
         for tag, (kind, values) in sorted(entries.items()):
             directory += struct.pack(f"{order}HHI", tag, types[kind], len(values))
             if len(packed[tag]) <= 4:
                 directory += packed[tag].ljust(4, b"\0")
             else:
-                directory += struct.pack(f"{order}I", begin + len(behind))
-                behind += packed[tag]
-        start = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}I", 8)
-        return start + directory + struct.pack(f"{order}I", 0) + behind + data
+                directory += struct.pack(f"{order}I", end_of_directory + len(overflow))
+                overflow += packed[tag]
+        signature = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}I", 8)
+        return signature + directory + struct.pack(f"{order}I", 0) + overflow + data
 
     return encode
 
 
 @pytest.fixture
 def noise():
-    """noise(shape, seed) -> uint8 pixels."""
+    """noise(shape, seed) -> uint8 array of random pixels."""
 
     def draw(shape=(6, 8, 3), seed=0):
         return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
@@ -106,7 +108,7 @@ def noise():
 
 @pytest.fixture
 def make_shards(tmp_path, to_bytes, noise):
-    """make_shards([3, 2]) -> folder, manifest, {key: (picture bytes, mask bytes)} of train."""
+    """make_shards([3, 2]) -> folder, manifest, {key: (image bytes, mask bytes)} of train."""
 
     def make(sizes, *, name="data", masks=True, classes=("background", "cell")):
         folder = tmp_path / name
@@ -118,12 +120,12 @@ def make_shards(tmp_path, to_bytes, noise):
                 for row in range(samples):
                     key = f"folder/pic_{number}-{row}%2Ex"
                     seed = 1000 * number + row
-                    picture = to_bytes(Image.fromarray(noise(seed=seed)))
+                    image = to_bytes(Image.fromarray(noise(seed=seed)))
                     mask = encode_mask(noise((6, 8), seed=seed + 1) % len(classes), palette)
                     info = json.dumps({"source": f"folder/pic_{number}-{row}.x.png"}).encode()
-                    members = {"png": picture, "json": info}
+                    members = {"png": image, "json": info}
                     writer.add(key, {**members, "mask.png": mask} if masks else members)
-                    content[key] = (picture, mask if masks else None)
+                    content[key] = (image, mask if masks else None)
                 file = writer.seal()
             infos.append(ShardInfo(file.name, file.samples, file.bytes, file.sha256, ()))
         split = SplitInfo(tuple(infos), (SizeCount(8, 6, "RGB", sum(sizes)),))

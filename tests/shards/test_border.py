@@ -1,4 +1,4 @@
-"""Holds the border map's contract: the paper's formula, pixel for pixel, and nothing else."""
+"""Border maps: the formula of the paper, pixel for pixel."""
 
 import subprocess
 import sys
@@ -9,14 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from shards.border import BorderRule, border_map, decode_border
+from shards.border import BorderRule, compute_border_map, decode_border
 from shards.sample import DataError
 
 
 def components(cells):
-    """The 4-connected components of a bool array [H, W], each as its pixels [N, 2]."""
+    """Return the 4-connected components of a bool array [H, W], each as pixels [N, 2]."""
     left = {(int(row), int(column)) for row, column in np.argwhere(cells)}
-    found = []
+    parts = []
     while left:
         todo, pixels = [left.pop()], []
         while todo:
@@ -25,12 +25,12 @@ def components(cells):
             beside = {(row - 1, column), (row + 1, column), (row, column - 1), (row, column + 1)}
             todo += beside & left
             left -= beside
-        found.append(np.array(pixels))
-    return found
+        parts.append(np.array(pixels))
+    return parts
 
 
-def naive(mask, classes, sigma):
-    """The formula as it stands: every pixel's distance to every pixel of every cell."""
+def reference_border_map(mask, classes, sigma):
+    """Compute the formula literally: distances from every pixel to every pixel of every cell."""
     cells = [pixels for number in classes for pixels in components(mask == number)]
     if len(cells) < 2:
         return np.zeros(mask.shape, np.uint8)
@@ -43,7 +43,7 @@ def naive(mask, classes, sigma):
 
 
 def blocks(seed, shape, size, values):
-    """A mask of squares, some of which touch, whose classes are drawn from `values`."""
+    """Draw a mask of squares, some of which touch, with classes from `values`."""
     rng = np.random.default_rng(seed)
     coarse = rng.choice(np.array(values, np.uint8), (shape[0] // size + 1, shape[1] // size + 1))
     return coarse.repeat(size, axis=0).repeat(size, axis=1)[: shape[0], : shape[1]]
@@ -57,76 +57,76 @@ def blocks(seed, shape, size, values):
     sigma=st.sampled_from([1e-200, 0.3, 1, 2.5, 5, 40]),
     classes=st.sampled_from([(1,), (1, 2), (0, 1, 2), ()]),
 )
-def test_every_map_is_the_formula_pixel_for_pixel(seed, shape, size, values, sigma, classes):
+def test_border_maps_match_the_formula_pixel_for_pixel(seed, shape, size, values, sigma, classes):
     mask = blocks(seed, shape, size, values)
-    found = border_map(mask, classes, sigma)
-    assert found.dtype == np.uint8
-    # So narrow a border is none, and its square is no number any more.
-    expected = naive(mask, classes, sigma) if sigma > 1e-100 else np.zeros(shape)
-    assert np.array_equal(found, expected)
+    border = compute_border_map(mask, classes, sigma)
+    assert border.dtype == np.uint8
+    # Such a narrow border has no pixels, and the square of such a sigma underflows.
+    expected = reference_border_map(mask, classes, sigma) if sigma > 1e-100 else np.zeros(shape)
+    assert np.array_equal(border, expected)
 
 
 @pytest.mark.parametrize("sigma", [2, 5])
-def test_far_cells_change_nothing_in_a_large_map(sigma):
+def test_distant_cells_do_not_change_a_large_map(sigma):
     mask = blocks(3, (90, 120), 3, [0] * 12 + [1])
-    found = border_map(mask, (1,), sigma)
+    border = compute_border_map(mask, (1,), sigma)
     assert len(components(mask == 1)) > 40
-    assert np.array_equal(found, naive(mask, (1,), sigma))
-    # Near and far both occur.
-    assert (found == 0)[mask == 0].any()
-    assert (found > 200).any() == (sigma == 5)
+    assert np.array_equal(border, reference_border_map(mask, (1,), sigma))
+    # Both near and distant pixels occur.
+    assert (border == 0)[mask == 0].any()
+    assert (border > 200).any() == (sigma == 5)
 
 
-def test_a_map_by_hand():
+def test_a_border_map_computed_by_hand():
     mask = np.array([[1, 0, 0, 0, 1, 0]], np.uint8)
     # Between the cells d1 + d2 is 4; beside the right one it is 1 + 5.
     between, beside = 255 * np.exp(-16 / 50), 255 * np.exp(-36 / 50)
     expected = [0, round(between), round(between), round(between), 0, round(beside)]
-    assert border_map(mask, (1,), 5).tolist() == [expected]
+    assert compute_border_map(mask, (1,), 5).tolist() == [expected]
     assert (round(between), round(beside)) == (185, 124)
 
 
 @pytest.mark.parametrize(("width", "value"), [(16, 1), (17, 0)])
-def test_a_border_ends_where_its_value_rounds_to_nothing(width, value):
-    # d1 + d2 is one more than the width, for every pixel between.
+def test_a_border_ends_where_its_value_rounds_to_zero(width, value):
+    # For every pixel in between, d1 + d2 is the width plus 1.
     assert round(255 * np.exp(-((width + 1) ** 2) / 50)) == value
     mask = np.array([[1, *[0] * width, 1]], np.uint8)
-    assert border_map(mask, (1,), 5).tolist() == [[0, *[value] * width, 0]]
+    assert compute_border_map(mask, (1,), 5).tolist() == [[0, *[value] * width, 0]]
 
 
 @pytest.mark.parametrize("num_cells", [0, 1])
-def test_fewer_than_two_cells_have_no_border(num_cells):
+def test_fewer_than_two_cells_give_an_empty_border_map(num_cells):
     mask = np.zeros((8, 9), np.uint8)
     mask[2:5, 2:5] = num_cells
-    assert not border_map(mask, (1,), 5).any()
+    assert not compute_border_map(mask, (1,), 5).any()
 
 
-def test_a_diagonal_ridge_of_one_pixel_parts_two_cells():
+def test_a_diagonal_ridge_of_one_pixel_separates_two_cells():
     mask = np.ones((9, 9), np.uint8)
     np.fill_diagonal(mask, 0)
-    found = border_map(mask, (1,), 5)
-    assert (np.diag(found) > 200).all()
-    assert not found[mask == 1].any()
+    border = compute_border_map(mask, (1,), 5)
+    assert (np.diag(border) > 200).all()
+    assert not border[mask == 1].any()
 
 
-def test_classes_that_touch_are_two_cells_and_one_class_is_one():
+def test_touching_cells_are_separate_only_if_their_classes_differ():
     mask = np.zeros((5, 8), np.uint8)
     mask[1:4, 2:4], mask[1:4, 4:6] = 1, 2
-    assert border_map(mask, (1, 2), 5).any()
-    assert not border_map(np.minimum(mask, 1), (1,), 5).any()
-    assert not border_map(mask, (1,), 5).any()
+    assert compute_border_map(mask, (1, 2), 5).any()
+    assert not compute_border_map(np.minimum(mask, 1), (1,), 5).any()
+    assert not compute_border_map(mask, (1,), 5).any()
 
 
-def test_ignored_pixels_and_other_classes_are_as_background():
+def test_ignored_pixels_and_other_classes_count_as_background():
     mask = np.array([[1, 0, 0, 0, 0, 1]], np.uint8)
     marked = np.array([[1, 0, 255, 255, 3, 1]], np.uint8)
-    assert np.array_equal(border_map(marked, (1,), 5), border_map(mask, (1,), 5))
-    assert border_map(mask, (1,), 5)[0, 2] > 0
+    assert np.array_equal(compute_border_map(marked, (1,), 5), compute_border_map(mask, (1,), 5))
+    assert compute_border_map(mask, (1,), 5)[0, 2] > 0
 
 
 @pytest.mark.parametrize("sigma", [0, -5, float("inf"), float("nan")])
-def test_a_sigma_that_is_no_width_is_refused(sigma):
-    with pytest.raises(ValueError, match="--border-sigma is a width in pixels above 0"):
+def test_a_sigma_that_is_not_positive_and_finite_is_refused(sigma):
+    with pytest.raises(ValueError, match="--border-sigma must be a finite number of pixels > 0"):
         BorderRule(sigma, (1,))
 
 
@@ -142,44 +142,44 @@ def refusal(data, size=(30, 20)):
     return str(caught.value)
 
 
-def test_what_is_stored_is_read():
-    assert np.array_equal(decode_border(STORED, (30, 20), "x"), border_map(MASK, (1,), 5))
+def test_a_stored_border_map_is_decoded_unchanged():
+    assert np.array_equal(decode_border(STORED, (30, 20), "x"), compute_border_map(MASK, (1,), 5))
     assert BorderRule(5, (1,)).encode(MASK) == STORED
 
 
-def test_any_reader_of_pictures_reads_a_map(tmp_path):
+def test_a_stored_border_map_is_a_grey_png(tmp_path):
     path = tmp_path / "a.png"
     path.write_bytes(STORED)
     with Image.open(path) as image:
         assert (image.format, image.mode, image.size) == ("PNG", "L", (30, 20))
 
 
-def test_a_damaged_map_is_named():
+def test_a_damaged_border_map_is_named():
     for data in (b"", b"GIF89a", STORED[:20], STORED[:-30], STORED[:60] + b"\0" + STORED[61:]):
         assert refusal(data).startswith("s.tar: a.border.png is ")
 
 
-def test_a_map_of_another_size_than_its_picture_is_refused():
+def test_a_border_map_of_another_size_than_its_image_is_refused():
     assert refusal(STORED, (20, 30)) == (
-        "s.tar: a.border.png is 30 x 20, its picture 20 x 30; pack the data set again"
+        "s.tar: a.border.png is 30 x 20, but its image is 20 x 30; pack the data set again"
     )
 
 
-def test_an_orientation_does_not_turn_a_map(to_bytes):
+def test_an_exif_orientation_does_not_rotate_a_border_map(to_bytes):
     exif = Image.Exif()
     exif[0x0112] = 6
-    data = to_bytes(Image.fromarray(border_map(MASK, (1,), 5)), exif=exif.tobytes())
-    assert np.array_equal(decode_border(data, (30, 20), "x"), border_map(MASK, (1,), 5))
+    data = to_bytes(Image.fromarray(compute_border_map(MASK, (1,), 5)), exif=exif.tobytes())
+    assert np.array_equal(decode_border(data, (30, 20), "x"), compute_border_map(MASK, (1,), 5))
 
 
 @pytest.mark.parametrize("mode", ["1", "P", "RGB", "I;16"])
-def test_what_is_no_map_is_refused(mode, to_bytes):
+def test_an_image_of_another_mode_is_not_a_border_map(mode, to_bytes):
     assert refusal(to_bytes(Image.new(mode, (30, 20)))) == (
-        f"s.tar: a.border.png is no border map: mode {mode}, not L; pack it again"
+        f"s.tar: a.border.png is not a border map (mode {mode}, expected L); pack it again"
     )
 
 
-def test_scipy_is_loaded_for_maps_alone():
+def test_scipy_is_imported_only_to_compute_border_maps():
     code = "import sys, pipelines.pack, shards.border; print('scipy' in sys.modules)"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ended.stdout.split() == ["False"]

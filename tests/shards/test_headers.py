@@ -1,4 +1,4 @@
-"""Headers are believed only where they say all that there is, and then they agree with Pillow."""
+"""Headers are trusted only for ordinary files, and then agree with Pillow."""
 
 import io
 
@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from shards.headers import Header, read_header
+from shards.headers import ImageHeader, read_image_header
 from shards.masks import default_palette, encode_mask, palette_bytes
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB"])
 @pytest.mark.parametrize(
-    ("form", "options"),
+    ("file_format", "options"),
     [
         ("PNG", {}),
         ("PNG", {"dpi": (300, 300)}),
@@ -25,15 +25,15 @@ from shards.masks import default_palette, encode_mask, palette_bytes
         ("JPEG", {"icc_profile": b"x" * 70_000}),
     ],
 )
-def test_ordinary_files_say_size_and_mode(mode, form, options, to_bytes, noise) -> None:
+def test_ordinary_files_give_size_and_mode(mode, file_format, options, to_bytes, noise) -> None:
     image = Image.fromarray(noise((5, 7, 3))).convert(mode)
-    assert read_header(to_bytes(image, form, **options)) == Header((7, 5), mode)
+    assert read_image_header(to_bytes(image, file_format, **options)) == ImageHeader((7, 5), mode)
 
 
 @pytest.mark.parametrize("num_classes", [2, 3, 9, 100])
-def test_canonical_masks_say_their_palette(num_classes, noise) -> None:
+def test_canonical_masks_give_their_palette(num_classes, noise) -> None:
     palette = default_palette(tuple(map(str, range(num_classes))))
-    header = read_header(encode_mask(noise((5, 7)) % num_classes, palette))
+    header = read_image_header(encode_mask(noise((5, 7)) % num_classes, palette))
     assert header is not None
     assert (header.size, header.mode) == ((7, 5), "P")
     assert palette_bytes(palette).startswith(header.palette)
@@ -57,7 +57,7 @@ COLOUR = Image.new("RGB", (7, 5), (9, 99, 200))
 
 
 @pytest.mark.parametrize(
-    ("image", "form", "options"),
+    ("image", "file_format", "options"),
     [
         (COLOUR, "JPEG", {"exif": oriented()}),
         (COLOUR, "PNG", {"exif": oriented()}),
@@ -75,26 +75,24 @@ COLOUR = Image.new("RGB", (7, 5), (9, 99, 200))
         (COLOUR, "WEBP", {}),
     ],
 )
-def test_whatever_is_out_of_the_ordinary_is_left_to_be_decoded(
-    image, form, options, to_bytes
-) -> None:
-    assert read_header(to_bytes(image, form, **options)) is None
+def test_unusual_files_have_to_be_decoded(image, file_format, options, to_bytes) -> None:
+    assert read_image_header(to_bytes(image, file_format, **options)) is None
 
 
-@pytest.mark.parametrize("form", ["PNG", "JPEG"])
-def test_a_file_without_its_end_is_not_believed(form, to_bytes) -> None:
-    data = to_bytes(COLOUR, form)
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG"])
+def test_a_truncated_file_is_not_trusted(file_format, to_bytes) -> None:
+    data = to_bytes(COLOUR, file_format)
     for length in range(len(data)):
-        assert read_header(data[:length]) is None
+        assert read_image_header(data[:length]) is None
 
 
 @given(st.data())
-def test_no_bytes_provoke_more_than_none(data) -> None:
+def test_damaged_headers_never_raise(data) -> None:
     out = io.BytesIO()
-    form = data.draw(st.sampled_from(["PNG", "JPEG"]))
-    Image.fromarray(np.zeros((3, 4), np.uint8)).save(out, form)
+    file_format = data.draw(st.sampled_from(["PNG", "JPEG"]))
+    Image.fromarray(np.zeros((3, 4), np.uint8)).save(out, file_format)
     good = bytearray(out.getvalue())
     for _ in range(data.draw(st.integers(1, 8))):
         good[data.draw(st.integers(0, len(good) - 1))] = data.draw(st.integers(0, 255))
-    header = read_header(bytes(good))
-    assert header is None or isinstance(header, Header)
+    header = read_image_header(bytes(good))
+    assert header is None or isinstance(header, ImageHeader)

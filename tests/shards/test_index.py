@@ -1,4 +1,4 @@
-"""Holds the manifest's and the index's contract: what is written is read, damage is named."""
+"""Manifests and .idx files: what is written is read back, damage is named."""
 
 import hashlib
 import json
@@ -11,22 +11,22 @@ from hypothesis import strategies as st
 import shards.index
 from shards.images import ImageFormat
 from shards.index import (
-    MOST_SIZES,
+    MAX_SIZES,
     Manifest,
     MemberRange,
     ShardInfo,
     SizeCount,
     SplitInfo,
-    merge_sizes,
-    read_index,
+    merge_size_counts,
     read_manifest,
+    read_offsets,
     write_manifest,
 )
 from shards.sample import DataError
 from shards.store import Store
 
 MANIFEST = Manifest(
-    classes=("background", "zelle", "wand"),
+    classes=("background", "cell", "wall"),
     palette=((0, 0, 0), (1, 2, 3), (4, 5, 6)),
     image_format=ImageFormat("L", "drop", (100, 4095)),
     mask_format={"kind": "values", "source_values": [0, 128, 255]},
@@ -45,7 +45,7 @@ MANIFEST = Manifest(
     duplicates=(("train:a.png", "train:b.png"),),
     verified="headers",
     border_sigma=2.5,
-    border_classes=("zelle",),
+    border_classes=("cell",),
 )
 
 
@@ -62,17 +62,17 @@ def write(folder, manifest=MANIFEST):
 @pytest.mark.parametrize("bounds", [None, (0, 65535), (100, 4095)])
 @pytest.mark.parametrize("alpha", ["refuse", "drop"])
 @pytest.mark.parametrize("verified", ["full", "headers"])
-def test_a_manifest_comes_back_as_it_was_written(tmp_path, bounds, alpha, verified):
-    form = ImageFormat("L", alpha, bounds)
-    manifest = replace(MANIFEST, image_format=form, verified=verified)
+def test_a_manifest_is_read_back_as_written(tmp_path, bounds, alpha, verified):
+    image_format = ImageFormat("L", alpha, bounds)
+    manifest = replace(MANIFEST, image_format=image_format, verified=verified)
     write(tmp_path, manifest)
-    again = read_manifest(tmp_path)
-    assert again == manifest
-    assert again.image_format.range == bounds
-    assert again.digest == hashlib.sha256((tmp_path / "index.json").read_bytes()).hexdigest()
+    read = read_manifest(tmp_path)
+    assert read == manifest
+    assert read.image_format.range == bounds
+    assert read.digest == hashlib.sha256((tmp_path / "index.json").read_bytes()).hexdigest()
 
 
-def test_a_manifest_from_before_there_were_border_maps_is_read(tmp_path):
+def test_a_manifest_without_border_fields_is_read(tmp_path):
     write(tmp_path)
     path = tmp_path / "index.json"
     plain = json.loads(path.read_text())
@@ -81,14 +81,14 @@ def test_a_manifest_from_before_there_were_border_maps_is_read(tmp_path):
     assert read_manifest(tmp_path) == replace(MANIFEST, border_sigma=None, border_classes=())
 
 
-def test_a_manifest_read_and_written_again_has_the_same_bytes(tmp_path):
+def test_rewriting_a_manifest_gives_the_same_bytes(tmp_path):
     write(tmp_path)
     before = (tmp_path / "index.json").read_bytes()
     write(tmp_path, read_manifest(tmp_path))
     assert (tmp_path / "index.json").read_bytes() == before
 
 
-def test_the_file_says_format_version_and_samples(tmp_path):
+def test_the_file_contains_format_version_and_number_of_samples(tmp_path):
     write(tmp_path)
     plain = json.loads((tmp_path / "index.json").read_text())
     assert (plain["format"], plain["version"]) == ("unet-shards", 2)
@@ -103,20 +103,20 @@ def test_the_file_says_format_version_and_samples(tmp_path):
     assert "digest" not in plain
 
 
-def test_a_split_without_samples_is_refused_naming_those_there_are(tmp_path):
+def test_a_split_without_samples_is_refused_naming_the_others(tmp_path):
     assert MANIFEST.split("train", tmp_path).samples == 5
     for name in ("val", "test"):
         assert refusal(MANIFEST.split, name, tmp_path) == (
-            f"{tmp_path} has no samples in the split '{name}', only in: train"
+            f"{tmp_path} has no samples in the split '{name}'; splits with samples: train"
         )
 
 
 def test_a_missing_folder_or_manifest_is_named(tmp_path):
     assert refusal(read_manifest, tmp_path / "x") == (
-        f"{tmp_path / 'x'} is no folder of shards: it does not exist"
+        f"{tmp_path / 'x'} does not exist or is not a directory; check the path"
     )
     assert refusal(read_manifest, tmp_path) == (
-        f"{tmp_path} is no data set: it has no index.json (unet pack writes it last)"
+        f"{tmp_path} is not a data set: index.json is missing (unet pack writes it last)"
     )
 
 
@@ -127,11 +127,11 @@ def test_a_missing_folder_or_manifest_is_named(tmp_path):
         lambda text: "",
         lambda text: "[]",
         lambda text: "null",
-        lambda text: text.replace('"classes"', '"klassen"'),
+        lambda text: text.replace('"classes"', '"class_names"'),
         lambda text: text.replace('"sha256"', '"md5"', 1),
         lambda text: text.replace('"mean"', '"extra": 1, "mean"'),
-        lambda text: text.replace('"range"', '"bereich"'),
-        lambda text: text.replace('"version": 2', '"version": "zwei"'),
+        lambda text: text.replace('"range"', '"bounds"'),
+        lambda text: text.replace('"version": 2', '"version": "two"'),
     ],
 )
 def test_a_damaged_manifest_is_named(tmp_path, damage):
@@ -144,7 +144,7 @@ def test_a_damaged_manifest_is_named(tmp_path, damage):
     assert "\n" not in text
 
 
-def test_a_manifest_that_is_no_text_is_named(tmp_path):
+def test_a_manifest_that_is_not_text_is_named(tmp_path):
     (tmp_path / "index.json").write_bytes(b"\xff\xfe\x00")
     assert "index.json is damaged (" in refusal(read_manifest, tmp_path)
 
@@ -152,27 +152,26 @@ def test_a_manifest_that_is_no_text_is_named(tmp_path):
 def test_a_foreign_manifest_is_named(tmp_path):
     path = tmp_path / "index.json"
     path.write_text('{"format": "litdata", "version": 1}')
-    assert refusal(read_manifest, tmp_path) == (
-        f"{path} is not a manifest of shards that unet pack wrote"
-    )
+    assert refusal(read_manifest, tmp_path) == (f"{path} is not a manifest written by unet pack")
 
 
 @pytest.mark.parametrize(
-    ("version", "remedy"), [(3, "update it"), (99, "update it"), (1, "pack the data set again")]
+    ("version", "remedy"),
+    [(3, "update unet-shards"), (99, "update unet-shards"), (1, "pack the data set again")],
 )
-def test_a_manifest_of_another_version_is_named_with_the_remedy(tmp_path, version, remedy):
+def test_a_manifest_of_another_version_is_refused_with_the_remedy(tmp_path, version, remedy):
     write(tmp_path)
     path = tmp_path / "index.json"
     path.write_text(path.read_text().replace('"version": 2', f'"version": {version}'))
     assert refusal(read_manifest, tmp_path) == (
-        f"{path} has version {version}, this program reads 2; {remedy}"
+        f"{path} has version {version}, but this program reads version 2; {remedy}"
     )
 
 
-def test_sizes_of_shards_add_up_the_commonest_first():
+def test_size_counts_are_added_and_sorted_by_frequency():
     counts = [SizeCount(4, 4, "L", 1), SizeCount(8, 6, "RGB", 2), SizeCount(8, 6, "RGB", 3)]
     more = [SizeCount(8, 6, "L", 1), SizeCount(2, 9, "RGB", 1)]
-    assert merge_sizes([*counts, *more]) == (
+    assert merge_size_counts([*counts, *more]) == (
         SizeCount(8, 6, "RGB", 5),
         SizeCount(2, 9, "RGB", 1),
         SizeCount(4, 4, "L", 1),
@@ -190,30 +189,30 @@ sizes = st.builds(
 
 
 @given(st.lists(sizes, max_size=60), st.integers(4, 20))
-def test_a_bounded_list_of_sizes_keeps_every_picture(counts, most):
+def test_rounding_sizes_down_keeps_every_image(counts, max_sizes):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shards.index, "MOST_SIZES", most)
-        merged = merge_sizes(counts)
-    assert len(merged) <= most
+        patch.setattr(shards.index, "MAX_SIZES", max_sizes)
+        merged = merge_size_counts(counts)
+    assert len(merged) <= max_sizes
     for mode in ("L", "RGB"):
         before = [size for size in counts if size.mode == mode]
         after = [size for size in merged if size.mode == mode]
         assert sum(s.images for s in after) == sum(s.images for s in before)
         assert all(s.width > 0 and s.height > 0 for s in after)
-        # Rounded down, never up: no picture is taken for a larger one.
+        # Rounded down, never up: no image appears larger than it is.
         assert max((s.width for s in after), default=0) <= max((s.width for s in before), default=0)
     assert list(merged) == sorted(merged, key=lambda s: (-s.images, s.width, s.height, s.mode))
-    if len({(s.width, s.height, s.mode) for s in counts}) <= most:
+    if len({(s.width, s.height, s.mode) for s in counts}) <= max_sizes:
         assert sum(s.images * s.width for s in merged) == sum(s.images * s.width for s in counts)
 
 
-def test_a_manifest_stays_small_however_odd_its_pictures_are():
-    odd = [SizeCount(100 + i % 311, 100 + i // 311, "RGB", 2) for i in range(50_000)]
-    merged = merge_sizes(odd)
-    assert len(merged) <= MOST_SIZES
+def test_a_manifest_stays_small_for_images_of_many_sizes():
+    distinct = [SizeCount(100 + i % 311, 100 + i // 311, "RGB", 2) for i in range(50_000)]
+    merged = merge_size_counts(distinct)
+    assert len(merged) <= MAX_SIZES
     assert sum(size.images for size in merged) == 100_000
-    assert merge_sizes(merged) == merged
-    assert len(merge_sizes(odd[:MOST_SIZES])) == MOST_SIZES
+    assert merge_size_counts(merged) == merged
+    assert len(merge_size_counts(distinct[:MAX_SIZES])) == MAX_SIZES
 
 
 # ------------------------------------------------------------------------------- byte offsets
@@ -226,15 +225,15 @@ LINES = (
 )
 
 
-def index_of(tmp_path, text):
+def offsets_of(tmp_path, text):
     (tmp_path / "s.idx").write_text(text)
-    return read_index(tmp_path / "s.tar")
+    return read_offsets(tmp_path / "s.tar")
 
 
-def test_an_index_gives_the_members_of_each_sample(tmp_path):
-    index = index_of(tmp_path, LINES)
-    assert len(index) == 3
-    labelled, unlabelled, predicted = index[0], index[1], index[2]
+def test_offsets_give_the_members_of_each_sample(tmp_path):
+    offsets = offsets_of(tmp_path, LINES)
+    assert len(offsets) == 3
+    labelled, unlabelled, predicted = offsets[0], offsets[1], offsets[2]
     assert labelled.key == "a/b%2Ec"
     assert labelled.image == MemberRange("jpg", 512, 100, "a/b%2Ec.jpg")
     assert labelled.mask == MemberRange("mask.png", 2560, 70, "a/b%2Ec.mask.png")
@@ -242,22 +241,22 @@ def test_an_index_gives_the_members_of_each_sample(tmp_path):
     assert (unlabelled.key, unlabelled.mask) == ("u", None)
     assert unlabelled.image.extension == "png"
     assert labelled.border is None
-    # a prediction without its picture: the mask stands in
+    # A prediction without its image: the mask takes its place.
     assert predicted.image == predicted.mask == MemberRange("mask.png", 6656, 70, "p.mask.png")
 
 
-def test_a_border_map_is_a_member_and_no_picture(tmp_path):
-    index = index_of(
+def test_a_border_map_is_not_an_image(tmp_path):
+    offsets = offsets_of(
         tmp_path,
         "v1.2 2\n"
         "border.png 512 40 a.border.png jpg 1536 100 a.jpg json 2560 2 a.json "
         "mask.png 3584 70 a.mask.png\n"
         "border.png 4608 40 b.border.png json 5632 2 b.json\n",
     )
-    assert index[0].border == MemberRange("border.png", 512, 40, "a.border.png")
-    assert (index[0].key, index[0].image.extension) == ("a", "jpg")
-    assert refusal(index.__getitem__, 1).endswith(
-        "line 3: a sample has 0 pictures, not one; pack it again"
+    assert offsets[0].border == MemberRange("border.png", 512, 40, "a.border.png")
+    assert (offsets[0].key, offsets[0].image.extension) == ("a", "jpg")
+    assert refusal(offsets.__getitem__, 1).endswith(
+        "line 3: a sample has 0 images, expected 1; pack it again"
     )
 
 
@@ -271,47 +270,47 @@ def test_a_border_map_is_a_member_and_no_picture(tmp_path):
         "PK\x03\x04",
     ],
 )
-def test_a_cut_or_foreign_index_is_named(tmp_path, text):
-    assert refusal(index_of, tmp_path, text) == (
-        f"{tmp_path / 's.idx'} is cut or no index of version v1.2; pack the data set again"
+def test_a_truncated_or_foreign_idx_is_named(tmp_path, text):
+    assert refusal(offsets_of, tmp_path, text) == (
+        f"{tmp_path / 's.idx'} is truncated or not a v1.2 .idx; pack the data set again"
     )
 
 
-def test_a_missing_empty_or_binary_index_is_named(tmp_path):
+def test_a_missing_empty_or_binary_idx_is_named(tmp_path):
     path = tmp_path / "s.idx"
-    assert refusal(read_index, tmp_path / "s.tar").startswith(f"{path} cannot be read (")
+    assert refusal(read_offsets, tmp_path / "s.tar").startswith(f"{path} cannot be read (")
     for data in (b"", b"\xff\xfe"):
         path.write_bytes(data)
-        assert refusal(read_index, tmp_path / "s.tar") == (
-            f"{path} is cut or no index of version v1.2; pack the data set again"
+        assert refusal(read_offsets, tmp_path / "s.tar") == (
+            f"{path} is truncated or not a v1.2 .idx; pack the data set again"
         )
 
 
-def test_samples_of_foreign_shards_have_no_json(tmp_path):
-    index = index_of(tmp_path, "v1.2 1\njpg 512 1 a.jpg mask.png 1536 1 a.mask.png\n")
-    assert index[0].info is None
-    assert (index[0].key, index[0].image.extension) == ("a", "jpg")
+def test_samples_of_foreign_shards_may_have_no_json(tmp_path):
+    offsets = offsets_of(tmp_path, "v1.2 1\njpg 512 1 a.jpg mask.png 1536 1 a.mask.png\n")
+    assert offsets[0].info is None
+    assert (offsets[0].key, offsets[0].image.extension) == ("a", "jpg")
 
 
 @pytest.mark.parametrize(
-    ("line", "pictures"),
+    ("line", "num_images"),
     [
         ("json 512 1 a.json", 0),
         ("jpg 512 1 a.jpg json 1536 1 a.json png 2560 1 a.png", 2),
         ("cls 512 1 a.cls jpg 1536 1 a.jpg", 2),
     ],
 )
-def test_a_sample_without_exactly_one_picture_is_named(tmp_path, line, pictures):
-    index = index_of(tmp_path, f"v1.2 2\njson 0 1 b.json png 0 1 b.png\n{line}\n")
-    assert refusal(index.__getitem__, 1) == (
-        f"{tmp_path / 's.idx'}, line 3: a sample has {pictures} pictures, not one; pack it again"
+def test_a_sample_without_exactly_one_image_is_named(tmp_path, line, num_images):
+    offsets = offsets_of(tmp_path, f"v1.2 2\njson 0 1 b.json png 0 1 b.png\n{line}\n")
+    assert refusal(offsets.__getitem__, 1) == (
+        f"{tmp_path / 's.idx'}, line 3: a sample has {num_images} images, expected 1; pack it again"
     )
 
 
 @pytest.mark.parametrize("line", ["", "png 512 1", "png x 1 a.png", "png 512 1 a.png json"])
 def test_a_damaged_line_is_named(tmp_path, line):
-    index = index_of(tmp_path, f"v1.2 2\n{line}\njson 0 1 b.json png 0 1 b.png\n")
-    assert index[1].key == "b"
-    assert refusal(index.__getitem__, 0) == (
+    offsets = offsets_of(tmp_path, f"v1.2 2\n{line}\njson 0 1 b.json png 0 1 b.png\n")
+    assert offsets[1].key == "b"
+    assert refusal(offsets.__getitem__, 0) == (
         f"{tmp_path / 's.idx'}, line 2 is damaged; pack it again"
     )

@@ -1,4 +1,4 @@
-"""Holds the pairing contract: which mask belongs to which picture, who is in which split."""
+"""Pairs of images and masks, splits, and the separation of mixed folders."""
 
 import hashlib
 import os
@@ -14,11 +14,11 @@ from shards.pairs import (
     PairRule,
     SplitRule,
     find_pairs,
+    format_problems,
     hash_fraction,
     list_images,
-    listing,
+    plan_separation,
     read_pair_lists,
-    separate,
 )
 from shards.sample import DataError
 
@@ -40,7 +40,7 @@ def tree(tmp_path):
 
 
 def both(pairing):
-    """[(picture, mask)], nothing refused or left over."""
+    """Return [(image, mask)], asserting that nothing is refused or unpaired."""
     assert (pairing.refused, pairing.unpaired) == ([], [])
     return [(p.source, p.mask) for p in pairing.pairs]
 
@@ -54,7 +54,7 @@ def refusal(function, *arguments, **options):
 # -------------------------------------------------------------------------------------- pairing
 
 
-def test_pairs_have_one_relative_path_but_for_the_extension(tree):
+def test_pairs_have_the_same_relative_path_except_for_the_extension(tree):
     images = tree("images", "b.jpg", "a.PNG")
     masks = tree("masks", "a.gif", "b.png")
     pairing = find_pairs(images, masks, PLAIN)
@@ -71,13 +71,13 @@ def test_equal_names_in_different_folders_are_different_pairs(tree):
     assert all(p.mask == f"{p.key}.png" for p in pairing.pairs)
 
 
-def test_dots_in_names_pair_by_the_last_one(tree):
+def test_the_extension_starts_at_the_last_dot(tree):
     images, masks = tree("images", "a.b.jpg", "a.c.jpg"), tree("masks", "a.b.png", "a.c.png")
     pairs = find_pairs(images, masks, PLAIN).pairs
     assert [(p.key, p.source) for p in pairs] == [("a%2Eb", "a.b.jpg"), ("a%2Ec", "a.c.jpg")]
 
 
-def test_suffixes_are_taken_off_before_pairing(tree):
+def test_suffixes_are_removed_before_pairing(tree):
     images = tree("images", "car_01.jpg", "car_02.jpg")
     masks = tree("masks", "car_01_mask.gif", "car_02_mask.gif")
     assert both(find_pairs(images, masks, PairRule(mask_suffix="_mask"))) == [
@@ -99,7 +99,7 @@ def test_suffixes_are_taken_off_before_pairing(tree):
         (("im_{}.jpg", "gt_{}.png"), {"mask_ext": "png", "regex": r"_(\d+)"}),
     ],
 )
-def test_both_sides_may_share_a_folder_if_a_rule_tells_them_apart(tree, names, rule):
+def test_images_and_masks_may_share_a_folder_if_a_rule_distinguishes_them(tree, names, rule):
     one, other = (tuple(name.format(number) for name in names) for number in (1, 2))
     folder = tree("both", *one, *other)
     assert both(find_pairs(folder, folder, PairRule(**rule))) == [one, other]
@@ -110,31 +110,33 @@ def test_one_folder_for_both_is_refused_with_the_remedy(tree):
     folder = tree("both", "a.jpg")
     for rule in (PLAIN, PairRule(regex=r"\d"), PairRule(image_ext="png", mask_ext=".PNG")):
         assert refusal(find_pairs, folder, folder, rule) == (
-            f"pictures and masks share the folder {folder}; tell them apart with --mask-suffix "
-            "or --image-ext and --mask-ext, or part them: unet separate"
+            f"images and masks share the folder {folder}; distinguish them with --mask-suffix "
+            "or --image-ext and --mask-ext, or split the folder with unet separate"
         )
 
 
-def test_what_is_neither_picture_nor_mask_in_a_shared_folder_is_told(tree):
+def test_files_in_a_shared_folder_that_match_no_rule_are_reported(tree):
     folder = tree("both", "a.jpg", "a.png", "b.tif")
     pairing = find_pairs(folder, folder, PairRule(image_ext="jpg", mask_ext="png"))
     assert pairing.pairs == [Pair("a.jpg", "a.png")]
-    assert pairing.unpaired == [f"{folder / 'b.tif'} is neither picture nor mask by the rule"]
+    assert pairing.unpaired == [
+        f"{folder / 'b.tif'} matches neither the rule for images nor that for masks"
+    ]
 
 
-def test_what_a_rule_leaves_out_of_either_folder_is_told(tree):
+def test_files_that_match_no_rule_are_reported(tree):
     images = tree("images", "a.jpg", "a.png")
     masks = tree("masks", "a_m.png", "a_n.png")
     pairing = find_pairs(images, masks, PairRule(image_ext="jpg", mask_suffix="_m"))
     assert pairing.pairs == [Pair("a.jpg", "a_m.png")]
     assert pairing.unpaired == [
-        f"{images / 'a.png'} is no picture by the rule",
-        f"{masks / 'a_n.png'} is no mask by the rule",
+        f"{images / 'a.png'} does not match the rule for images",
+        f"{masks / 'a_n.png'} does not match the rule for masks",
     ]
 
 
 @pytest.mark.parametrize(
-    ("regex", "pictures", "drawn"),
+    ("regex", "image_names", "mask_names"),
     [
         (r"\d+", ("im_01.jpg", "im_02.jpg"), ("gt01.png", "gt02.png")),
         (r"(\d+)\D*$", ("im_1_7.jpg", "im_2_8.jpg"), ("gt/7.png", "gt/8.png")),
@@ -142,13 +144,13 @@ def test_what_a_rule_leaves_out_of_either_folder_is_told(tree):
         (r"^(?:im|gt)-(\w)(-x)?", ("im-a.jpg", "im-a-x.jpg"), ("gt-a.png", "gt-a-x.png")),
     ],
 )
-def test_a_pattern_pairs_by_its_groups_or_the_whole_match(tree, regex, pictures, drawn):
-    images, masks = tree("images", *pictures), tree("masks", *drawn)
-    expected = sorted(zip(pictures, drawn, strict=True))
+def test_a_pattern_pairs_by_its_groups_or_its_match(tree, regex, image_names, mask_names):
+    images, masks = tree("images", *image_names), tree("masks", *mask_names)
+    expected = sorted(zip(image_names, mask_names, strict=True))
     assert both(find_pairs(images, masks, PairRule(regex=regex))) == expected
 
 
-def test_groups_of_a_pattern_do_not_run_together(tree):
+def test_groups_of_a_pattern_are_compared_separately(tree):
     images, masks = tree("images", "1-23.png", "12-3.png"), tree("masks", "12-3.png", "1-23.png")
     assert both(find_pairs(images, masks, PairRule(regex=r"(\d+)-(\d+)"))) == [
         ("1-23.png", "1-23.png"),
@@ -156,17 +158,21 @@ def test_groups_of_a_pattern_do_not_run_together(tree):
     ]
 
 
-def test_a_pattern_that_two_pictures_share_names_both(tree):
+def test_two_images_with_the_same_match_are_both_named(tree):
     images, masks = tree("images", "a1.png", "b1.png", "c2.png"), tree("masks", "1.png", "2.png")
     pairing = find_pairs(images, masks, PairRule(regex=r"\d"))
     assert pairing.pairs == [Pair("c2.png", "2.png")]
-    assert pairing.refused == [f"{images / 'a1.png'} and b1.png have one name"]
+    assert pairing.refused == [f"{images / 'a1.png'} and b1.png have the same name"]
 
 
-def test_a_pattern_that_is_none_is_refused():
-    with pytest.raises(ValueError, match=r"--pair-regex '\(' is no pattern: missing \)"):
+def test_an_invalid_pattern_is_refused():
+    with pytest.raises(
+        ValueError, match=r"--pair-regex '\(' is not a regular expression: missing \)"
+    ):
         PairRule(regex="(")
-    with pytest.raises(ValueError, match=r"--group-by '\(' is no pattern: missing \)"):
+    with pytest.raises(
+        ValueError, match=r"--group-by '\(' is not a regular expression: missing \)"
+    ):
         SplitRule(group_by="(")
 
 
@@ -182,17 +188,17 @@ def test_hidden_files_and_folders_and_other_files_are_ignored(tree):
 @pytest.mark.parametrize(
     ("name", "what"),
     [
-        ("ct.nii.gz", "a volume; write its slices as PNG (8 or 16 bits), a file each"),
-        ("ct.DCM", "a volume; write its slices as PNG (8 or 16 bits), a file each"),
+        ("ct.nii.gz", "a volume; export each slice as a PNG of 8 or 16 bits"),
+        ("ct.DCM", "a volume; export each slice as a PNG of 8 or 16 bits"),
         (
             "s.svs",
-            "a microscope's or slide scanner's container; export its pictures as TIFF or PNG",
+            "a microscope or slide scanner container; export its images as TIFF or PNG",
         ),
-        ("photo.HEIC", "a picture of a kind that is not read; convert it to PNG or TIFF"),
-        ("x.npy", "a picture of a kind that is not read; convert it to PNG or TIFF"),
+        ("photo.HEIC", "an image in an unsupported format; convert it to PNG or TIFF"),
+        ("x.npy", "an image in an unsupported format; convert it to PNG or TIFF"),
     ],
 )
-def test_pictures_of_kinds_that_are_not_read_are_told_not_passed_over(tree, name, what):
+def test_images_in_unsupported_formats_are_reported_not_skipped(tree, name, what):
     images, masks = tree("images", "a.jpg", f"b/{name}"), tree("masks", "a.png", name)
     line = f"{images / 'b' / name} is {what}"
     assert find_pairs(images, None, PLAIN).refused == [line]
@@ -201,77 +207,77 @@ def test_pictures_of_kinds_that_are_not_read_are_told_not_passed_over(tree, name
     assert pairing.refused == [line, f"{masks / name} is {what}"]
 
 
-def test_a_folder_of_nothing_but_such_files_is_told_by_their_names(tree):
+def test_a_folder_of_only_unsupported_files_reports_each(tree):
     images = tree("images", "a.dcm")
     assert len(find_pairs(images, None, PLAIN).refused) == 1
     pairing = find_pairs(images, tree("masks", "a.png"), PLAIN)
     assert (pairing.pairs, len(pairing.refused)) == ([], 1)
 
 
-def test_pictures_without_masks_folder_are_unlabelled(tree):
+def test_images_without_a_mask_folder_are_unlabelled(tree):
     images = tree("images", "b.jpg", "a.jpg")
     assert both(find_pairs(images, None, PLAIN)) == [("a.jpg", None), ("b.jpg", None)]
 
 
-def test_two_candidates_for_one_name_are_told_and_left_out(tree):
+def test_files_with_the_same_name_are_reported_and_left_out(tree):
     images, masks = tree("images", "a.jpg", "b.jpg"), tree("masks", "a.png", "a.tif", "b.png")
     pairing = find_pairs(images, masks, PLAIN)
     assert pairing.pairs == [Pair("b.jpg", "b.png")]
-    assert pairing.refused == [f"{masks / 'a.png'} and a.tif have one name"]
+    assert pairing.refused == [f"{masks / 'a.png'} and a.tif have the same name"]
     images = tree("more", "a.jpg", "a.png", "a.tif", "b.png")
     pairing = find_pairs(images, None, PLAIN)
     assert pairing.pairs == [Pair("b.png", None)]
-    assert pairing.refused == [f"{images / 'a.jpg'} and a.png, a.tif have one name"]
+    assert pairing.refused == [f"{images / 'a.jpg'} and a.png, a.tif have the same name"]
 
 
 @pytest.mark.parametrize("labelled", [True, False])
-def test_pictures_that_pair_but_would_share_a_key_are_told_and_left_out(tree, labelled):
+def test_paired_images_with_the_same_key_are_reported_and_left_out(tree, labelled):
     images = tree("images", "a.jpg", "a.png", "b.png")
     masks = tree("masks", "jpg.png", "png.png", "b.png") if labelled else None
     pairing = find_pairs(images, masks, PairRule(regex=r"^b|jpg|png"))
     assert [p.source for p in pairing.pairs] == ["b.png"]
-    assert pairing.refused == [f"{images / 'a.jpg'} and a.png have one name"]
+    assert pairing.refused == [f"{images / 'a.jpg'} and a.png have the same name"]
 
 
-def test_unpaired_files_are_named_pictures_first(tree):
+def test_unpaired_files_are_listed_images_first(tree):
     images, masks = tree("images", "a.jpg", "b.jpg", "c.jpg"), tree("masks", "a.png", "z.png")
     pairing = find_pairs(images, masks, PLAIN)
     assert pairing.pairs == [Pair("a.jpg", "a.png")]
     assert pairing.unpaired == [
         f"{images / 'b.jpg'} has no mask in {masks}",
         f"{images / 'c.jpg'} has no mask in {masks}",
-        f"{masks / 'z.png'} has no picture in {images}",
+        f"{masks / 'z.png'} has no image in {images}",
     ]
 
 
-def test_one_problem_is_told_on_one_line():
-    assert listing(["a.png has no mask"], "draw it") == "a.png has no mask; draw it"
+def test_one_problem_is_formatted_as_one_line():
+    assert format_problems(["a.png has no mask"], "draw it") == "a.png has no mask; draw it"
 
 
 @pytest.mark.parametrize(("count", "rest"), [(20, None), (21, "and 1 more"), (65, "and 45 more")])
-def test_twenty_problems_are_shown_and_the_rest_counted(count, rest):
-    lines = listing([f"p{i:03}" for i in range(count)], "mend them").splitlines()
-    assert lines[0] == f"{count} problems (mend them):"
+def test_twenty_problems_are_listed_and_the_others_counted(count, rest):
+    lines = format_problems([f"p{i:03}" for i in range(count)], "fix them").splitlines()
+    assert lines[0] == f"{count} problems (fix them):"
     assert [line.strip() for line in lines[1:21]] == [f"p{i:03}" for i in range(20)]
     assert [line.strip() for line in lines[21:]] == ([rest] if rest else [])
 
 
-def test_no_pair_at_all_is_refused_with_examples(tree):
+def test_folders_without_any_pair_are_refused_with_examples(tree):
     images, masks = tree("images", "b.jpg", "a.jpg"), tree("masks", "a_m.png")
     assert refusal(find_pairs, images, masks, PLAIN) == (
-        f"no picture in {images} has a mask of the same name in {masks}: a.jpg and a_m.png, for "
-        "example; see --mask-suffix, --pair-regex and --pairs"
+        f"no image in {images} has a mask of the same name in {masks} (for example: a.jpg and "
+        "a_m.png); see --mask-suffix, --pair-regex and --pairs"
     )
-    assert "a.jpg and nothing, for example" in refusal(
+    assert "(for example: a.jpg and nothing)" in refusal(
         find_pairs, images, masks, PairRule(mask_suffix="_x")
     )
 
 
 def test_a_missing_or_empty_folder_is_named(tree, tmp_path):
     missing = tmp_path / "none"
-    assert refusal(find_pairs, missing, None, PLAIN) == f"{missing} is no folder"
+    assert refusal(find_pairs, missing, None, PLAIN) == f"{missing} is not a directory"
     empty = tree("empty", "notes.txt")
-    line = f"{empty} holds no picture (.bmp .gif .jfif .jpe .jpeg .jpg .png .tif .tiff .webp)"
+    line = f"{empty} contains no images (.bmp .gif .jfif .jpe .jpeg .jpg .png .tif .tiff .webp)"
     assert refusal(find_pairs, empty, None, PLAIN) == line
     assert refusal(find_pairs, tree("images", "a.png"), empty, PLAIN) == line
 
@@ -307,7 +313,7 @@ def test_pairs_do_not_depend_on_the_order_of_the_directory(tree, tmp_path, monke
     assert find_pairs(images, masks, PLAIN) == expected
 
 
-def test_linked_folders_are_followed_and_cycles_end(tree, tmp_path):
+def test_linked_folders_are_followed_but_not_in_cycles(tree, tmp_path):
     elsewhere = tree("elsewhere", "b.png")
     images = tree("images", "a.png", "x/c.png")
     (images / "linked").symlink_to(elsewhere)
@@ -330,7 +336,7 @@ def test_the_folder_itself_may_be_a_link(tree, tmp_path):
 
 @pytest.fixture
 def lists(tree, tmp_path):
-    """lists("pairs.txt", text) -> the list's path, beside images/ and masks/."""
+    """lists("pairs.txt", text) -> path of a list beside images/ and masks/."""
     tree("images", "a.jpg", "b c.jpg", "x/a.jpg")
     tree("masks", "a.png", "b c.png", "z.png")
 
@@ -358,31 +364,31 @@ TWO = [("images/a.jpg", "masks/a.png"), ("images/x/a.jpg", "masks/z.png")]
         ("p.txt", "\ufeffimages/a.jpg masks/a.png\nimages/x/a.jpg masks/z.png\n"),
     ],
 )
-def test_a_list_names_a_picture_and_its_mask_a_line(lists, tmp_path, name, text):
+def test_a_list_has_an_image_and_its_mask_on_each_line(lists, tmp_path, name, text):
     pairing = read_pair_lists([lists(name, text)], None, None)
     assert both(pairing) == TWO
     assert (pairing.images, pairing.masks) == (tmp_path, tmp_path)
 
 
-def test_paths_of_a_list_begin_at_the_folders_that_are_given(lists, tmp_path):
+def test_paths_of_a_list_are_relative_to_the_declared_folders(lists, tmp_path):
     file = lists("p.txt", "a.jpg a.png\nx/a.jpg z.png\n")
     pairing = read_pair_lists([file], tmp_path / "images", tmp_path / "masks")
     assert both(pairing) == [("a.jpg", "a.png"), ("x/a.jpg", "z.png")]
     assert (pairing.images, pairing.masks) == (tmp_path / "images", tmp_path / "masks")
 
 
-def test_names_with_spaces_stand_in_a_csv(lists):
+def test_names_with_spaces_need_a_csv(lists):
     pairing = read_pair_lists([lists("p.csv", "images/b c.jpg,masks/b c.png\n")], None, None)
     assert both(pairing) == [("images/b c.jpg", "masks/b c.png")]
     assert refusal(
         read_pair_lists, [lists("p.txt", "images/b c.jpg masks/b c.png\n")], None, None
     ).endswith(
-        "p.txt, line 1 holds 4 names, not a picture and its mask; "
+        "p.txt, line 1: expected 2 names, an image and its mask, got 4; "
         "names with spaces need a .csv or .tsv"
     )
 
 
-def test_absolute_paths_and_paths_outside_the_root_have_a_root_of_their_own(lists, tmp_path):
+def test_lists_may_have_absolute_paths_and_paths_outside_their_folder(lists, tmp_path):
     file = lists("p.csv", f"{tmp_path}/images/a.jpg,{tmp_path}/masks/a.png\n")
     assert both(read_pair_lists([file], None, None)) == TWO[:1]
     (tmp_path / "lists").mkdir()
@@ -392,7 +398,7 @@ def test_absolute_paths_and_paths_outside_the_root_have_a_root_of_their_own(list
     assert both(pairing) == [("a.jpg", "a.png"), ("x/a.jpg", "z.png")]
 
 
-def test_several_lists_are_one(lists):
+def test_several_lists_are_concatenated(lists):
     files = [
         lists("p.txt", "images/a.jpg masks/a.png\n"),
         lists("q.csv", "images/x/a.jpg,masks/z.png"),
@@ -400,7 +406,7 @@ def test_several_lists_are_one(lists):
     assert both(read_pair_lists(files, None, None)) == TWO
 
 
-def test_one_mask_for_two_pictures_is_told(lists, tmp_path):
+def test_one_mask_for_two_images_is_reported(lists, tmp_path):
     text = "images/a.jpg masks/a.png\nimages/x/a.jpg masks/a.png\n"
     pairing = read_pair_lists([lists("p.txt", text)], None, None)
     assert pairing.pairs == [Pair("images/a.jpg", "masks/a.png")]
@@ -409,7 +415,7 @@ def test_one_mask_for_two_pictures_is_told(lists, tmp_path):
     assert pairing.refused == [line]
 
 
-def test_what_is_listed_wrongly_is_told_and_left_out(lists, tmp_path, tree):
+def test_wrong_lines_of_a_list_are_reported_and_left_out(lists, tmp_path, tree):
     tree("images", "a.png")
     text = (
         "images/a.jpg masks/a.png\n"
@@ -421,38 +427,58 @@ def test_what_is_listed_wrongly_is_told_and_left_out(lists, tmp_path, tree):
     assert pairing.pairs == [Pair("images/a.jpg", "masks/a.png")]
     assert pairing.refused == [
         f"{tmp_path}/images/a.jpg is listed twice",
-        f"{tmp_path}/images/no.jpg is listed but is not there",
-        f"{tmp_path}/masks/no.png is listed but is not there",
+        f"{tmp_path}/images/no.jpg is listed but does not exist",
+        f"{tmp_path}/masks/no.png is listed but does not exist",
     ]
     text = "images/a.jpg masks/a.png\nimages/a.png masks/z.png\n"
     pairing = read_pair_lists([lists("p.txt", text)], None, None)
     assert pairing.pairs == []
-    assert pairing.refused == [f"{tmp_path}/images/a.jpg and images/a.png have one name"]
+    assert pairing.refused == [f"{tmp_path}/images/a.jpg and images/a.png have the same name"]
 
 
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("p.txt", "", "{file} lists no pair; write a picture and its mask on each line"),
-        ("p.csv", "image,mask\n# none\n", "{file} lists no pair; write a picture and its mask on"),
-        ("p.txt", "a.jpg\n", "{file}, line 1 holds 1 names, not a picture and its mask; names"),
-        ("p.csv", "a.jpg,\n", "{file}, line 1 holds 2 names, not a picture and its mask; part t"),
-        ("p.csv", "a,b\nimage,mask\na,b,c\n", "{file}, line 3 holds 3 names, not a picture"),
-        ("p.tsv", "a.jpg,a.png\n", "{file}, line 1 holds 1 names, not a picture and its mask"),
-        ("p.csv", "x" * 200_000 + ",b\n", "{file}, line 1 holds 0 names, not a picture and its"),
+        ("p.txt", "", "{file} lists no pairs; write an image and its mask on each line"),
+        ("p.csv", "image,mask\n# none\n", "{file} lists no pairs; write an image and its mask on"),
+        (
+            "p.txt",
+            "a.jpg\n",
+            "{file}, line 1: expected 2 names, an image and its mask, got 1; names",
+        ),
+        (
+            "p.csv",
+            "a.jpg,\n",
+            "{file}, line 1: expected 2 names, an image and its mask, got 2; separate",
+        ),
+        (
+            "p.csv",
+            "a,b\nimage,mask\na,b,c\n",
+            "{file}, line 3: expected 2 names, an image and its mask, got 3; ",
+        ),
+        (
+            "p.tsv",
+            "a.jpg,a.png\n",
+            "{file}, line 1: expected 2 names, an image and its mask, got 1; ",
+        ),
+        (
+            "p.csv",
+            "x" * 200_000 + ",b\n",
+            "{file}, line 1: expected 2 names, an image and its mask, got 0; ",
+        ),
     ],
 )
-def test_lines_that_are_no_pair_are_refused(lists, name, text, message):
+def test_lines_that_are_not_a_pair_are_refused(lists, name, text, message):
     file = lists(name, text)
-    said = refusal(read_pair_lists, [file], None, None)
-    assert said.startswith(message.format(file=file))
-    assert "\n" not in said
+    error = refusal(read_pair_lists, [file], None, None)
+    assert error.startswith(message.format(file=file))
+    assert "\n" not in error
 
 
-def test_a_list_that_is_no_text_is_refused(lists):
+def test_a_list_that_is_not_utf8_is_refused(lists):
     file = lists("p.txt", "größe.jpg größe.png\n", "latin-1")
     assert refusal(read_pair_lists, [file], None, None) == (
-        f"{file} is no text in UTF-8; save it as such"
+        f"{file} is not UTF-8 text; save it as UTF-8"
     )
 
 
@@ -464,9 +490,9 @@ def pairs_named(*sources):
 
 
 def splits_of(pairs, val=0.2, test=0.2, **rule):
-    # Folds have a size of their own.
-    shares = {"test_fraction": test} | ({} if "fold" in rule else {"val_fraction": val})
-    splits, _ = SplitRule(**shares, **rule).assign(pairs)
+    # The size of a fold is determined by their number.
+    fractions = {"test_fraction": test} | ({} if "fold" in rule else {"val_fraction": val})
+    splits, _ = SplitRule(**fractions, **rule).assign_splits(pairs)
     return {p.source: split for p, split in zip(pairs, splits, strict=True)}
 
 
@@ -485,11 +511,11 @@ def test_the_hash_fraction_is_pinned():
     assert hash_fraction("") == pytest.approx(0xE3B0C44298FC1C14 / 2**64)
 
 
-def test_adding_data_never_moves_a_sample():
+def test_adding_data_never_changes_the_split_of_a_sample():
     for rule in ({}, {"fold": (2, 5)}, {"group_by": r"patient\d+"}):
-        some, all_of_them = splits_of(MANY[::7], **rule), splits_of(MANY, **rule)
-        assert set(some.values()) == {"train", "val", "test"}
-        assert some.items() <= all_of_them.items()
+        subset, everything = splits_of(MANY[::7], **rule), splits_of(MANY, **rule)
+        assert set(subset.values()) == {"train", "val", "test"}
+        assert subset.items() <= everything.items()
 
 
 @given(st.floats(0, 0.5), st.floats(0, 0.49))
@@ -498,7 +524,7 @@ def test_raising_a_fraction_only_moves_samples_into_it(low, more):
     assert all(after[name] == "val" for name, split in before.items() if split == "val")
 
 
-def test_fractions_are_roughly_met_and_may_be_zero():
+def test_fractions_are_met_approximately_and_may_be_zero():
     of = list(splits_of(MANY).values())
     assert 50 < of.count("val") < 110
     assert 50 < of.count("test") < 110
@@ -517,7 +543,7 @@ def test_each_sample_is_val_in_exactly_one_fold_and_test_in_all_or_none(count, t
             assert sorted(found) == ["train"] * (count - 1) + ["val"]
 
 
-def test_folds_are_of_about_one_size_and_leave_the_test_split_its_share():
+def test_folds_are_about_equal_and_the_test_split_keeps_its_fraction():
     for test in (0, 0.25):
         for number in range(1, 6):
             of = list(splits_of(MANY, 0.1, test, fold=(number, 5)).values())
@@ -536,16 +562,16 @@ def test_a_group_never_spans_two_splits(rule):
     assert {s for of in by_group.values() for s in of} == {"train", "val", "test"}
 
 
-def test_a_group_is_the_first_bracket_or_the_whole_match():
+def test_a_group_is_the_capture_group_or_the_match():
     pairs = pairs_named("patient7/x.png")
     for expression, group in ((r"patient(\d+)", "7"), (r"patient\d+", "patient7"), (None, None)):
-        _, groups = SplitRule(group_by=expression).assign(pairs)
+        _, groups = SplitRule(group_by=expression).assign_splits(pairs)
         assert groups == [group]
 
 
-def test_a_picture_without_a_group_is_refused():
+def test_an_image_without_a_group_is_refused():
     rule = SplitRule(group_by="car_(.*)")
-    assert refusal(rule.assign, pairs_named("car_1.png", "b.png")) == (
+    assert refusal(rule.assign_splits, pairs_named("car_1.png", "b.png")) == (
         "b.png does not match --group-by 'car_(.*)'; widen the pattern"
     )
 
@@ -553,43 +579,46 @@ def test_a_picture_without_a_group_is_refused():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"val_fraction": -0.1}, "--val-fraction and --test-fraction are shares, 0 to 1"),
-        ({"test_fraction": 1.5}, "--val-fraction and --test-fraction are shares, 0 to 1"),
-        ({"val_fraction": float("nan")}, "--val-fraction and --test-fraction are shares, 0 to 1"),
+        ({"val_fraction": -0.1}, "--val-fraction and --test-fraction must be between 0 and 1"),
+        ({"test_fraction": 1.5}, "--val-fraction and --test-fraction must be between 0 and 1"),
+        (
+            {"val_fraction": float("nan")},
+            "--val-fraction and --test-fraction must be between 0 and 1",
+        ),
         ({"val_fraction": 0.5, "test_fraction": 0.5}, "leave nothing to train on"),
-        ({"fold": (0, 5)}, "--fold is i/k: fold i, from 1 to k, of k folds"),
-        ({"fold": (6, 5)}, "--fold is i/k: fold i, from 1 to k, of k folds"),
-        ({"fold": (1, 1)}, "--fold is i/k: fold i, from 1 to k, of k folds"),
+        ({"fold": (0, 5)}, "--fold must be i/k: fold i, from 1 to k, of k >= 2 folds"),
+        ({"fold": (6, 5)}, "--fold must be i/k: fold i, from 1 to k, of k >= 2 folds"),
+        ({"fold": (1, 1)}, "--fold must be i/k: fold i, from 1 to k, of k >= 2 folds"),
         (
             {"fold": (1, 2), "files": (Path("s.csv"),)},
-            "--fold and --split-file both say the splits; give one of them",
+            "--fold and --split-file both define the splits; use one of them",
         ),
         (
             {"by_folder": True, "files": (Path("s.csv"),)},
-            "--split-file and --split-folders both say the splits; give one of them",
+            "--split-file and --split-folders both define the splits; use one of them",
         ),
-        ({"by_folder": True, "fold": (1, 2)}, "--fold and --split-folders both say the splits"),
+        ({"by_folder": True, "fold": (1, 2)}, "--fold and --split-folders both define the splits"),
     ],
 )
-def test_split_rules_that_contradict_themselves_are_refused(fields, message):
+def test_contradictory_split_rules_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         SplitRule(**fields)
 
 
 def test_the_first_folder_of_a_path_may_be_its_split():
     names = ("train/a.png", "Val/a.png", "test/x/a.png", "training/b.png", "validation/val/b.png")
-    splits, groups = SplitRule(by_folder=True).assign(pairs_named(*names))
+    splits, groups = SplitRule(by_folder=True).assign_splits(pairs_named(*names))
     assert splits == ["train", "val", "test", "train", "val"]
     assert groups == [None] * 5
 
 
-def test_a_picture_in_no_split_folder_is_refused():
+def test_an_image_outside_the_split_folders_is_refused():
     rule = SplitRule(by_folder=True)
-    assert refusal(rule.assign, pairs_named("train/a.png", "dev/a.png")) == (
-        "dev/a.png lies in no folder called train, val or test; "
+    assert refusal(rule.assign_splits, pairs_named("train/a.png", "dev/a.png")) == (
+        "dev/a.png is not in a folder named train, val or test; "
         "--split-folders needs them at the top of --images"
     )
-    assert "train.png lies in no folder" in refusal(rule.assign, pairs_named("train.png"))
+    assert "train.png is not in a folder" in refusal(rule.assign_splits, pairs_named("train.png"))
 
 
 # ------------------------------------------------------------------------------------ split files
@@ -597,7 +626,7 @@ def test_a_picture_in_no_split_folder_is_refused():
 
 @pytest.fixture
 def files(tmp_path):
-    """files(**{"split.csv": text}) -> a rule that reads them, in this order."""
+    """files(("split.csv", text), ...) -> a rule that reads these files, in this order."""
 
     def make(*named):
         paths = []
@@ -623,9 +652,9 @@ LISTED = ["train", "val", "test"]
         "path, split\na, train\n\nx/b, val\nc d, test\n,\n",
     ],
 )
-def test_a_split_file_decides_in_any_order_with_any_other_column(files, text):
+def test_a_split_file_may_have_any_order_and_other_columns(files, text):
     rule = files(("split.csv", text))
-    assert rule.assign(PAIRS)[0] == LISTED
+    assert rule.assign_splits(PAIRS)[0] == LISTED
 
 
 @pytest.mark.parametrize(
@@ -636,25 +665,25 @@ def test_a_split_file_decides_in_any_order_with_any_other_column(files, text):
         [("train.txt", "a.png masks/a.png\nc d.png\n"), ("val.csv", "x/b.png,masks/b.png\n")],
     ],
 )
-def test_lists_called_for_their_split_with_or_without_extension_and_masks(files, named):
-    splits, _ = files(*named).assign(PAIRS)
+def test_lists_named_after_their_split_may_omit_extensions_or_list_masks(files, named):
+    splits, _ = files(*named).assign_splits(PAIRS)
     expected = ["train", "val", "train"] if len(named) == 2 else LISTED
     assert splits == expected
 
 
-def test_a_split_file_and_groups_go_together(files, tmp_path):
+def test_a_split_file_can_be_combined_with_groups(files, tmp_path):
     text = "path,split\na.png,train\nx/b.png,val\nc d.png,test\n"
     rule = SplitRule(files=files(("split.csv", text)).files, group_by="[abc]")
-    assert rule.assign(PAIRS) == (LISTED, ["a", "b", "c"])
+    assert rule.assign_splits(PAIRS) == (LISTED, ["a", "b", "c"])
 
 
-def test_a_name_with_its_extension_is_that_file_even_if_another_is_called_so_without(files):
+def test_a_full_name_takes_precedence_over_a_name_without_extension(files):
     pairs = pairs_named("a.png", "a.png.jpg")
     rule = files(("train.txt", "a.png\n"), ("val.txt", "a.png.jpg\n"))
-    assert rule.assign(pairs)[0] == ["train", "val"]
+    assert rule.assign_splits(pairs)[0] == ["train", "val"]
 
 
-NAMED_ONCE = "every picture must be named once"
+LIST_ONCE = "list every image exactly once"
 
 
 @pytest.mark.parametrize(
@@ -662,84 +691,84 @@ NAMED_ONCE = "every picture must be named once"
     [
         (
             [("split.csv", "a.png,train\n")],
-            "{0} must begin with the line path,split or be called train.txt, val.txt or test.txt; "
+            "{0} must start with the line path,split or be named train.txt, val.txt or test.txt; "
             "rename it or add that line",
         ),
         (
             [("split.csv", "")],
-            "{0} must begin with the line path,split or be called train.txt, val.txt or test.txt; "
+            "{0} must start with the line path,split or be named train.txt, val.txt or test.txt; "
             "rename it or add that line",
         ),
         (
             [("s.csv", "path,split\na.png,train\nx/b.png,dev\nc d.png,val\n")],
-            "{0}, line 3: 'dev' is none of train, val, test; correct it",
+            "{0}, line 3: 'dev' is not one of train, val, test; correct it",
         ),
         (
             [("s.csv", "path,split\na.png,train\nx/b.png,\nc d.png,val\n")],
-            "{0}, line 3: '' is none of train, val, test; correct it",
+            "{0}, line 3: '' is not one of train, val, test; correct it",
         ),
         (
             [("s.csv", "path,split\na.png,train\nx/b.png\nc d.png,val\n")],
-            "{0}, line 3 is not path,split: 'x/b.png'; correct it",
+            "{0}, line 3 is not of the form path,split: 'x/b.png'; correct it",
         ),
         (
             [("s.csv", "path,split\na.png,train,val\n")],
-            "{0}, line 2 is not path,split: 'a.png,train,val'; correct it",
+            "{0}, line 2 is not of the form path,split: 'a.png,train,val'; correct it",
         ),
         (
             [("s.csv", "path,split\na.png,train\nx/b.png,val\na.png,train\nc d.png,val\n")],
-            "{0}, line 4: a.png stands twice ({0}, line 2); " + NAMED_ONCE,
+            "{0}, line 4: a.png is listed twice ({0}, line 2); " + LIST_ONCE,
         ),
         (
             [("s.csv", "path,split\na.png,train\nx/b.png,val\na,val\nc d.png,val\n")],
-            "{0}, line 4: a stands twice, in train ({0}, line 2) and in val; " + NAMED_ONCE,
+            "{0}, line 4: a is listed twice, in train ({0}, line 2) and in val; " + LIST_ONCE,
         ),
         (
             [("s.csv", "path,split\na.png,train\nc d.png,val\n")],
-            "x/b.png is not in {0}; " + NAMED_ONCE,
+            "x/b.png is not in {0}; " + LIST_ONCE,
         ),
         (
             [("s.csv", "path,split\na.png,train\nx/b.png,val\nc d.png,val\ne.png,val\n")],
-            "{0}, line 5 lists e.png, which is not there; " + NAMED_ONCE,
+            "{0}, line 5 lists e.png, which is not one of the images; " + LIST_ONCE,
         ),
         (
             [("train.txt", "a.png\nx/b.png\nc d.png\n"), ("val.txt", "x/b\n")],
-            "{1}, line 1: x/b stands twice, in train ({0}, line 2) and in val; " + NAMED_ONCE,
+            "{1}, line 1: x/b is listed twice, in train ({0}, line 2) and in val; " + LIST_ONCE,
         ),
         (
             [("train.txt", "a.png\n"), ("val.txt", "c d.png\n")],
-            "x/b.png is not in {0} or {1}; " + NAMED_ONCE,
+            "x/b.png is not in {0} or {1}; " + LIST_ONCE,
         ),
         (
             [("train.txt", "a.png\nx/b.png\nc d.png\n,\n")],
-            "{0}, line 4 lists ,, which is not there; " + NAMED_ONCE,
+            "{0}, line 4 lists ,, which is not one of the images; " + LIST_ONCE,
         ),
     ],
 )
-def test_split_files_that_do_not_fit_are_refused(files, named, message):
+def test_split_files_that_do_not_match_the_images_are_refused(files, named, message):
     rule = files(*named)
-    assert refusal(rule.assign, PAIRS) == message.format(*rule.files)
+    assert refusal(rule.assign_splits, PAIRS) == message.format(*rule.files)
 
 
-def test_several_problems_of_a_split_file_are_told_together(files):
+def test_all_problems_of_a_split_file_are_reported_together(files):
     rule = files(("train.txt", "a.png\nno.png\n"))
-    assert refusal(rule.assign, PAIRS).splitlines() == [
-        f"3 problems ({NAMED_ONCE}):",
-        f"  {rule.files[0]}, line 2 lists no.png, which is not there",
+    assert refusal(rule.assign_splits, PAIRS).splitlines() == [
+        f"3 problems ({LIST_ONCE}):",
+        f"  {rule.files[0]}, line 2 lists no.png, which is not one of the images",
         f"  x/b.png is not in {rule.files[0]}",
         f"  c d.png is not in {rule.files[0]}",
     ]
 
 
-def test_a_split_file_that_is_no_text_is_refused(tmp_path):
+def test_a_split_file_that_is_not_utf8_is_refused(tmp_path):
     (tmp_path / "train.txt").write_bytes(b"\xff\xfea")
     rule = SplitRule(files=(tmp_path / "train.txt",))
-    assert refusal(rule.assign, PAIRS) == (
-        f"{tmp_path / 'train.txt'} is no text in UTF-8; save it as such"
+    assert refusal(rule.assign_splits, PAIRS) == (
+        f"{tmp_path / 'train.txt'} is not UTF-8 text; save it as UTF-8"
     )
 
 
-def test_splits_are_called_so():
+def test_the_names_of_the_splits_are_pinned():
     assert SPLITS == ("train", "val", "test")
 
 
@@ -758,9 +787,9 @@ def move(plan):
         file.source.rename(file.target)
 
 
-def test_a_mixed_folder_is_parted_by_suffix(tree, tmp_path):
+def test_a_mixed_folder_is_separated_by_suffix(tree, tmp_path):
     mixed = tree("mixed", "a.png", "a_mask.png", "x/a.jpg", "x/a_mask.png")
-    assert targets(separate(mixed, tmp_path, mask_suffix="_mask"), mixed, tmp_path) == {
+    assert targets(plan_separation(mixed, tmp_path, mask_suffix="_mask"), mixed, tmp_path) == {
         "a.png": ("images/a.png", False),
         "a_mask.png": ("masks/a.png", True),
         "x/a.jpg": ("images/x/a.jpg", False),
@@ -768,9 +797,9 @@ def test_a_mixed_folder_is_parted_by_suffix(tree, tmp_path):
     }
 
 
-def test_a_mixed_folder_is_parted_by_extension_of_any_case(tree, tmp_path):
+def test_a_mixed_folder_is_separated_by_extension_in_any_case(tree, tmp_path):
     mixed = tree("mixed", "a.BMP", "a.png", "b.bmp", "b.PNG")
-    plan = separate(mixed, tmp_path, image_ext=".bmp", mask_ext=".png")
+    plan = plan_separation(mixed, tmp_path, image_ext=".bmp", mask_ext=".png")
     assert targets(plan, mixed, tmp_path) == {
         "a.BMP": ("images/a.BMP", False),
         "a.png": ("masks/a.png", True),
@@ -780,7 +809,7 @@ def test_a_mixed_folder_is_parted_by_extension_of_any_case(tree, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("pattern", "mask", "picture"),
+    ("pattern", "mask", "image"),
     [
         (r"_mask", "a_mask_01.png", "a_01.png"),
         (r"^gt_", "gt_a_01.png", "a_01.png"),
@@ -788,40 +817,40 @@ def test_a_mixed_folder_is_parted_by_extension_of_any_case(tree, tmp_path):
         (r"^labels/(.*)_L$", "labels/x/a_L.tif", "x/a.png"),
     ],
 )
-def test_a_mixed_folder_is_parted_by_a_pattern(tree, tmp_path, pattern, mask, picture):
-    mixed = tree("mixed", mask, picture)
-    stem = os.path.splitext(picture)[0]
-    assert targets(separate(mixed, tmp_path, mask_pattern=pattern), mixed, tmp_path) == {
+def test_a_mixed_folder_is_separated_by_a_pattern(tree, tmp_path, pattern, mask, image):
+    mixed = tree("mixed", mask, image)
+    stem = os.path.splitext(image)[0]
+    assert targets(plan_separation(mixed, tmp_path, mask_pattern=pattern), mixed, tmp_path) == {
         mask: (f"masks/{stem}{os.path.splitext(mask)[1]}", True),
-        picture: (f"images/{picture}", False),
+        image: (f"images/{image}", False),
     }
 
 
-def test_separating_moves_nothing(tree, tmp_path):
+def test_planning_a_separation_moves_nothing(tree, tmp_path):
     mixed = tree("mixed", "a.png", "a_mask.png")
-    separate(mixed, tmp_path / "out", mask_suffix="_mask")
+    plan_separation(mixed, tmp_path / "out", mask_suffix="_mask")
     assert sorted(os.listdir(mixed)) == ["a.png", "a_mask.png"]
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("out", ["out", "mixed/out", "mixed"])
 @pytest.mark.parametrize("moved", [(), (0,), (1,), (0, 1, 2), (1, 3, 5), (0, 2, 4), (2, 3, 4)])
-def test_an_interrupted_move_is_gone_on_with(tree, tmp_path, out, moved):
+def test_an_interrupted_separation_can_be_resumed(tree, tmp_path, out, moved):
     mixed = tree("mixed", "a.png", "a_mask.png", "x/b.png", "x/b_mask.png", "c.jpg", "c_mask.png")
     target = tmp_path / out
-    plan = separate(mixed, target, mask_suffix="_mask")
+    plan = plan_separation(mixed, target, mask_suffix="_mask")
     move([plan[i] for i in moved])
-    rest = separate(mixed, target, mask_suffix="_mask")
+    rest = plan_separation(mixed, target, mask_suffix="_mask")
     assert rest == [file for i, file in enumerate(plan) if i not in moved]
     move(rest)
     assert list_images(target / "images") == ["a.png", "c.jpg", "x/b.png"]
     assert list_images(target / "masks") == ["a.png", "c.png", "x/b.png"]
 
 
-def test_a_target_inside_the_folder_is_not_part_of_it(tree, tmp_path):
-    mixed = tree("mixed", "a.png", "a_mask.png", "parted/images/b.png", "parted2/c.png")
-    (mixed / "parted2/c.png").unlink()
-    plan = separate(mixed, mixed / "parted", mask_suffix="_mask")
+def test_a_target_inside_the_folder_is_not_separated_again(tree, tmp_path):
+    mixed = tree("mixed", "a.png", "a_mask.png", "separated/images/b.png", "separated2/c.png")
+    (mixed / "separated2/c.png").unlink()
+    plan = plan_separation(mixed, mixed / "separated", mask_suffix="_mask")
     assert [file.source.name for file in plan] == ["a.png", "a_mask.png"]
 
 
@@ -829,17 +858,17 @@ def test_a_target_inside_the_folder_is_not_part_of_it(tree, tmp_path):
     ("names", "rule", "message"),
     [
         (["a.png", "b.png", "b_mask.png"], {"mask_suffix": "_mask"}, "a.png has no mask"),
-        (["a.png", "a_m.png", "b_m.png"], {"mask_suffix": "_m"}, "b_m.png has no picture"),
+        (["a.png", "a_m.png", "b_m.png"], {"mask_suffix": "_m"}, "b_m.png has no image"),
         (["a.png", "m-b.png", "b.png"], {"mask_pattern": "^m-"}, "a.png has no mask"),
         (
             ["a.png", "a.jpg", "a_mask.png"],
             {"mask_suffix": "_mask"},
-            "a.jpg and a.png have one name",
+            "a.jpg and a.png have the same name",
         ),
         (
             ["a.png", "m1-a.png", "m2-a.png"],
             {"mask_pattern": r"^m\d-"},
-            "m1-a.png and m2-a.png have one name",
+            "m1-a.png and m2-a.png have the same name",
         ),
         (
             ["a.bmp", "a.png", "b.tif"],
@@ -848,33 +877,35 @@ def test_a_target_inside_the_folder_is_not_part_of_it(tree, tmp_path):
         ),
     ],
 )
-def test_a_mixed_folder_that_does_not_fit_the_rule_is_refused(tree, tmp_path, names, rule, message):
+def test_a_mixed_folder_that_does_not_match_the_rule_is_refused(
+    tree, tmp_path, names, rule, message
+):
     mixed = tree("mixed", *names)
-    assert refusal(separate, mixed, tmp_path, **rule) == (
+    assert refusal(plan_separation, mixed, tmp_path, **rule) == (
         f"{message}; correct the rule or the folder {mixed}"
     )
 
 
-def test_a_group_that_was_parted_by_hand_is_refused(tmp_path):
+def test_a_group_that_spans_two_declared_splits_is_refused(tmp_path):
     names = ("train/patient1_a.png", "val/patient1_b.png", "val/patient2_a.png")
     rule = SplitRule(by_folder=True, group_by=r"patient(\d)")
     with pytest.raises(DataError) as error:
-        rule.assign(pairs_named(*names))
+        rule.assign_splits(pairs_named(*names))
     assert str(error.value) == (
-        "the group '1' is in train and val; correct the splits, or leave --group-by out"
+        "the group '1' is in train and val; correct the splits, or remove --group-by"
     )
-    splits, groups = rule.assign(pairs_named(*names[1:]))
+    splits, groups = rule.assign_splits(pairs_named(*names[1:]))
     assert (splits, groups) == (["val", "val"], ["1", "2"])
 
 
 @pytest.mark.parametrize(
-    ("rule", "said"),
+    ("rule", "message"),
     [
-        ({"by_folder": True, "val_fraction": 0.2}, "--val-fraction does nothing beside --split-f"),
-        ({"fold": (1, 2), "val_fraction": 0.0}, "--val-fraction does nothing beside --fold"),
-        ({"by_folder": True, "test_fraction": 0.2}, "--test-fraction does nothing beside --split"),
+        ({"by_folder": True, "val_fraction": 0.2}, "--val-fraction has no effect with --split-f"),
+        ({"fold": (1, 2), "val_fraction": 0.0}, "--val-fraction has no effect with --fold"),
+        ({"by_folder": True, "test_fraction": 0.2}, "--test-fraction has no effect with --split"),
     ],
 )
-def test_a_share_that_would_do_nothing_is_refused(rule, said):
-    with pytest.raises(ValueError, match=said):
+def test_a_fraction_without_effect_is_refused(rule, message):
+    with pytest.raises(ValueError, match=message):
         SplitRule(**rule)

@@ -1,4 +1,4 @@
-"""Holds the reader's contract: the right bytes by offset, named errors, stock webdataset agrees."""
+"""Reading samples by offset: exact bytes, named errors, agreement with stock webdataset."""
 
 import gc
 import io
@@ -24,13 +24,13 @@ import shards.reader
 from shards.images import ImageFormat, decode_image
 from shards.index import MemberRange, ShardInfo
 from shards.masks import decode_mask, default_palette, encode_mask
-from shards.order import WHOLE, Address, EvalPlan, Order, TrainPlan
+from shards.order import MAX_FULL_SHUFFLE, Address, EvalPlan, Order, TrainPlan
 from shards.reader import (
-    MOST_BETWEEN,
+    MAX_GAP_BYTES,
     SampleSource,
     ShardReader,
-    pieces_of,
-    read_samples,
+    build_pipeline,
+    plan_reads,
 )
 from shards.sample import DataError
 from shards.writer import ShardWriter
@@ -40,7 +40,7 @@ RGB = ImageFormat("RGB")
 
 @pytest.fixture
 def opened(request):
-    """opened(folder, infos) -> a reader whose descriptors are closed after the test."""
+    """opened(folder, infos) -> a reader that is closed after the test."""
     readers = []
 
     def make(folder, infos):
@@ -49,7 +49,7 @@ def opened(request):
 
     yield make
     for reader in readers:
-        reader.forget()
+        reader.close()
 
 
 def infos_of(manifest):
@@ -63,7 +63,7 @@ def addresses(infos):
 
 
 def num_open(folder):
-    """Descriptors of this process that point into a folder."""
+    """Count the descriptors of this process for shards in a folder."""
     inside = {(s.st_dev, s.st_ino) for s in (os.stat(p) for p in folder.glob("*.tar"))}
     count = 0
     for name in os.listdir("/dev/fd"):
@@ -84,11 +84,11 @@ def test_samples_are_read_as_they_were_written(make_shards, opened):
         assert raw.key == f"folder/pic_{address.shard}-{address.row}%2Ex"
         assert (raw.image, raw.mask) == content[raw.key]
         assert (raw.extension, raw.position) == ("png", position)
-        assert raw.describe() == {"source": f"folder/pic_{address.shard}-{address.row}.x.png"}
+        assert raw.parse_info() == {"source": f"folder/pic_{address.shard}-{address.row}.x.png"}
         assert raw.where == f"{folder / infos[address.shard].name}: {raw.key}"
 
 
-def test_a_sample_is_one_read(make_shards, opened, monkeypatch):
+def test_a_sample_takes_one_read(make_shards, opened, monkeypatch):
     folder, manifest, _ = make_shards([4])
     reader = opened(folder, infos_of(manifest))
     reader.read(Address(0, 0, 0))
@@ -98,7 +98,7 @@ def test_a_sample_is_one_read(make_shards, opened, monkeypatch):
     assert len(reads) == 1
 
 
-def test_raw_samples_decode_to_picture_and_mask(make_shards, opened, noise):
+def test_raw_samples_decode_to_image_and_mask(make_shards, opened, noise):
     folder, manifest, _ = make_shards([1])
     sample = opened(folder, infos_of(manifest)).read(Address(0, 0, 0)).decode(RGB, 2)
     assert np.array_equal(sample.image, noise(seed=0))
@@ -107,23 +107,24 @@ def test_raw_samples_decode_to_picture_and_mask(make_shards, opened, noise):
 
 def test_a_border_map_is_read_with_its_sample_and_decoded_on_request(tmp_path, to_bytes, opened):
     border = np.arange(48, dtype=np.uint8).reshape(6, 8)
-    picture = to_bytes(Image.new("RGB", (8, 6)))
+    image = to_bytes(Image.new("RGB", (8, 6)))
     stored = to_bytes(Image.fromarray(border))
     with ShardWriter(tmp_path / "train-000000.tar") as writer:
         for key, data in (("a", stored), ("b", stored[:45]), ("c", None)):
-            members = {"png": picture, "json": b"{}"}
+            members = {"png": image, "json": b"{}"}
             writer.add(key, members if data is None else {**members, "border.png": data})
         file = writer.seal()
     infos = (ShardInfo(file.name, file.samples, file.bytes, file.sha256, ()),)
-    good, cut, without = opened(tmp_path, infos).read_all([Address(0, 0, row) for row in range(3)])
-    assert (good.image, good.border) == (picture, stored)
-    assert np.array_equal(good.decode_border((8, 6)), border)
-    with pytest.raises(DataError, match=r"train-000000\.tar: a\.border\.png is 8 x 6, its picture"):
-        good.decode_border((6, 8))
-    # What is not asked for is not looked at.
-    assert cut.decode(RGB, 2).image.shape == (6, 8, 3)
+    reader = opened(tmp_path, infos)
+    intact, truncated, without = reader.read_all([Address(0, 0, row) for row in range(3)])
+    assert (intact.image, intact.border) == (image, stored)
+    assert np.array_equal(intact.decode_border((8, 6)), border)
+    with pytest.raises(DataError, match=r"000000\.tar: a\.border\.png is 8 x 6, but its image"):
+        intact.decode_border((6, 8))
+    # Border maps are not decoded unless requested.
+    assert truncated.decode(RGB, 2).image.shape == (6, 8, 3)
     with pytest.raises(DataError, match=r"train-000000\.tar: b\.border\.png is damaged"):
-        cut.decode_border((8, 6))
+        truncated.decode_border((8, 6))
     assert (without.border, without.decode_border((8, 6))) == (None, None)
 
 
@@ -140,8 +141,8 @@ def test_stock_webdataset_yields_the_same_keys_and_bytes(make_shards):
     found = list(WebDataset(urls, shardshuffle=False))
     assert [sample["__key__"] for sample in found] == list(content)
     for sample in found:
-        picture, mask = content[sample["__key__"]]
-        assert (sample["png"], sample["mask.png"]) == (picture, mask)
+        image, mask = content[sample["__key__"]]
+        assert (sample["png"], sample["mask.png"]) == (image, mask)
         assert decode_mask(sample["mask.png"], 2, "x").max() == 1
         assert decode_image(sample["png"], RGB, "x").shape == (6, 8, 3)
         assert json.loads(sample["json"])["source"].startswith("folder/pic_")
@@ -149,19 +150,19 @@ def test_stock_webdataset_yields_the_same_keys_and_bytes(make_shards):
 
 @pytest.fixture
 def foreign(tmp_path, opened):
-    """foreign([(name, bytes)], rows) -> a reader of a tar that others wrote, indexed by rows."""
+    """foreign([(name, bytes)], rows) -> a reader of a foreign tar whose .idx has these rows."""
 
     def make(members, rows):
         path = tmp_path / "foreign.tar"
-        places = {}
+        ranges = {}
         with tarfile.open(path, "w") as tar:
             for name, data in members:
                 member = tarfile.TarInfo(name)
                 member.size = len(data)
-                places[name] = (tar.offset + tarfile.BLOCKSIZE, len(data))
+                ranges[name] = (tar.offset + tarfile.BLOCKSIZE, len(data))
                 tar.addfile(member, io.BytesIO(data))
         lines = [
-            " ".join(f"{n.partition('.')[2]} {places[n][0]} {places[n][1]} {n}" for n in names)
+            " ".join(f"{n.partition('.')[2]} {ranges[n][0]} {ranges[n][1]} {n}" for n in names)
             for names in rows
         ]
         path.with_suffix(".idx").write_text("\n".join([f"v1.2 {len(lines)}", *lines]) + "\n")
@@ -171,82 +172,82 @@ def foreign(tmp_path, opened):
     return make
 
 
-def test_members_that_lie_apart_are_read_exactly_and_nothing_between(foreign, monkeypatch):
+def test_distant_members_are_read_separately(foreign, monkeypatch):
     far = os.urandom(300_000)
-    members = [("a.jpg", b"picture"), ("far.bin", far), ("a.mask.png", b"mask"), ("a.json", b"{}")]
+    members = [("a.jpg", b"image"), ("far.bin", far), ("a.mask.png", b"mask"), ("a.json", b"{}")]
     reader = foreign(members, [("a.jpg", "a.mask.png", "a.json")])
     pread, sizes = os.pread, []
     monkeypatch.setattr(os, "pread", lambda *a: sizes.append(a[1]) or pread(*a))
     raw = reader.read(Address(0, 0, 0))
-    assert (raw.image, raw.mask, raw.info) == (b"picture", b"mask", b"{}")
-    assert sum(sizes) == len(b"picture" + b"mask" + b"{}")
+    assert (raw.image, raw.mask, raw.info) == (b"image", b"mask", b"{}")
+    assert sum(sizes) == len(b"image" + b"mask" + b"{}")
 
 
-def test_members_with_little_between_them_are_one_read(foreign, monkeypatch):
-    members = [("a.mask.png", b"mask"), ("other.bin", bytes(9000)), ("a.jpg", b"picture")]
+def test_close_members_are_read_together(foreign, monkeypatch):
+    members = [("a.mask.png", b"mask"), ("other.bin", bytes(9000)), ("a.jpg", b"image")]
     reader = foreign(members, [("a.jpg", "a.mask.png")])
     pread, sizes = os.pread, []
     monkeypatch.setattr(os, "pread", lambda *a: sizes.append(a[1]) or pread(*a))
     raw = reader.read(Address(0, 0, 0))
-    assert (raw.image, raw.mask) == (b"picture", b"mask")
+    assert (raw.image, raw.mask) == (b"image", b"mask")
     assert len(sizes) == 1
 
 
 @given(
     st.lists(st.tuples(st.integers(0, 200_000), st.integers(0, 5000)), min_size=1, max_size=3),
 )
-def test_whatever_lies_between_members_they_are_read_and_not_much_more(gaps):
+def test_planned_reads_cover_all_members_and_little_else(gaps):
     members, offset = [], 0
     for number, (gap, size) in enumerate(gaps):
         offset += gap
         members.append(MemberRange("bin", offset, size, f"{number}.bin"))
         offset += size
-    pieces = pieces_of(members[::-1])
+    pieces = plan_reads(members[::-1])
     for member in members:
-        begin, end = member.offset, member.offset + member.size
-        assert any(low <= begin and end <= high for low, high in pieces)
+        start, end = member.offset, member.offset + member.size
+        assert any(low <= start and end <= high for low, high in pieces)
     read, needed = sum(high - low for low, high in pieces), sum(m.size for m in members)
-    assert read <= 2 * needed + MOST_BETWEEN
+    assert read <= 2 * needed + MAX_GAP_BYTES
     assert len(pieces) == 1 or read == needed
 
 
-def test_a_sample_of_a_foreign_shard_is_described_by_its_place(foreign, to_bytes, noise):
-    picture = to_bytes(Image.fromarray(noise()))
-    reader = foreign([("x/a.png", picture)], [("x/a.png",)])
+def test_the_source_of_a_foreign_sample_is_the_name_of_its_image(foreign, to_bytes, noise):
+    image = to_bytes(Image.fromarray(noise()))
+    reader = foreign([("x/a.png", image)], [("x/a.png",)])
     raw = reader.read(Address(0, 0, 0))
     assert (raw.info, raw.mask, raw.extension) == (None, None, "png")
-    assert raw.describe() == {"source": "x/a.png"}
+    assert raw.parse_info() == {"source": "x/a.png"}
     assert np.array_equal(raw.decode(RGB, 2).image, noise())
 
 
-def test_pictures_decode_by_the_manifests_format(opened, tmp_path, to_bytes):
-    wide = Image.fromarray(np.array([[0, 500, 1000, 65535]], dtype=np.uint16))
+def test_images_are_decoded_by_the_format_of_the_manifest(opened, tmp_path, to_bytes):
+    grey16 = Image.fromarray(np.array([[0, 500, 1000, 65535]], dtype=np.uint16))
     with ShardWriter(tmp_path / "s.tar") as writer:
-        writer.add("k", {"png": to_bytes(wide), "json": b"{}"})
+        writer.add("k", {"png": to_bytes(grey16), "json": b"{}"})
         file = writer.seal()
     info = ShardInfo(file.name, file.samples, file.bytes, "", ())
     raw = opened(tmp_path, [info]).read(Address(0, 0, 0))
     image = raw.decode(ImageFormat("L", range=(0, 1000)), 2).image
     assert image[..., 0].tolist() == [[0, 128, 255, 255]]
-    with pytest.raises(DataError, match=r"s\.tar: k has more than 8 bits a pixel"):
+    with pytest.raises(DataError, match=r"s\.tar: k has more than 8 bits per pixel"):
         raw.decode(RGB, 2)
 
 
-# ---------------------------------------------------------------------------------- what is wrong
+# ---------------------------------------------------------------------------------- damaged data
 
 
 @pytest.mark.parametrize(
     ("info", "message"),
     [
-        (b"{", "its json is damaged; pack it again"),
-        (b"[1]", "its json is no object; pack it again"),
+        (b"{", ".json is not valid JSON; pack it again"),
+        (b"[1]", ".json is not a JSON object; pack it again"),
     ],
 )
-def test_a_json_that_is_none_is_named(foreign, info, message):
+def test_an_invalid_json_is_named(foreign, info, message):
     raw = foreign([("a.png", b""), ("a.json", info)], [("a.png", "a.json")]).read(Address(0, 0, 0))
     with pytest.raises(DataError) as caught:
-        raw.describe()
-    assert str(caught.value) == f"{raw.where}: {message}"
+        raw.parse_info()
+    assert str(caught.value) == f"{raw.where}{message}"
 
 
 def test_an_index_beyond_the_classes_is_named_by_shard_and_key(make_shards, opened):
@@ -254,7 +255,7 @@ def test_an_index_beyond_the_classes_is_named_by_shard_and_key(make_shards, open
     raw = opened(folder, infos_of(manifest)).read(Address(0, 0, 0))
     mask = encode_mask(np.full((6, 8), 2, np.uint8), default_palette(manifest.classes))
     assert replace(raw, mask=mask).decode(RGB, 3).mask.max() == 2
-    with pytest.raises(DataError, match=r"train-000000\.tar: folder/pic_0-0%2Ex holds values with"):
+    with pytest.raises(DataError, match=r"000000\.tar: folder/pic_0-0%2Ex has values without"):
         replace(raw, mask=mask).decode(RGB, 2)
 
 
@@ -281,60 +282,58 @@ def test_a_shard_of_another_size_is_named_before_it_is_read(make_shards, opened,
     os.truncate(path, size + change)
     reader = opened(folder, infos_of(manifest))
     assert refusal(reader) == (
-        f"{path} has {size + change:,} bytes, the manifest says {size:,}; copy or pack it again"
+        f"{path} has {size + change:,} bytes, but the manifest lists {size:,}; "
+        "copy or pack it again"
     )
     assert num_open(folder) == 0
 
 
-def test_a_missing_or_cut_index_is_named(make_shards, opened):
+def test_a_missing_or_truncated_idx_is_named(make_shards, opened):
     folder, manifest, _ = make_shards([2])
     path = folder / "train-000000.idx"
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:-1]))
     assert refusal(opened(folder, infos_of(manifest))) == (
-        f"{path} is cut or no index of version v1.2; pack the data set again"
+        f"{path} is truncated or not a v1.2 .idx; pack the data set again"
     )
     path.unlink()
     assert f"{path} cannot be read (" in refusal(opened(folder, infos_of(manifest)))
 
 
-def test_an_index_that_points_behind_the_end_is_named(make_shards, opened):
+def test_offsets_past_the_end_of_the_shard_are_named(make_shards, opened):
     folder, manifest, _ = make_shards([1])
     path = folder / "train-000000.idx"
     *words, _, name = path.read_text().split(" ")
     path.write_text(" ".join([*words, "1000000", name]))
-    assert "train-000000.tar: folder/pic_0-0%2Ex ends too early; the shard is cut" in refusal(
-        opened(folder, infos_of(manifest))
-    )
+    message = "train-000000.tar: folder/pic_0-0%2Ex extends past the end of the shard; the shard"
+    assert message in refusal(opened(folder, infos_of(manifest)))
 
 
-def test_a_mask_of_another_size_than_its_picture_is_named(tmp_path, opened, to_bytes, noise):
+def test_a_mask_of_another_size_than_its_image_is_named(tmp_path, opened, to_bytes, noise):
     with ShardWriter(tmp_path / "s.tar") as writer:
         mask = encode_mask(np.zeros((8, 6), np.uint8), ((0, 0, 0),))
-        picture = to_bytes(Image.fromarray(noise()))
-        writer.add("k", {"png": picture, "mask.png": mask, "json": b"{}"})
+        image = to_bytes(Image.fromarray(noise()))
+        writer.add("k", {"png": image, "mask.png": mask, "json": b"{}"})
         file = writer.seal()
     info = ShardInfo(file.name, file.samples, file.bytes, "", ())
     raw = opened(tmp_path, [info]).read(Address(0, 0, 0))
-    with pytest.raises(DataError, match=r"s\.tar: k: the mask is 6 x 8, the picture 8 x 6; pack"):
+    with pytest.raises(DataError, match=r"s\.tar: k: the mask is 6 x 8, but the image is 8 x 6"):
         raw.decode(RGB, 2)
 
 
-def test_a_damaged_picture_is_named_by_shard_and_key(make_shards, opened):
+def test_a_damaged_image_is_named_by_shard_and_key(make_shards, opened):
     folder, manifest, _ = make_shards([2])
     raw = opened(folder, infos_of(manifest)).read(Address(0, 0, 1))
-    cut = replace(raw, image=raw.image[:60])
+    truncated = replace(raw, image=raw.image[:60])
     with pytest.raises(DataError, match=r"train-000000\.tar: folder/pic_0-1%2Ex .*; repair"):
-        cut.decode(RGB, 2)
+        truncated.decode(RGB, 2)
 
 
 # ------------------------------------------------------------------------- descriptors, processes
 
 
-def test_at_most_so_many_shards_are_open_the_least_recently_used_closed(
-    make_shards, opened, monkeypatch
-):
-    monkeypatch.setattr(shards.reader, "MAX_OPEN", 3)
+def test_the_least_recently_used_shard_is_closed_beyond_the_limit(make_shards, opened, monkeypatch):
+    monkeypatch.setattr(shards.reader, "MAX_OPEN_SHARDS", 3)
     folder, manifest, content = make_shards([1] * 6)
     reader = opened(folder, infos_of(manifest))
     for shard in (0, 1, 2, 0, 3, 4, 0, 5, 1, 2, 0):
@@ -344,36 +343,36 @@ def test_at_most_so_many_shards_are_open_the_least_recently_used_closed(
     assert set(reader.files) == {1, 2, 0}
 
 
-def test_the_promised_number_of_descriptors_is_modest():
-    assert 1 < shards.reader.MAX_OPEN <= 128
+def test_the_limit_of_open_shards_is_modest():
+    assert 1 < shards.reader.MAX_OPEN_SHARDS <= 128
 
 
-def test_a_reader_is_picklable_and_opens_its_own_files(make_shards, opened):
+def test_a_pickled_reader_opens_its_own_files(make_shards, opened):
     folder, manifest, _ = make_shards([2])
     reader = opened(folder, infos_of(manifest))
     expected = reader.read(Address(0, 0, 1))
     copy = pickle.loads(pickle.dumps(reader))
     assert (len(copy.files), len(reader.files)) == (0, 1)
-    assert (len(copy.indexes), len(reader.indexes)) == (0, 1)
+    assert (len(copy.offsets), len(reader.offsets)) == (0, 1)
     assert copy.read(Address(0, 0, 1)) == expected
 
 
-def test_a_reader_that_forgets_has_closed_everything_and_can_go_on(make_shards, opened):
+def test_a_closed_reader_has_no_open_files_and_can_be_used_again(make_shards, opened):
     folder, manifest, _ = make_shards([2, 1])
     reader = opened(folder, infos_of(manifest))
     expected = reader.read_all(addresses(infos_of(manifest)))
     assert num_open(folder) == 2
-    reader.forget()
+    reader.close()
     assert num_open(folder) == 0
     assert reader.read_all(addresses(infos_of(manifest))) == expected
 
 
-# ---------------------------------------------------------------------- many samples, no pictures
+# ------------------------------------------------------------------------ many samples, no images
 
 
 @pytest.fixture
-def imagined(tmp_path):
-    """imagined([3, 2]) -> a folder and its shards: whole indexes, but tars of nothing but holes."""
+def sparse_shards(tmp_path):
+    """sparse_shards([3, 2]) -> a folder and its shards: complete .idx files, but empty tars."""
 
     def make(sizes):
         rng, infos = np.random.default_rng(0), []
@@ -403,18 +402,18 @@ def sizes_of(infos):
 
 @pytest.mark.parametrize("world", [1, 3, 8])
 def test_over_all_ranks_an_epoch_reads_every_byte_once_and_ranks_their_own_shards(
-    imagined, opened, monkeypatch, world
+    sparse_shards, opened, monkeypatch, world
 ):
-    folder, infos = imagined([85] * 201)
+    folder, infos = sparse_shards([85] * 201)
     order = Order(sizes_of(infos), 2)
-    assert order.num_samples > WHOLE
+    assert order.num_samples > MAX_FULL_SHUFFLE
     read, pread = [], os.pread
 
-    def noting(handle, size, begin):
-        read.append((os.fstat(handle).st_ino, begin, size))
-        return pread(handle, size, begin)
+    def logged_pread(handle, size, start):
+        read.append((os.fstat(handle).st_ino, start, size))
+        return pread(handle, size, start)
 
-    monkeypatch.setattr(os, "pread", noting)
+    monkeypatch.setattr(os, "pread", logged_pread)
     pairs = 0
     for rank in range(world):
         reader, before = opened(folder, infos), len(read)
@@ -422,22 +421,22 @@ def test_over_all_ranks_an_epoch_reads_every_byte_once_and_ranks_their_own_shard
         for address in takewhile(lambda a: a.position < order.num_samples, stream):
             reader.read(address)
         pairs += len({shard for shard, _, _ in read[before:]})
-    # A sample is one read, its members and the tar headers between them.
-    reader, whole = opened(folder, infos), 0
-    for index in reader.open_indexes(range(201)).values():
+    # A sample is one read of its members and the tar headers between them.
+    reader, num_bytes = opened(folder, infos), 0
+    for offsets in reader.open_offsets(range(201)).values():
         for row in range(85):
-            entry = index[row]
+            entry = offsets[row]
             assert entry.info is not None
-            whole += entry.info.offset + entry.info.size - entry.image.offset
+            num_bytes += entry.info.offset + entry.info.size - entry.image.offset
     assert len(set(read)) == len(read) == order.num_samples
-    assert sum(size for _, _, size in read) == whole
+    assert sum(size for _, _, size in read) == num_bytes
     assert pairs <= (len(infos) if world == 1 else len(infos) + order.lanes)
 
 
-def test_epochs_leave_no_more_behind_than_the_first(imagined, opened, monkeypatch):
-    monkeypatch.setattr(shards.reader, "MAX_OPEN", 8)
-    monkeypatch.setattr(shards.reader, "INDEX_BYTES", 1000)
-    folder, infos = imagined([9] * 60)
+def test_memory_and_descriptors_do_not_grow_over_epochs(sparse_shards, opened, monkeypatch):
+    monkeypatch.setattr(shards.reader, "MAX_OPEN_SHARDS", 8)
+    monkeypatch.setattr(shards.reader, "MAX_OFFSETS_BYTES", 1000)
+    folder, infos = sparse_shards([9] * 60)
     reader, before = opened(folder, infos), len(os.listdir("/dev/fd"))
     plan = TrainPlan(Order(sizes_of(infos), 0), 6, 0, 1, 0)
     batches, held = iter(SampleSource(reader, plan)), []
@@ -446,31 +445,31 @@ def test_epochs_leave_no_more_behind_than_the_first(imagined, opened, monkeypatc
         for raws in islice(batches, 90):
             assert len(raws) == 6
             assert len(reader.files) <= 8
-            assert sum(index.num_bytes for index in reader.indexes.values()) <= 1000
+            assert sum(offsets.num_bytes for offsets in reader.offsets.values()) <= 1000
         assert num_open(folder) == 8
         gc.collect()
         held.append(tracemalloc.get_traced_memory()[0])
     tracemalloc.stop()
     assert len(os.listdir("/dev/fd")) - before <= 8
-    assert len(reader.indexes) > 8
+    assert len(reader.offsets) > 8
     assert max(held[2:]) - held[1] < 500_000
 
 
-def test_a_single_index_may_be_larger_than_what_is_kept(imagined, opened, monkeypatch):
-    monkeypatch.setattr(shards.reader, "INDEX_BYTES", 30)
-    folder, infos = imagined([5, 5])
+def test_offsets_larger_than_the_limit_can_be_read(sparse_shards, opened, monkeypatch):
+    monkeypatch.setattr(shards.reader, "MAX_OFFSETS_BYTES", 30)
+    folder, infos = sparse_shards([5, 5])
     reader = opened(folder, infos)
     raws = reader.read_all(addresses(infos))
     assert [raw.key for raw in raws] == [f"k{shard}-{row}" for shard in (0, 1) for row in range(5)]
-    assert len(reader.indexes) == 1
+    assert len(reader.offsets) == 1
 
 
 class KeepKeys:
-    """A later stage, as users of webdataset write them; a class, since lambdas do not pickle."""
+    """A later stage as users of webdataset write it; a class, since lambdas cannot be pickled."""
 
     def __call__(self, source):
         for batch in source:
-            # a list, since DataLoader would make one of a tuple
+            # A list, since DataLoader would convert a tuple to one.
             yield [[raw.key, raw.position] for raw in batch]
 
 
@@ -481,7 +480,7 @@ def test_the_reader_is_the_first_stage_of_a_webdataset_pipeline(make_shards, ope
     source = SampleSource(opened(folder, infos), plan)
     pipeline = DataPipeline(source, map_samples(len))
     assert list(pipeline) == [2, 2, 1]
-    ours = read_samples(opened(folder, infos), plan, KeepKeys())
+    ours = build_pipeline(opened(folder, infos), plan, KeepKeys())
     assert isinstance(ours, DataPipeline)
     assert [position for batch in ours for _, position in batch] == [0, 1, 2, 3, 4]
 
@@ -496,15 +495,15 @@ def test_any_number_of_loader_workers_reads_the_same_order(make_shards, opened, 
         [[f"folder/pic_{a.shard}-{a.row}%2Ex", a.position] for a in some]
         for some in islice(plan.batches(0, 1), 7)
     ]
-    pipeline = read_samples(opened(folder, infos), plan, KeepKeys())
+    pipeline = build_pipeline(opened(folder, infos), plan, KeepKeys())
     loader = DataLoader(pipeline, batch_size=None, num_workers=workers)
     assert list(islice(loader, 7)) == expected
 
 
-def test_an_error_in_a_worker_arrives_as_it_was_raised(make_shards, opened):
+def test_an_error_in_a_worker_is_raised_unchanged(make_shards, opened):
     folder, manifest, _ = make_shards([1])
     (folder / "train-000000.idx").unlink()
     plan = EvalPlan((1,), 1, 0, 1)
-    pipeline = read_samples(opened(folder, infos_of(manifest)), plan, KeepKeys())
+    pipeline = build_pipeline(opened(folder, infos_of(manifest)), plan, KeepKeys())
     with pytest.raises(DataError, match=r"train-000000\.idx cannot be read"):
         list(DataLoader(pipeline, batch_size=None, num_workers=1))

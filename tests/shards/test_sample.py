@@ -1,4 +1,4 @@
-"""Holds the contract of a sample: keys that fit and come back, paths that stay inside."""
+"""Sample keys that fit and are reversible, and paths that stay inside a folder."""
 
 import os
 import re
@@ -14,11 +14,11 @@ from shards.sample import encode_key, is_safe_path
 
 SAFE = set(string.ascii_letters + string.digits + "_-/%")
 
-ODD = "azAZ09_-.~%+ !#&'()[]{}*?\\\n\t\x7f\xa0é\u0301ßд中\u202e🙂"
+UNUSUAL = "azAZ09_-.~%+ !#&'()[]{}*?\\\n\t\x7f\xa0é\u0301ßд中\u202e🙂"
 
-# What a file system can hand out: any bytes but / and NUL, undecodable ones as surrogates.
+# What a file system can return: any bytes except / and NUL, undecodable ones as surrogates.
 names = st.one_of(
-    st.text(st.sampled_from(ODD), min_size=1, max_size=40),
+    st.text(st.sampled_from(UNUSUAL), min_size=1, max_size=40),
     st.binary(min_size=1).map(lambda b: os.fsdecode(b.replace(b"/", b"_").replace(b"\0", b"_"))),
     st.text(st.sampled_from("ab.%~ 2E"), min_size=1, max_size=40),
 ).filter(lambda name: name not in (".", ".."))
@@ -26,7 +26,7 @@ stems = st.lists(names, min_size=1, max_size=3).map("/".join)
 
 
 def decode_key(key):
-    """What a key was made of; None where it is a hash."""
+    """Return the path that a key was made of; None if it is a hash."""
     return None if key.startswith("%sha256-") else unquote(key, errors="surrogateescape")
 
 
@@ -42,7 +42,7 @@ def key_of(stem):
 @example("a%2Eb")
 @example("ä" * 40)
 @example("x" * 91)
-def test_a_key_has_only_safe_characters_and_fits_a_tar_name(stem):
+def test_a_key_has_only_safe_characters_and_fits_into_a_tar_name(stem):
     key = key_of(stem)
     assert len(key.encode("ascii")) <= 90
     assert set(key) <= SAFE

@@ -1,4 +1,4 @@
-"""Holds the store's contract: one folder like another, on disk or at a URL; files are whole."""
+"""Stores: folders on disk and at URLs behave alike, and files appear atomically."""
 
 import os
 import pickle
@@ -17,7 +17,7 @@ KINDS = ["local", "file", "memory"]
 
 @pytest.fixture
 def place(tmp_path):
-    """place(kind) -> a new folder's path or URL; `file` stands for protocols that show parts."""
+    """place(kind) -> path or URL of a new folder; `file` represents non-atomic protocols."""
     MemoryFileSystem.store.clear()
     MemoryFileSystem.pseudo_dirs[:] = [""]
     yield lambda kind: {
@@ -33,7 +33,7 @@ def place(tmp_path):
 def store(request, place):
     """An empty store of each kind."""
     made = Store(place(request.param))
-    made.make()
+    made.create_folder()
     return made
 
 
@@ -45,10 +45,10 @@ def staged(store, name, data):
         store.upload(file, name)
 
 
-# --------------------------------------------------------------------- the same for every kind
+# ----------------------------------------------------------------------------- every kind of store
 
 
-def test_an_empty_store_has_nothing(store):
+def test_an_empty_store_has_no_files(store):
     assert store.names() == []
     assert store.names("below") == []
     assert not store.exists("a.txt")
@@ -57,7 +57,7 @@ def test_an_empty_store_has_nothing(store):
         store.read("a.txt")
 
 
-def test_what_is_written_is_there(store):
+def test_written_files_can_be_listed_and_read(store):
     store.write("b.txt", b"two")
     store.write("a.txt", b"")
     store.write("parts/deep/c.txt", b"three")
@@ -73,13 +73,13 @@ def test_what_is_written_is_there(store):
     assert not store.exists("parts/deep/d.txt")
 
 
-def test_writing_again_replaces(store):
+def test_writing_a_file_again_replaces_it(store):
     store.write("a.txt", b"a longer text")
     store.write("a.txt", b"new")
     assert (store.read("a.txt"), store.names()) == (b"new", ["a.txt"])
 
 
-def test_files_that_are_staged_arrive(store):
+def test_staged_files_are_uploaded(store):
     data = os.urandom(200_000)
     staged(store, "train-000000.tar", data)
     staged(store, "parts/p.json", b"{}")
@@ -100,24 +100,24 @@ def test_files_and_folders_are_removed(store):
     assert store.names() == []
 
 
-def test_a_file_is_created_once(store):
-    assert store.create("job.json", [b"fi", b"rst"]) is True
-    assert store.create("job.json", [b"second"]) is False
+def test_write_if_absent_writes_once(store):
+    assert store.write_if_absent("job.json", [b"fi", b"rst"]) is True
+    assert store.write_if_absent("job.json", [b"second"]) is False
     assert (store.read("job.json"), store.names()) == (b"first", ["job.json"])
 
 
-def test_a_file_whose_lines_fail_is_not_created(store):
+def test_write_if_absent_leaves_nothing_if_its_lines_fail(store):
     def lines():
         yield b"half"
         raise RuntimeError("no more")
 
     with pytest.raises(RuntimeError, match="no more"):
-        store.create("plan.txt", lines())
+        store.write_if_absent("plan.txt", lines())
     assert store.names() == []
-    assert store.create("plan.txt", iter([b"whole"])) is True
+    assert store.write_if_absent("plan.txt", iter([b"complete"])) is True
 
 
-def test_a_store_is_picklable_and_says_where_it_is(store, place):
+def test_a_store_is_picklable_and_has_its_path_as_text(store, place):
     store.write("a.txt", b"x")
     copy = pickle.loads(pickle.dumps(store))
     assert copy.read("a.txt") == b"x"
@@ -125,8 +125,8 @@ def test_a_store_is_picklable_and_says_where_it_is(store, place):
     assert store.path("a.txt") == f"{store}/a.txt"
 
 
-def test_what_another_process_wrote_is_seen(store):
-    # Clients remember listings; these must not be old.
+def test_changes_by_other_processes_are_visible(store):
+    # Clients cache listings, which must not be stale.
     assert store.names() == []
     other = Store(str(store))
     other.write("a.txt", b"x")
@@ -138,15 +138,15 @@ def test_what_another_process_wrote_is_seen(store):
 # ---------------------------------------------------------------------------------- on disk
 
 
-def test_a_local_store_is_its_own_staging(place):
+def test_a_local_store_is_its_own_staging_folder(place):
     store = Store(place("local"))
-    store.make()
+    store.create_folder()
     with store.staging() as folder:
         assert folder == Path(place("local")) == store.local
     assert folder.exists()
 
 
-def test_a_local_file_is_written_whole_or_not_at_all(place, monkeypatch):
+def test_a_local_file_is_written_atomically(place, monkeypatch):
     store = Store(place("local"))
     store.write("a.txt", b"old")
 
@@ -159,7 +159,7 @@ def test_a_local_file_is_written_whole_or_not_at_all(place, monkeypatch):
     assert (store.read("a.txt"), store.names()) == (b"old", ["a.txt"])
 
 
-def test_a_temporary_file_may_lie_in_a_folder_that_is_removed_later(place, monkeypatch):
+def test_a_temporary_file_may_be_in_a_folder_that_is_removed_later(place, monkeypatch):
     store = Store(place("local"))
     store.write("parts/x", b"")
     replaced, replace = [], os.replace
@@ -171,17 +171,17 @@ def test_a_temporary_file_may_lie_in_a_folder_that_is_removed_later(place, monke
     assert store.read("index.json") == b"{}"
 
 
-def test_of_two_that_create_at_once_one_does(place, monkeypatch):
+def test_of_two_concurrent_writers_exactly_one_succeeds(place, monkeypatch):
     store = Store(place("local"))
-    store.make()
+    store.create_folder()
     link = os.link
 
-    def overtaken(aside, path):
+    def link_after_rival(aside, path):
         Path(path).write_bytes(b"rival")
         link(aside, path)
 
-    monkeypatch.setattr(os, "link", overtaken)
-    assert store.create("job.json", [b"mine"]) is False
+    monkeypatch.setattr(os, "link", link_after_rival)
+    assert store.write_if_absent("job.json", [b"mine"]) is False
     assert (store.read("job.json"), store.names()) == (b"rival", ["job.json"])
 
 
@@ -190,8 +190,8 @@ def test_a_file_in_the_way_is_named(tmp_path, below):
     (tmp_path / "file").write_text("x")
     store = Store(f"{tmp_path}/file{below}")
     with pytest.raises(DataError) as caught:
-        store.make()
-    assert str(caught.value) == f"{store} is a file, not a folder; choose another --out"
+        store.create_folder()
+    assert str(caught.value) == f"{store} is a file, not a directory; choose another --out"
 
 
 # ---------------------------------------------------------------------------------- at a URL
@@ -211,24 +211,24 @@ def test_a_file_in_the_way_is_named(tmp_path, below):
         ("S3://x", False),
     ],
 )
-def test_urls_are_told_from_paths(text, url):
+def test_urls_are_distinguished_from_paths(text, url):
     assert is_url(text) == url
     assert (Store(text).local is None) == url
 
 
-def test_a_slash_at_the_end_of_a_url_means_nothing():
+def test_a_trailing_slash_of_a_url_is_ignored():
     assert str(Store("s3://bucket/out/")) == "s3://bucket/out"
     assert Store("s3://bucket/out/").path("a") == "s3://bucket/out/a"
 
 
-def test_staging_for_a_url_is_removed(place):
+def test_the_staging_folder_of_a_url_is_removed(place):
     store = Store(place("memory"))
     with store.staging() as folder:
         (folder / "a").write_text("x")
     assert not folder.exists()
 
 
-def test_what_shows_parts_gets_the_final_name_last(place, monkeypatch):
+def test_non_atomic_protocols_rename_after_the_upload(place, monkeypatch):
     store = Store(place("file"))
     seen, move = [], LocalFileSystem.mv
     put = LocalFileSystem.put_file
@@ -248,7 +248,7 @@ def test_what_shows_parts_gets_the_final_name_last(place, monkeypatch):
     assert store.names() == ["a.tar"]
 
 
-def test_what_shows_only_whole_files_is_not_moved(place, monkeypatch):
+def test_atomic_protocols_upload_without_a_rename(place, monkeypatch):
     def mv(*_):
         raise AssertionError("a copy costs as much as the upload")
 
@@ -262,7 +262,7 @@ SYSTEMS = {"file": LocalFileSystem, "memory": MemoryFileSystem}
 
 
 @pytest.mark.parametrize("kind", SYSTEMS)
-def test_an_upload_that_did_not_arrive_whole_leaves_nothing(place, monkeypatch, kind):
+def test_an_incomplete_upload_is_refused_and_removed(place, monkeypatch, kind):
     store = Store(place(kind))
 
     def put_file(self, file, target, **_):
@@ -273,7 +273,8 @@ def test_an_upload_that_did_not_arrive_whole_leaves_nothing(place, monkeypatch, 
         with pytest.raises(DataError) as caught:
             staged(store, "a.tar", b"x" * 1000)
     assert str(caught.value) == (
-        f"{store}/a.tar arrived with 999 of 1,000 bytes; the same command goes on"
+        f"{store}/a.tar is incomplete: 999 of 1,000 bytes were uploaded; "
+        "rerun the same command to resume"
     )
     assert store.names() == []
     staged(store, "a.tar", b"x" * 1000)
@@ -282,7 +283,7 @@ def test_an_upload_that_did_not_arrive_whole_leaves_nothing(place, monkeypatch, 
 
 @pytest.mark.parametrize("kind", SYSTEMS)
 @pytest.mark.parametrize("method", ["put_file", "info"])
-def test_an_upload_that_fails_is_told_in_a_line_and_leaves_no_part(
+def test_a_failed_upload_is_reported_in_one_line_and_leaves_no_part(
     place, monkeypatch, kind, method
 ):
     store = Store(place(kind))
@@ -296,10 +297,10 @@ def test_an_upload_that_fails_is_told_in_a_line_and_leaves_no_part(
             staged(store, "a.tar", b"x" * 1000)
     assert str(caught.value) == (
         f"{store}/a.tar: reset by peer; check address, credentials and network, "
-        "the same command goes on"
+        "then rerun the same command to resume"
     )
     if (kind, method) != ("memory", "info"):
-        # Whole where only the question for its size failed.
+        # If only the size request fails, the file itself is complete.
         assert store.names() == []
 
 
@@ -312,7 +313,7 @@ def test_an_upload_that_fails_is_told_in_a_line_and_leaves_no_part(
         ("rm", lambda store: store.remove("a")),
     ],
 )
-def test_whatever_a_client_raises_is_one_line(place, monkeypatch, method, call):
+def test_any_exception_of_a_client_is_reported_in_one_line(place, monkeypatch, method, call):
     store = Store(place("memory"))
     store.write("a", b"x")
 
@@ -325,7 +326,8 @@ def test_whatever_a_client_raises_is_one_line(place, monkeypatch, method, call):
     text = str(caught.value)
     assert text.startswith(str(store))
     assert text.endswith(
-        ": RuntimeError; check address, credentials and network, the same command goes on"
+        ": RuntimeError; check address, credentials and network, then rerun the same command to "
+        "resume"
     )
 
 

@@ -1,4 +1,4 @@
-"""Holds the store's contract for what lies at a URL already: its kind, its files, parts of them."""
+"""Stores: kind, files and byte ranges of an existing folder at a URL."""
 
 import io
 import os
@@ -16,7 +16,7 @@ FILES = ("a.png", "b.PNG", "x/a.png", "x/y/c d.png", "x/[1].png", "xy/z.png", ".
 
 @pytest.fixture(params=["file", "memory"])
 def store(request, tmp_path):
-    """A folder at a URL with some files, each of which holds its own name."""
+    """A folder at a URL with some files that contain their own names."""
     MemoryFileSystem.store.clear()
     made = Store(f"file://{tmp_path}/url" if request.param == "file" else "memory://bucket/in")
     for name in FILES:
@@ -25,7 +25,7 @@ def store(request, tmp_path):
     MemoryFileSystem.store.clear()
 
 
-def test_a_url_names_a_file_a_folder_or_nothing(store):
+def test_the_kind_of_a_url_is_file_folder_or_none(store):
     assert store.kind() == "folder"
     assert Store(f"{store}/x").kind() == "folder"
     assert Store(f"{store}/x/a.png").kind() == "file"
@@ -33,7 +33,7 @@ def test_a_url_names_a_file_a_folder_or_nothing(store):
     assert Store(f"{store}/x/").kind() == "folder"
 
 
-def test_all_files_below_are_found(store):
+def test_find_lists_all_files_at_any_depth(store):
     assert store.find() == sorted(FILES)
     assert Store(f"{store}/x").find() == ["[1].png", "a.png", "y/c d.png"]
     assert Store(f"{store}/nothing").find() == []
@@ -50,18 +50,18 @@ def test_all_files_below_are_found(store):
         ("*.webp", []),
     ],
 )
-def test_a_pattern_names_files_only(store, pattern, expected):
+def test_a_pattern_matches_only_files(store, pattern, expected):
     assert store.find(pattern) == expected
 
 
-def test_what_another_process_wrote_is_found(store):
+def test_files_written_by_other_processes_are_found(store):
     before = store.find()
     Store(str(store)).write("new.png", b"")
     assert {*store.find()} - {*before} == {"new.png"}
     assert Store(f"{store}/new.png").kind() == "file"
 
 
-def test_a_file_that_is_not_there_is_named(store):
+def test_a_missing_file_is_named(store):
     with pytest.raises(FileNotFoundError) as caught:
         store.read("gone.png")
     assert caught.value.filename == f"{store}/gone.png"
@@ -70,7 +70,7 @@ def test_a_file_that_is_not_there_is_named(store):
         RemoteFile(store, "gone.png")
 
 
-def test_a_remote_file_is_read_from_any_place(store):
+def test_a_remote_file_supports_random_access(store):
     data = os.urandom(100_000)
     store.write("data.bin", data)
     file = io.BufferedReader(RemoteFile(store, "data.bin"), 4096)
@@ -85,16 +85,16 @@ def test_a_remote_file_is_read_from_any_place(store):
     assert (file.tell(), file.read(3)) == (10, data[10:13])
 
 
-def test_a_remote_file_that_fails_is_asked_for_again_and_then_an_error(store, monkeypatch):
-    monkeypatch.setattr(shards.store, "PAUSES", (1e-3,) * 2)
+def test_reads_of_a_remote_file_are_retried_before_they_fail(store, monkeypatch):
+    monkeypatch.setattr(shards.store, "RETRY_DELAYS", (1e-3,) * 2)
     file, failures = RemoteFile(store, "a.png"), [OSError("reset"), OSError("reset")]
     system = type(fsspec.url_to_fs(str(store))[0])
     cat = system.cat_file
 
-    def fail(self, *given, **more):
+    def fail(self, *arguments, **options):
         if failures:
             raise failures.pop()
-        return cat(self, *given, **more)
+        return cat(self, *arguments, **options)
 
     monkeypatch.setattr(system, "cat_file", fail)
     assert file.read(3) == b"a.p"

@@ -1,4 +1,4 @@
-"""Holds what decoding promises: simplejpeg or not, whole or in part, the same pixels."""
+"""Decoding gives the same pixels with and without simplejpeg, as a whole image or a crop."""
 
 import io
 
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import shards.images
-from shards.images import DecodedImage, ImageFormat, decode_image, open_pixels, to_array
+from shards.images import DecodedImage, ImageFormat, decode_image, decode_unconverted, to_array
 from shards.sample import DataError
 
 simplejpeg = pytest.importorskip("simplejpeg")
@@ -18,7 +18,7 @@ SIZES = [(1, 1), (1, 9), (7, 5), (16, 16), (17, 33), (64, 50)]
 
 
 def smooth(height, width, channels=3):
-    """Colours that a JPEG keeps, with an edge and some noise."""
+    """Return smooth colours with an edge and some noise, which a JPEG preserves well."""
     rng = np.random.default_rng(height * 100 + width)
     y, x = np.mgrid[:height, :width]
     bands = [x * 7 % 256, y * 5 % 256, (x * y) % 256][:channels]
@@ -32,16 +32,16 @@ def jpeg(height=33, width=17, mode="RGB", **options):
     return out.getvalue()
 
 
-def pillow(data, form, where="s.tar: k"):
-    """What Pillow alone makes of a file: its pixels, or what is said of it."""
+def pillow(data, image_format, where="s.tar: k"):
+    """Decode a file with Pillow only; returns its pixels or the error message."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shards.images, "simplejpeg", None)
-        return outcome(data, form, where)
+        return outcome(data, image_format, where)
 
 
-def outcome(data, form, where="s.tar: k"):
+def outcome(data, image_format, where="s.tar: k"):
     try:
-        return decode_image(data, form, where)
+        return decode_image(data, image_format, where)
     except DataError as error:
         return str(error)
 
@@ -52,7 +52,7 @@ def same(one, other):
 
 @pytest.fixture
 def decoded_by(monkeypatch):
-    """decoded_by() -> how many pictures simplejpeg has decoded since."""
+    """decoded_by() -> number of images that simplejpeg has decoded since the last call."""
     count = 0
     decode = simplejpeg.decode_jpeg
 
@@ -71,13 +71,13 @@ def decoded_by(monkeypatch):
     return since
 
 
-# ---------------------------------------------------------------------------- the same pixels
+# -------------------------------------------------------------------------- identical pixels
 
 
 @pytest.mark.parametrize("progressive", [False, True])
 @pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0"])
 @pytest.mark.parametrize("quality", [30, 95])
-def test_colour_jpegs_are_the_same_pixels(subsampling, progressive, quality, decoded_by):
+def test_colour_jpegs_have_the_same_pixels(subsampling, progressive, quality, decoded_by):
     for height, width in SIZES:
         options = {"subsampling": subsampling, "progressive": progressive, "quality": quality}
         data = jpeg(height, width, **options)
@@ -87,18 +87,18 @@ def test_colour_jpegs_are_the_same_pixels(subsampling, progressive, quality, dec
         assert np.array_equal(pixels, pillow(data, RGB))
 
 
-@pytest.mark.parametrize("form", [RGB, GREY])
-def test_grey_jpegs_are_the_same_pixels_in_grey_and_in_colour(form, decoded_by):
+@pytest.mark.parametrize("image_format", [RGB, GREY])
+def test_grey_jpegs_have_the_same_pixels_in_grey_and_in_colour(image_format, decoded_by):
     for height, width in SIZES:
         data = jpeg(height, width, "L")
-        pixels = decode_image(data, form, "x")
+        pixels = decode_image(data, image_format, "x")
         assert decoded_by() == 1
-        assert pixels.shape == (height, width, len(form.channels))
-        assert np.array_equal(pixels, pillow(data, form))
+        assert pixels.shape == (height, width, len(image_format.channels))
+        assert np.array_equal(pixels, pillow(data, image_format))
 
 
 @pytest.mark.parametrize("subsampling", ["440", "411"])
-def test_so_are_subsamplings_that_cameras_write(subsampling, decoded_by):
+def test_unusual_subsamplings_have_the_same_pixels(subsampling, decoded_by):
     for height, width in SIZES[2:]:
         data = simplejpeg.encode_jpeg(smooth(height, width), colorsubsampling=subsampling)
         assert np.array_equal(decode_image(data, RGB, "x"), pillow(data, RGB))
@@ -108,7 +108,7 @@ def test_so_are_subsamplings_that_cameras_write(subsampling, decoded_by):
 @pytest.mark.parametrize(
     "options", [{"restart_marker_blocks": 2}, {"optimize": True}, {"dpi": (72, 72)}]
 )
-def test_so_are_files_with_restarts_and_other_tables(options, decoded_by):
+def test_restart_markers_and_other_tables_have_the_same_pixels(options, decoded_by):
     data = jpeg(60, 70, **options)
     assert np.array_equal(decode_image(data, RGB, "x"), pillow(data, RGB))
     assert decoded_by() == 1
@@ -118,7 +118,7 @@ def test_so_are_files_with_restarts_and_other_tables(options, decoded_by):
 
 
 @pytest.mark.parametrize("orientation", [2, 3, 6, 8])
-def test_a_turned_jpeg_is_left_to_pillow(orientation, decoded_by):
+def test_a_rotated_jpeg_is_left_to_pillow(orientation, decoded_by):
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = jpeg(20, 12, exif=exif)
@@ -128,7 +128,7 @@ def test_a_turned_jpeg_is_left_to_pillow(orientation, decoded_by):
     assert np.array_equal(pixels, pillow(data, RGB))
 
 
-def test_an_upright_exif_is_no_turn(decoded_by):
+def test_a_jpeg_with_upright_exif_is_decoded_by_simplejpeg(decoded_by):
     exif = Image.Exif()
     exif[0x0112] = 1
     data = jpeg(exif=exif)
@@ -136,63 +136,65 @@ def test_an_upright_exif_is_no_turn(decoded_by):
     assert decoded_by() == 1
 
 
-def test_colour_becomes_grey_by_pillows_luma(decoded_by):
+def test_colour_jpegs_are_converted_to_grey_by_pillow(decoded_by):
     data = jpeg()
     expected = np.asarray(Image.open(io.BytesIO(data)).convert("L"))[..., None]
     assert np.array_equal(decode_image(data, GREY, "x"), expected)
     assert decoded_by() == 0
 
 
-@pytest.mark.parametrize("form", [RGB, GREY])
-def test_cmyk_and_other_formats_are_left_to_pillow(form, decoded_by):
+@pytest.mark.parametrize("image_format", [RGB, GREY])
+def test_cmyk_and_other_formats_are_left_to_pillow(image_format, decoded_by):
     files = [jpeg(mode="CMYK")]
     for kind in ("PNG", "BMP", "WEBP"):
         out = io.BytesIO()
         Image.fromarray(smooth(9, 8)).save(out, kind)
         files.append(out.getvalue())
     for data in files:
-        assert np.array_equal(decode_image(data, form, "x"), pillow(data, form))
+        assert np.array_equal(decode_image(data, image_format, "x"), pillow(data, image_format))
     assert decoded_by() == 0
 
 
-def test_without_simplejpeg_pillow_does_it_all(monkeypatch):
+def test_without_simplejpeg_everything_is_decoded_by_pillow(monkeypatch):
     monkeypatch.setattr(shards.images, "simplejpeg", None)
     data = jpeg()
     expected = np.asarray(Image.open(io.BytesIO(data)))
     assert np.array_equal(decode_image(data, RGB, "x"), expected)
-    assert isinstance(open_pixels(data, RGB, "x").pixels, Image.Image)
+    assert isinstance(decode_unconverted(data, RGB, "x").pixels, Image.Image)
 
 
 # ------------------------------------------------------------------------------- damaged files
 
 
 @pytest.mark.parametrize("progressive", [False, True])
-def test_wherever_a_jpeg_is_cut_pillow_has_the_last_word(progressive):
+def test_a_truncated_jpeg_gives_the_same_result_as_pillow(progressive):
     data = jpeg(24, 24, progressive=progressive, quality=60)
     for length in range(0, len(data), 3):
         assert same(outcome(data[:length], RGB), pillow(data[:length], RGB)), length
-    said = outcome(data[: len(data) // 2], RGB)
-    assert isinstance(said, str)
-    assert said.startswith("s.tar: k ")
+    error = outcome(data[: len(data) // 2], RGB)
+    assert isinstance(error, str)
+    assert error.startswith("s.tar: k ")
 
 
 @given(st.integers(0, 10**6), st.integers(1, 255), st.booleans(), st.sampled_from([RGB, GREY]))
-def test_whatever_byte_is_flipped_pillow_has_the_last_word(place, change, progressive, form):
-    data = bytearray(jpeg(40, 24, progressive=progressive, mode="L" if form is GREY else "RGB"))
+def test_a_flipped_byte_gives_the_same_result_as_pillow(place, change, progressive, image_format):
+    data = bytearray(
+        jpeg(40, 24, progressive=progressive, mode="L" if image_format is GREY else "RGB")
+    )
     data[place % len(data)] ^= change
-    assert same(outcome(bytes(data), form), pillow(bytes(data), form))
+    assert same(outcome(bytes(data), image_format), pillow(bytes(data), image_format))
 
 
-# ----------------------------------------------------------------------------- parts of pictures
+# ------------------------------------------------------------------------------------- crops
 
 
-def pictures():
-    """Pictures of every kind that is converted, with the format that they are read by."""
+def images_to_convert():
+    """Yield images of every mode that is converted, with their image format."""
     colours = smooth(20, 30)
-    wide = (colours[..., 0].astype(np.uint16) * 200) + colours[..., 1]
+    grey16 = (colours[..., 0].astype(np.uint16) * 200) + colours[..., 1]
     few = Image.fromarray(colours).quantize(17)
-    yield "I;16", Image.fromarray(wide), ImageFormat("L", range=(500, 40_000))
-    yield "I;16 in colour", Image.fromarray(wide), ImageFormat("RGB", range=(500, 40_000))
+    yield "I;16", Image.fromarray(grey16), ImageFormat("L", range=(500, 40_000))
+    yield "I;16 in colour", Image.fromarray(grey16), ImageFormat("RGB", range=(500, 40_000))
     yield "P", few, RGB
     yield "P in grey", few, GREY
     yield "RGBA", Image.fromarray(colours).convert("RGBA"), RGB
@@ -202,28 +204,32 @@ def pictures():
     yield "RGB", Image.fromarray(colours), RGB
 
 
-@pytest.mark.parametrize(("image", "form"), [pytest.param(*rest, id=i) for i, *rest in pictures()])
-def test_a_part_is_the_slice_of_the_whole_and_only_it_is_converted(image, form, monkeypatch):
-    decoded = DecodedImage(image, form)
+@pytest.mark.parametrize(
+    ("image", "image_format"), [pytest.param(*rest, id=i) for i, *rest in images_to_convert()]
+)
+def test_a_crop_is_a_slice_of_the_image_and_nothing_else_is_converted(
+    image, image_format, monkeypatch
+):
+    decoded = DecodedImage(image, image_format)
     assert decoded.size == (30, 20)
-    whole = decoded.region(0, 0, 30, 20)
-    assert whole.shape == (20, 30, len(form.channels))
+    full = decoded.crop(0, 0, 30, 20)
+    assert full.shape == (20, 30, len(image_format.channels))
     sizes = []
 
-    def noting(part, form):
-        sizes.append(part.size)
-        return to_array(part, form)
+    def logged_to_array(crop, image_format):
+        sizes.append(crop.size)
+        return to_array(crop, image_format)
 
-    monkeypatch.setattr(shards.images, "to_array", noting)
+    monkeypatch.setattr(shards.images, "to_array", logged_to_array)
     boxes = [(0, 0, 1, 1), (3, 4, 17, 19), (29, 0, 30, 20), (0, 0, 30, 20), (10, 10, 30, 20)]
     for left, top, right, bottom in boxes:
-        part = decoded.region(left, top, right, bottom)
-        assert np.array_equal(part, whole[top:bottom, left:right])
+        crop = decoded.crop(left, top, right, bottom)
+        assert np.array_equal(crop, full[top:bottom, left:right])
         assert sizes.pop() == (right - left, bottom - top)
 
 
-def test_a_part_of_what_simplejpeg_decoded_is_its_slice():
-    decoded = open_pixels(jpeg(20, 30), RGB, "x")
+def test_a_crop_of_an_array_is_its_slice():
+    decoded = decode_unconverted(jpeg(20, 30), RGB, "x")
     assert isinstance(decoded.pixels, np.ndarray)
     assert decoded.size == (30, 20)
-    assert np.array_equal(decoded.region(3, 4, 17, 19), decoded.pixels[4:19, 3:17])
+    assert np.array_equal(decoded.crop(3, 4, 17, 19), decoded.pixels[4:19, 3:17])

@@ -1,4 +1,4 @@
-"""Holds the writer's contract: the same bytes each time, and a whole shard or none."""
+"""Writing shards: byte-identical and atomic."""
 
 import hashlib
 import json
@@ -12,14 +12,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from shards.index import ShardInfo, read_index
+from shards.index import ShardInfo, read_offsets
 from shards.order import Address
 from shards.reader import ShardReader
 from shards.sample import DataError, encode_key
 from shards.writer import ShardWriter, write_atomically, write_json
 
 SAMPLES = {
-    "b/x%2E0": {"png": b"picture" * 300, "mask.png": b"mask", "json": b"{}"},
+    "b/x%2E0": {"png": b"image" * 300, "mask.png": b"mask", "json": b"{}"},
     "a": {"json": b"{}", "jpg": b"", "mask.png": b"m" * 512},
     "c": {"webp": b"unlabelled", "json": b"{}"},
 }
@@ -53,14 +53,14 @@ def test_the_bytes_of_a_shard_are_pinned(tmp_path):
     assert file.sha256 == "b9882a955345ed02124a36344f78e1f25901c66d6a3178c8ef28628dc3639aad"
 
 
-def test_what_is_said_of_a_shard_is_true_of_the_file(tmp_path):
+def test_the_shard_file_describes_the_file_on_disk(tmp_path):
     file = write(tmp_path / "train-000000.tar")
     data = (tmp_path / "train-000000.tar").read_bytes()
     assert (file.name, file.samples, file.bytes) == ("train-000000.tar", 3, len(data))
     assert file.sha256 == hashlib.sha256(data).hexdigest()
 
 
-def test_members_are_ustar_of_nobody_at_time_zero_side_by_side_and_sorted(tmp_path):
+def test_members_are_adjacent_sorted_ustar_entries_without_owner_or_time(tmp_path):
     write(tmp_path / "s.tar")
     data = (tmp_path / "s.tar").read_bytes()
     with tarfile.open(tmp_path / "s.tar") as tar:
@@ -74,7 +74,7 @@ def test_members_are_ustar_of_nobody_at_time_zero_side_by_side_and_sorted(tmp_pa
         assert data[m.offset + 257 : m.offset + 265] == b"ustar\x0000"
 
 
-def test_the_index_points_at_the_bytes(tmp_path):
+def test_the_idx_gives_the_offsets_of_all_members(tmp_path):
     write(tmp_path / "s.tar")
     data = (tmp_path / "s.tar").read_bytes()
     header, *lines = (tmp_path / "s.idx").read_text().splitlines()
@@ -92,7 +92,7 @@ def test_the_index_points_at_the_bytes(tmp_path):
     assert found == expected
 
 
-def test_nothing_stands_under_the_final_name_before_the_end(tmp_path):
+def test_the_final_name_appears_only_at_the_end(tmp_path):
     with ShardWriter(tmp_path / "s.tar") as writer:
         writer.add("a", SAMPLES["a"])
         assert names(tmp_path) == [".s.tar.tmp"]
@@ -101,7 +101,7 @@ def test_nothing_stands_under_the_final_name_before_the_end(tmp_path):
     assert names(tmp_path) == ["s.idx", "s.tar"]
 
 
-def test_the_bytes_are_on_disk_before_they_get_their_name(tmp_path, monkeypatch):
+def test_files_are_flushed_before_they_are_renamed(tmp_path, monkeypatch):
     done, replace = [], os.replace
     monkeypatch.setattr(os, "fsync", lambda handle: done.append("flush"))
     monkeypatch.setattr(os, "replace", lambda a, b: done.append(b.name) or replace(a, b))
@@ -109,10 +109,10 @@ def test_the_bytes_are_on_disk_before_they_get_their_name(tmp_path, monkeypatch)
     assert done == ["flush", "flush", "s.idx", "s.tar"]
 
 
-def test_a_block_left_without_sealing_is_sealed(tmp_path):
+def test_leaving_the_block_seals_the_shard(tmp_path):
     with ShardWriter(tmp_path / "s.tar") as writer:
         writer.add("a", SAMPLES["a"])
-    assert len(read_index(tmp_path / "s.tar")) == 1
+    assert len(read_offsets(tmp_path / "s.tar")) == 1
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
@@ -145,14 +145,14 @@ def test_a_second_writer_of_the_same_shard_is_refused(tmp_path):
         assert tar.getnames() == ["a.jpg", "a.json", "a.mask.png", "c.json", "c.webp"]
 
 
-def test_writers_of_different_shards_do_not_meet(tmp_path):
+def test_writers_of_different_shards_are_independent(tmp_path):
     with ShardWriter(tmp_path / "a.tar") as one, ShardWriter(tmp_path / "b.tar") as other:
         one.add("a", SAMPLES["a"])
         other.add("a", SAMPLES["a"])
     assert (tmp_path / "a.tar").read_bytes() == (tmp_path / "b.tar").read_bytes()
 
 
-def test_the_temporary_file_of_a_killed_writer_does_not_block_or_leave_a_trace(tmp_path):
+def test_the_temporary_file_of_a_killed_writer_is_reused(tmp_path):
     expected = write(tmp_path / "other.tar").sha256
     (tmp_path / ".s.tar.tmp").write_bytes(b"half a shard" * 5000)
     assert write(tmp_path / "s.tar").sha256 == expected
@@ -189,7 +189,7 @@ def test_a_writer_killed_by_sigkill_leaves_no_shard_and_no_lock(tmp_path, when):
     assert not path.exists()
     write(path)
     assert names(tmp_path) == ["s.idx", "s.tar"]
-    assert len(read_index(path)) == len(SAMPLES)
+    assert len(read_offsets(path)) == len(SAMPLES)
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25)
@@ -203,22 +203,22 @@ def test_a_writer_killed_by_sigkill_leaves_no_shard_and_no_lock(tmp_path, when):
         lambda s: not s.startswith("/")
     ),
 )
-def test_what_is_written_is_read_back(tmp_path, contents, name):
+def test_written_samples_are_read_back_unchanged(tmp_path, contents, name):
     keys = [encode_key(f"{name}{i}.png") for i in range(len(contents))]
     with ShardWriter(tmp_path / "s.tar") as writer:
-        for key, (picture, mask) in zip(keys, contents, strict=True):
-            members = {"tif": picture, "json": json.dumps({"source": key}).encode()}
+        for key, (image, mask) in zip(keys, contents, strict=True):
+            members = {"tif": image, "json": json.dumps({"source": key}).encode()}
             writer.add(key, members if mask is None else {**members, "mask.png": mask})
         file = writer.seal()
     reader = ShardReader(tmp_path, [ShardInfo(file.name, file.samples, file.bytes, "", ())])
-    for row, (key, (picture, mask)) in enumerate(zip(keys, contents, strict=True)):
+    for row, (key, (image, mask)) in enumerate(zip(keys, contents, strict=True)):
         raw = reader.read(Address(7, 0, row))
         assert (raw.key, raw.position, raw.extension) == (key, 7, "tif")
-        assert (raw.image, raw.mask) == (picture, mask)
-        assert raw.describe() == {"source": key}
+        assert (raw.image, raw.mask) == (image, mask)
+        assert raw.parse_info() == {"source": key}
 
 
-def test_write_atomically_replaces_or_leaves_the_old_file(tmp_path, monkeypatch):
+def test_write_atomically_replaces_a_file_or_leaves_it_unchanged(tmp_path, monkeypatch):
     path = tmp_path / "f"
     write_atomically(path, b"old")
 
@@ -233,7 +233,7 @@ def test_write_atomically_replaces_or_leaves_the_old_file(tmp_path, monkeypatch)
     assert (names(tmp_path), path.read_bytes()) == (["f"], b"new")
 
 
-def test_json_of_equal_content_is_equal_bytes(tmp_path):
+def test_equal_content_gives_equal_json_bytes(tmp_path):
     for name in ("a", "b"):
         write_json(tmp_path / name, {"x": [1, 2], "y": None})
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
