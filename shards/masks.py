@@ -363,16 +363,8 @@ def read_mask(
     opened = open_image(data, where, rule)
     file_palette = read_header_palette(opened) if opened.format == "PNG" else b""
     looks_canonical = bool(file_palette) and palette_bytes(palette).startswith(file_palette)
-    if (
-        opened.format in LOSSY_FORMATS
-        and mask_format.tolerance == 0
-        and mask_format.threshold is None
-    ):
-        remedies = {"binary": "--mask-threshold 128", "rgb": "--tolerance 30"}
-        remedy = remedies.get(mask_format.kind, "--mask-format values and --tolerance 10")
-        raise DataError(
-            f"{where} is a JPEG, whose values are not exact; save masks as PNG, or add {remedy}"
-        )
+    if opened.format in LOSSY_FORMATS:
+        refuse_exact_format(mask_format, where)
     mode = opened.mode
     image, oriented = load_pixels(opened, where, rule.exif)
     class_map = mask_format.map_classes(image, where)
@@ -389,6 +381,16 @@ def read_mask(
         and np.array_equal(class_map.index, read_stored_values(image, where))
     )
     return CanonicalMask(image.size, mode, data if canonical else None, class_map)
+
+
+def refuse_exact_format(mask_format: MaskFormat, where: str) -> None:
+    """Raise DataError if a format needs exact values, which a lossy file does not have."""
+    if mask_format.tolerance == 0 and mask_format.threshold is None:
+        remedies = {"binary": "--mask-threshold 128", "rgb": "--tolerance 30"}
+        remedy = remedies.get(mask_format.kind, "--mask-format values and --tolerance 10")
+        raise DataError(
+            f"{where} is a JPEG, whose values are not exact; save masks as PNG, or add {remedy}"
+        )
 
 
 def refuse_inverted_palette(image: Image.Image, values: tuple[int, ...], where: str) -> None:

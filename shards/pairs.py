@@ -585,31 +585,25 @@ def plan_separation(
 ) -> list[FileMove]:
     """Plan where each file of a folder that mixes images and masks is moved; moves nothing.
 
-    A mask is a file with `mask_suffix` before its extension (which is removed from its name), a
-    file whose path `mask_pattern` matches (its name becomes the groups of the pattern, or loses
-    the match), or a file with the extension `mask_ext`. Files that an interrupted run has already
-    moved to `out` count as partners. Raises DataError for files that match neither or both, and
-    for unpaired files.
+    A mask is a file with `mask_suffix` before its extension (removed from its name), a path that
+    `mask_pattern` matches (replaced by the groups of the pattern, or stripped of the match), or a
+    file with the extension `mask_ext`. Files already moved to `out` by an interrupted run count as
+    partners. Raises DataError for files that match neither or both, and for unpaired files.
     """
     plan: list[FileMove] = []
     problems: list[str] = []
     sides: tuple[dict[str, str], dict[str, str]] = ({}, {})
-    inside: str | tuple[str, ...] = f"{relative_path(str(out.resolve()), folder.resolve())}/"
-    if inside == "./":
-        inside = ("images/", "masks/")
+    below = relative_path(str(out.resolve()), folder.resolve())
+    outputs = ("images/", "masks/") if below == "." else (f"{below}/",)
     for name in list_images(folder):
         stem, ext = os.path.splitext(name)
-        if name.startswith(inside):
+        if name.startswith(outputs):
             continue
         if mask_suffix is not None:
             is_mask = stem.endswith(mask_suffix)
             stem = stem.removesuffix(mask_suffix) if is_mask else stem
         elif mask_pattern is not None:
-            match = re.search(mask_pattern, stem)
-            is_mask = match is not None
-            if match is not None:
-                kept = "".join(match.groups(""))
-                stem = kept if match.re.groups else stem[: match.start()] + stem[match.end() :]
+            is_mask, stem = match_mask_stem(mask_pattern, stem)
         elif ext.lower() not in (image_ext, mask_ext):
             problems.append(f"{name} ends neither in {image_ext} nor in {mask_ext}")
             continue
@@ -623,13 +617,23 @@ def plan_separation(
         plan.append(FileMove(folder / name, target, is_mask))
     images, masks = sides
     moved_images, moved_masks = list_stems(out / "images"), list_stems(out / "masks")
-    alone = sorted(images.keys() - masks.keys() - moved_masks)
-    problems += [f"{images[stem]} has no mask" for stem in alone]
-    alone = sorted(masks.keys() - images.keys() - moved_images)
-    problems += [f"{masks[stem]} has no image" for stem in alone]
+    without_mask = sorted(images.keys() - masks.keys() - moved_masks)
+    without_image = sorted(masks.keys() - images.keys() - moved_images)
+    problems += [f"{images[stem]} has no mask" for stem in without_mask]
+    problems += [f"{masks[stem]} has no image" for stem in without_image]
     if problems:
         raise AggregateDataError(problems, f"correct the rule or the folder {folder}")
     return plan
+
+
+def match_mask_stem(pattern: str, stem: str) -> tuple[bool, str]:
+    """Return whether a pattern matches a path without extension, and the path that remains."""
+    match = re.search(pattern, stem)
+    if match is None:
+        return False, stem
+    if match.re.groups:
+        return True, "".join(match.groups(""))
+    return True, stem[: match.start()] + stem[match.end() :]
 
 
 def list_stems(folder: Path) -> set[str]:

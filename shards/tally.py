@@ -86,23 +86,26 @@ def read_sample(
     if canonical.size != stored.full_size:
         scaled = has_same_aspect(canonical.size, stored.full_size)
         if not (scaled and rule.resize_mask):
-            rotated = canonical.size == stored.full_size[::-1] and "turned" in stored.notes
+            remedy = suggest_size_remedy(canonical.size, stored)
             raise DataError(
                 f"{mask_where} is {canonical.size[0]} x {canonical.size[1]}, but its image "
-                f"{image_where} is {stored.full_size[0]} x {stored.full_size[1]}; "
-                + (
-                    "the image was rotated by its EXIF orientation: add --exif ignore to keep it "
-                    "unrotated"
-                    if rotated
-                    else "give both the same size, or add --resize-mask"
-                    if scaled
-                    else "their aspect ratios differ: crop or pad one, or find the right mask"
-                )
+                f"{image_where} is {stored.full_size[0]} x {stored.full_size[1]}; {remedy}"
             )
         stored = replace(stored, notes=(*stored.notes, "mask"))
     if canonical.size != stored.size:
         canonical = canonical.resize(stored.size)
     return StoredSample(stored, canonical, digest)
+
+
+def suggest_size_remedy(mask_size: tuple[int, int], image: StoredImage) -> str:
+    """Return the most likely remedy for a mask of another size (width, height) than its image."""
+    if mask_size == image.full_size[::-1] and "turned" in image.notes:
+        return (
+            "the image was rotated by its EXIF orientation: add --exif ignore to keep it unrotated"
+        )
+    if has_same_aspect(mask_size, image.full_size):
+        return "give both the same size, or add --resize-mask"
+    return "their aspect ratios differ: crop or pad one, or find the right mask"
 
 
 def has_same_aspect(size: tuple[int, int], other: tuple[int, int]) -> bool:
