@@ -21,7 +21,7 @@ from pipelines import budget, scoring
 from pipelines.budget import Budget
 from pipelines.config import parse
 from pipelines.flops import count_flops
-from shards.index import read_manifest
+from shards.index import read_manifest, read_offsets
 from shards.reader import ShardReader
 from unet import SegmentationLoss, UNet
 
