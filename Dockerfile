@@ -1,22 +1,22 @@
-# An image of the whole tool, for one machine or a cluster. BASE is any Debian or Ubuntu image with
-# Python 3.11 or newer and its venv:
+# Container image of the tool, for one machine or a cluster. BASE is any Debian or Ubuntu image with
+# Python 3.11 or newer and its venv module:
 #
-#   docker build -t unet .                                    on the default base, with CUDA (not tried)
-#   docker build -t unet --build-arg BASE=python:3.11-slim .  pip brings torch, the build that it finds
+#   docker build -t unet .                                    default base, with CUDA (not tested)
+#   docker build -t unet --build-arg BASE=python:3.11-slim .  pip installs the torch build it finds
 #   docker run --rm --gpus all --shm-size 8g -v "$PWD:/data" unet train --data /data/SHARDS --run-dir /data/RUN
 #   docker run --rm --gpus all --shm-size 8g -v "$PWD:/data" --entrypoint accelerate unet \
 #       launch --multi_gpu --num_processes 8 --num_machines 1 --mixed_precision bf16 --dynamo_backend no \
 #       -m pipelines.train --data /data/SHARDS --run-dir /data/RUN
 #
-# Expect: user 10001, who must be allowed to write into what is mounted at /data (or --user "$(id -u)");
-# worker processes hand batches over in /dev/shm, of which Docker gives 64 MB: hence --shm-size.
-# One stage: nothing is compiled in the build, and the layer of the dependencies, nearly all of the image, stays the
-# same for registries and nodes when only the code has changed.
+# Expect: user 10001, who needs write access to the folder mounted at /data (or use
+# --user "$(id -u)"). Workers pass batches through /dev/shm, for which Docker's default is 64 MB:
+# hence --shm-size. Single stage: nothing is compiled, and the layer of dependencies, nearly all of
+# the image, stays cached in registries and on nodes when only the code changes.
 ARG BASE=pytorch/pytorch:2.13.0-cuda13.0-cudnn9-runtime
 FROM ${BASE}
 
-# --compile builds its kernels at run time: Inductor with g++, Triton with a C compiler and Python.h.
-# Runtime images lack some of these; a Python that was not installed by apt has headers of its own.
+# --compile builds kernels at run time: Inductor with g++, Triton with a C compiler and Python.h.
+# Runtime images lack some of these. A Python that apt did not install has its own headers.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && export DEBIAN_FRONTEND=noninteractive \
@@ -26,14 +26,14 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/*
 
 WORKDIR /opt/unet
-# Dependencies first, without the files that change often.
+# Dependencies first, without the files that change often: their layer stays cached.
 COPY pyproject.toml launch/constraints.txt ./
 RUN python3 -m venv --system-site-packages /opt/venv \
     && mkdir unet shards pipelines \
     && touch README.md LICENSE unet/__init__.py shards/__init__.py pipelines/__init__.py \
     && /opt/venv/bin/pip install --no-cache-dir "$(grep '^torch==' constraints.txt)" \
     && /opt/venv/bin/pip install --no-cache-dir -c constraints.txt '.[dask,s3,scipy,turbo]' \
-    # What was built of the empty files is newer than the files to come, and would be taken for them.
+    # Artefacts built from the empty files are newer than the real ones and would be reused.
     && rm -r build unet_shards.egg-info
 COPY README.md LICENSE ./
 COPY unet unet

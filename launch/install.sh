@@ -1,10 +1,11 @@
 # shellcheck shell=bash
-# Sourced by quickstart.sh and tests/run.sh: makes .venv at the top of the checkout and activates it.
+# Sourced by quickstart.sh and tests/run.sh: creates .venv at the top of the checkout and activates
+# it.
 #
 #   . launch/install.sh core|EXTRA     EXTRA: an extra of pyproject.toml, such as dev
 #
-# torch comes first and alone: where a CPU build of this version is on offer pip takes that, elsewhere
-# the CUDA build. What is installed already is left as it is.
+# torch is installed first and alone, so that pip prefers a CPU build of this version where one is
+# available, and the CUDA build elsewhere. An up-to-date installation is not touched.
 if [ ! -d .venv ]; then
     "${PYTHON:-python3}" -m venv .venv
 fi

@@ -274,7 +274,7 @@ def load_model(checkpoint: str) -> LoadedModel:
     Raises DataError saying what is missing or damaged.
     """
     try:
-        folder = weights.find(str(find_checkpoint(checkpoint)))
+        folder = weights.find_folder(str(find_checkpoint(checkpoint)))
         model = UNet.from_pretrained(str(folder))
         with (folder / weights.WEIGHTS).open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from pipelines.config import RunError
 from pipelines.decoding import Decoder
 from unet import TileConfig, UNet
-from unet.tiling import cut
+from unet.tiling import lay_out_tiles
 
 LARGE_SHARE = 0.1
 """More than this share of the tiles uncompiled is worth a line."""
@@ -25,11 +25,10 @@ LARGE_SHARE = 0.1
 
 def first_tile(decode: Decoder, tiles: TileConfig, model: UNet) -> tuple[int, int] | None:
     """Height and width of the tiles of the first input that can be read; None if none can."""
-    margin, multiple = model.config.margin, 2**model.config.depth
     for number in range(len(decode.inputs)):
         if (image := decode(number).image) is not None:
             height, width = image.shape[-2:]
-            rows, columns = cut(height, width, tiles, margin=margin, multiple=multiple)
+            rows, columns = lay_out_tiles(height, width, tiles, model.config)
             return rows.side, columns.side
     return None
 

@@ -21,7 +21,7 @@ from pipelines.batches import start_forkserver, start_worker
 from pipelines.buffers import Buffers
 from pipelines.decoding import Chunk, Cutting, Decoded, Decoder, DecodeSource, receive
 from pipelines.results import Found
-from unet import Masks
+from unet import PredictedMasks
 
 CHUNK_BYTES = 2**26
 """Bytes of the images of a batch that workers hand over in memory which is used again: 16 of
@@ -29,7 +29,7 @@ CHUNK_BYTES = 2**26
 OVERHEAD = 2**16
 """Bytes that a result counts for besides its pixels."""
 
-Predict = Callable[[Sequence[Tensor]], Masks]
+Predict = Callable[[Sequence[Tensor]], PredictedMasks]
 """Images uint8 [C, H, W] of one size -> what is predicted for them."""
 
 T = TypeVar("T")
@@ -72,7 +72,7 @@ class Launched:
 
     shard: int
     items: Sequence[Decoded]
-    masks: Masks | None
+    masks: PredictedMasks | None
     """On the CPU, or on their way there."""
     arrived: torch.cuda.Event | None
 
@@ -109,7 +109,7 @@ def launch(
             yield Launched(chunk.shard, same, *send_back(predict(images)))
 
 
-def send_back(masks: Masks) -> tuple[Masks, torch.cuda.Event | None]:
+def send_back(masks: PredictedMasks) -> tuple[PredictedMasks, torch.cuda.Event | None]:
     """Masks on the CPU; from a GPU they are there only when the event has happened."""
     on_gpu = masks.classes.is_cuda
 
@@ -117,7 +117,7 @@ def send_back(masks: Masks) -> tuple[Masks, torch.cuda.Event | None]:
         # Into page-locked memory, beside what the GPU does next.
         return pixels.to("cpu", non_blocking=on_gpu)
 
-    here = Masks(
+    here = PredictedMasks(
         classes=send(masks.classes),
         confidence=send(masks.confidence),
         unsure=None if masks.unsure is None else send(masks.unsure),

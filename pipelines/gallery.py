@@ -59,9 +59,7 @@ def predict_examples(
         raw = reader.read(address)
         sample = raw.decode(manifest.image_format, len(manifest.classes))
         image = torch.tensor(sample.image).permute(2, 0, 1)[None].to(accelerator.device)
-        prediction, _ = predict_mask(
-            forward, image, tiles, margin=network.margin, multiple=2**network.depth
-        )
+        prediction, _ = predict_mask(forward, image, tiles, network)
         mask = require_mask(sample.mask, raw)
         yield Example(sample.key, sample.image, mask, prediction[0].cpu().numpy())
 

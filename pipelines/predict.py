@@ -70,7 +70,7 @@ from shards.border import has_scipy
 from shards.index import MANIFEST
 from shards.sample import DataError
 from shards.store import Store, is_url
-from unet import MaskRule, Masks, TileConfig, halve_tile, predict_masks
+from unet import MaskRule, PredictedMasks, TileConfig, halve_tile, predict_masks
 
 MOST_WAITING = 512 * 2**20
 """Bytes of results that wait to be encoded and written before the model waits for them."""
@@ -354,24 +354,19 @@ def make_predict(
     Raises RunError where a tile does not fit into the memory of a GPU.
     """
     network, rule, tiles = loaded.model.config, config.mask_rule(), config.tiles
-    margin, multiple = network.margin, 2**network.depth
     said = False
 
-    def predict(images: Sequence[Tensor]) -> Masks:
+    def predict(images: Sequence[Tensor]) -> PredictedMasks:
         nonlocal tiles, said
         before = tiles
         while True:
             try:
-                masks = predict_masks(
-                    forward, images, tiles, rule, margin=margin, multiple=multiple
-                )
+                masks = predict_masks(forward, images, tiles, network, rule)
                 break
             except TileTooLargeError as error:
-                smaller = halve_tile(
-                    tiles, error.height, error.width, margin=margin, multiple=multiple
-                )
+                smaller = halve_tile(tiles, error.height, error.width, network)
                 if smaller is None:
-                    raise RunError(too_large(error, margin)) from error
+                    raise RunError(too_large(error, network.margin)) from error
             tiles = smaller
         if tiles != before and not said:
             said = True

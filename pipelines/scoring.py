@@ -119,11 +119,10 @@ def score(
     spec, was_training = require_spec(model), model.training
     assert spec.classes == data.manifest.classes
     forward = make_forward(model, accelerator)
-    geometry = {"margin": model.config.margin, "multiple": 2**model.config.depth}
 
     def predict(batches: Iterator[Batch]) -> Iterator[tuple[Batch, Tensor]]:
         for batch in batches:
-            prediction, _ = predict_mask(forward, batch.image, tiles, **geometry)
+            prediction, _ = predict_mask(forward, batch.image, tiles, model.config)
             yield batch, prediction
 
     model.eval()

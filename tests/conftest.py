@@ -1,4 +1,4 @@
-"""What tests share: drawn pictures, verbs in this process or in their own, a tiny trained run."""
+"""Shared fixtures: generated images, verbs run in or out of process, a tiny trained run."""
 
 import io
 import json
@@ -31,7 +31,7 @@ from PIL import Image
 
 from pipelines import progress
 
-# Before torch is imported, and for every process that a test starts.
+# Before torch is imported, and inherited by every process that a test starts.
 os.environ.update(
     OMP_NUM_THREADS="1",
     WANDB_MODE="offline",
@@ -50,8 +50,8 @@ TINY_TRAINING = (
 
 
 @dataclass(frozen=True)
-class Ended:
-    """How a command ended."""
+class CommandResult:
+    """Exit code and output of a command."""
 
     code: int
     out: str
@@ -59,24 +59,26 @@ class Ended:
 
     @property
     def said(self) -> str:
-        """What stands on stderr, without the frames and line breaks that tyro adds."""
+        """stderr without the frames and line breaks that tyro adds."""
         return " ".join(re.sub("[\u2500-\u257f]", " ", self.err).split())
 
 
 def flags(folder: Path, out: Path, *more: object, mask_format: str = "binary") -> list[object]:
-    """What `pack` and `check` are told of a folder that `draw` or `pair` made."""
+    """Return flags of `pack` and `check` for a folder made by `draw` or `pair`."""
     return [
         *("--images", folder / "images", "--masks", folder / "masks", "--out", out),
         *("--mask-format", mask_format, "--workers", 1, *more),
     ]
 
 
-def picture(colour: int = 9, size: tuple[int, int] = (20, 16), mode: str = "RGB") -> Image.Image:
+def solid_image(
+    colour: int = 9, size: tuple[int, int] = (20, 16), mode: str = "RGB"
+) -> Image.Image:
     return Image.new(mode, size, colour if mode != "RGB" else (colour,) * 3)
 
 
 def levels(*values: int, like: type = np.uint8) -> np.ndarray:
-    """A mask of zeros that begins with these values."""
+    """Make a mask of zeros that starts with these values."""
     pixels = np.zeros((16, 20), like)
     pixels[0, : len(values)] = values
     return pixels
@@ -87,7 +89,7 @@ def plain(arguments: Sequence[object]) -> list[str]:
 
 
 def forget_accelerator() -> None:
-    """Accelerate keeps one state a process; each command expects a fresh one."""
+    """Reset the process-wide state of Accelerate, since each command expects a fresh one."""
     state = sys.modules.get("accelerate.state")
     if state is not None:
         state.AcceleratorState._reset_state(True)
@@ -96,30 +98,30 @@ def forget_accelerator() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def no_progress() -> None:
-    """What a verb says does not depend on how long a busy machine takes for it."""
+    """Keeps progress lines, which depend on the speed of the machine, out of the output."""
     progress.EVERY = 1e9
 
 
 @dataclass(frozen=True)
 class Dispatched:
-    """One operator as torch dispatched it."""
+    """An operator call, as dispatched by torch."""
 
     name: str
-    """aten.add.Tensor, say."""
+    """For example `aten.add.Tensor`."""
     devices: tuple[str, ...]
-    """Device types of its tensor arguments."""
+    """Device types of the tensor arguments."""
     target: str | None
-    """Device type that it was asked to put its result on."""
+    """Requested device type of the result."""
 
     @property
     def crosses(self) -> bool:
-        """Whether it copies from the host to another device."""
+        """Whether the call copies from the host to another device."""
         return self.devices[:1] == ("cpu",) and self.target not in (None, "cpu")
 
 
 @pytest.fixture(scope="session")
 def dispatched() -> Callable[[], AbstractContextManager[list[Dispatched]]]:
-    """A block whose operators are logged, those of backward passes too."""
+    """Logs the operators dispatched within a context, including backward passes."""
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -155,10 +157,10 @@ def dispatched() -> Callable[[], AbstractContextManager[list[Dispatched]]]:
 
 
 @pytest.fixture(scope="session")
-def call() -> Callable[..., Ended]:
-    """`unet VERB ARGUMENTS` in this process."""
+def call() -> Callable[..., CommandResult]:
+    """Runs `unet VERB ARGUMENTS` in this process."""
 
-    def run(verb: str, *arguments: object) -> Ended:
+    def run(verb: str, *arguments: object) -> CommandResult:
         handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1)}
         out, err = io.StringIO(), io.StringIO()
         forget_accelerator()
@@ -171,14 +173,14 @@ def call() -> Callable[..., Ended]:
             forget_accelerator()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-        return Ended(code, out.getvalue(), err.getvalue())
+        return CommandResult(code, out.getvalue(), err.getvalue())
 
     return run
 
 
 @pytest.fixture(scope="session")
 def spawn() -> Callable[..., subprocess.Popen[str]]:
-    """`python -m pipelines.VERB ARGUMENTS` in a process group of its own, not waited for."""
+    """Starts `python -m pipelines.VERB ARGUMENTS` in its own process group, without waiting."""
 
     def start(verb: str, *arguments: object, **environment: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
@@ -196,7 +198,7 @@ def spawn() -> Callable[..., subprocess.Popen[str]]:
 
 @pytest.fixture(scope="session")
 def spawn_ranks() -> Callable[..., subprocess.Popen[str]]:
-    """`accelerate launch` of a verb on several CPU ranks, not waited for; a process group."""
+    """Starts a verb on several CPU ranks by `accelerate launch`, in its own process group."""
 
     def start(
         ranks: int, verb: str, *arguments: object, use_cpu: bool = True
@@ -224,20 +226,20 @@ def spawn_ranks() -> Callable[..., subprocess.Popen[str]]:
 
 
 @pytest.fixture(scope="session")
-def launch(spawn_ranks: Callable[..., subprocess.Popen[str]]) -> Callable[..., Ended]:
-    """`accelerate launch` of a verb on several CPU ranks, to its end."""
+def launch(spawn_ranks: Callable[..., subprocess.Popen[str]]) -> Callable[..., CommandResult]:
+    """Runs a verb on several CPU ranks by `accelerate launch`."""
 
-    def run(*arguments: Any, **named: Any) -> Ended:
+    def run(*arguments: Any, **named: Any) -> CommandResult:
         process = spawn_ranks(*arguments, **named)
         out, err = process.communicate(timeout=400)
-        return Ended(process.returncode, out, err)
+        return CommandResult(process.returncode, out, err)
 
     return run
 
 
 @pytest.fixture(scope="session")
 def wait_for() -> Callable[..., Any]:
-    """Polls until a condition holds and returns its value; fails at the deadline."""
+    """Polls until a condition is true and returns its value; fails after a timeout."""
 
     def wait(condition: Callable[[], Any], what: str, seconds: float = 300) -> Any:
         deadline = time.monotonic() + seconds
@@ -252,12 +254,12 @@ def wait_for() -> Callable[..., Any]:
 
 @pytest.fixture(scope="session")
 def kill() -> Callable[[subprocess.Popen[str]], None]:
-    """SIGKILL for a spawned command and all that it started, as a power cut would."""
+    """Kills a spawned command and all its descendants, as a power cut would."""
 
     def kill_all(process: subprocess.Popen[str]) -> None:
         started = []
         with suppress(psutil.NoSuchProcess):
-            # A launcher gives each rank a process group of its own.
+            # A launcher puts each rank into its own process group.
             started = psutil.Process(process.pid).children(recursive=True)
         process.kill()
         for one in started:
@@ -270,7 +272,7 @@ def kill() -> Callable[[subprocess.Popen[str]], None]:
 
 @pytest.fixture(scope="session")
 def draw() -> Callable[..., Path]:
-    """Draws `images` and `masks` into a folder: a bright disc on noise, and where it is."""
+    """Writes `images` (a bright disc on noise) and `masks` (the disc) into a folder."""
 
     def draw_into(
         folder: Path,
@@ -293,11 +295,11 @@ def draw() -> Callable[..., Path]:
             distance = np.hypot(y - centre[0], x - centre[1]) / radius
             index = np.minimum((distance < 1) * (len(values) - 1 - (distance * 2).astype(int)), 255)
             index = np.clip(index, 0, len(values) - 1)
-            picture = rng.integers(0, 90, (height, width, 3)) + (index > 0)[..., None] * 120
-            picture = Image.fromarray(picture.astype(np.uint8)).convert(mode)
+            pixels = rng.integers(0, 90, (height, width, 3)) + (index > 0)[..., None] * 120
+            image = Image.fromarray(pixels.astype(np.uint8)).convert(mode)
             path = folder / "images" / f"{name.format(number)}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            picture.save(path)
+            image.save(path)
             mask = folder / "masks" / f"{name.format(number)}.png"
             mask.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(np.array(values, dtype=np.uint8)[index]).save(mask)
@@ -311,7 +313,7 @@ def pair(tmp_path: Path) -> Path:
     """A folder with one good pair, `a.png`, 20 x 16."""
     for part in ("images", "masks"):
         (tmp_path / part).mkdir()
-    picture().save(tmp_path / "images" / "a.png")
+    solid_image().save(tmp_path / "images" / "a.png")
     mask = levels()
     mask[4:8, 4:8] = 255
     Image.fromarray(mask).save(tmp_path / "masks" / "a.png")
@@ -320,7 +322,7 @@ def pair(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def content() -> Callable[[Path], dict[str, bytes]]:
-    """{relative path: bytes} of all files below a folder, hidden ones too."""
+    """Reads {relative path: bytes} of all files below a folder, including hidden ones."""
 
     def read(folder: Path) -> dict[str, bytes]:
         return {
@@ -334,7 +336,7 @@ def content() -> Callable[[Path], dict[str, bytes]]:
 
 @dataclass(frozen=True)
 class Packed:
-    """One sample of a data set, decoded as training would."""
+    """A sample of a data set, decoded as for training."""
 
     split: str
     raw: Any
@@ -344,26 +346,26 @@ class Packed:
 
 @pytest.fixture(scope="session")
 def samples() -> Callable[[Path], dict[str, Packed]]:
-    """{source: sample} of all splits of a data set."""
+    """Reads {source: sample} of all splits of a data set."""
     from shards.index import read_manifest
     from shards.order import EvalPlan
     from shards.reader import SampleSource, ShardReader
 
     def read(data: Path) -> dict[str, Packed]:
-        manifest, found = read_manifest(data), {}
+        manifest, packed = read_manifest(data), {}
         for name, split in manifest.splits.items():
             plan = EvalPlan(tuple(s.samples for s in split.shards), chunk=1, rank=0, world=1)
             for (raw,) in SampleSource(ShardReader(data, split.shards), plan):
                 decoded = raw.decode(manifest.image_format, len(manifest.classes))
-                found[raw.parse_info()["source"]] = Packed(name, raw, decoded.image, decoded.mask)
-        return found
+                packed[raw.describe()["source"]] = Packed(name, raw, decoded.image, decoded.mask)
+        return packed
 
     return read
 
 
 @pytest.fixture(scope="session")
 def metrics() -> Callable[[Path], list[dict[str, Any]]]:
-    """The lines of a run's metrics.jsonl."""
+    """Reads the lines of a run's metrics.jsonl."""
 
     def read(run_dir: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
@@ -373,13 +375,13 @@ def metrics() -> Callable[[Path], list[dict[str, Any]]]:
 
 @pytest.fixture(scope="session")
 def cells(tmp_path_factory: pytest.TempPathFactory, draw: Callable[..., Path]) -> Path:
-    """Folders of 12 pictures and binary masks."""
+    """Folders of 12 images and binary masks."""
     return draw(tmp_path_factory.mktemp("cells"), 12)
 
 
 @pytest.fixture(scope="session")
 def split_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The first four of the cells are for validation."""
+    """A split file with the first four cells for validation."""
     path = tmp_path_factory.mktemp("split") / "split.csv"
     lines = [f"p{i:03d}.png,{'val' if i < 4 else 'train'}" for i in range(12)]
     path.write_text("\n".join(["path,split", *lines]) + "\n")
@@ -389,7 +391,7 @@ def split_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def shards(
     tmp_path_factory: pytest.TempPathFactory,
-    call: Callable[..., Ended],
+    call: Callable[..., CommandResult],
     cells: Path,
     split_file: Path,
 ) -> Path:
@@ -406,13 +408,13 @@ def shards(
 
 @pytest.fixture(scope="session")
 def tiny() -> tuple[str, ...]:
-    """Flags of a training that takes a moment."""
+    """Flags of a training that takes a few seconds."""
     return TINY_TRAINING
 
 
 @pytest.fixture(scope="session")
 def trained(
-    tmp_path_factory: pytest.TempPathFactory, call: Callable[..., Ended], shards: Path
+    tmp_path_factory: pytest.TempPathFactory, call: Callable[..., CommandResult], shards: Path
 ) -> Path:
     """The run folder of a tiny training of six steps."""
     run_dir = tmp_path_factory.mktemp("runs") / "trained"
@@ -427,7 +429,7 @@ def trained(
 
 @pytest.fixture(scope="module")
 def s3() -> Iterator[str]:
-    """An S3 server on this machine, to which this process and all that it starts are pointed."""
+    """A local S3 server that this process and its children use."""
     import fsspec
 
     s3fs, moto = pytest.importorskip("s3fs"), pytest.importorskip("moto.server")
@@ -447,9 +449,9 @@ def s3() -> Iterator[str]:
         for name, value in named.items():
             patch.setenv(name, value)
         s3fs.S3FileSystem.clear_instance_cache()
-        # It would start workers in the environment that it began with.
+        # A running fork server would start workers with the old environment.
         forkserver._forkserver._stop()  # pyright: ignore[reportAttributeAccessIssue]
-        # What an earlier one held is still in this process.
+        # Objects of an earlier server are still in the memory of this process.
         urlopen(Request(f"{named['AWS_ENDPOINT_URL']}/moto-api/reset", method="POST")).close()
         fsspec.filesystem("s3").mkdir("bucket")
         yield named["AWS_ENDPOINT_URL"]
@@ -460,7 +462,7 @@ def s3() -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def objects(s3: str) -> Callable[[str], dict[str, bytes]]:
-    """{name: bytes} below a URL."""
+    """Reads {name: bytes} below a URL."""
     import fsspec
 
     def read(url: str) -> dict[str, bytes]:
@@ -473,7 +475,7 @@ def objects(s3: str) -> Callable[[str], dict[str, bytes]]:
 
 @pytest.fixture(scope="session")
 def by_hand(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Checkpoints whose model is made by hand: class 1 where the first channel is above 127."""
+    """Makes checkpoints with hand-set weights: class 1 where the first channel is above 127."""
 
     def make(
         channels: Literal["L", "RGB"] = "RGB",

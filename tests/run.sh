@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Lint, types and all tests but those marked slurm, hosts or docker, on a fresh clone or a used one.
+# Runs lint, type checks and all tests except those marked slurm, hosts or docker, from any checkout.
 #
 #   ./tests/run.sh [FLAGS OF pytest]
 #
-# Expect: some eighteen minutes on two cores; tests marked gpu are skipped where there is none.
+# Expect: about eighteen minutes on two cores; tests marked gpu are skipped without a GPU.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=launch/install.sh
@@ -11,5 +11,5 @@ cd "$(dirname "$0")/.."
 ruff check .
 ruff format --check .
 pyright
-# One thread each: two test processes share the cores with the ranks that they start.
+# One thread each: the test processes share the cores with the ranks that they start.
 OMP_NUM_THREADS=1 exec python -m pytest -n 2 --dist loadfile "$@"

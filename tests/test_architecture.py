@@ -1,4 +1,4 @@
-"""The house: which room may know of which, what it is made of, and what each command loads."""
+"""Architecture: allowed imports between packages, top-level files, what each command loads."""
 
 import ast
 import subprocess
@@ -12,7 +12,7 @@ import pytest
 from pipelines.cli import VERBS
 
 REPO = Path(__file__).resolve().parents[1]
-ROOMS = ("unet", "shards", "pipelines")
+PACKAGES = ("unet", "shards", "pipelines")
 TOP_LEVEL = {
     *("unet", "pipelines", "launch", "shards", "tests"),
     *("accelerate_config.yaml", "Dockerfile", "pyproject.toml"),
@@ -21,8 +21,8 @@ TOP_LEVEL = {
 LIGHT = ("check", "pack", "index", "separate", "unpack", "config", "cli", "demo")
 
 
-def listed(*options: str) -> list[str]:
-    """What git knows of, and what it would take up, without what was deleted."""
+def list_files(*options: str) -> list[str]:
+    """List the files that `git ls-files --cached` knows of, without deleted ones."""
     command = ["git", "ls-files", "--cached", *options]
     lines = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=True).stdout
     return sorted(line for line in set(lines.splitlines()) if (REPO / line).exists())
@@ -34,7 +34,7 @@ def module_name(path: Path) -> str:
 
 
 SOURCES = {path: ast.parse(path.read_text()) for path in sorted(REPO.glob("*/**/*.py"))
-           if path.relative_to(REPO).parts[0] in ROOMS}  # fmt: skip
+           if path.relative_to(REPO).parts[0] in PACKAGES}  # fmt: skip
 MODULES = {module_name(path): tree for path, tree in SOURCES.items()}
 
 
@@ -43,7 +43,7 @@ def type_checking(node: ast.stmt) -> bool:
 
 
 def imported(tree: ast.AST, *, at_import: bool = False) -> Iterator[str]:
-    """Modules that a file imports; `at_import`: those that importing the file loads."""
+    """Yield the modules that a file imports; with `at_import`, only those loaded on its import."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -61,7 +61,7 @@ def roots(names: set[str] | Iterator[str]) -> set[str]:
 
 
 def closure(module: str) -> set[str]:
-    """Everything that importing one of our modules imports, ours followed."""
+    """Return all modules loaded by importing one of ours, followed through our modules."""
     seen: set[str] = set()
     todo = [module]
     while todo:
@@ -75,31 +75,31 @@ def closure(module: str) -> set[str]:
     return seen
 
 
-def test_every_python_file_is_looked_at() -> None:
-    files = [name for name in listed("--others", "--exclude-standard") if name.endswith(".py")]
+def test_every_python_file_is_checked() -> None:
+    files = [name for name in list_files("--others", "--exclude-standard") if name.endswith(".py")]
     ours = {str(path.relative_to(REPO)) for path in SOURCES}
     assert len(ours) > 30
     assert {name for name in files if not name.startswith("tests/")} == ours
 
 
-def test_the_top_level_holds_what_it_should_and_nothing_else() -> None:
-    names = {name.split("/")[0] for name in listed()}
+def test_the_top_level_has_exactly_the_expected_entries() -> None:
+    names = {name.split("/")[0] for name in list_files()}
     assert {name for name in names if not name.startswith(".")} == TOP_LEVEL
 
 
 @pytest.mark.parametrize("word", ["utils", "util", "common", "helpers", "base", "misc"])
-def test_no_module_is_a_drawer(word: str) -> None:
+def test_no_module_has_a_catch_all_name(word: str) -> None:
     assert not [name for name in MODULES if word in name.split(".")]
 
 
 @pytest.mark.parametrize("module", [name for name in MODULES if name.split(".")[0] == "unet"])
-def test_unet_is_mathematics_only(module: str) -> None:
+def test_unet_imports_neither_data_nor_launchers(module: str) -> None:
     forbidden = {"shards", "pipelines", "launch", "accelerate", "webdataset", "wandb"}
     assert not roots(imported(MODULES[module])) & forbidden
 
 
 @pytest.mark.parametrize("module", [name for name in MODULES if name.split(".")[0] == "shards"])
-def test_shards_are_bytes_only(module: str) -> None:
+def test_shards_import_neither_models_nor_launchers(module: str) -> None:
     forbidden = {"unet", "pipelines", "launch", "accelerate", "wandb"}
     if module != "shards.reader":
         forbidden |= {"torch", "webdataset"}
@@ -107,13 +107,13 @@ def test_shards_are_bytes_only(module: str) -> None:
 
 
 @pytest.mark.parametrize("library", ["webdataset"])
-def test_only_the_reader_knows_webdataset(library: str) -> None:
+def test_only_the_reader_imports_webdataset(library: str) -> None:
     users = {name for name, tree in MODULES.items() if library in roots(imported(tree))}
     assert users == {"shards.reader"}
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_ranks_meet_and_trackers_are_met_through_accelerate_only(module: str) -> None:
+def test_collectives_and_trackers_are_used_through_accelerate_only(module: str) -> None:
     tree = MODULES[module]
     names = set(imported(tree))
     assert not [name for name in names if name.startswith("torch.distributed")]
@@ -123,17 +123,17 @@ def test_ranks_meet_and_trackers_are_met_through_accelerate_only(module: str) ->
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_nothing_imports_recipes_or_tests(module: str) -> None:
+def test_no_module_imports_recipes_or_tests(module: str) -> None:
     assert not roots(imported(MODULES[module])) & {"launch", "tests"}
 
 
 @pytest.mark.parametrize("module", [name for name in MODULES if name.startswith("pipelines.")])
-def test_no_room_imports_a_verb(module: str) -> None:
+def test_no_module_imports_a_verb(module: str) -> None:
     verbs = {f"pipelines.{verb}" for verb in VERBS} - {module}
     assert not set(imported(MODULES[module])) & verbs
 
 
-def test_modules_are_looked_up_by_name_in_the_command_line_alone() -> None:
+def test_only_the_command_line_imports_modules_by_name() -> None:
     names = {"import_module", "__import__"}
     users = {
         module
@@ -144,7 +144,7 @@ def test_modules_are_looked_up_by_name_in_the_command_line_alone() -> None:
     assert users == {"pipelines.cli"}
 
 
-def test_imports_make_no_circle() -> None:
+def test_imports_are_acyclic() -> None:
     modules = {name for name in MODULES if "." in name}
     edges = {name: modules & set(imported(MODULES[name], at_import=True)) for name in modules}
     assert sum(map(len, edges.values())) > 50
@@ -152,13 +152,13 @@ def test_imports_make_no_circle() -> None:
     assert sorted(order) == sorted(modules)
 
 
-@pytest.mark.parametrize("room", LIGHT)
-def test_what_needs_no_device_imports_no_accelerate(room: str) -> None:
-    assert "accelerate" not in roots(closure(f"pipelines.{room}"))
+@pytest.mark.parametrize("module", LIGHT)
+def test_modules_without_a_device_do_not_import_accelerate(module: str) -> None:
+    assert "accelerate" not in roots(closure(f"pipelines.{module}"))
 
 
 @pytest.mark.parametrize("verb", ["train", "evaluate", "predict"])
-def test_what_runs_on_devices_imports_accelerate(verb: str) -> None:
+def test_verbs_that_run_on_devices_import_accelerate(verb: str) -> None:
     assert "accelerate" in roots(closure(f"pipelines.{verb}"))
 
 
@@ -172,7 +172,7 @@ def test_what_runs_on_devices_imports_accelerate(verb: str) -> None:
         "import shards",
     ],
 )
-def test_what_needs_no_torch_loads_none(code: str) -> None:
+def test_light_commands_do_not_load_torch(code: str) -> None:
     probe = (
         f"{code}\nimport sys; print(sorted({{'torch', 'accelerate', 'wandb'}} & {{*sys.modules}}))"
     )
@@ -191,7 +191,7 @@ CONFIGS = [
 ]
 
 
-def test_every_verb_has_its_config() -> None:
+def test_every_verb_has_a_config() -> None:
     names = {(module, node.name) for module, node in CONFIGS}
     assert {(f"pipelines.{verb}", f"{verb.capitalize()}Config") for verb in VERBS} <= names
 
@@ -199,7 +199,9 @@ def test_every_verb_has_its_config() -> None:
 @pytest.mark.parametrize(
     ("module", "config"), CONFIGS, ids=[f"{module}.{node.name}" for module, node in CONFIGS]
 )
-def test_every_setting_is_explained_and_frozen(module: str, config: ast.ClassDef) -> None:
+def test_every_setting_has_a_docstring_and_every_config_is_frozen(
+    module: str, config: ast.ClassDef
+) -> None:
     assert ast.get_docstring(config)
     assert "frozen=True" in "".join(map(ast.unparse, config.decorator_list))
     groups = {node.name for _, node in CONFIGS}
@@ -207,7 +209,7 @@ def test_every_setting_is_explained_and_frozen(module: str, config: ast.ClassDef
         ast.unparse(field.target)
         for field, following in zip(config.body, [*config.body[1:], None], strict=True)
         if isinstance(field, ast.AnnAssign)
-        # A group of settings is explained by its own class.
+        # A group of settings has the docstring of its class.
         and ast.unparse(field.annotation) not in groups
         and not (
             isinstance(following, ast.Expr)

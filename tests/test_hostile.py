@@ -1,4 +1,4 @@
-"""Damaged and hostile files end in an error that names them, and in nothing else."""
+"""Damaged and hostile files cause an error that names them, and nothing else."""
 
 import gc
 import io
@@ -43,7 +43,7 @@ def shard(folder, n=1, ext="png", name="train-000000.tar"):
 
 
 @pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
-def test_a_refused_shard_says_nothing_on_stderr(tmp_path, capfd):
+def test_an_abandoned_shard_prints_nothing_on_stderr(tmp_path, capfd):
     def fail():
         with ShardWriter(tmp_path / "s.tar") as w:
             w.add("a", {"png": b"x" * 100, "json": b"{}"})
@@ -55,23 +55,23 @@ def test_a_refused_shard_says_nothing_on_stderr(tmp_path, capfd):
 
 
 @pytest.mark.parametrize("ext", ["png", "jpg"])
-def test_no_cut_of_an_index_goes_unnoticed(tmp_path, ext):
+def test_every_truncation_of_an_index_is_detected(tmp_path, ext):
     info = shard(tmp_path, ext=ext)
     path = tmp_path / "train-000000.idx"
     text = path.read_text()
-    for length in range(len(text) - 1):  # but for the last line feed
+    for length in range(len(text) - 1):  # all but the trailing newline
         path.write_text(text[:length])
         with pytest.raises(DataError):
             ShardReader(tmp_path, [info]).read(Address(0, 0, 0))
 
 
-def test_an_index_with_fewer_samples_than_the_manifest_is_named(tmp_path):
+def test_an_index_with_fewer_samples_than_the_manifest_is_refused_by_name(tmp_path):
     info = shard(tmp_path)
     with pytest.raises(DataError, match="idx"):
         ShardReader(tmp_path, [ShardInfo(info.name, 2, info.bytes, "", ())]).read(Address(0, 0, 1))
 
 
-def test_a_reader_that_is_gone_leaves_no_descriptor(tmp_path):
+def test_a_deleted_reader_leaves_no_file_descriptor(tmp_path):
     info = shard(tmp_path)
     before = len(os.listdir("/dev/fd"))
     for _ in range(5):
@@ -80,7 +80,7 @@ def test_a_reader_that_is_gone_leaves_no_descriptor(tmp_path):
     assert len(os.listdir("/dev/fd")) == before
 
 
-def test_a_reader_that_fails_to_open_leaves_no_descriptor(tmp_path):
+def test_a_reader_that_fails_to_open_leaves_no_file_descriptor(tmp_path):
     info = shard(tmp_path)
     (tmp_path / "train-000000.idx").unlink()
     before = len(os.listdir("/dev/fd"))
@@ -99,14 +99,14 @@ def test_a_tiff_without_dimensions_is_refused():
         decode_image(data, ImageFormat("RGB"), "x")
 
 
-def test_a_tiff_of_nothing_but_a_compression_is_refused():
+def test_a_tiff_with_nothing_but_a_compression_tag_is_refused():
     # Little-endian, with one tag and no width or height.
     data = b"II*\0\x08\0\0\0" + b"\x01\0" + b"\x03\x01\x03\0\x01\0\0\0\x01\0\0\0" + b"\0\0\0\0"
     with pytest.raises(DataError):
         decode_image(data, ImageFormat("RGB"), "x")
 
 
-def test_a_hostile_manifest_is_named(tmp_path):
+def test_a_hostile_manifest_is_refused(tmp_path):
     (tmp_path / "index.json").write_text("[" * 100_000)
     with pytest.raises(DataError):
         read_manifest(tmp_path)
@@ -134,20 +134,20 @@ def saved(tmp_path):
         lambda t: t.replace('"base_channels": 2', '"base_channels": 100000000'),
     ],
 )
-def test_a_damaged_config_is_named(saved, change):
+def test_a_damaged_config_is_refused_by_name(saved, change):
     path = saved / "config.json"
     path.write_text(change(path.read_text()))
     with pytest.raises(ValueError, match=r"config\.json"):
         UNet.from_pretrained(saved)
 
 
-def test_a_config_that_is_no_text_is_named(saved):
+def test_a_config_that_is_not_text_is_refused_by_name(saved):
     (saved / "config.json").write_bytes(b"\xff\xfe")
     with pytest.raises(ValueError, match=r"config\.json"):
         UNet.from_pretrained(saved)
 
 
-def test_a_hub_id_is_loaded(saved, monkeypatch):
+def test_a_model_loads_from_a_hub_id(saved, monkeypatch):
     import huggingface_hub.hub_mixin as mixin
 
     def download(
@@ -169,7 +169,7 @@ def test_a_hub_id_is_loaded(saved, monkeypatch):
     assert UNet.from_pretrained("me/model").config.depth == 1
 
 
-def test_a_binary_gif_whose_first_colour_is_white_is_not_inverted_in_silence():
+def test_a_binary_gif_whose_first_colour_is_white_is_not_inverted_silently():
     black_white = np.zeros((6, 8, 3), np.uint8)
     black_white[2:4, 2:5] = 255
     b = io.BytesIO()
@@ -185,20 +185,20 @@ def test_a_binary_gif_whose_first_colour_is_white_is_not_inverted_in_silence():
 
 
 @pytest.mark.filterwarnings("error")
-def test_a_rank_that_saw_nothing_warns_of_nothing():
+def test_a_rank_without_images_does_not_warn():
     SegmentationScores(("a", "b"), (0, 1)).scores()
 
 
-def test_a_mask_value_without_a_class_is_no_other_class():
+def test_a_mask_value_without_a_class_is_refused():
     m = SegmentationScores(("a", "b"), (0, 1))
-    with pytest.raises(RuntimeError, match="a mask value is no class"):
+    with pytest.raises(RuntimeError, match="a mask value is not a class"):
         m.update(
             torch.zeros(2, 2, 2, dtype=torch.uint8),
             torch.tensor([[[2, 0], [0, 0]], [[0, 0], [0, 0]]], dtype=torch.uint8),
         )
 
 
-def test_a_turned_tiff_is_said_to_be_turned():
+def test_a_rotated_tiff_is_reported_as_rotated():
     exif = Image.Exif()
     exif[0x0112] = 6
     b = io.BytesIO()

@@ -1,4 +1,4 @@
-"""The documentation: every command in it parses, and every file that it names is there."""
+"""The documentation: every command in it parses, and every file that it names exists."""
 
 import re
 import shlex
@@ -13,19 +13,19 @@ from pipelines.config import parse
 
 REPO = Path(__file__).resolve().parents[1]
 MEASURED = "tests/benchmarks/README.md"
-"""Here commands stand in blocks; what stands in a line of text is a contender's name."""
+"""Its commands are in fenced blocks; inline code is the name of a contender."""
 PAGES = ("README.md", "launch/README.md", MEASURED)
 FENCE = re.compile(r"^```[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 SCRIPTS = {
     "./launch/hosts.sh": ("train", 2),
     **{f"launch/slurm/{verb}.sbatch": (verb, 0) for verb in ("train", "predict", "pack")},
 }
-"""Recipes that hand on what follows their name, and so many words, to a verb."""
+"""Recipes that pass their arguments, after so many of their own, to a verb."""
 INLINE = re.compile(r"`([^`]+)`")
 
 
 def commands() -> list[tuple[str, str, list[str]]]:
-    """(page, verb, arguments) of every command of ours, fenced or in a line of text."""
+    """Return (page, verb, arguments) of every `unet` command, fenced or inline."""
     found = []
     for page in PAGES:
         text = (REPO / page).read_text()
@@ -53,7 +53,7 @@ def commands() -> list[tuple[str, str, list[str]]]:
 COMMANDS = commands()
 
 
-def test_the_pages_hold_commands_of_every_verb_that_has_flags() -> None:
+def test_the_pages_have_commands_of_every_verb_with_flags() -> None:
     assert len(COMMANDS) >= 14
     assert {verb for _, verb, _ in COMMANDS} >= set(VERBS) - {"demo"}
     assert {page for page, _, _ in COMMANDS} == set(PAGES)
@@ -69,23 +69,23 @@ def test_every_command_parses(
     Path("run.yaml").write_text("data: SHARDS\nrun_dir: RUN\n")
     config = getattr(import_module(f"pipelines.{verb}"), f"{verb.capitalize()}Config")
     if arguments[-1:] == ["..."]:
-        # A command of which the flags are left open.
+        # A command whose flags are elided.
         arguments = [*arguments[:-1], "--data", "SHARDS", "--run-dir", "RUN"]
     parse(config, arguments, verb)
 
 
-def test_the_benchmarks_know_the_flags_that_they_are_given() -> None:
+def test_the_benchmarks_have_the_documented_flags() -> None:
     text = "\n".join((REPO / page).read_text() for page in PAGES)
     joined = re.sub(r"\\\n\s*", " ", text)
-    given = re.findall(r"python (tests/benchmarks/\w+\.py)([^`\n]*)", joined)
-    assert len(given) >= 10
-    for script, arguments in given:
+    invocations = re.findall(r"python (tests/benchmarks/\w+\.py)([^`\n]*)", joined)
+    assert len(invocations) >= 10
+    for script, arguments in invocations:
         source = (REPO / script).read_text()
         for flag in re.findall(r"--[a-z-]+", arguments):
             assert f'"{flag}"' in source, f"{script} {flag}"
 
 
-def test_the_accelerate_flags_are_accelerates() -> None:
+def test_accelerate_accepts_its_documented_flags() -> None:
     from accelerate.commands.launch import launch_command_parser
 
     text = (REPO / "README.md").read_text()
@@ -94,23 +94,22 @@ def test_the_accelerate_flags_are_accelerates() -> None:
     assert len(launches) >= 3
     for line in launches:
         words = shlex.split(line)
-        given = words[words.index("launch") + 1 :]
-        known = launch_command_parser().parse_args(given)
-        assert known.module
-        assert known.training_script.startswith("pipelines.")
+        parsed = launch_command_parser().parse_args(words[words.index("launch") + 1 :])
+        assert parsed.module
+        assert parsed.training_script.startswith("pipelines.")
 
 
-def test_the_named_tests_and_files_are_there() -> None:
+def test_the_named_tests_and_files_exist() -> None:
     text = "\n".join((REPO / page).read_text() for page in PAGES)
     named = set(re.findall(r"`((?:tests|launch|shards|unet|pipelines)/[\w./]+\.\w+)`", text))
     assert len(named) >= 7
     missing = [name for name in named if not (REPO / name).exists()]
     assert not missing
     for script in set(re.findall(r"\./((?:launch|tests)/\w+\.sh)", text)):
-        assert (REPO / script).stat().st_mode & 0o100, f"{script} cannot be run"
+        assert (REPO / script).stat().st_mode & 0o100, f"{script} is not executable"
 
 
-def test_no_page_has_a_gap_left_to_fill() -> None:
+def test_no_page_has_a_placeholder_or_an_empty_section() -> None:
     pages = subprocess.run(
         ["git", "ls-files", "*.md"], cwd=REPO, capture_output=True, text=True, check=True
     ).stdout.split()

@@ -1,4 +1,4 @@
-"""Recipes: what accelerate, the shell and a container builder are given is what they take."""
+"""Recipes: accelerate, the shell and a container builder accept them."""
 
 import fnmatch
 import re
@@ -24,7 +24,7 @@ def tracked(*patterns: str) -> list[Path]:
     return [REPO / line for line in lines.splitlines()]
 
 
-def test_accelerates_own_parser_takes_the_configuration() -> None:
+def test_accelerates_parser_accepts_the_configuration() -> None:
     from accelerate.commands.config.config_args import load_config_from_file
 
     config = load_config_from_file(str(REPO / "accelerate_config.yaml"))
@@ -35,7 +35,7 @@ def test_accelerates_own_parser_takes_the_configuration() -> None:
     assert str(config.distributed_type).endswith("MULTI_GPU")
 
 
-def test_the_configuration_says_how_it_is_used() -> None:
+def test_the_configuration_documents_its_use() -> None:
     header = (REPO / "accelerate_config.yaml").read_text().split("compute_environment")[0]
     assert "accelerate launch --config_file accelerate_config.yaml --num_processes" in header
     assert "ACCELERATE_USE_CPU=true" in header
@@ -48,7 +48,7 @@ CONSTRAINTS = [
 ]
 
 
-def test_constraints_pin_versions_and_hold_no_address() -> None:
+def test_constraints_pin_versions_and_contain_no_address() -> None:
     text = (REPO / "launch" / "constraints.txt").read_text()
     assert not re.search(r"https?:|://|@|--(extra-)?index|find-links|-f ", text)
     assert "torch==2.13.0" in CONSTRAINTS
@@ -56,7 +56,7 @@ def test_constraints_pin_versions_and_hold_no_address() -> None:
     assert not [line for line in CONSTRAINTS if "+cpu" in line or "+cu" in line]
 
 
-def test_every_dependency_is_pinned_to_a_version_that_it_allows() -> None:
+def test_every_dependency_is_pinned_to_an_allowed_version() -> None:
     project = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
     wanted = [
         Requirement(text)
@@ -84,7 +84,7 @@ HEADED = [
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
-def test_shell_scripts_are_shell_and_stop_at_errors(script: Path) -> None:
+def test_shell_scripts_parse_and_stop_at_errors(script: Path) -> None:
     subprocess.run(["bash", "-n", script], check=True, timeout=20)
     text = script.read_text()
     if text.startswith("#!"):
@@ -93,14 +93,14 @@ def test_shell_scripts_are_shell_and_stop_at_errors(script: Path) -> None:
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
-def test_shellcheck_finds_nothing_in_a_script(script: Path) -> None:
+def test_scripts_pass_shellcheck(script: Path) -> None:
     shellcheck = Path(sys.executable).with_name("shellcheck")
     command = [shellcheck, "--external-sources", script]
     ended = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stdout) == (0, ""), ended.stderr
 
 
-def test_no_script_is_left_out() -> None:
+def test_every_script_is_checked() -> None:
     shell = subprocess.run(
         ["git", "grep", "-lE", "^#!.*sh$"], cwd=REPO, capture_output=True, text=True, check=True
     ).stdout.splitlines()
@@ -115,13 +115,13 @@ def test_a_recipe_has_a_header(path: Path) -> None:
 
 
 @pytest.mark.parametrize("recipe", tracked("launch/slurm/*.sbatch"), ids=lambda path: path.name)
-def test_the_command_in_a_slurm_recipe_ends_in_flags_of_its_verb(recipe: Path) -> None:
+def test_the_command_in_a_slurm_recipe_has_flags_of_its_verb(recipe: Path) -> None:
     header = "\n".join(line[1:] for line in recipe.read_text().splitlines() if line[:2] == "# ")
     joined = re.sub(r"\\\n\s*", " ", header)
-    given = re.findall(rf"sbatch .*launch/slurm/{recipe.name} (.*?)\)?$", joined, re.MULTILINE)
-    assert given
+    commands = re.findall(rf"sbatch .*launch/slurm/{recipe.name} (.*?)\)?$", joined, re.MULTILINE)
+    assert commands
     config = getattr(import_module(f"pipelines.{recipe.stem}"), f"{recipe.stem.capitalize()}Config")
-    for flags in given:
+    for flags in commands:
         parse(config, shlex.split(flags), recipe.stem)
 
 
@@ -132,7 +132,7 @@ def instructions(name: str) -> list[str]:
     return re.findall(rf"^{name} (.*)$", DOCKERFILE, re.MULTILINE)
 
 
-def test_the_container_can_be_built_on_another_base_and_is_not_root() -> None:
+def test_the_container_can_use_another_base_and_does_not_run_as_root() -> None:
     (base,) = instructions("ARG")
     assert base.startswith("BASE=")
     assert instructions("FROM") == ["${BASE}"]
@@ -142,7 +142,7 @@ def test_the_container_can_be_built_on_another_base_and_is_not_root() -> None:
 
 
 def ignored(name: str) -> bool:
-    """Whether .dockerignore leaves a file out: the last rule that matches decides."""
+    """Whether .dockerignore excludes a file: the last matching rule decides."""
     decision = False
     for line in (REPO / ".dockerignore").read_text().splitlines():
         if not line or line.startswith("#"):
@@ -155,7 +155,7 @@ def ignored(name: str) -> bool:
     return decision
 
 
-def test_everything_that_the_container_copies_reaches_the_builder() -> None:
+def test_every_copied_file_reaches_the_builder() -> None:
     copied = [words[:-1] for words in map(shlex.split, instructions("COPY"))]
     names = {name for names in copied for name in names}
     assert {"pyproject.toml", "unet", "shards", "pipelines"} <= names
@@ -165,7 +165,7 @@ def test_everything_that_the_container_copies_reaches_the_builder() -> None:
         assert not [file for file in files if ignored(file)]
 
 
-def test_nothing_private_reaches_the_builder() -> None:
+def test_no_private_file_reaches_the_builder() -> None:
     for name in (".git/config", ".venv/bin/python", "demo/run/metrics.jsonl", "wandb/x", ".env"):
         assert ignored(name)
     assert ignored("unet/__pycache__/model.cpython-311.pyc")

@@ -4,11 +4,11 @@ Nothing here opens a file but weights, asks for a rank, or knows what a shard is
 """
 
 from unet.losses import LossConfig, SegmentationLoss, inverse_frequency
-from unet.masks import MaskRule, Masks, predict_mask, predict_masks
+from unet.masks import MaskRule, PredictedMasks, predict_mask, predict_masks
 from unet.metrics import Empty, Scores, SegmentationScores, confusion_per_image
 from unet.model import PRESETS, DataSpec, UNet, UNetConfig, valid_input
 from unet.surface import Surface, SurfaceScores
-from unet.tiling import Block, TileConfig, halve_tile, predict_blocks
+from unet.tiling import Block, NetworkGeometry, TileConfig, halve_tile, predict_blocks
 
 __all__ = [
     "PRESETS",
@@ -17,7 +17,8 @@ __all__ = [
     "Empty",
     "LossConfig",
     "MaskRule",
-    "Masks",
+    "NetworkGeometry",
+    "PredictedMasks",
     "Scores",
     "SegmentationLoss",
     "SegmentationScores",

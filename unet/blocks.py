@@ -1,4 +1,4 @@
-"""The three parts of a U-Net: the double convolution, the step down, the step up.
+"""Building blocks of the U-Net: double convolution, downsampling and upsampling steps.
 
 Ronneberger, Fischer, Brox: "U-Net: Convolutional Networks for Biomedical Image Segmentation"
 (2015), figure 1. Shapes: B batch, C channels, H height, W width.
@@ -17,33 +17,34 @@ Activation = Literal["relu", "leaky_relu", "silu"]
 Upsampling = Literal["transpose", "bilinear"]
 
 GROUP_CHANNELS = 8
-"""Channels that group norm averages together, or the next number that divides the layer."""
+"""Target number of channels per group; the number of groups must divide the channels."""
 
 
 class InstanceNorm(nn.InstanceNorm2d):
-    """torch's, on CPUs computed as the group norm of groups of one channel: a quarter of the time.
+    """Instance norm, computed on CPUs as group norm with one channel per group: 4 times as fast.
 
-    On GPUs autocast would do a group norm in float32, at twice the memory; in channels_last torch's
-    kernel subtracts squares of means, and loses digits.
+    Not on GPUs, where autocast runs group norm in float32 at twice the memory, and not in
+    channels_last, where torch's kernel computes the variance as a difference of squares and loses
+    digits.
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        """[B, C, H, W] -> the same shape."""
+        """Normalise [B, C, H, W]."""
         if input.device.type != "cpu" or not input.is_contiguous():
             return super().forward(input)
         return F.group_norm(input, self.num_features, self.weight, self.bias, self.eps)
 
 
 def make_norm(norm: Norm, channels: int) -> nn.Module:
-    """Normalisation of a map [B, channels, H, W].
+    """Make the normalisation layer for a map [B, channels, H, W].
 
-    Instance and group norm depend on neither the batch nor the rank: the same sample gives the same
-    gradient on one GPU and on sixty-four.
+    Instance and group norm are independent of batch and rank: a sample has the same gradient on one
+    GPU as on sixty-four.
     """
     match norm:
         case "group":
-            most = max(1, channels // GROUP_CHANNELS)
-            num_groups = next(n for n in range(most, 0, -1) if channels % n == 0)
+            max_groups = max(1, channels // GROUP_CHANNELS)
+            num_groups = next(n for n in range(max_groups, 0, -1) if channels % n == 0)
             return nn.GroupNorm(num_groups, channels)
         case "batch":
             return nn.BatchNorm2d(channels)
@@ -54,7 +55,7 @@ def make_norm(norm: Norm, channels: int) -> nn.Module:
 
 
 def make_activation(activation: Activation) -> nn.Module:
-    """The nonlinearity, computed in place."""
+    """Make the activation layer, computed in place."""
     match activation:
         case "relu":
             return nn.ReLU(inplace=True)
@@ -65,12 +66,12 @@ def make_activation(activation: Activation) -> nn.Module:
 
 
 def make_upsampling(up: Upsampling, in_channels: int, out_channels: int) -> nn.Module:
-    """[B, in_channels, H, W] -> [B, out_channels, 2H, 2W]."""
+    """Make the layer [B, in_channels, H, W] -> [B, out_channels, 2H, 2W]."""
     match up:
         case "transpose":
             return nn.ConvTranspose2d(in_channels, out_channels, 2, stride=2)
         case "bilinear":
-            # A 1x1 convolution and an interpolation commute; in this order it costs a quarter.
+            # 1x1 convolution and interpolation commute; in this order they cost a quarter.
             return nn.Sequential(
                 nn.Conv2d(in_channels, out_channels, 1),
                 nn.Upsample(scale_factor=2, mode="bilinear"),
@@ -79,14 +80,14 @@ def make_upsampling(up: Upsampling, in_channels: int, out_channels: int) -> nn.M
 
 @dataclass(frozen=True, slots=True)
 class ConvConfig:
-    """What all convolutions of a network have in common."""
+    """Settings shared by all convolutions of a network."""
 
     padding: Padding
-    """Whether maps keep their size or lose a pixel on each side."""
+    """`same` keeps the size of the map, `valid` removes a pixel on each side."""
     norm: Norm
-    """After each convolution."""
+    """Normalisation after each convolution."""
     activation: Activation
-    """After each norm."""
+    """Activation after each norm."""
 
 
 class DoubleConv(nn.Sequential):
@@ -99,7 +100,7 @@ class DoubleConv(nn.Sequential):
         self, in_channels: int, out_channels: int, config: ConvConfig, *, dropout: float = 0.0
     ) -> None:
         pad = 1 if config.padding == "same" else 0
-        # A convolution's bias is removed again by the mean that a norm subtracts.
+        # The mean subtracted by the norm would cancel the bias.
         bias = config.norm == "none"
         super().__init__(
             nn.Conv2d(in_channels, out_channels, 3, padding=pad, bias=bias),
@@ -113,7 +114,7 @@ class DoubleConv(nn.Sequential):
 
 
 class Down(nn.Module):
-    """One step of the contracting path: the double convolution, then its map at half the size."""
+    """One step of the contracting path: double convolution, then 2x2 max pooling."""
 
     def __init__(
         self, in_channels: int, out_channels: int, config: ConvConfig, *, dropout: float = 0.0
@@ -123,13 +124,13 @@ class Down(nn.Module):
         self.pool = nn.MaxPool2d(2)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, in, H, W] -> the skip [B, out, H, W] and the pooled map [B, out, H/2, W/2]."""
+        """[B, in, H, W] -> skip [B, out, H, W] and pooled map [B, out, H/2, W/2]."""
         skip = self.conv(x)
         return skip, self.pool(skip)
 
 
 class Up(nn.Module):
-    """One step of the expanding path: up-convolution, the skip beside it, double convolution."""
+    """One step of the expanding path: upsample, concatenate the skip, double convolution."""
 
     def __init__(
         self, in_channels: int, out_channels: int, config: ConvConfig, *, up: Upsampling
@@ -139,13 +140,13 @@ class Up(nn.Module):
         self.conv = DoubleConv(2 * out_channels, out_channels, config)
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
-        """[B, in, H, W], skip [B, out, 2H, 2W] or larger -> [B, out, 2H, 2W] (`valid`: 4 less)."""
+        """[B, in, H, W] and skip [B, out, >= 2H, >= 2W] -> [B, out, 2H, 2W] (`valid`: 4 less)."""
         x = self.up(x)
         return self.conv(torch.cat([centre_crop(skip, x.shape[-2:]), x], dim=1))
 
 
 def centre_crop(x: Tensor, size: torch.Size) -> Tensor:
-    """The middle [..., *size] of x [..., H, W]; x itself where the size already fits."""
+    """Crop the centre [..., *size] of x [..., H, W]; returns x if it already has that size."""
     if x.shape[-2:] == size:
         return x
     top, left = ((x.shape[i] - size[i]) // 2 for i in (-2, -1))

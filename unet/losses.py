@@ -1,8 +1,8 @@
-"""Losses on logits, in float32, as a mean over samples of a value per sample.
+"""Losses on logits, in float32: the mean over samples of one value per sample.
 
-Each value looks at its own sample's valid pixels only (mask != 255) and is 0 where there is none.
-A mean over samples is linear in the samples, so splitting a batch over ranks or accumulation steps
-of equal size changes nothing.
+Each value depends only on the valid pixels of its sample (mask != 255) and is 0 if there are none.
+The mean over samples is linear, so splitting a batch over ranks or accumulation steps of equal size
+does not change the loss.
 """
 
 from collections.abc import Sequence
@@ -17,70 +17,72 @@ from torch import Tensor, nn
 from unet.blocks import centre_crop
 
 IGNORE = 255
-"""Mask value of pixels that count nowhere."""
+"""Mask value of pixels that are ignored everywhere."""
 
 LOSSES = ("cross_entropy", "bce", "focal", "dice", "tversky")
-"""What can be summed up. The first three are a mean over pixels, the others look at regions."""
+"""Names of all losses. The first three are means over pixels, the others compare regions."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossConfig:
-    """How much of each loss is summed up. The classes that count: all but `background`."""
+    """Weights and settings of the losses. Counted classes are all except `background`."""
 
     cross_entropy: float = 1.0
     """Weight of the pixel-wise cross-entropy."""
     dice: float = 1.0
-    """Weight of the soft Dice loss over the classes that count."""
+    """Weight of the soft Dice loss over the counted classes."""
     bce: float = 0.0
     """Weight of the binary cross-entropy of each class against all others."""
     focal: float = 0.0
     """Weight of the focal loss."""
     tversky: float = 0.0
-    """Weight of the Tversky loss over the classes that count."""
+    """Weight of the Tversky loss over the counted classes."""
     focal_gamma: float = 2.0
-    """How much less the focal loss looks at pixels that are nearly right; 0: not at all."""
+    """How strongly the focal loss down-weights easy pixels; 0: not at all."""
     tversky_fp: float = 0.3
-    """What a false positive costs in the Tversky loss (alpha)."""
+    """Cost of a false positive in the Tversky loss (alpha)."""
     tversky_fn: float = 0.7
-    """What a false negative costs in the Tversky loss (beta)."""
+    """Cost of a false negative in the Tversky loss (beta)."""
     label_smoothing: float = 0.0
-    """Share of the truth that cross_entropy and bce spread over all classes alike."""
+    """Share of the label that cross_entropy and bce spread evenly over all classes."""
     class_weights: Literal["none", "inverse", "inverse_sqrt"] = "none"
-    """inverse: in the losses over pixels, a pixel weighs as much as its class is rare in the
-    training split, all classes together as much as before. inverse_sqrt: as the root of that, which
+    """inverse: in the losses over pixels, weight each pixel by the inverse frequency of its class
+    in the training split, with a mean weight of 1. inverse_sqrt: by the square root of that, which
     costs the common classes less."""
     border_weight: float = 0.0
-    """What pixels between two close cells weigh more in the losses over pixels (w0, 10 in the paper
-    of 2015); needs shards of unet pack --border-sigma. 0 is off."""
+    """Extra weight of pixels between two close cells in the losses over pixels (w0; 10 in the U-Net
+    paper). Requires shards packed with --border-sigma. 0: off."""
 
     def __post_init__(self) -> None:
         numbers = ("focal_gamma", "tversky_fp", "tversky_fn", "border_weight")
         for name in (*LOSSES, *numbers):
             value = getattr(self, name)
             if not (isfinite(value) and value >= 0):
-                raise ValueError(f"loss.{name} must be a number from 0 on, got {value}")
+                raise ValueError(f"loss.{name} must be a finite number >= 0, got {value}")
         summed = [name for name in LOSSES if getattr(self, name)]
         if not summed:
-            raise ValueError(f"one of the loss weights must be above 0: {', '.join(LOSSES)}")
-        weighs = self.border_weight > 0 or self.class_weights != "none"
-        if weighs and not {"cross_entropy", "bce", "focal"} & {*summed}:
+            raise ValueError(f"at least one loss weight must be > 0: {', '.join(LOSSES)}")
+        weights_pixels = self.border_weight > 0 or self.class_weights != "none"
+        if weights_pixels and not {"cross_entropy", "bce", "focal"} & {*summed}:
             raise ValueError(
-                "loss.border_weight and loss.class_weights weigh pixels; give one of "
-                "loss.cross_entropy, loss.bce and loss.focal"
+                "loss.border_weight and loss.class_weights apply to losses over pixels; set at "
+                "least one of loss.cross_entropy, loss.bce and loss.focal"
             )
         if self.label_smoothing and not {"cross_entropy", "bce"} & {*summed}:
-            raise ValueError("loss.label_smoothing is of loss.cross_entropy and loss.bce; give one")
+            raise ValueError(
+                "loss.label_smoothing applies to loss.cross_entropy and loss.bce; set at least one"
+            )
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"loss.label_smoothing must be in [0, 1), got {self.label_smoothing}")
 
 
 class SegmentationLoss(nn.Module):
-    """The weighted sum of the losses whose weight is not 0.
+    """Weighted sum of the losses with a weight > 0.
 
     Args:
-        config: the weights.
-        counted: indices of the classes that the losses over regions look at.
-        class_weights: what a pixel of each class weighs in the losses over pixels; None: 1.
+        config: weights and settings.
+        counted: indices of the classes that the losses over regions include.
+        class_weights: weight of a pixel of each class in the losses over pixels; None: 1.
     """
 
     weights: Tensor
@@ -106,24 +108,31 @@ class SegmentationLoss(nn.Module):
     def forward(
         self, logits: Tensor, mask: Tensor, border: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The loss [], and its parts [len(names)], unweighted and detached, for the log.
+        """Compute the loss.
 
         Args:
             logits: [B, K, H, W].
-            mask: uint8 [B, H, W], or larger: its middle is what the logits are of.
-            border: uint8 [B, H, W], as the mask: 255 where two cells touch; None: nowhere.
+            mask: uint8 [B, H, W], or larger: the logits are for its centre.
+            border: uint8, the size of the mask: 255 where two cells touch; None: all 0.
+
+        Returns:
+            The loss [], and its terms [len(names)], unweighted and detached, for logging.
         """
         size = logits.shape[-2:]
         mask = centre_crop(mask, size)
         border = None if border is None else centre_crop(border, size)
         with torch.autocast(logits.device.type, enabled=False):
             logits = logits.float()
-            weight = self.pixel_weight(mask, border)
-            parts = torch.stack([self.part(name, logits, mask, weight) for name in self.names])
-            return (parts * self.weights).sum(), parts.detach()
+            weight = self.weigh_pixels(mask, border)
+            terms = torch.stack(
+                [self.compute_term(name, logits, mask, weight) for name in self.names]
+            )
+            return (terms * self.weights).sum(), terms.detach()
 
-    def part(self, name: str, logits: Tensor, mask: Tensor, weight: Tensor | None) -> Tensor:
-        """One of the losses [], a mean over samples."""
+    def compute_term(
+        self, name: str, logits: Tensor, mask: Tensor, weight: Tensor | None
+    ) -> Tensor:
+        """Compute one of the losses: [], the mean over samples."""
         c = self.config
         match name:
             case "cross_entropy":
@@ -138,8 +147,8 @@ class SegmentationLoss(nn.Module):
                 values = tversky_loss(logits, mask, self.counted, fp=c.tversky_fp, fn=c.tversky_fn)
         return values.mean()
 
-    def pixel_weight(self, mask: Tensor, border: Tensor | None) -> Tensor | None:
-        """What each pixel weighs, float32 [B, H, W]; None: 1.
+    def weigh_pixels(self, mask: Tensor, border: Tensor | None) -> Tensor | None:
+        """Compute the weight of each pixel, float32 [B, H, W]; None: 1.
 
         w(x) = w_c(x) + w0 exp(-(d1 + d2)^2 / (2 sigma^2)): Ronneberger et al. 2015, equation 2.
         """
@@ -154,19 +163,24 @@ class SegmentationLoss(nn.Module):
 
 
 def inverse_frequency(pixels: Sequence[int], power: float = 1.0) -> tuple[float, ...]:
-    """What a pixel of each class weighs: (1 / pixels of the class)^power, 1 on average over pixels.
+    """Compute a weight per class: (1 / pixels of the class)^power, with a mean over pixels of 1.
 
-    With a power of 1 all classes weigh the same. A class without pixels weighs 1.
+    With power 1, all classes have the same total weight. A class without pixels gets 1.
     """
     present = [count for count in pixels if count]
     scale = sum(present) / sum(count ** (1 - power) for count in present)
     return tuple(scale / count**power if count else 1.0 for count in pixels)
 
 
-def over_pixels(values: Tensor, mask: Tensor, weight: Tensor | None) -> Tensor:
-    """The weighted sum over each sample's valid pixels by their number: [B, H, W] -> [B].
+def average_pixels(values: Tensor, mask: Tensor, weight: Tensor | None) -> Tensor:
+    """Sum weighted values over the valid pixels of each sample, divided by their number: -> [B].
 
-    Not by the sum of the weights: a sample of one class would then not feel them.
+    Dividing by the sum of the weights would cancel them in a sample with a single class.
+
+    Args:
+        values: [B, H, W].
+        mask: uint8 [B, H, W].
+        weight: [B, H, W]; None: 1.
     """
     valid = mask != IGNORE
     values = values * (valid if weight is None else valid * weight)
@@ -176,26 +190,26 @@ def over_pixels(values: Tensor, mask: Tensor, weight: Tensor | None) -> Tensor:
 def cross_entropy(
     logits: Tensor, mask: Tensor, weight: Tensor | None = None, *, smoothing: float = 0.0
 ) -> Tensor:
-    """Mean of -log p(class) over each sample's valid pixels: [B, K, H, W], [B, H, W] -> [B].
+    """Mean of -log p(class) over the valid pixels of a sample: [B, K, H, W], [B, H, W] -> [B].
 
-    With label smoothing (Szegedy et al. 2016) the truth is (1 - s) of its class and s / K of each.
+    With label smoothing s (Szegedy et al. 2016), the target is (1 - s) one-hot + s / K.
     """
     values = F.cross_entropy(
         logits, mask.long(), ignore_index=IGNORE, reduction="none", label_smoothing=smoothing
     )
-    return over_pixels(values, mask, weight)
+    return average_pixels(values, mask, weight)
 
 
 def binary_cross_entropy(
     logits: Tensor, mask: Tensor, weight: Tensor | None = None, *, smoothing: float = 0.0
 ) -> Tensor:
-    """Mean over classes and valid pixels of each class's own cross-entropy, with sigmoids: -> [B].
+    """Mean over classes and valid pixels of the sigmoid cross-entropy of each class: -> [B].
 
-    With label smoothing the truth is (1 - s) y + s / 2.
+    With label smoothing s, the target is (1 - s) y + s / 2.
     """
-    truth = one_hot(logits, mask) * (1 - smoothing) + smoothing / 2
-    values = F.binary_cross_entropy_with_logits(logits, truth, reduction="none").mean(dim=1)
-    return over_pixels(values, mask, weight)
+    target = one_hot(logits, mask) * (1 - smoothing) + smoothing / 2
+    values = F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean(dim=1)
+    return average_pixels(values, mask, weight)
 
 
 def focal_loss(
@@ -203,47 +217,47 @@ def focal_loss(
 ) -> Tensor:
     """Mean of -(1 - p(class))^gamma log p(class) over valid pixels (Lin et al. 2017): -> [B]."""
     values = F.cross_entropy(logits, mask.long(), ignore_index=IGNORE, reduction="none")
-    # Away from 0, where a power below 1 has no slope.
+    # Kept away from 0, where the gradient of a power below 1 is infinite.
     missing = (-torch.expm1(-values)).clamp(min=1e-12)
-    return over_pixels(missing**gamma * values, mask, weight)
+    return average_pixels(missing**gamma * values, mask, weight)
 
 
 def dice_loss(logits: Tensor, mask: Tensor, counted: Tensor) -> Tensor:
-    """1 - soft Dice, a mean over the classes `counted` [C]: [B, K, H, W], [B, H, W] -> [B].
+    """1 - soft Dice, the mean over the classes `counted` [C]: [B, K, H, W], [B, H, W] -> [B].
 
-    Soft Dice of a class is (2 sum(p g) + 1) / (sum(p) + sum(g) + 1), the sums over one sample's
-    valid pixels. The 1 (a pixel) keeps the gradient alive where a class is absent; its price is
-    that missing an object of a few pixels costs less than it should, which cross-entropy makes up.
+    The soft Dice of a class is (2 sum(p g) + 1) / (sum(p) + sum(g) + 1), with sums over the valid
+    pixels of a sample. The 1 (one pixel) keeps a gradient when a class is absent, but makes missing
+    an object of a few pixels too cheap; cross-entropy compensates for that.
     """
-    overlap, predicted, true = region_sums(logits, mask, counted)
+    overlap, predicted, true = sum_regions(logits, mask, counted)
     score = (2 * overlap + 1) / (predicted + true + 1)
     return (1 - score).mean(dim=1) * (mask != IGNORE).flatten(1).any(dim=1)
 
 
 def tversky_loss(logits: Tensor, mask: Tensor, counted: Tensor, *, fp: float, fn: float) -> Tensor:
-    """1 - Tversky index (Salehi et al. 2017), a mean over the classes `counted` [C]: -> [B].
+    """1 - Tversky index (Salehi et al. 2017), the mean over the classes `counted` [C]: -> [B].
 
     The index is (tp + 1) / (tp + fp * false positives + fn * false negatives + 1), soft sums as in
     `dice_loss`.
     """
-    overlap, predicted, true = region_sums(logits, mask, counted)
+    overlap, predicted, true = sum_regions(logits, mask, counted)
     wrong = fp * (predicted - overlap) + fn * (true - overlap)
     score = (overlap + 1) / (overlap + wrong + 1)
     return (1 - score).mean(dim=1) * (mask != IGNORE).flatten(1).any(dim=1)
 
 
-def region_sums(logits: Tensor, mask: Tensor, counted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """sum(p g), sum(p) and sum(g) over each sample's valid pixels, for the counted classes [B, C].
+def sum_regions(logits: Tensor, mask: Tensor, counted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute sum(p g), sum(p) and sum(g) over the valid pixels of each sample: [B, C] each.
 
-    p are softmax probabilities, g is 1 where the mask has the class.
+    p are softmax probabilities; g is 1 where the mask has the class.
 
     Args:
         logits: [B, K, H, W].
         mask: uint8 [B, H, W].
-        counted: indices of the classes, int64 [C], on the same device.
+        counted: indices of the counted classes, int64 [C], on the same device.
     """
-    # All classes at once: the gradient of one class taken by itself is as large as that of all, and
-    # a loop would write K of them. As bytes, since floats would take as much as the logits.
+    # All classes at once: the gradient of selecting one class is as large as the logits, and a loop
+    # would write K of them. Bool, since floats would take as much memory as the logits.
     present = has_class(mask, logits.shape[1])
     probability = logits.softmax(dim=1)
     sums = (
@@ -256,11 +270,11 @@ def region_sums(logits: Tensor, mask: Tensor, counted: Tensor) -> tuple[Tensor, 
 
 
 def has_class(mask: Tensor, num_classes: int) -> Tensor:
-    """Where the mask has each class, bool [B, K, H, W]; nowhere under 255."""
+    """Compare the mask with each class index: bool [B, K, H, W], False where the mask is 255."""
     classes = torch.arange(num_classes, device=mask.device).view(1, -1, 1, 1)
     return mask[:, None] == classes
 
 
 def one_hot(logits: Tensor, mask: Tensor) -> Tensor:
-    """1 where the mask has the class, as floats [B, K, H, W]; 0 everywhere under 255."""
+    """One-hot encode the mask: [B, K, H, W] in the dtype of the logits, 0 where the mask is 255."""
     return has_class(mask, logits.shape[1]).to(logits.dtype)

@@ -1,8 +1,8 @@
-"""Masks from class probabilities: the likeliest class of each pixel, how sure it is, and counts.
+"""Masks from class probabilities: predicted class, confidence and class counts.
 
-On GPUs everything is done for a batch at once and stays there: launches, not arithmetic, are what
-costs. On CPUs memory traffic is, and PyTorch compares float32 without vector instructions: NumPy
-does it in a third of the time.
+On GPUs a batch is processed at once and stays on the device, because kernel launches dominate. On
+CPUs memory traffic dominates, and PyTorch compares float32 without vector instructions: NumPy takes
+a third of the time.
 """
 
 from collections.abc import Sequence
@@ -12,136 +12,129 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unet.tiling import Forward, TileConfig, predict_blocks
+from unet.tiling import Forward, NetworkGeometry, TileConfig, predict_blocks
 
 FEW_CLASSES = 12
-"""Up to so many classes, comparing a CPU mask with each takes less time than a histogram."""
+"""Up to this number of classes, comparing a CPU mask with each is faster than a histogram."""
 UINT16_MAX = 65_535
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MaskRule:
-    """What is made of class probabilities."""
+    """How probabilities become a mask."""
 
     threshold: float | None = None
-    """Of two classes: the second wherever its probability is at least this. None: the likelier."""
+    """With two classes: predict the second where its probability is >= this. None: argmax."""
     min_confidence: float = 0.0
-    """Pixels whose chosen class is less probable are unsure."""
+    """Pixels whose predicted class is less probable than this are marked as unsure."""
     keep: torch.dtype | None = None
-    """float16: the probabilities of all classes are kept. uint16: those of all but the first, as
-    round(65535 p). None: they are not."""
+    """Probabilities to keep. float16: all classes. uint16: all but the first, as round(65535 p).
+    None: nothing."""
     count: bool = False
-    """Whether the pixels of each class are counted."""
+    """Count the pixels of each class."""
 
 
 @dataclass(frozen=True, slots=True)
-class Masks:
-    """What is predicted for images of one size, on the device of the logits."""
+class PredictedMasks:
+    """Prediction for images of equal size, on the device of the logits."""
 
     classes: Tensor
     """uint8 [B, H, W]."""
     confidence: Tensor
-    """Mean over each image of the probability of the chosen class, float64 [B] (float32 on
-    Apple's GPUs, which know no other)."""
+    """Mean probability of the predicted class, float64 [B] (float32 on MPS)."""
     unsure: Tensor | None
-    """bool [B, H, W]; None where no confidence is asked for."""
+    """bool [B, H, W]; None if `MaskRule.min_confidence` is 0."""
     probabilities: Tensor | None
-    """[B, K, H, W] (all classes) or [B, K - 1, H, W] (all but the first) of the dtype that is kept;
-    None where none is. Those of images larger than a tile are on the CPU: on a GPU they may have
-    no room."""
+    """float16 [B, K, H, W] or uint16 [B, K - 1, H, W]; None if `MaskRule.keep` is. On the CPU if
+    images are larger than a tile, since they may not fit into GPU memory."""
     counts: Tensor | None = None
-    """Pixels of each class, then unsure ones, which count for no class: int64 [B, K + 1]. None
-    where they are not counted."""
+    """int64 [B, K + 1]: pixels of each class, then unsure pixels, which count for no class. None
+    unless `MaskRule.count`."""
 
 
 def predict_mask(
     forward: Forward,
     images: Tensor | Sequence[Tensor],
     config: TileConfig,
-    *,
-    margin: int = 0,
-    multiple: int = 1,
+    network: NetworkGeometry,
 ) -> tuple[Tensor, Tensor]:
-    """The likeliest classes of images of one size; the arguments of `predict_masks`.
+    """Predict the argmax class of every pixel; takes the arguments of `predict_masks`.
 
     Returns:
-        `Masks.classes` and `Masks.confidence`.
+        `PredictedMasks.classes` and `PredictedMasks.confidence`.
     """
-    found = predict_masks(forward, images, config, MaskRule(), margin=margin, multiple=multiple)
-    return found.classes, found.confidence
+    predicted = predict_masks(forward, images, config, network, MaskRule())
+    return predicted.classes, predicted.confidence
 
 
 def predict_masks(
     forward: Forward,
     images: Tensor | Sequence[Tensor],
     config: TileConfig,
+    network: NetworkGeometry,
     rule: MaskRule,
-    *,
-    margin: int = 0,
-    multiple: int = 1,
-) -> Masks:
-    """Class indices of images of one size, and what `rule` asks for.
+) -> PredictedMasks:
+    """Predict masks for images of equal size.
 
-    Beside model and images, memory holds the result and what `predict_blocks` says.
+    Besides model and images, memory holds the result and what `predict_blocks` needs.
 
     Args:
         forward: uint8 images [B, C, h, w] -> logits [B, K, h - 2 margin, w - 2 margin].
-        images: uint8 [B, C, H, W], or a list of [C, H, W]; H and W from 1 up.
-        config: tile, overlap, batch size, mirrors.
-        rule: how classes are chosen, and what is kept beside them.
-        margin: pixels that the network loses on each side: `UNetConfig.margin`.
-        multiple: 2^depth; of no account without a margin.
+        images: uint8 [B, C, H, W], or a list of [C, H, W]; H, W >= 1.
+        config: tile size, overlap, batch size, test-time augmentation.
+        network: geometry of the network behind `forward`; its `UNetConfig` will do.
+        rule: how classes are chosen and what is returned with them.
     """
     height, width = images[0].shape[-2:]
     shape = (len(images), height, width)
     classes = total = unsure = kept = None
     num_classes = 0
-    for block in predict_blocks(forward, images, config, margin=margin, multiple=multiple):
-        best, index = choose(block.probability, rule.threshold)
+    for block in predict_blocks(forward, images, config, network):
+        best, index = choose_classes(block.probability, rule.threshold)
         if classes is None or total is None:
             num_classes = max(2, block.probability.shape[1])
             classes = index.new_empty(shape, dtype=torch.uint8)
-            # Apple's GPUs have no float64.
+            # MPS has no float64.
             wide = torch.float32 if best.device.type == "mps" else torch.float64
             total = best.new_zeros(len(images), dtype=wide)
             if rule.min_confidence > 0:
                 unsure = index.new_empty(shape, dtype=torch.bool)
         place = (block.images, block.rows, block.columns)
         classes[place] = index
-        # Rows first: a sum of float32 in float64 takes several times as long on a CPU.
+        # Rows first: on a CPU, summing float32 in float64 is several times slower.
         total[block.images] += best.sum(dim=-1).sum(dim=-1, dtype=total.dtype)
         if unsure is not None:
             unsure[place] = best < rule.min_confidence
         if rule.keep is not None:
-            part = compact(block.probability, rule.keep)
+            part = quantise(block.probability, rule.keep)
             if kept is None:
-                whole = part.shape[-2:] == (height, width)
+                complete = part.shape[-2:] == (height, width)
                 kept = part.new_empty(
                     (len(images), part.shape[1], height, width),
-                    device=part.device if whole else "cpu",
+                    device=part.device if complete else "cpu",
                 )
             kept[block.images, :, block.rows, block.columns] = part
-        # Else its batch of probabilities would live on through the next forward pass.
+        # Frees its batch of probabilities before the next forward pass.
         del block
     assert classes is not None
     assert total is not None
     if kept is not None and rule.keep is not None:
         kept = kept.view(rule.keep)
     counts = count_classes(classes, unsure, num_classes) if rule.count else None
-    return Masks(classes, total / (height * width), unsure, kept, counts)
+    return PredictedMasks(classes, total / (height * width), unsure, kept, counts)
 
 
-def choose(probability: Tensor, threshold: float | None) -> tuple[Tensor, Tensor]:
+def choose_classes(probability: Tensor, threshold: float | None) -> tuple[Tensor, Tensor]:
     """Choose a class for each pixel.
 
     Args:
-        probability: of each class, float32 [N, K, h, w]; of two classes, of the second alone
+        probability: float32 [N, K, h, w]; with two classes, that of the second alone
             [N, 1, h, w].
-        threshold: of two classes, the least probability of the second.
+        threshold: with two classes, the minimum probability of the second.
 
     Returns:
-        How probable the chosen class is, float32 [N, h, w], and its index, an integer of any kind
-        [N, h, w]. Of equally probable ones it is the first.
+        The probability of the chosen class, float32 [N, h, w], and its index, of any integer dtype
+        [N, h, w]. Ties go to the lowest index.
     """
     if probability.shape[1] == 1:
         second = probability[:, 0]
@@ -151,7 +144,7 @@ def choose(probability: Tensor, threshold: float | None) -> tuple[Tensor, Tensor
         return torch.where(chosen, second, 1 - second), chosen.view(torch.uint8)
     if probability.device.type != "cpu":
         return probability.max(dim=1)
-    # On a CPU a maximum that keeps its index is not vectorised: it takes 3 to 8 times as long.
+    # On a CPU, max with indices is not vectorised: it takes 3 to 8 times as long.
     best, *others = probability.unbind(dim=1)
     index = None
     for number, other in enumerate(others, start=1):
@@ -166,18 +159,18 @@ def choose(probability: Tensor, threshold: float | None) -> tuple[Tensor, Tensor
 
 
 def exceeds(values: Tensor, bound: Tensor | float) -> Tensor:
-    """1 where values are greater, uint8 of their shape."""
+    """Compare element-wise: uint8 1 where `values` > `bound`, else 0."""
     if values.device.type != "cpu":
         return (values > bound).view(torch.uint8)
     other = bound.numpy() if isinstance(bound, Tensor) else np.float32(bound)
     return torch.from_numpy(np.greater(values.numpy(), other).view(np.uint8))
 
 
-def compact(probability: Tensor, dtype: torch.dtype) -> Tensor:
-    """Probabilities as they are kept, on their device: see `MaskRule.keep`.
+def quantise(probability: Tensor, dtype: torch.dtype) -> Tensor:
+    """Convert probabilities as `MaskRule.keep` asks, on their device.
 
     Args:
-        probability: as for `choose`.
+        probability: as for `choose_classes`.
         dtype: float16 or uint16.
 
     Returns:
@@ -187,7 +180,7 @@ def compact(probability: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype == torch.float16:
         both = torch.cat([1 - probability, probability], dim=1) if two else probability
         return both.half()
-    # Sums of weighted tiles may exceed 1 by a rounding. Few devices can fill a tensor of uint16.
+    # Rounding can push sums of weighted tiles above 1. Few devices support uint16.
     others = probability if two else probability[:, 1:]
     return (others * UINT16_MAX).round_().clamp_(max=UINT16_MAX).int().to(torch.int16)
 
@@ -195,11 +188,11 @@ def compact(probability: Tensor, dtype: torch.dtype) -> Tensor:
 def count_classes(classes: Tensor, unsure: Tensor | None, num_classes: int) -> Tensor:
     """Count the pixels of each class in each image.
 
-    On a GPU nothing waits for it, as `torch.bincount` would for the largest value.
+    Does not synchronise with a GPU, as `torch.bincount` would to find the largest value.
 
     Args:
         classes: uint8 [B, H, W].
-        unsure: bool [B, H, W]: pixels that count for no class.
+        unsure: bool [B, H, W], pixels that count for no class; or None.
         num_classes: K.
 
     Returns:

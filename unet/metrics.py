@@ -1,16 +1,16 @@
-"""Exact scores: integers are summed over pictures and ranks, and divided once, at the end.
+"""Exact scores: integer counts are summed over images and ranks and divided once, at the end.
 
 Dice = 2 tp / (2 tp + fp + fn), IoU = tp / (tp + fp + fn).
-    global     tp, fp, fn summed over all pixels of all pictures
-    per image  the score of each picture, then for each class the mean over pictures, then the mean
-               over classes
-    macro      mean over the classes that count; micro: their tp, fp, fn pooled
-Dice and IoU are 0 / 0 for a class that is neither in a picture's mask nor in its prediction, and
-for one that is in none of all pictures. What it scores there is declared (`Empty`):
-    skip       None ("n/a"), and it enters no mean
-    one, zero  1 or 0, and it enters the means
-A picture without a pixel that counts (all 255) says nothing of any class: no policy scores it.
-Precision and recall are None wherever they would divide by 0.
+    global     tp, fp, fn summed over all pixels of all images
+    per image  the score of each image, then for each class the mean over images, then the mean over
+               classes
+    macro      mean over the counted classes; micro: their tp, fp, fn pooled
+Dice and IoU are 0 / 0 for a class that is neither in the mask nor in the prediction of an image, or
+of any image. `Empty` sets the score in this case:
+    skip       None ("n/a"), excluded from all means
+    one, zero  1 or 0, included in the means
+An image without valid pixels (all 255) is excluded under every policy. Precision and recall are
+None if they would divide by 0.
 """
 
 import warnings
@@ -24,19 +24,19 @@ from torchmetrics import Metric
 from unet.losses import IGNORE
 
 Empty = Literal["skip", "one", "zero"]
-"""What Dice and IoU are of a class that is neither in mask nor in prediction."""
+"""Dice and IoU of a class that is neither in the mask nor in the prediction."""
 EMPTY_SCORES: dict[Empty, float | None] = {"skip": None, "one": 1.0, "zero": 0.0}
 
 PIXELS = 2**22
-"""Pixels that are counted at one time: what that takes does not grow with the images."""
+"""Pixels counted at a time, so that memory does not grow with the size of the images."""
 
 FIXED_POINT = 2**32
-"""Scores of single pictures are summed as integers of 1/2^32: exact in any order of summation."""
+"""Per-image scores are summed as multiples of 2^-32: exact in any order of summation."""
 
 
 @dataclass(frozen=True, slots=True)
 class ClassScores:
-    """One class. None where there is nothing to divide by."""
+    """Scores of one class; None if the denominator is 0."""
 
     name: str
     dice: float | None
@@ -47,15 +47,15 @@ class ClassScores:
     fp: int
     fn: int
     image_dice: float | None
-    """Mean of the Dice of single pictures."""
+    """Mean of the per-image Dice."""
     image_iou: float | None
     images: int
-    """Pictures that have the class in mask or prediction."""
+    """Images with the class in mask or prediction."""
 
 
 @dataclass(frozen=True, slots=True)
-class Mean:
-    """A pair of mean scores."""
+class MeanScores:
+    """Mean Dice and mean IoU."""
 
     dice: float | None
     iou: float | None
@@ -63,23 +63,23 @@ class Mean:
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """The scores of a model over a set of pictures."""
+    """Scores of a model over a set of images."""
 
     empty_policy: Empty
     num_images: int
     num_valid: int
-    """Those of them that have a pixel that is not 255."""
+    """Images with a pixel that is not 255."""
     counted: tuple[int, ...]
-    """Indices of the classes that the means are over."""
-    macro: Mean
-    micro: Mean
-    per_image: Mean
+    """Indices of the classes that enter the means."""
+    macro: MeanScores
+    micro: MeanScores
+    per_image: MeanScores
     classes: tuple[ClassScores, ...]
     confusion: tuple[tuple[int, ...], ...]
-    """Pixels, [true class][predicted class]."""
+    """Number of pixels, [true class][predicted class]."""
 
     def to_plain(self) -> dict[str, Any]:
-        """What `scores.json` holds."""
+        """Convert to the content of `scores.json`."""
         plain = asdict(self)
         plain["classes"] = {scores.pop("name"): scores for scores in plain["classes"]}
         plain["counted"] = [self.classes[i].name for i in self.counted]
@@ -87,26 +87,26 @@ class Scores:
 
 
 class Counts(NamedTuple):
-    """The int64 sums that all scores follow from, whatever the policy. K classes."""
+    """int64 sums from which all scores are computed, under any policy; K classes."""
 
     confusion: Tensor
-    """Pixels [K, K], [true class, predicted class]."""
+    """Number of pixels [K, K], [true class, predicted class]."""
     image_dice: Tensor
-    """Sums [K] over pictures of their Dice, in 1/2^32."""
+    """Sum of the per-image Dice [K], in units of 2^-32."""
     image_iou: Tensor
-    """The same of IoU."""
+    """Sum of the per-image IoU [K], in units of 2^-32."""
     image_count: Tensor
-    """Pictures [K] that have the class in mask or prediction."""
+    """Number of images [K] with the class in mask or prediction."""
     num_images: Tensor
-    """Pictures [] seen."""
+    """Number of images []."""
     num_valid: Tensor
-    """Pictures [] that have a pixel that counts."""
+    """Number of images [] with a valid pixel."""
 
 
 class SegmentationScores(Metric):
-    """Confusion counts as int64 sums; `compute()` and `scores()` add those of all ranks first.
+    """Confusion counts as int64 sums; `compute()` and `scores()` first add those of all ranks.
 
-    A rank that saw nothing contributes zeros. Every rank must make the call.
+    Both are collective: every rank must call them. A rank without images contributes zeros.
     """
 
     full_state_update = False
@@ -120,7 +120,7 @@ class SegmentationScores(Metric):
     def __init__(
         self, classes: tuple[str, ...], counted: tuple[int, ...], empty: Empty = "skip"
     ) -> None:
-        # Not kept, since `add` may change what was computed.
+        # No cache, since `add` changes the state without `update`.
         super().__init__(compute_with_cache=False)
         self.names, self.counted = classes, counted
         self.empty: Empty = empty
@@ -136,23 +136,23 @@ class SegmentationScores(Metric):
             self.add_state(name, torch.zeros(shape, dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, prediction: Tensor, mask: Tensor) -> None:
-        """Count class indices: prediction and mask uint8 [B, H, W]; 255 in the mask is left out."""
+        """Count class indices: prediction and mask uint8 [B, H, W]; 255 in the mask is ignored."""
         self.add(confusion_per_image(prediction, mask, len(self.names)))
 
     def add(self, confusion: Tensor) -> None:
-        """Count images by their own confusions, int64 [B, K, K], of `confusion_per_image`."""
+        """Add the confusion of each image, int64 [B, K, K], as `confusion_per_image` returns it."""
         tp = confusion.diagonal(dim1=1, dim2=2)
         both = confusion.sum(dim=1) + confusion.sum(dim=2)
         seen = both > 0
         self.confusion += confusion.sum(dim=0)
-        self.image_dice += fixed_point(2 * tp, both).sum(dim=0)
-        self.image_iou += fixed_point(tp, both - tp).sum(dim=0)
+        self.image_dice += to_fixed_point(2 * tp, both).sum(dim=0)
+        self.image_iou += to_fixed_point(tp, both - tp).sum(dim=0)
         self.image_count += seen.sum(dim=0)
         self.num_images += len(confusion)
         self.num_valid += seen.any(dim=1).sum()
 
     def compute(self) -> Counts:
-        """The sums over everything that all ranks counted."""
+        """Return the sums; torchmetrics reduces them over ranks first."""
         return Counts(
             self.confusion,
             self.image_dice,
@@ -163,8 +163,8 @@ class SegmentationScores(Metric):
         )
 
     def scores(self) -> Scores:
-        """The scores over everything that all ranks counted."""
-        counts = Counts(*sums_of_all_ranks(self))
+        """Compute the scores over the images of all ranks."""
+        counts = Counts(*sum_over_ranks(self))
         confusion, num_valid = counts.confusion, int(counts.num_valid)
         tp = confusion.diagonal().tolist()
         fp = (confusion.sum(dim=0) - confusion.diagonal()).tolist()
@@ -197,18 +197,20 @@ class SegmentationScores(Metric):
             for c, name in enumerate(self.names)
         )
         pooled = [sum(values[c] for c in self.counted) for values in (tp, fp, fn)]
-        of = [classes[c] for c in self.counted]
+        counted = [classes[c] for c in self.counted]
         return Scores(
             empty_policy=self.empty,
             num_images=int(counts.num_images),
             num_valid=num_valid,
             counted=self.counted,
-            macro=Mean(mean([s.dice for s in of]), mean([s.iou for s in of])),
-            micro=Mean(
+            macro=MeanScores(mean([s.dice for s in counted]), mean([s.iou for s in counted])),
+            micro=MeanScores(
                 divide(2 * pooled[0], 2 * pooled[0] + pooled[1] + pooled[2], absent),
                 divide(pooled[0], sum(pooled), absent),
             ),
-            per_image=Mean(mean([s.image_dice for s in of]), mean([s.image_iou for s in of])),
+            per_image=MeanScores(
+                mean([s.image_dice for s in counted]), mean([s.image_iou for s in counted])
+            ),
             classes=classes,
             confusion=tuple(tuple(row) for row in confusion.tolist()),
         )
@@ -217,19 +219,19 @@ class SegmentationScores(Metric):
 def confusion_per_image(prediction: Tensor, mask: Tensor, num_classes: int) -> Tensor:
     """Count the pixels of each image by their class in the mask and in the prediction.
 
-    Nothing leaves the device, and no shape depends on a value: nothing is waited for. Sums of
-    integers are the same in any order, so that GPUs give them exactly too.
+    Does not synchronise with the device: no value is copied and no shape depends on one. Integer
+    sums are exact in any order, on GPUs too.
 
     Args:
         prediction: class indices, uint8 [B, H, W].
-        mask: the same; 255 is left out.
+        mask: class indices, uint8 [B, H, W]; 255 is ignored.
         num_classes: K.
 
     Returns:
-        Pixels [image, true class, predicted class], int64 [B, K, K].
+        Number of pixels [image, true class, predicted class], int64 [B, K, K].
 
     Raises:
-        RuntimeError: a value is no class; on a GPU wherever it is next waited for.
+        RuntimeError: if a value is not a class; on a GPU, at the next synchronisation.
     """
     batch, k = len(mask), num_classes
     counts = torch.zeros(batch, k * k + 1, dtype=torch.int64, device=mask.device)
@@ -238,9 +240,9 @@ def confusion_per_image(prediction: Tensor, mask: Tensor, num_classes: int) -> T
         ignored = m == IGNORE
         for fits, what in (((m < k) | ignored, "mask"), (p < k, "predicted")):
             torch._assert_async(  # pyright: ignore[reportPrivateImportUsage]
-                fits.all(), f"a {what} value is no class"
+                fits.all(), f"a {what} value is not a class"
             )
-        # What is ignored goes into a cell of its own, which is cut off.
+        # Ignored pixels go into an extra cell, which is dropped.
         cell = torch.where(ignored, k * k, m.long() * k + p.long()).flatten(1)
         part = torch.zeros_like(counts, dtype=torch.int32)
         one = torch.ones((), dtype=torch.int32, device=mask.device)
@@ -248,28 +250,28 @@ def confusion_per_image(prediction: Tensor, mask: Tensor, num_classes: int) -> T
     return counts[:, :-1].unflatten(1, (k, k))
 
 
-def sums_of_all_ranks(metric: Metric) -> list[Tensor]:
-    """What `metric.compute()` returns, on the CPU. Every rank must make the call."""
+def sum_over_ranks(metric: Metric) -> list[Tensor]:
+    """Sum the states of a metric over all ranks, on the CPU. Every rank must call it."""
     with warnings.catch_warnings():
-        # A rank without a picture is no mistake here.
+        # A rank without images is valid here.
         warnings.filterwarnings("ignore", message="The ``compute`` method of metric")
         return [tensor.cpu() for tensor in metric.compute()]
 
 
-def fixed_point(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """Numerator / denominator as a multiple of 1/2^32, 0 where the denominator is 0."""
-    # Apple's GPUs have no float64; everywhere else nothing leaves the device.
+def to_fixed_point(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """Divide and round to a multiple of 2^-32: int64, 0 where the denominator is 0."""
+    # MPS has no float64. On other devices, nothing is copied.
     device = "cpu" if numerator.device.type == "mps" else numerator.device
     ratio = numerator.to(device).double() / denominator.to(device).clamp(min=1).double()
     return (ratio * FIXED_POINT).round().long().to(numerator.device)
 
 
 def divide(numerator: int, denominator: int, absent: float | None = None) -> float | None:
-    """The ratio, or `absent` where there is nothing to divide by."""
+    """Divide; returns `absent` if the denominator is 0."""
     return numerator / denominator if denominator else absent
 
 
 def mean(values: list[float | None]) -> float | None:
-    """The mean of those that are not None; None if all are."""
+    """Average the values that are not None; returns None if all are."""
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None

@@ -1,4 +1,4 @@
-"""The U-Net: blocks put together, its presets, and what it must know about its data."""
+"""The U-Net, its presets, and the description of the data it was trained on."""
 
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -24,34 +24,33 @@ from unet.blocks import (
 )
 
 MAX_CHANNELS = 16_384
-"""A config.json from elsewhere may not ask for more at the bottom than any machine holds."""
+"""Limit for the bottom level, so that an untrusted config.json cannot exhaust memory."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class UNetConfig:
-    """Everything that decides the shape of a U-Net."""
+    """Architecture of a U-Net."""
 
     in_channels: int = 3
-    """Channels of the picture: 1 (grey) or 3 (RGB)."""
+    """Channels of the image: 1 (greyscale) or 3 (RGB)."""
     num_classes: int = 2
-    """Classes, background included: channels of the logits."""
+    """Number of classes including background: channels of the logits."""
     base_channels: int = 64
-    """Channels of the first level; each level down has twice as many."""
+    """Channels of the first level; doubled at each level below."""
     depth: int = 4
-    """How many times the picture is halved."""
+    """Number of times the image is downsampled by 2."""
     padding: Padding = "same"
-    """`same`: logits as large as the picture. `valid`: convolutions without padding, as in 2015."""
+    """same: logits as large as the image. valid: unpadded convolutions, as in the U-Net paper."""
     norm: Norm = "instance"
-    """Normalisation after each 3x3 convolution. Instance and group norm depend on neither the batch
-    nor the rank; instance norm learns faster (tests/benchmarks)."""
+    """Normalisation after each 3x3 convolution. Instance and group norm do not depend on batch or
+    rank; instance norm learns faster (tests/benchmarks)."""
     activation: Activation = "relu"
     """Nonlinearity after each norm."""
     up: Upsampling = "transpose"
-    """How the expanding path doubles the size: a 2x2 transposed convolution, or bilinear
-    interpolation beside a 1x1 convolution."""
+    """Upsampling in the expanding path: a 2x2 transposed convolution, or bilinear interpolation
+    with a 1x1 convolution."""
     dropout: float = 0.0
-    """Share of the values dropped at the end of the contracting path (its last two levels) while
-    training."""
+    """Dropout probability in the last two levels of the contracting path, in training."""
 
     def __post_init__(self) -> None:
         for name, known in (
@@ -62,7 +61,7 @@ class UNetConfig:
         ):
             if getattr(self, name) not in get_args(known):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(known))}")
-        for name, least in (
+        for name, minimum in (
             ("in_channels", 1),
             ("num_classes", 2),
             ("base_channels", 1),
@@ -70,16 +69,16 @@ class UNetConfig:
         ):
             got = getattr(self, name)
             if type(got) is not int:
-                raise ValueError(f"{name} must be a whole number, got {got!r}")
-            if got < least:
-                raise ValueError(f"{name} must be at least {least}, got {got}")
+                raise ValueError(f"{name} must be an integer, got {got!r}")
+            if got < minimum:
+                raise ValueError(f"{name} must be at least {minimum}, got {got}")
             if got > MAX_CHANNELS:
                 raise ValueError(f"{name} must be at most {MAX_CHANNELS:,}, got {got}")
         if self.num_classes > 255:
             raise ValueError(f"num_classes must be at most 255, got {self.num_classes}")
         if self.depth > 16 or self.base_channels * 2**self.depth > MAX_CHANNELS:
             raise ValueError(
-                f"base_channels {self.base_channels} and depth {self.depth} make more than "
+                f"base_channels {self.base_channels} and depth {self.depth} exceed "
                 f"{MAX_CHANNELS:,} channels"
             )
         if not 0 <= self.dropout < 1:
@@ -87,11 +86,16 @@ class UNetConfig:
 
     @property
     def margin(self) -> int:
-        """Pixels on each side of a picture that the logits do not cover: 92 in the paper."""
+        """Pixels that the logits lack on each side of the image: 92 in the paper."""
         return 6 * 2**self.depth - 4 if self.padding == "valid" else 0
 
+    @property
+    def multiple(self) -> int:
+        """Factor by which the contracting path downsamples: 2^depth."""
+        return 2**self.depth
+
     def require_side(self, side: int) -> None:
-        """Raise ValueError, with the nearest that fit, for a side that the network cannot take."""
+        """Raise ValueError with the nearest valid sizes if the network cannot take this side."""
         if self.padding == "same":
             return
         fitting = valid_input(side - 2 * self.margin, self.depth)
@@ -99,7 +103,7 @@ class UNetConfig:
             step = 2**self.depth
             below = max(fitting - step, valid_input(1, self.depth))
             raise ValueError(
-                f"the valid U-Net takes sides of {4 * (2 * step - 1)} + {step}b pixels, "
+                f"padding valid requires sides of {4 * (2 * step - 1)} + {step}b pixels, "
                 f"got {side}; the nearest are {below} and {below + step}"
             )
 
@@ -109,41 +113,41 @@ PRESETS: dict[str, UNetConfig] = {
     "paper": UNetConfig(padding="valid", norm="none", dropout=0.5),
     "small": UNetConfig(base_channels=16),
 }
-"""`modern`: 31 M parameters, padded, normed. `paper`: that of 2015. `small`: for laptops."""
+"""`modern`: 31 M parameters, padded, normalised. `paper`: as of 2015. `small`: for laptops."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataSpec:
-    """What the weights know of the data they were trained on; it travels with them."""
+    """Description of the training data, saved with the weights."""
 
     classes: tuple[str, ...]
     """Class names by index."""
     palette: tuple[tuple[int, int, int], ...]
     """RGB colour of each class, 0-255."""
     channels: Literal["L", "RGB"]
-    """What a picture is converted to before it is normalised."""
+    """Pillow mode to which images are converted before normalisation."""
     mean: tuple[float, ...]
-    """Mean of each channel over the training pictures, pixels in 0-1."""
+    """Mean of each channel over the training images, pixels in 0-1."""
     std: tuple[float, ...]
     """Standard deviation of each channel, pixels in 0-1."""
     crop_size: int
     """Side of the square training crops, in pixels."""
     image_range: tuple[int, int] | None = None
-    """Values of 16-bit pictures that become 0 and 255; None: it knows 8-bit pictures only."""
+    """Values of 16-bit images that are mapped to 0 and 255; None: 8-bit images only."""
     alpha: Literal["refuse", "drop"] = "refuse"
-    """Whether pictures with transparent pixels are taken, in their colours."""
+    """Images with transparent pixels are refused, or used without their alpha channel."""
 
     @property
     def counted(self) -> tuple[int, ...]:
-        """Classes that enter loss and mean scores: all but one that is called `background`."""
+        """Indices of the classes that enter losses and mean scores: all except `background`."""
         return counted_classes(self.classes)
 
     def normalise(self, image: Tensor) -> Tensor:
-        """uint8 [B, C, H, W] -> float32 [B, C, H, W], mean 0 and deviation 1 over the data set."""
-        # A traced graph owns its constants, and the fake tensors of tracing must not be kept.
+        """Normalise uint8 [B, C, H, W] to float32, mean 0 and deviation 1 over the data set."""
+        # A traced graph owns its constants, and fake tensors of tracing must not be cached.
         build = make_pixel_scale if torch.compiler.is_compiling() else pixel_scale
         mean, std = build(self.mean, self.std, image.device)
-        # In place: on a CPU new memory takes longer than arithmetic.
+        # In place: on a CPU, allocating memory takes longer than arithmetic.
         pixels = image.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         return pixels.sub_(mean).div_(std)
 
@@ -151,8 +155,8 @@ class DataSpec:
 def make_pixel_scale(
     mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of pixels in 0-255 on a device, float32 [1, C, 1, 1] each."""
-    # Made in inference mode, they could not be used in training afterwards.
+    """Convert mean and deviation to pixels in 0-255: float32 [1, C, 1, 1] each, on a device."""
+    # Tensors created in inference mode could not be used in training.
     with torch.inference_mode(False):
         shift, scale = (
             torch.tensor(values, device=device).view(1, -1, 1, 1) * 255 for values in (mean, std)
@@ -161,32 +165,32 @@ def make_pixel_scale(
 
 
 pixel_scale = lru_cache(maxsize=64)(make_pixel_scale)
-"""The same, copied to each device once: a copy per batch would make the host wait for the GPU."""
+"""Cached `make_pixel_scale`: a copy per batch would make the host wait for the GPU."""
 
 
 def counted_classes(classes: tuple[str, ...]) -> tuple[int, ...]:
-    """Indices of the classes that enter loss and mean scores: all but one called `background`."""
+    """Return the indices of the classes that enter losses and mean scores: not `background`."""
     return tuple(i for i, name in enumerate(classes) if name.lower() != "background")
 
 
 def valid_input(output: int, depth: int) -> int:
-    """Side of the smallest picture from which a network of valid convolutions gives `output`.
+    """Return the side of the smallest image for which valid convolutions yield `output` pixels.
 
-    Valid are 2^depth b + 4 (2^(depth+1) - 1) -> 2^depth b - 4 (2^depth - 1) pixels, for depth 4
-    16 b + 124 -> 16 b - 60: 188 -> 4, 204 -> 20, ..., 572 -> 388, 588 -> 404.
+    Valid sizes are 2^depth b + 4 (2^(depth+1) - 1) -> 2^depth b - 4 (2^depth - 1) pixels; for depth
+    4, 16 b + 124 -> 16 b - 60: 188 -> 4, 204 -> 20, ..., 572 -> 388, 588 -> 404.
     """
     step = 2**depth
-    least = 3 if depth == 1 else 4
-    b = max(least, -(-(output + 4 * (step - 1)) // step))
+    minimum = 3 if depth == 1 else 4
+    b = max(minimum, -(-(output + 4 * (step - 1)) // step))
     return step * b + 4 * (2 * step - 1)
 
 
 class UNet(nn.Module, ModelHubMixin):
-    """A U-Net for pictures [B, in_channels, H, W] of any H and W from 1 pixel up (padding `same`).
+    """U-Net for images [B, in_channels, H, W] with any H, W >= 1 (padding `same`).
 
-    With padding `valid` H and W must be sizes that `valid_input` gives. `gradient_checkpointing`
-    can be set to True: training then keeps the maps between blocks only and computes those within
-    a second time (Chen et al. 2016), a third slower for a fraction of the memory.
+    With padding `valid`, H and W must be sizes that `valid_input` returns. If
+    `gradient_checkpointing` is set to True, training keeps only the activations between blocks and
+    recomputes those within (Chen et al. 2016): a third slower, for a fraction of the memory.
     """
 
     gradient_checkpointing: bool
@@ -222,16 +226,16 @@ class UNet(nn.Module, ModelHubMixin):
         spec: DataSpec | None = None,
         **changes: Any,
     ) -> "UNet":
-        """The preset `name` for this data; `changes` are fields of `UNetConfig`."""
+        """Build the preset `name`; `changes` are fields of `UNetConfig`."""
         if name not in PRESETS:
-            raise ValueError(f"no preset {name!r}; there are {', '.join(PRESETS)}")
+            raise ValueError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}")
         config = replace(PRESETS[name], in_channels=in_channels, num_classes=num_classes, **changes)
         return cls(config, spec)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Normalised pictures [B, in_channels, H, W] -> logits [B, num_classes, H', W'].
+        """Compute logits [B, num_classes, H', W'] of normalised images [B, in_channels, H, W].
 
-        H', W' are H, W with padding `same`; 12 * 2^depth - 8 less with `valid` (572 -> 388).
+        H', W' are H, W with padding `same`, and 12 * 2^depth - 8 less with `valid` (572 -> 388).
         """
         height, width = image.shape[-2:]
         for side in (height, width):
@@ -248,7 +252,7 @@ class UNet(nn.Module, ModelHubMixin):
         return logits[..., :height, :width] if self.config.padding == "same" else logits
 
     def run(self, block: nn.Module, *maps: Tensor) -> Any:
-        """What a block gives; where that is asked for, it forgets what it computed within."""
+        """Run a block, with gradient checkpointing if enabled."""
         if self.gradient_checkpointing and self.training:
             return checkpoint(block, *maps, use_reentrant=False)
         return block(*maps)
@@ -259,47 +263,49 @@ class UNet(nn.Module, ModelHubMixin):
         return F.pad(image, (0, right, 0, bottom), mode="replicate") if bottom or right else image
 
     def padded_side(self, side: int) -> int:
-        """The next multiple of 2^depth; two at least where pixels are normed by instance."""
+        """Round a side up to a multiple of 2^depth; with instance norm, at least two of them."""
         multiple = 2**self.config.depth
-        # One pixel at the bottom has no deviation to divide by.
-        least = 2 if self.config.norm == "instance" else 1
-        # torch.export follows `sym_max` where it cannot follow `max`, and ONNX rounds quotients
-        # towards 0, so that none may be negative.
-        return multiple * torch.sym_max(least, (side + multiple - 1) // multiple)
+        # At the bottom, instance norm needs more than one pixel.
+        minimum = 2 if self.config.norm == "instance" else 1
+        # torch.export traces `sym_max` but not `max`. ONNX rounds quotients towards 0, so none may
+        # be negative.
+        return multiple * torch.sym_max(minimum, (side + multiple - 1) // multiple)
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        weights.save(self, save_directory)
+        weights.save_model(self, self.header(), save_directory)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> "UNet":
-        """The model of a folder (`save_pretrained`) or hub repository, in evaluation mode.
+        """Load a model from a folder (`save_pretrained`) or hub repository, in evaluation mode.
 
-        Raises FileNotFoundError for a folder without the two files, ValueError for damaged ones.
+        Raises FileNotFoundError if the folder lacks one of the two files, ValueError if one is
+        damaged.
         """
         if Path(pretrained_model_name_or_path).is_dir():
-            # First, since the mixin's own reading of config.json does not name the file.
-            weights.read_header(weights.find(str(pretrained_model_name_or_path)))
+            # First, since errors of the mixin do not name the file.
+            weights.read_header(weights.find_folder(str(pretrained_model_name_or_path)))
         return super().from_pretrained(pretrained_model_name_or_path, **options)
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, config: Any = None, **download: Any) -> "UNet":
-        # `config` is the hub mixin's own, lenient reading of config.json; ours names what is wrong.
+        # The hub mixin parses config.json leniently; our reader reports what is wrong.
         del config
-        folder = weights.find(model_id, **download)
+        folder = weights.find_folder(model_id, **download)
         header = weights.read_header(folder)
         config = weights.from_plain(UNetConfig, header["model"], folder)
         spec = weights.from_plain(DataSpec, header["data"], folder) if header.get("data") else None
         model = cls(config, spec)
-        weights.load(model, folder)
+        weights.load_weights(model, folder)
         return model.eval()
 
     @classmethod
     def from_milesial(cls, path: Path | str, spec: DataSpec | None = None) -> "UNet":
-        """The model of a `.pth` that milesial/Pytorch-UNet wrote, in evaluation mode.
+        """Load a `.pth` checkpoint of milesial/Pytorch-UNet, in evaluation mode.
 
-        Equal to the original for sides that are multiples of 16; others are padded before the
-        first block rather than within. It was trained on pixels in 0-1: a `spec` for it has mean 0
-        and std 1. Raises ValueError for another file, FileNotFoundError where there is none.
+        Equal to the original if the sides are multiples of 16; other sizes are padded before the
+        first block rather than within. It was trained on pixels in 0-1, so its `spec` needs mean 0
+        and std 1. Raises FileNotFoundError if the file does not exist, ValueError if it is not such
+        a checkpoint.
         """
         tensors = weights.read_milesial(Path(path))
         base_channels, in_channels = tensors["downs.0.conv.0.weight"].shape[:2]
@@ -311,20 +317,20 @@ class UNet(nn.Module, ModelHubMixin):
             norm="batch",
         )
         model = cls(config, spec)
-        weights.fill(model, tensors, Path(path))
+        weights.load_tensors(model, tensors, Path(path))
         return model.eval()
 
     def header(self) -> dict[str, Any]:
-        """`config.json`: what `from_pretrained` needs besides the weights."""
+        """Return the content of `config.json`: model config and data description."""
         return {"model": asdict(self.config), "data": asdict(self.spec) if self.spec else None}
 
 
 def he_init(module: nn.Module) -> None:
-    """He et al. 2015: N(0, 2/N), N the incoming nodes of one neuron; biases start at 0."""
+    """Initialise as He et al. 2015: N(0, 2/N), where N is the fan-in; biases are 0."""
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
     elif isinstance(module, nn.ConvTranspose2d):
-        # stride 2, kernel 2: every output pixel sees each input channel once
+        # Stride 2, kernel 2: every output pixel depends on each input channel once.
         nn.init.normal_(module.weight, std=(2 / module.in_channels) ** 0.5)
     else:
         return

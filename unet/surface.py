@@ -1,24 +1,25 @@
-"""How far boundaries lie apart, in pixels: HD95 and surface Dice, exact for any number of ranks.
+"""Distances between boundaries in pixels: HD95 and surface Dice, exact for any number of ranks.
 
-The boundary of a class are those of its pixels that have one of their four neighbours outside it.
-Outside is also what lies beyond the picture's edge and what is 255 in the mask: there the mask has
-no region, and of the prediction nothing is looked at. So a region cut off by the edge or by ignored
-pixels has a boundary there, in mask and prediction alike, as in MONAI; DeepMind's surface-distance,
-which counts the picture's edge too, puts its elements between pixels and weights them by length.
+The boundary of a class is the set of its pixels that have one of their four neighbours outside it.
+Pixels beyond the image border and pixels that are 255 in the mask count as outside, so a region cut
+off by the border or by ignored pixels has a boundary there, in mask and prediction alike, as in
+MONAI. The prediction is not evaluated where the mask is 255. DeepMind's surface-distance, which
+also treats the image border as boundary, places its elements between pixels and weights them by
+length.
 
-d is the Euclidean distance of a boundary pixel of one side to the nearest of the other.
-    HD95          the larger of the two 95th percentiles of d, mask to prediction and back, linear
-                  between neighbouring values (Maier-Hein et al., "Metrics reloaded", Nature Methods
-                  2024; MONAI; medpy pools both directions before it takes the percentile)
-    surface Dice  the share of all boundary pixels of both sides that have d <= tolerance (Nikolov
-                  et al., "Deep learning to achieve clinically applicable segmentation of head and
+d is the Euclidean distance from a boundary pixel of one side to the nearest one of the other side.
+    HD95          the larger of the two directed 95th percentiles of d (mask to prediction and
+                  back), with linear interpolation (Maier-Hein et al., "Metrics reloaded", Nature
+                  Methods 2024; MONAI; medpy takes the percentile over both directions pooled)
+    surface Dice  the share of all boundary pixels of both sides with d <= tolerance (Nikolov et
+                  al., "Deep learning to achieve clinically applicable segmentation of head and
                   neck anatomy for radiotherapy", 2018)
-A class that a picture has on one side only is a failure: HD95 is the picture's diagonal
-sqrt(H^2 + W^2), surface Dice 0, and it is counted. A class on neither side has no boundary to
-compare: it is in no mean and no count, whatever the policy for Dice and IoU.
-The means are taken over pictures first, for each class, and then over the classes that count.
+A class that occurs on one side only is counted as a failure: HD95 is the image diagonal
+sqrt(H^2 + W^2) and surface Dice is 0. A class on neither side has no boundary to compare and enters
+no mean and no count, whatever the policy for Dice and IoU. Means are taken over images first, for
+each class, and then over the counted classes.
 
-Needs SciPy, which is loaded at the first picture.
+Requires SciPy, which is imported for the first image.
 """
 
 from dataclasses import dataclass
@@ -32,60 +33,60 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from unet.losses import IGNORE
-from unet.metrics import FIXED_POINT, divide, mean, sums_of_all_ranks
+from unet.metrics import FIXED_POINT, divide, mean, sum_over_ranks
 
 Uint8 = NDArray[np.uint8]
 Points = NDArray[np.intp]
 
 PIXEL = 2**24
-"""Distances are summed as integers of 1/2^24 pixel: 10^7 diagonals of 30,000 pixels fit."""
+"""Distances are summed in int64, in units of 2^-24 pixel: enough for 10^7 diagonals of 30,000."""
 
 
 @dataclass(frozen=True, slots=True)
 class ClassSurface:
-    """One class. None where no picture has it."""
+    """Surface scores of one class; None if it occurs in no image."""
 
     name: str
     hd95: float | None
-    """Mean over pictures, in pixels."""
+    """Mean over images, in pixels."""
     surface_dice: float | None
-    """Mean over pictures."""
+    """Mean over images."""
     surface_failures: int
-    """Pictures that have the class in mask or prediction, but not in both."""
+    """Images with the class in either mask or prediction, but not in both."""
 
 
 @dataclass(frozen=True, slots=True)
 class Surface:
-    """How well boundaries are met over a set of pictures."""
+    """Surface scores over a set of images."""
 
     tolerance: float
-    """In pixels."""
+    """Tolerance of surface Dice, in pixels."""
     hd95: float | None
-    """Mean over the classes that count, in pixels."""
+    """Mean over the counted classes, in pixels."""
     surface_dice: float | None
     surface_failures: int
-    """Sum over the classes that count."""
+    """Sum over the counted classes."""
     classes: tuple[ClassSurface, ...]
 
 
 class SurfaceCounts(NamedTuple):
-    """The int64 sums [K] that the means follow from. K classes."""
+    """int64 sums [K] from which the means are computed, for K classes."""
 
     hd95: Tensor
-    """Sums over pictures, in 1/2^24 pixel."""
+    """Sums over images, in 2^-24 pixel."""
     surface_dice: Tensor
-    """Sums over pictures, in 1/2^32."""
+    """Sums over images, in 2^-32."""
     images: Tensor
-    """Pictures that have the class in mask or prediction."""
+    """Images with the class in mask or prediction."""
     failures: Tensor
-    """Those of them that have it in one of both only."""
+    """Images with the class in only one of the two."""
 
 
 class SurfaceScores(Metric):
-    """HD95 and surface Dice as int64 sums; `compute()` and `scores()` add those of all ranks first.
+    """HD95 and surface Dice from int64 sums, reduced over all ranks by `compute()` and `scores()`.
 
-    A rank that saw nothing contributes zeros. Every rank must make the call. The work is done on
-    the CPU, with memory that grows with the boundaries, apart from a few bytes for each pixel.
+    Every rank must call these; a rank without images contributes zeros. The work is done on the
+    CPU. Memory grows with the length of the boundaries, plus a few bytes per pixel.
     """
 
     full_state_update = False
@@ -99,30 +100,30 @@ class SurfaceScores(Metric):
     ) -> None:
         super().__init__()
         if not (isfinite(tolerance) and tolerance >= 0):
-            raise ValueError(f"tolerance must be a number of pixels from 0 on, got {tolerance}")
+            raise ValueError(f"tolerance must be a number >= 0, got {tolerance}")
         self.names, self.counted, self.tolerance = classes, counted, tolerance
         for name in SurfaceCounts._fields:
             zeros = torch.zeros(len(classes), dtype=torch.int64)
             self.add_state(name, zeros, dist_reduce_fx="sum")
 
     def update(self, prediction: Tensor, mask: Tensor) -> None:
-        """Compare class indices: prediction and mask uint8 [B, H, W], on any device.
+        """Add a batch of class indices: prediction and mask uint8 [B, H, W], on any device.
 
-        255 in the mask is left out. Raises ImportError without SciPy.
+        Pixels with mask 255 are ignored. Raises ImportError if SciPy is not installed.
         """
         pairs = zip(prediction.cpu().numpy(), mask.cpu().numpy(), strict=True)
-        rows = [surfaces(*pair, len(self.names), self.tolerance) for pair in pairs]
+        rows = [count_surfaces(*pair, len(self.names), self.tolerance) for pair in pairs]
         sums = torch.tensor(np.sum(rows, axis=0), device=self.hd95.device)
         for name, values in zip(SurfaceCounts._fields, sums, strict=True):
             setattr(self, name, getattr(self, name) + values)
 
     def compute(self) -> SurfaceCounts:
-        """The sums over everything that all ranks compared."""
+        """Return the sums over all ranks."""
         return SurfaceCounts(self.hd95, self.surface_dice, self.images, self.failures)
 
     def scores(self) -> Surface:
-        """The means over everything that all ranks compared."""
-        sums = (tensor.tolist() for tensor in sums_of_all_ranks(self))
+        """Return the means over all ranks."""
+        sums = (tensor.tolist() for tensor in sum_over_ranks(self))
         classes = tuple(
             ClassSurface(
                 name=name,
@@ -132,30 +133,32 @@ class SurfaceScores(Metric):
             )
             for name, hd95, surface_dice, images, failures in zip(self.names, *sums, strict=True)
         )
-        of = [classes[c] for c in self.counted]
+        counted = [classes[c] for c in self.counted]
         return Surface(
             tolerance=self.tolerance,
-            hd95=mean([s.hd95 for s in of]),
-            surface_dice=mean([s.surface_dice for s in of]),
-            surface_failures=sum(s.surface_failures for s in of),
+            hd95=mean([s.hd95 for s in counted]),
+            surface_dice=mean([s.surface_dice for s in counted]),
+            surface_failures=sum(s.surface_failures for s in counted),
             classes=classes,
         )
 
 
-def surfaces(
+def count_surfaces(
     prediction: Uint8, mask: Uint8, num_classes: int, tolerance: float
 ) -> NDArray[np.int64]:
-    """What one picture [H, W] adds to `SurfaceCounts`: int64 [4, K]."""
-    # One more than the class, so that 255 becomes 0, which is no region.
-    truth = mask + np.uint8(1)
-    found = np.where(mask == IGNORE, np.uint8(0), prediction + np.uint8(1))
+    """Compute what one image [H, W] adds to `SurfaceCounts`: int64 [4, K]."""
+    # Class index + 1, so that 255 wraps to 0: outside every region.
+    true_regions = mask + np.uint8(1)
+    predicted_regions = np.where(mask == IGNORE, np.uint8(0), prediction + np.uint8(1))
     counts = np.zeros((len(SurfaceCounts._fields), num_classes), dtype=np.int64)
     boundaries = zip(
-        boundary_points(truth, num_classes), boundary_points(found, num_classes), strict=True
+        find_boundaries(true_regions, num_classes),
+        find_boundaries(predicted_regions, num_classes),
+        strict=True,
     )
     for c, (true, predicted) in enumerate(boundaries):
         if len(true) and len(predicted):
-            hd95, dice = compare(true, predicted, tolerance)
+            hd95, dice = compare_boundaries(true, predicted, tolerance)
             failed = False
         elif len(true) or len(predicted):
             hd95, dice, failed = hypot(*mask.shape), 0.0, True
@@ -165,23 +168,23 @@ def surfaces(
     return counts
 
 
-def boundary_points(labels: Uint8, num_classes: int) -> list[Points]:
-    """Row and column of the boundary pixels of the regions 1 ... K, each [N, 2]."""
-    padded = np.pad(labels, 1)
+def find_boundaries(regions: Uint8, num_classes: int) -> list[Points]:
+    """Find the boundary pixels of regions 1 ... K of a map [H, W]: (row, column), [N, 2] each."""
+    padded = np.pad(regions, 1)
     above, below = padded[:-2, 1:-1], padded[2:, 1:-1]
     left, right = padded[1:-1, :-2], padded[1:-1, 2:]
-    edge = labels != above
+    edge = regions != above
     for neighbour in (below, left, right):
-        edge |= labels != neighbour
+        edge |= regions != neighbour
     points = np.argwhere(edge)
-    region = labels[edge]
+    region = regions[edge]
     return [points[region == c + 1] for c in range(num_classes)]
 
 
-def compare(true: Points, predicted: Points, tolerance: float) -> tuple[float, float]:
-    """HD95 in pixels and surface Dice of two boundaries [N, 2], neither of them empty."""
-    # A tree of the boundary's pixels instead of a distance transform of the whole picture: the
-    # same distances, in a fraction of time and memory where boundaries are thin.
+def compare_boundaries(true: Points, predicted: Points, tolerance: float) -> tuple[float, float]:
+    """Compute HD95 in pixels and surface Dice of two non-empty boundaries [N, 2]."""
+    # A k-d tree of boundary pixels instead of a distance transform of the image: equal distances
+    # for a fraction of the time and memory, since boundaries are thin.
     from scipy.spatial import KDTree
 
     there: NDArray[np.float64] = KDTree(predicted).query(true)[0]

@@ -1,19 +1,16 @@
-"""Weights on disk: safetensors and a readable `config.json`. Loading never unpickles anything."""
+"""Weights on disk: safetensors and `config.json`. Loading never unpickles code."""
 
 import json
 import re
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
-
-if TYPE_CHECKING:
-    from unet.model import UNet
+from torch import Tensor, nn
 
 HEADER = "config.json"
 WEIGHTS = "model.safetensors"
@@ -21,30 +18,30 @@ WEIGHTS = "model.safetensors"
 T = TypeVar("T")
 
 
-def save(model: "UNet", folder: Path) -> None:
-    """Write `model.safetensors` and `config.json` into an existing folder."""
+def save_model(model: nn.Module, header: dict[str, Any], folder: Path) -> None:
+    """Write `model.safetensors` and `config.json` (the header) into an existing folder."""
     tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    (folder / HEADER).write_text(json.dumps(model.header(), indent=2) + "\n")
+    (folder / HEADER).write_text(json.dumps(header, indent=2) + "\n")
 
 
-def find(model_id: str, **download: Any) -> Path:
-    """The local folder with the two files of a folder or hub repository.
+def find_folder(model_id: str, **download: Any) -> Path:
+    """Return a local folder with weights and header, downloaded if `model_id` is a hub id.
 
-    Raises FileNotFoundError if a local folder lacks one of them.
+    Raises FileNotFoundError if a local folder lacks one of the two files.
     """
     folder = Path(model_id)
     if folder.is_dir():
         for name in (HEADER, WEIGHTS):
             if not (folder / name).is_file():
-                raise FileNotFoundError(f"{folder} is no checkpoint: it has no {name}")
+                raise FileNotFoundError(f"{folder} is not a checkpoint: it has no {name}")
         return folder
     hf_hub_download(model_id, WEIGHTS, **download)
     return Path(hf_hub_download(model_id, HEADER, **download)).parent
 
 
 def read_header(folder: Path) -> dict[str, Any]:
-    """The parsed `config.json`. Raises ValueError if it is none of ours."""
+    """Parse `config.json`. Raises ValueError if it does not describe a U-Net."""
     path = folder / HEADER
     try:
         header = json.loads(path.read_text())
@@ -56,9 +53,9 @@ def read_header(folder: Path) -> dict[str, Any]:
 
 
 def from_plain(cls: type[T], plain: dict[str, Any], folder: Path) -> T:
-    """A frozen dataclass from its JSON. Raises ValueError on an unknown or missing field."""
+    """Build a dataclass from its JSON object. Raises ValueError for unknown or missing fields."""
     if not isinstance(plain, dict):
-        raise ValueError(f"{folder / HEADER}: {cls.__name__} is no JSON object")
+        raise ValueError(f"{folder / HEADER}: {cls.__name__} is not a JSON object")
     known = {field.name for field in fields(cls)}  # type: ignore[arg-type]
     if unknown := sorted(set(plain) - known):
         raise ValueError(
@@ -72,22 +69,25 @@ def from_plain(cls: type[T], plain: dict[str, Any], folder: Path) -> T:
 
 
 def to_tuple(value: Any) -> Any:
-    """JSON lists become tuples, at any depth."""
+    """Convert JSON lists to tuples, at any depth."""
     return tuple(to_tuple(item) for item in value) if isinstance(value, list) else value
 
 
-def load(model: "UNet", folder: Path) -> None:
-    """Fill the model from `model.safetensors`. Raises ValueError naming what does not fit."""
+def load_weights(model: nn.Module, folder: Path) -> None:
+    """Load `model.safetensors` into the model. Raises ValueError if file or tensors do not fit."""
     path = folder / WEIGHTS
     try:
         tensors = load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or no safetensors file: {error}") from error
-    fill(model, tensors, path)
+        raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error
+    load_tensors(model, tensors, path)
 
 
-def fill(model: "UNet", tensors: dict[str, Tensor], path: Path) -> None:
-    """Load tensors into the model. Raises ValueError naming what does not fit."""
+def load_tensors(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
+    """Load tensors read from `path` into the model.
+
+    Raises ValueError for the first tensor that is missing, unexpected or of another shape.
+    """
     expected = model.state_dict()
     for name in sorted(expected.keys() | tensors.keys()):
         if name not in tensors or name not in expected:
@@ -108,15 +108,15 @@ MILESIAL = (
     (r"up(\d+)\.conv\.double_conv", "ups.{}.conv"),
     (r"outc\.conv", "head"),
 )
-"""Names of milesial/Pytorch-UNet's blocks, and ours."""
+"""Patterns of block names in milesial/Pytorch-UNet, and the names of our blocks."""
 
 
 def read_milesial(path: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint of milesial/Pytorch-UNet (a `.pth`), under our names.
+    """Read a checkpoint of milesial/Pytorch-UNet (`.pth`): its tensors, under our names.
 
-    A head for one class (a sigmoid) becomes the same for two (a softmax). Nothing is unpickled but
-    tensors and plain values. Raises ValueError where it is none, FileNotFoundError where there is
-    no file.
+    A one-class head (sigmoid) is converted to the equivalent two-class head (softmax). Loaded with
+    `weights_only`. Raises FileNotFoundError if the file does not exist, ValueError if it is not
+    such a checkpoint.
     """
     try:
         plain = torch.load(path, map_location="cpu", weights_only=True)
@@ -129,32 +129,34 @@ def read_milesial(path: Path) -> dict[str, Tensor]:
         raise
     except Exception as error:  # torch's reader raises whatever the bytes provoke
         what = str(error).partition("\n")[0][:200]
-        raise ValueError(f"{path} is no file of weights alone: {what}") from error
+        raise ValueError(f"{path} cannot be loaded with weights_only: {what}") from error
     depth = sum(re.fullmatch(r"down\d+\..*\.0\.weight", name) is not None for name in tensors)
-    found = {our_name(name, depth, path): tensor for name, tensor in tensors.items()}
-    if not found:
-        raise ValueError(f"{path} is no checkpoint of milesial/Pytorch-UNet: it has no weights")
-    if "ups.0.up.weight" not in found:
+    renamed = {translate_name(name, depth, path): tensor for name, tensor in tensors.items()}
+    if not renamed:
+        raise ValueError(f"{path} is not a checkpoint of milesial/Pytorch-UNet: it has no weights")
+    if "ups.0.up.weight" not in renamed:
         raise ValueError(
-            f"{path} has no transposed convolutions (trained with --bilinear?); that variant "
-            "cannot be imported"
+            f"{path} has no transposed convolutions (trained with --bilinear?): only the variant "
+            "with transposed convolutions can be imported"
         )
     for name, dimensions in (("downs.0.conv.0.weight", 4), ("head.weight", 4), ("head.bias", 1)):
-        if name not in found or found[name].ndim != dimensions:
+        if name not in renamed or renamed[name].ndim != dimensions:
             raise ValueError(f"{path} has no {name} of {dimensions} dimensions")
-    if len(found["head.weight"]) == 1:
+    if len(renamed["head.weight"]) == 1:
         # softmax([0, z]) is [1 - sigmoid(z), sigmoid(z)].
         for name in ("head.weight", "head.bias"):
-            found[name] = torch.cat([torch.zeros_like(found[name]), found[name]])
-    return found
+            renamed[name] = torch.cat([torch.zeros_like(renamed[name]), renamed[name]])
+    return renamed
 
 
-def our_name(name: str, depth: int, path: Path) -> str:
-    """Our name of one of milesial's tensors. Raises ValueError for a name that is none."""
+def translate_name(name: str, depth: int, path: Path) -> str:
+    """Translate the name of a milesial tensor to ours. Raises ValueError for other names."""
     for theirs, ours in MILESIAL:
         if match := re.match(theirs + r"\.", name):
             number = int(match[1]) if match.groups() else 0
             block = ours.format(number - 1 if ours.startswith("ups") else number)
             block = "bottom" if block == f"downs.{depth}.conv" else block
             return f"{block}.{name[match.end() :]}"
-    raise ValueError(f"{path} is no checkpoint of milesial/Pytorch-UNet: it has {name!r}")
+    raise ValueError(
+        f"{path} is not a checkpoint of milesial/Pytorch-UNet: unexpected tensor {name!r}"
+    )

@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# The ranks of one node of a Slurm job. train.sbatch starts this once on each
-# node, predict.sbatch on its own.
+# Starts the ranks of one node of a Slurm job; run by train.sbatch once per node, by predict.sbatch
+# on its only node.
 #
 #   srun launch/slurm/ranks.sh -m pipelines.VERB FLAGS
 #
-# Hardware: one rank for each GPU that Slurm gave the job on this node, as many on every node; where
-# it gave none, one rank a node on the CPU.
-# Expect: all nodes meet at the first one. Precision and what else Accelerate wants to know stand in
+# Hardware: one rank per GPU that Slurm allocated on this node, the same number on every node; one
+# CPU rank per node if it allocated none.
+# Expect: all nodes rendezvous at the first one. Precision and other settings of Accelerate are in
 # accelerate_config.yaml, for CPUs in launch/accelerate/cpu.yaml.
 set -euo pipefail
 
-# Slurm's warning goes to every process: the launcher would die of it, and ranks that have only just
-# started too. Ignored from here on, until training itself begins to listen.
+# Slurm's warning goes to every process and would kill the launcher, and ranks that are still
+# starting. Ignored from here on, until training installs its own handler.
 trap '' USR1
 
 gpus=${SLURM_GPUS_ON_NODE:-0}
@@ -24,7 +24,7 @@ fi
 per_node=$((gpus > 0 ? gpus : 1))
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 
-# The port: below those that systems give out by themselves, and another one for the next job.
+# The port is below the ephemeral range and differs from job to job.
 exec accelerate launch --config_file "$config" \
     --num_machines "$SLURM_JOB_NUM_NODES" --num_processes "$((SLURM_JOB_NUM_NODES * per_node))" \
     --machine_rank "$SLURM_NODEID" \

@@ -1,32 +1,34 @@
-"""Everything that only a GPU can show, in one command of at most eight minutes.
+"""All measurements that need a GPU, in one command of at most eight minutes.
 
     tests/benchmarks/gpu.sh --out DIR                     # installs the wheels of a folder first
     python tests/benchmarks/gpu.py --out DIR [--isbi FOLDER] [--only step predict] [--budget 480]
     python tests/benchmarks/gpu.py --out DIR --rehearse   # every step on a CPU, with tiny sizes
 
-Steps, most important first, so that a run that is cut short still counts: without the limits of the
-card no other figure can be judged; the bare training step decides the settings of all that follows;
-`unet train` and `unet predict` are the product; the tests say whether it is right as well as fast;
-learning takes four minutes and says least about the GPU; the rest of the grid refines.
+Steps are ordered by importance, so that an interrupted run is still useful: the limits of the card
+are needed to interpret all other figures; the bare training step selects the settings of all later
+steps; `unet train` and `unet predict` are the product; the tests check correctness; learning takes
+four minutes and depends least on the GPU; the rest of the grid adds detail.
 
     limits    the bf16 matrix rate, copy bandwidth, versions; whether torch.compile works here
-    step      a training step of `modern` at batch 32, three ways, beside public single-file loops
-    train     `unet train` from shards: beside the bare step, SIGTERM, resume, NCCL with one rank
-    predict   `unet predict` from a folder to shards: beside the bare forward pass, stage by stage
-    tests     the tests marked gpu, and what is printed where memory or GPUs do not suffice
-    learn     Dice on isbi2012 after 90 seconds, beside the public loop (needs --isbi)
-    grid      the fourth way, compiled without channels_last, which takes a minute to compile and
-              decides least; segmentation_models_pytorch; other batch sizes; batch norm
+    step      a training step of `modern` at batch 32 in three variants, compared with public
+              single-file loops
+    train     `unet train` from shards, compared with the bare step; SIGTERM, resume, NCCL with one
+              rank
+    predict   `unet predict` from a folder to shards, compared with the bare forward pass, by stage
+    tests     the tests marked gpu; messages when out of memory or short of GPUs
+    learn     Dice on isbi2012 after 90 seconds, compared with the public loop (requires --isbi)
+    grid      the fourth variant, compiled without channels_last (a minute to compile, of least
+              interest); segmentation_models_pytorch; other batch sizes; batch norm
 
-Within a lease of minutes: one command with `--only limits step train predict`, some seven minutes,
-and another with `--only limits tests learn grid`.
+In two shorter runs: `--only limits step train predict`, about seven minutes, then
+`--only limits tests learn grid`.
 
 The rows of a step share a process, which imports torch and compiles once. Every row has a time
-limit. A row that fails ends that process, with whatever state its error left on the GPU; a new one
-takes the remaining rows. Rows that would start after --budget seconds are skipped; none runs for
-longer than 60 seconds beyond it. DIR/gpu.json and DIR/gpu.md are replaced after every figure;
-DIR/gpu.log holds what the processes print. `expected` is an estimate made before anything had run
-on a GPU.
+limit. A row that fails ends that process, since its error may have left the GPU in a bad state; a
+new process takes the remaining rows. Rows that would start after --budget seconds are skipped; none
+runs for more than 60 seconds beyond it. DIR/gpu.json and DIR/gpu.md are updated after every figure;
+DIR/gpu.log contains the output of the processes. `expected` is an estimate made before the first
+run on a GPU.
 
 Exits with 0 only if no row failed.
 """
@@ -55,13 +57,13 @@ import psutil
 from gpu_bench import LOG, REPO, Bench, Figure, NotApplicableError, last_lines
 
 GRACE = 60
-"""Seconds beyond --budget after which a row is ended."""
+"""Seconds beyond --budget after which a row is killed."""
 STARTING = 90
-"""Seconds in which a process must begin its first row."""
+"""Seconds within which a process must start its first row."""
 PATIENCE = 3
-"""How much longer a row may take in a rehearsal, on a machine with other things to do."""
+"""Factor on the time limits in a rehearsal, on a busy machine."""
 WIDTH = 100
-"""Characters of a printed figure; gpu.json and gpu.md have all."""
+"""Maximum characters of a printed figure; gpu.json and gpu.md are not truncated."""
 RESULTS = "gpu.json"
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -73,18 +75,18 @@ ENVIRONMENT = {
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One measurement: a function `module:name` that takes a `Bench` and these arguments."""
+    """One measurement: a function `module:name`, called with a `Bench` and `arguments`."""
 
     step: str
     name: str
     limit: float
-    """Seconds."""
+    """Time limit in seconds."""
     function: str
     arguments: dict[str, Any] = field(default_factory=dict)
 
 
 def step_row(step: str, name: str, limit: float, expected: str = "", **settings: Any) -> Row:
-    """A training step of ours."""
+    """Define a row for our training step."""
     return Row(step, name, limit, "gpu_steps:ours", {**settings, "expected": expected})
 
 
@@ -130,7 +132,7 @@ STEPS = tuple(dict.fromkeys(row.step for row in ROWS))
 
 @dataclass(slots=True)
 class Result:
-    """What became of a row."""
+    """State and figures of a row."""
 
     step: str
     name: str
@@ -138,15 +140,15 @@ class Result:
     """done, failed or skipped."""
     seconds: float = 0.0
     figures: list[Figure] = field(default_factory=list)
-    message: str = "the run ended before it"
-    """Why it failed or was skipped."""
+    message: str = "the run ended before this row"
+    """Reason for a failure or a skip."""
 
 
 # ------------------------------------------------------------------------------ the worker process
 
 
 def work(arguments: argparse.Namespace) -> None:
-    """Measure the rows with these numbers, one after the other; events go to the parent."""
+    """Measure the given rows in order; sends events to the parent."""
     with os.fdopen(arguments.events, "w", buffering=1) as events:
 
         def send(**event: Any) -> None:
@@ -162,8 +164,8 @@ def work(arguments: argparse.Namespace) -> None:
         )
         for number in arguments.worker:
             row = ROWS[number]
-            bench.begin(row.step, row.name)
-            send(begin=number)
+            bench.start_row(row.step, row.name)
+            send(start=number)
             print(f"\n=== {row.step}: {row.name}", flush=True)
             module, _, name = row.function.partition(":")
             try:
@@ -173,14 +175,14 @@ def work(arguments: argparse.Namespace) -> None:
             except Exception as error:
                 traceback.print_exc()
                 send(state="failed", message=f"{type(error).__name__}: {error}"[-1000:])
-                # What an error leaves on a GPU may be of no more use.
+                # An error may leave the GPU in a bad state.
                 raise SystemExit(1) from error
             else:
                 send(state="done", message="")
 
 
 def known_figures(path: Path) -> dict[tuple[str, str, str], Any]:
-    """{(step, row, figure): value} of the rows before."""
+    """Read {(step, row, figure): value} of the previous rows."""
     return {
         (row["step"], row["name"], figure["name"]): figure["value"]
         for row in json.loads(path.read_text())["rows"]
@@ -192,18 +194,18 @@ def known_figures(path: Path) -> dict[tuple[str, str, str], Any]:
 
 
 class Table:
-    """The results so far, on the disk after every figure."""
+    """Results so far, written to disk after every figure."""
 
     def __init__(self, out: Path, rows: dict[int, Row], *, rehearsal: bool) -> None:
         self.out, self.rehearsal = out, rehearsal
-        self.started, self.begun = datetime.now(UTC), time.monotonic()
+        self.started, self.start = datetime.now(UTC), time.monotonic()
         self.results = {number: Result(row.step, row.name) for number, row in rows.items()}
         self.write()
 
     @property
     def seconds(self) -> float:
-        """Since the start."""
-        return time.monotonic() - self.begun
+        """Seconds since the start."""
+        return time.monotonic() - self.start
 
     def write(self) -> None:
         """Replace gpu.json and gpu.md."""
@@ -217,8 +219,8 @@ class Table:
         replace_file(self.out / "gpu.md", "\n".join(self.lines()) + "\n")
 
     def lines(self) -> Iterator[str]:
-        """The Markdown table."""
-        kind = "Rehearsal on a CPU: its figures mean nothing" if self.rehearsal else "Measured"
+        """Yield the lines of the Markdown table."""
+        kind = "Rehearsal on a CPU: its figures are meaningless" if self.rehearsal else "Measured"
         yield f"{kind}; {self.started:%Y-%m-%d %H:%M} UTC, {self.seconds:.0f} s.\n"
         yield markdown_row("step", "row", "figure", "measured", "expected (estimate)")
         yield markdown_row(*["---"] * 5)
@@ -230,7 +232,7 @@ class Table:
                 yield markdown_row(*head, result.state.upper(), result.message, "")
 
     def finish(self, result: Result, state: str, message: str, seconds: float) -> None:
-        """Record how a row ended, and print its figures."""
+        """Record the final state of a row and print its figures."""
         result.state, result.message, result.seconds = state, message, round(seconds, 1)
         self.write()
         figures = []
@@ -246,23 +248,23 @@ def markdown_row(*cells: str) -> str:
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
+    """Replace a file atomically."""
     part = path.with_name(f".{path.name}.part")
     part.write_text(text)
     part.replace(path)
 
 
 class Worker:
-    """A process that measures rows, and the events that it sends."""
+    """A process that measures rows, and the events it sends."""
 
     def __init__(self, numbers: Sequence[int], arguments: argparse.Namespace, log: TextIO) -> None:
         self.log = arguments.out / LOG
         receiving, sending = os.pipe()
-        given = ["--out", arguments.out, "--work", arguments.work, "--events", sending]
-        given += ["--isbi", arguments.isbi] if arguments.isbi else []
-        given += ["--rehearse"] if arguments.rehearse else []
+        flags = ["--out", arguments.out, "--work", arguments.work, "--events", sending]
+        flags += ["--isbi", arguments.isbi] if arguments.isbi else []
+        flags += ["--rehearse"] if arguments.rehearse else []
         self.process = subprocess.Popen(
-            [sys.executable, sys.argv[0], *map(str, given), "--worker", *map(str, numbers)],
+            [sys.executable, sys.argv[0], *map(str, flags), "--worker", *map(str, numbers)],
             pass_fds=[sending],
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -270,26 +272,26 @@ class Worker:
         )
         os.close(sending)
         self.events: queue.Queue[dict[str, Any] | None] = queue.Queue()
-        threading.Thread(target=self.receive, args=(receiving,), daemon=True).start()
+        threading.Thread(target=self.forward_events, args=(receiving,), daemon=True).start()
 
-    def receive(self, receiving: int) -> None:
-        """Pass on what comes, and None at its end."""
+    def forward_events(self, receiving: int) -> None:
+        """Queue the events of the process, then None at the end."""
         with os.fdopen(receiving) as lines:
             for line in lines:
                 self.events.put(json.loads(line))
         self.events.put(None)
 
     def next_event(self, deadline: float) -> dict[str, Any] | None:
-        """The next one; None when the process has ended. Raises queue.Empty at the deadline."""
+        """Wait for an event; None if the process has ended. Raises queue.Empty at the deadline."""
         return self.events.get(timeout=max(0.0, deadline - time.monotonic()))
 
     @property
     def last_lines(self) -> str:
-        """The end of what it and all others printed."""
+        """The last lines of the log."""
         return last_lines(self.log.read_text(errors="replace"))
 
     def kill(self) -> None:
-        """End it and all that it started, ranks in sessions of their own too."""
+        """Kill the process and all its descendants, including ranks in their own sessions."""
         started = []
         with suppress(psutil.NoSuchProcess):
             started = psutil.Process(self.process.pid).children(recursive=True)
@@ -301,7 +303,7 @@ class Worker:
 
 
 def measure(numbers: list[int], table: Table, arguments: argparse.Namespace, log: TextIO) -> None:
-    """Measure rows in one process, and after a failure those that are left in another."""
+    """Measure rows in one process; after a failure, the remaining ones in a new process."""
     while numbers and table.seconds < arguments.budget:
         worker = Worker(numbers, arguments, log)
         try:
@@ -316,28 +318,28 @@ def measure(numbers: list[int], table: Table, arguments: argparse.Namespace, log
 def follow(
     worker: Worker, numbers: list[int], table: Table, arguments: argparse.Namespace
 ) -> list[int]:
-    """Record what a process measures until it ends or must be ended; the rows that are left."""
-    left, begun, limit = list(numbers), time.monotonic(), STARTING
-    row, hard = table.results[left[0]], table.begun + arguments.budget + GRACE
+    """Record the events of a process until it ends or times out; returns the remaining rows."""
+    left, start, limit = list(numbers), time.monotonic(), STARTING
+    row, hard = table.results[left[0]], table.start + arguments.budget + GRACE
     patience = PATIENCE if arguments.rehearse else 1
     while left:
         try:
-            event = worker.next_event(min(begun + patience * limit, hard))
+            event = worker.next_event(min(start + patience * limit, hard))
         except queue.Empty:
-            event = {"state": "failed", "message": f"took too long: {worker.last_lines}"}
+            event = {"state": "failed", "message": f"timed out: {worker.last_lines}"}
         if event is None:
             code = worker.process.wait()
-            event = {"state": "failed", "message": f"ended with {code}: {worker.last_lines}"}
-        if "begin" in event:
+            event = {"state": "failed", "message": f"exited with {code}: {worker.last_lines}"}
+        if "start" in event:
             if table.seconds > arguments.budget:
                 return left
-            row, begun = table.results[event["begin"]], time.monotonic()
-            limit = ROWS[event["begin"]].limit
+            row, start = table.results[event["start"]], time.monotonic()
+            limit = ROWS[event["start"]].limit
         elif "figure" in event:
             row.figures.append(Figure(**event["figure"]))
             table.write()
         else:
-            table.finish(row, event["state"], event["message"], time.monotonic() - begun)
+            table.finish(row, event["state"], event["message"], time.monotonic() - start)
             del left[0]
             if event["state"] == "failed":
                 return left
@@ -352,8 +354,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rehearse", action="store_true", help="on a CPU, with tiny sizes")
     parser.add_argument("--isbi", type=Path, help="folder with images, masks and split.csv")
     parser.add_argument("--only", nargs="+", choices=STEPS, default=STEPS, metavar="STEP")
-    parser.add_argument("--budget", type=float, default=480, help="seconds; then rows are skipped")
-    parser.add_argument("--work", type=Path, help="folder for data and runs; else a temporary one")
+    parser.add_argument("--budget", type=float, default=480, help="seconds; later rows are skipped")
+    parser.add_argument("--work", type=Path, help="folder for data and runs; default: temporary")
     parser.add_argument("--worker", nargs="+", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--events", type=int, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -368,7 +370,7 @@ def main() -> int:
         if (path := getattr(arguments, name)) is not None:
             setattr(arguments, name, path.resolve())
     arguments.out.mkdir(parents=True, exist_ok=True)
-    # Ended from outside, it ends what it started.
+    # On SIGTERM, clean up the processes that were started.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     os.environ.update(ENVIRONMENT)
     paths = (str(REPO), os.environ.get("PYTHONPATH", ""))

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# The GPU proof on a bare machine without network: installs wheels from a folder, then runs gpu.py.
+# GPU benchmark on a machine without network: installs wheels from a folder, then runs gpu.py.
 #
 #   tests/benchmarks/gpu.sh --out DIR [FLAGS OF gpu.py]
 #   WHEELS=FOLDER PYTHON=/path/to/python3 tests/benchmarks/gpu.sh --out DIR
 #
-# Expected there: Python 3.12, torch with CUDA, numpy, pillow, accelerate, torchmetrics, safetensors,
+# Requires Python 3.12, torch with CUDA, numpy, pillow, accelerate, torchmetrics, safetensors,
 # huggingface-hub, fsspec, tqdm, jinja2, pyyaml, scipy, timm, torchvision, psutil, requests, click,
 # protobuf, packaging, xxhash, anyio, httpx, pytest with pytest-timeout and pytest-xdist, a C
-# compiler and Python.h. Everything else travels as wheels, 25 MB, which this command fetches into
-# .whl on any machine that has network (wandb and below: only for its tracker; the last: a peer):
+# compiler and Python.h. Everything else is shipped as wheels (25 MB), which this command downloads
+# into .whl on a machine with network (wandb and below: for its tracker; the last one: a peer):
 #
 #   python -m pip download --dest .whl --no-deps --only-binary=:all: --python-version 3.12 \
 #       --implementation cp --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 \

@@ -1,4 +1,4 @@
-"""What the measurements of gpu.py share: sizes, figures and where they go. Imports no torch."""
+"""Shared by the measurements of gpu.py: sizes and reporting. Does not import torch."""
 
 import os
 import re
@@ -12,11 +12,11 @@ if TYPE_CHECKING:
 
 REPO = Path(__file__).resolve().parents[2]
 LOG = "gpu.log"
-"""In --out: what all processes print."""
+"""File in --out with the output of all processes."""
 
 
 class NotApplicableError(Exception):
-    """This row cannot be measured here; the text says why. It is skipped, not failed."""
+    """The row cannot be measured here, for the given reason; it is skipped, not failed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,41 +31,41 @@ class Figure:
 
     @property
     def text(self) -> str:
-        """The value for people."""
+        """Value and unit, formatted."""
         value = f"{self.value:.4g}" if isinstance(self.value, float) else str(self.value)
         return f"{value} {self.unit}".strip()
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """How large everything is."""
+    """Sizes of data, networks and measurements."""
 
     side: int = 512
-    """Of crops and of images in the folder to predict."""
+    """Side of crops, and of images to predict."""
     batch: int = 32
     network: dict[str, int] = field(default_factory=dict)
-    """Changes to the preset modern."""
+    """Overrides of the preset modern."""
     width: int = 64
-    """Of the public network."""
+    """Base channels of the public network."""
     matrix: int = 8192
     copied: int = 2**32
-    """Bytes."""
+    """Bytes copied to measure bandwidth."""
     warmup: int = 5
     steps: int = 20
     pairs: int = 4000
-    """Of 512 x 512, to train on."""
+    """Training pairs of 512 x 512."""
     images: int = 2560
-    """Of 512 x 512, to predict."""
+    """Images of 512 x 512 to predict."""
     val_fraction: float = 0.1
     log_every: int = 10
     settle: int = 40
-    """Steps of `unet train` before its speed counts."""
+    """Steps of `unet train` before its speed is measured."""
     window: int = 100
-    """Steps over which it counts."""
+    """Steps over which it is measured."""
     watched: int = 30
-    """Steps that are sampled and watched for synchronisations."""
+    """Steps that are profiled and checked for synchronisations."""
     predicted: int = 16
-    """Images of a forward pass of `unet predict`."""
+    """Images per forward pass of `unet predict`."""
     per_shard: int = 256
     stage_images: int = 64
     large: int = 20_000
@@ -100,7 +100,7 @@ REHEARSAL = Sizes(
 
 @dataclass(slots=True)
 class Bench:
-    """What a measurement is given."""
+    """Context of a measurement."""
 
     work: Path
     """Folder for data and runs, shared by all rows."""
@@ -109,7 +109,7 @@ class Bench:
     rehearse: bool
     send: Callable[[Figure], None]
     known: dict[tuple[str, str, str], Any]
-    """{(step, row, figure): value} so far."""
+    """{(step, row, figure): value} measured so far."""
     step: str = ""
     row: str = ""
 
@@ -119,7 +119,7 @@ class Bench:
 
     @property
     def device(self) -> "torch.device":
-        """The GPU; the CPU in a rehearsal."""
+        """The GPU, or the CPU in a rehearsal."""
         import torch
 
         if not self.rehearse and not torch.cuda.is_available():
@@ -128,15 +128,15 @@ class Bench:
 
     @property
     def backend(self) -> str:
-        """Of torch.compile: a rehearsal traces, and generates no code."""
+        """Backend of torch.compile: a rehearsal traces without generating code."""
         return "eager" if self.rehearse else "inductor"
 
-    def begin(self, step: str, row: str) -> None:
-        """The figures that follow belong to a row."""
+    def start_row(self, step: str, row: str) -> None:
+        """Attribute the following figures to a row."""
         self.step, self.row = step, row
 
     def report(self, name: str, value: float | str, unit: str = "", expected: str = "") -> None:
-        """Record a figure at once: what comes after it may fail."""
+        """Record a figure immediately, since later code may fail."""
         figure = Figure(name, value, unit, expected)
         self.known[self.step, self.row, name] = value
         print(f"{name}: {figure.text}", flush=True)
@@ -145,23 +145,23 @@ class Bench:
     def report_ratio(
         self, name: str, value: float, step: str, row: str, figure: str, expected: str = ""
     ) -> None:
-        """Record a value beside that of another row, if that was measured."""
+        """Record the ratio of a value to that of another row, if that was measured."""
         if (other := self.known.get((step, row, figure))) is not None:
             self.report(name, value / other, "", expected)
 
     def batch(self, size: int | None) -> int:
-        """A batch size of the grid, tiny in a rehearsal."""
+        """Return a batch size of the grid, reduced in a rehearsal."""
         if size is None:
             return self.sizes.batch
         return max(1, size // 16) if self.rehearse else size
 
     def environment(self, **more: str) -> dict[str, str]:
-        """For a process of the product."""
+        """Return the environment for a process of the product."""
         tiny = {"TORCH_COMPILE_DISABLE": "1", "ACCELERATE_USE_CPU": "true"}
         return {**os.environ, **(tiny if self.rehearse else {}), **more}
 
 
 def last_lines(text: str, count: int = 4, width: int = 300) -> str:
-    """The end of what a process printed, as one line, without frames and empty lines."""
+    """Join the last lines of an output, without frames and empty lines."""
     lines = [re.sub("[\u2500-\u257f]", "", line).strip() for line in text.splitlines()]
     return " / ".join(line[-width:] for line in [line for line in lines if line][-count:])

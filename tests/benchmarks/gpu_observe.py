@@ -1,18 +1,18 @@
-"""Run `unet VERB` and look at it: where its threads are, and where it waits for the GPU.
+"""Run `unet VERB` and profile it: where threads spend time, and where they wait for the GPU.
 
     python tests/benchmarks/gpu_observe.py FILE VERB [FLAGS OF THE VERB]
 
-VERB `pointwise` is `predict` with a 1 x 1 convolution for a network (predicting.py).
+VERB `pointwise` is `predict` with a 1 x 1 convolution as network (predicting.py).
 
-SIGUSR2 begins looking, the next SIGUSR2 or the end of the process ends it, and FILE (JSON) holds
+SIGUSR2 starts profiling; the next SIGUSR2 or the end of the process stops it. FILE (JSON) has:
 
-    seconds   for which it was looked at
-    main      where the main thread was: 15 places, and their share of the time
-    threads   the same of all other threads that were not idle, in shares of one thread
-    syncs     calls that waited for the GPU, by the line of Python that made them
+    seconds   duration
+    main      the 15 most frequent places of the main thread, with their share of the time
+    threads   those of all other threads that were not idle, in shares of one thread
+    syncs     calls that waited for the GPU, by their line of Python
 
-Threads are sampled every 5 ms: unlike a tracing profiler that costs the process next to nothing,
-and time in which a thread waits counts like time in which it computes.
+Threads are sampled every 5 ms. Unlike a tracing profiler, this costs the process almost nothing,
+and waiting counts like computing.
 """
 
 import json
@@ -39,12 +39,12 @@ IDLE = {
     ("threading.py", "wait"),
     ("threading.py", "_wait_for_tstate_lock"),
 }
-"""Innermost frames of threads that have nothing to do."""
+"""Innermost frames of idle threads."""
 
 
 @contextmanager
 def counted_syncs() -> Iterator[Counter[str]]:
-    """Count calls that make the host wait for the GPU, by the line of Python that made them."""
+    """Count calls that make the host wait for the GPU, by their line of Python."""
     found: Counter[str] = Counter()
     plain = warnings.showwarning
 
@@ -67,7 +67,7 @@ def counted_syncs() -> Iterator[Counter[str]]:
 
 
 def place_of(frame: FrameType) -> str | None:
-    """`train.py:281 run > adam.py adam`: the innermost line of ours, and what runs; None: idle."""
+    """Describe a frame as `train.py:281 run > adam.py adam` (our line > leaf); None if idle."""
     leaf = Path(frame.f_code.co_filename).name, frame.f_code.co_name
     if leaf in IDLE:
         return None
@@ -82,49 +82,49 @@ def place_of(frame: FrameType) -> str | None:
 
 
 class Observer:
-    """Samples the threads of this process between two signals."""
+    """Sampling profiler of the threads of this process, between two signals."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        self.watching: Any = None
-        self.ended = threading.Event()
+        self.counting: Any = None
+        self.stopped = threading.Event()
 
     def toggle(self, *_: object) -> None:
-        """Begin, or end; the handler of the signal."""
-        if self.watching is None:
-            self.begin()
+        """Start or stop; the signal handler."""
+        if self.counting is None:
+            self.start()
         else:
-            self.end()
+            self.stop()
 
-    def begin(self) -> None:
-        """Look at this process from now on."""
+    def start(self) -> None:
+        """Start profiling."""
         self.main: Counter[str] = Counter()
         self.others: Counter[str] = Counter()
-        self.rounds, self.begun = 0, time.perf_counter()
-        self.ended.clear()
-        self.watching = counted_syncs()
-        self.syncs = self.watching.__enter__()
+        self.rounds, self.started = 0, time.perf_counter()
+        self.stopped.clear()
+        self.counting = counted_syncs()
+        self.syncs = self.counting.__enter__()
         self.sampler = threading.Thread(target=self.sample, daemon=True)
         self.sampler.start()
 
     def sample(self) -> None:
-        """Until it is ended."""
+        """Sample all threads until stopped."""
         own, main = threading.get_ident(), threading.main_thread().ident
-        while not self.ended.wait(EVERY):
+        while not self.stopped.wait(EVERY):
             self.rounds += 1
             for thread, frame in sys._current_frames().items():
                 if thread != own and (place := place_of(frame)) is not None:
                     (self.main if thread == main else self.others)[place] += 1
 
-    def end(self) -> None:
-        """Write what was seen, once."""
-        if self.watching is None:
+    def stop(self) -> None:
+        """Stop profiling and write the result; no effect if not started."""
+        if self.counting is None:
             return
-        seconds = time.perf_counter() - self.begun
-        self.ended.set()
+        seconds = time.perf_counter() - self.started
+        self.stopped.set()
         self.sampler.join()
-        self.watching.__exit__(None, None, None)
-        self.watching = None
+        self.counting.__exit__(None, None, None)
+        self.counting = None
         shares = {
             name: [
                 [place, count / max(1, self.rounds)] for place, count in seen.most_common(PLACES)
@@ -145,7 +145,7 @@ def main() -> int:
             return import_module("predicting").run_pointwise(flags)
         return import_module(f"pipelines.{verb}").main(flags)
     finally:
-        observer.end()
+        observer.stop()
 
 
 if __name__ == "__main__":

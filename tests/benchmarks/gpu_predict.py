@@ -1,4 +1,4 @@
-"""`unet predict` on a GPU from end to end, and stage by stage."""
+"""`unet predict` on a GPU, end to end and by stage."""
 
 import resource
 import shutil
@@ -8,9 +8,9 @@ import time
 import numpy as np
 import torch
 from gpu_bench import Bench
-from gpu_process import Process, observed, verb
-from gpu_steps import forget, step_times
-from gpu_train import report_seen
+from gpu_process import Process, observe_verb, verb
+from gpu_steps import free_memory, step_times
+from gpu_train import report_profile
 from network import seconds
 from PIL import Image
 from predicting import SIDE, SPEC, Job, measure_codec, prepare, save_model, steady_rate
@@ -21,11 +21,11 @@ from shards.writer import ShardWriter
 from unet import TileConfig, UNet, predict_mask
 
 REPEATS = 3
-"""Batches of which a forward pass is timed at once."""
+"""Calls that are timed together."""
 
 
-def job(bench: Bench, name: str) -> Job:
-    """Images of 512 x 512, drawn once, and a `modern` that finds the blobs in them."""
+def prepare_job(bench: Bench, name: str) -> Job:
+    """Generate images of 512 x 512 once, and a `modern` network whose masks are their blobs."""
     checkpoint = bench.work / "checkpoint"
     if not checkpoint.is_dir():
         save_model(checkpoint, "modern", **bench.sizes.network)
@@ -34,37 +34,37 @@ def job(bench: Bench, name: str) -> Job:
     return Job(checkpoint, prepare(bench.work, bench.sizes.images, SIDE), out)
 
 
-def load(given: Job, bench: Bench, *, channels_last: bool) -> UNet:
+def load_model(job: Job, bench: Bench, *, channels_last: bool) -> UNet:
     form = torch.channels_last if channels_last else torch.contiguous_format
-    model = UNet.from_pretrained(str(given.checkpoint)).to(bench.device).eval()
+    model = UNet.from_pretrained(str(job.checkpoint)).to(bench.device).eval()
     model.to(memory_format=form)  # pyright: ignore[reportCallIssue]
     return model
 
 
-def pixels_of(given: Job, count: int) -> list[np.ndarray]:
-    """The first images, uint8 [H, W, C]."""
-    paths = sorted(given.pictures.iterdir())[:count]
+def read_images(job: Job, count: int) -> list[np.ndarray]:
+    """Read the first images, uint8 [H, W, C]."""
+    paths = sorted(job.images.iterdir())[:count]
     return [decode_image(path.read_bytes(), ImageFormat("RGB"), path.name) for path in paths]
 
 
-def batch_of(given: Job, bench: Bench) -> torch.Tensor:
-    """uint8 [B, C, H, W] on the CPU."""
-    pixels = np.stack(pixels_of(given, bench.sizes.predicted))
+def make_batch(job: Job, bench: Bench) -> torch.Tensor:
+    """Return the first images as a batch uint8 [B, C, H, W] on the CPU."""
+    pixels = np.stack(read_images(job, bench.sizes.predicted))
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
 
 
 @torch.inference_mode()
 def forward(bench: Bench) -> None:
-    """The bare forward pass of the batches that `unet predict` makes, which lie ready."""
-    given, device = job(bench, "forward"), bench.device
-    image = SPEC.normalise(batch_of(given, bench).to(device))
+    """Time the bare forward pass on a batch of the size that `unet predict` uses."""
+    job, device = prepare_job(bench, "forward"), bench.device
+    image = SPEC.normalise(make_batch(job, bench).to(device))
     for name, channels_last, compiled, expected in (
         ("eager", False, False, "550"),
         ("eager, channels_last", True, False, ""),
         ("compiled, channels_last", True, True, "830"),
     ):
-        forget()
-        model = load(given, bench, channels_last=channels_last)
+        free_memory()
+        model = load_model(job, bench, channels_last=channels_last)
         if compiled:
             model.compile(backend=bench.backend, dynamic=False)
 
@@ -77,11 +77,11 @@ def forward(bench: Bench) -> None:
 
 
 def predict(bench: Bench, *, compiled: bool = False) -> None:
-    """A folder to shards: images/s beside the bare forward pass; looked at meanwhile."""
-    given = job(bench, "predicted")
+    """Time and profile `unet predict`, from a folder to shards."""
+    job = prepare_job(bench, "predicted")
     fast = ("--compile", "--channels-last") if compiled else ()
     way = "compiled, channels_last" if compiled else "eager"
-    measure(bench, given, "predict", fast)
+    measure(bench, job, "predict", fast)
     bench.report_ratio(
         "of the bare forward pass",
         bench.known[bench.step, bench.row, "first to last shard"],
@@ -91,88 +91,88 @@ def predict(bench: Bench, *, compiled: bool = False) -> None:
 
 
 def ceiling(bench: Bench) -> None:
-    """The same with a 1 x 1 convolution for a network: what the pipeline could do at most."""
-    given = job(bench, "ceiling")
-    measure(bench, given, "pointwise", ())
+    """Time `unet predict` with a 1 x 1 convolution as network: the upper limit of the pipeline."""
+    job = prepare_job(bench, "ceiling")
+    measure(bench, job, "pointwise", ())
     workers = bench.known.get(("limits", "card", "cores"), 2)
-    rate = measure_codec(given, workers)["loaded"]
+    rate = measure_codec(job, workers)["loaded"]
     bench.report(f"decode and encode only, {workers} processes", rate, "images/s")
 
 
-def measure(bench: Bench, given: Job, what: str, more: tuple[str, ...]) -> None:
-    """Run `unet predict`, or its stand-in, and look at it after the first shard."""
-    seen, count = bench.work / "predict-seen.json", len([*given.pictures.iterdir()])
-    told = ("--checkpoint", given.checkpoint, "--input", given.pictures, "--out", given.out)
+def measure(bench: Bench, job: Job, what: str, more: tuple[str, ...]) -> None:
+    """Time `unet predict` or its substitute, profiled after the first shard."""
+    seen, count = bench.work / "predict-seen.json", len([*job.images.iterdir()])
+    flags = ("--checkpoint", job.checkpoint, "--input", job.images, "--out", job.out)
     size = ("--batch-size", bench.sizes.predicted, "--samples-per-shard", bench.sizes.per_shard)
-    started = observed(what, seen)
-    with Process(bench, [*started, *told, *size, *more]) as process:
-        first = given.out / "predicted-000000.tar"
-        bench.report("first shard after", process.until(first.exists, "its first shard"), "s")
+    command = observe_verb(what, seen)
+    with Process(bench, [*command, *flags, *size, *more]) as process:
+        first = job.out / "predicted-000000.tar"
+        bench.report("first shard after", process.wait_until(first.exists, "the first shard"), "s")
         process.signal(signal.SIGUSR2)
         spent = process.wait()
-    rate = steady_rate(given.out, count)
+    rate = steady_rate(job.out, count)
     bench.report("first to last shard", rate, "images/s", "goal 1000")
-    bench.report("the whole command", count / spent, "images/s, start included")
-    report_seen(bench, seen)
+    bench.report("entire command", count / spent, "images/s, including startup")
+    report_profile(bench, seen)
 
 
 @torch.inference_mode()
 def stages(bench: Bench) -> None:
-    """What each stage of `unet predict` takes for an image, on one core or on the GPU, alone."""
-    given, device, count = job(bench, "stages"), bench.device, bench.sizes.stage_images
-    began = time.perf_counter()
-    pixels = pixels_of(given, count)
-    bench.report("read and decode", per_image(began, count), "ms of a core")
+    """Time each stage of `unet predict` per image, alone, on one core or on the GPU."""
+    job, device, count = prepare_job(bench, "stages"), bench.device, bench.sizes.stage_images
+    start = time.perf_counter()
+    pixels = read_images(job, count)
+    bench.report("read and decode", per_image(start, count), "ms of a core")
 
-    batch = batch_of(given, bench)
+    batch = make_batch(job, bench)
     size = len(batch)
     pinned = batch.pin_memory() if device.type == "cuda" else batch
     spent = seconds(lambda: pinned.to(device, non_blocking=True), device, REPEATS)
     bench.report("copy to the device", spent / size * 1e3, "ms")
-    model = load(given, bench, channels_last=False)
+    model = load_model(job, bench, channels_last=False)
 
-    def passed(image: torch.Tensor) -> torch.Tensor:
+    def forward_pass(image: torch.Tensor) -> torch.Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             return model(SPEC.normalise(image))
 
     image, tiles = batch.to(device), TileConfig(batch_size=size)
-    mask, _ = predict_mask(passed, image, tiles)
-    spent = seconds(lambda: passed(image), device, REPEATS)
+    mask, _ = predict_mask(forward_pass, image, tiles, model.config)
+    spent = seconds(lambda: forward_pass(image), device, REPEATS)
     bench.report("normalise and forward pass", spent / size * 1e3, "ms")
-    spent = seconds(lambda: predict_mask(passed, image, tiles), device, REPEATS)
-    bench.report("the same, softmax and choice of class", spent / size * 1e3, "ms")
+    spent = seconds(lambda: predict_mask(forward_pass, image, tiles, model.config), device, REPEATS)
+    bench.report("forward pass, softmax and choice of class", spent / size * 1e3, "ms")
     spent = seconds(lambda: mask.cpu(), device, REPEATS)
     bench.report("copy back", spent / size * 1e3, "ms")
 
     masks = [(one[..., 0] > 127).astype(np.uint8) for one in pixels]
-    began = time.perf_counter()
+    start = time.perf_counter()
     encoded = [encode_mask(one, SPEC.palette) for one in masks]
-    bench.report("encode", per_image(began, count), "ms of a core", "0.35-0.70")
-    began = time.perf_counter()
+    bench.report("encode", per_image(start, count), "ms of a core", "0.35-0.70")
+    start = time.perf_counter()
     with ShardWriter(bench.work / "stage.tar") as writer:
         for number, png in enumerate(encoded):
             writer.add(f"{number:06d}", {"mask.png": png, "json": b"{}"})
         writer.seal()
-    bench.report("write", per_image(began, count), "ms")
+    bench.report("write", per_image(start, count), "ms")
 
 
-def per_image(began: float, count: int) -> float:
-    """Milliseconds of each of some images."""
-    return (time.perf_counter() - began) / count * 1e3
+def per_image(start: float, count: int) -> float:
+    """Return milliseconds per image since `start`."""
+    return (time.perf_counter() - start) / count * 1e3
 
 
 def large(bench: Bench) -> None:
-    """One image of 20,000 x 20,000."""
-    given, side = job(bench, "large"), bench.sizes.large
-    pixels = pixels_of(given, 1)[0]
+    """Time `unet predict` of one image of 20,000 x 20,000."""
+    job, side = prepare_job(bench, "large"), bench.sizes.large
+    pixels = read_images(job, 1)[0]
     times = -(-side // len(pixels))
     path = bench.work / "large.jpg"
     Image.fromarray(np.tile(pixels, (times, times, 1))[:side, :side]).save(path, quality=85)
-    told = ("--checkpoint", given.checkpoint, "--input", path, "--out", given.out)
-    with Process(bench, [*verb("predict"), *told]) as process:
+    flags = ("--checkpoint", job.checkpoint, "--input", path, "--out", job.out)
+    with Process(bench, [*verb("predict"), *flags]) as process:
         spent = process.wait()
-    bench.report("the whole command", spent, "s")
-    bench.report("rate", side**2 / spent / 1e6, "megapixels/s, start included")
-    # In KiB, of the largest process that this one waited for.
-    most = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
-    bench.report("memory of the largest process so far", most, "GiB")
+    bench.report("entire command", spent, "s")
+    bench.report("rate", side**2 / spent / 1e6, "megapixels/s, including startup")
+    # In KiB, of the largest child process so far.
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+    bench.report("memory of the largest process so far", peak, "GiB")

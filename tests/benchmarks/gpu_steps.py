@@ -1,4 +1,4 @@
-"""The limits of the card, and training steps without a loader: ours beside public loops."""
+"""Limits of the card, and training steps without a loader: ours and those of public loops."""
 
 import gc
 import os
@@ -25,12 +25,12 @@ from milesial import Milesial
 from network import matrix_rate, seconds
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from training import make_step, ready
+from training import make_batch, make_step
 
 from unet import UNet
 
 KERNELS = 12
-"""Listed of each profile."""
+"""Kernels listed per profile."""
 REQUIRED = ("accelerate", "torchmetrics", "webdataset", "tyro", "safetensors", "PIL", "jinja2")
 OPTIONAL = ("wandb", "simplejpeg", "segmentation_models_pytorch", "scipy", "onnxruntime")
 
@@ -39,13 +39,13 @@ OPTIONAL = ("wandb", "simplejpeg", "segmentation_models_pytorch", "scipy", "onnx
 
 
 def card(bench: Bench) -> None:
-    """What this machine is, and the two rates that bound everything else."""
+    """Report the machine and the two rates that limit everything else."""
     device, cuda = bench.device, bench.device.type == "cuda"
     bench.report("device", torch.cuda.get_device_name() if cuda else platform.processor() or "CPU")
     if cuda:
-        asked = ["nvidia-smi", "--query-gpu=driver_version,memory.total", "--format=csv,noheader"]
-        told = subprocess.run(asked, capture_output=True, text=True, check=True, timeout=30)
-        bench.report("driver, memory", told.stdout.strip())
+        query = ["nvidia-smi", "--query-gpu=driver_version,memory.total", "--format=csv,noheader"]
+        answer = subprocess.run(query, capture_output=True, text=True, check=True, timeout=30)
+        bench.report("driver, memory", answer.stdout.strip())
     bench.report("torch", f"{torch.__version__}, cuDNN {torch.backends.cudnn.version()}")
     bench.report("Python", platform.python_version())
     bench.report("cores", len(os.sched_getaffinity(0)), "", "16")
@@ -56,32 +56,32 @@ def card(bench: Bench) -> None:
     target = torch.empty_like(source)
     seconds(lambda: target.copy_(source), device, 2)
     spent = seconds(lambda: target.copy_(source), device, 10)
-    bench.report("copy, read and written", 2 * bench.sizes.copied / spent / 1e12, "TB/s", "2.6-2.9")
+    bench.report("copy, read and write", 2 * bench.sizes.copied / spent / 1e12, "TB/s", "2.6-2.9")
 
 
 def compiler(bench: Bench) -> None:
-    """Whether torch.compile can work here: a norm and a ReLU, beside the same in eager mode."""
-    bench.report("C compiler", shutil.which("gcc") or shutil.which("cc") or "none", "", "there")
+    """Check that torch.compile works: a norm and a ReLU, compared with eager mode."""
+    bench.report("C compiler", shutil.which("gcc") or shutil.which("cc") or "none", "", "found")
     header = Path(sysconfig.get_paths()["include"]) / "Python.h"
-    bench.report("Python.h", "there" if header.exists() else "missing", "", "there")
+    bench.report("Python.h", "found" if header.exists() else "missing", "", "found")
     bench.report("triton", version("triton") if find_spec("triton") else "none", "", "3.6")
     layer = nn.Sequential(nn.InstanceNorm2d(8, affine=True), nn.ReLU()).to(bench.device)
     image = torch.randn(2, 8, 64, 64, device=bench.device)
-    began = time.perf_counter()
+    start = time.perf_counter()
     difference = (torch.compile(layer, backend=bench.backend)(image) - layer(image)).abs().max()
-    bench.report("largest difference to eager", difference.item(), "", "< 1e-5")
-    bench.report("first compilation", time.perf_counter() - began, "s", "< 20")
+    bench.report("maximum difference from eager", difference.item(), "", "< 1e-5")
+    bench.report("first compilation", time.perf_counter() - start, "s", "< 20")
     if not difference < 1e-4:
         raise RuntimeError(f"compiled and eager differ by {difference.item()}")
 
 
 def packages(bench: Bench) -> None:
-    """What can be imported, carried or not. Raises RuntimeError where something required cannot."""
+    """Report versions of packages. Raises RuntimeError if a required one cannot be imported."""
     missing = []
     for name in (*REQUIRED, *OPTIONAL):
         try:
-            found = getattr(import_module(name), "__version__", "there")
-        except Exception as error:  # a broken package raises whatever it likes
+            found = getattr(import_module(name), "__version__", "found")
+        except Exception as error:  # a broken package may raise anything
             found = f"{type(error).__name__}: {error}"[:120]
             missing += [name] if name in REQUIRED else []
         bench.report(name, str(found))
@@ -101,13 +101,13 @@ def ours(
     norm: str = "instance",
     expected: str = "",
 ) -> None:
-    """The bare step of `unet train`: forward, default loss, backward, AdamW; a batch lies ready."""
+    """Time the bare step of `unet train`: forward, default loss, backward, AdamW."""
 
     def build() -> UNet:
         config = {"norm": norm, **bench.sizes.network}
         return UNet.from_preset("modern", in_channels=3, num_classes=2, **config)
 
-    forget()
+    free_memory()
     model, size = build().to(bench.device), bench.batch(batch)
     if channels_last:
         model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
@@ -115,15 +115,15 @@ def ours(
         model.compile(backend=bench.backend, dynamic=False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     step = make_step(model, optimizer, Namespace(batch=size, side=bench.sizes.side), bench.device)
-    report_step(bench, step, size, flops_of(build, bench.sizes.side), expected)
+    report_step(bench, step, size, count_flops(build, bench.sizes.side), expected)
 
 
 def public(bench: Bench, *, channels_last: bool = False) -> None:
-    """The step of public single-file U-Nets: RMSprop, autocast to float16, GradScaler, clipping.
+    """Time the step of public single-file U-Nets: RMSprop, float16 autocast, GradScaler, clipping.
 
-    As milesial/Pytorch-UNet has it, but for `loss.item()` at every step, which would wait.
+    As in milesial/Pytorch-UNet, except for `loss.item()` at every step, which would synchronise.
     """
-    forget()
+    free_memory()
     size, cuda = bench.sizes.batch, bench.device.type == "cuda"
     form = torch.channels_last if channels_last else torch.contiguous_format
     model = Milesial(3, 2, bench.sizes.width).to(bench.device)
@@ -132,7 +132,7 @@ def public(bench: Bench, *, channels_last: bool = False) -> None:
         model.parameters(), lr=1e-5, weight_decay=1e-8, momentum=0.999, foreach=True
     )
     scaler = torch.amp.GradScaler(bench.device.type, enabled=cuda)
-    image, mask = ready(Namespace(batch=size, side=bench.sizes.side))
+    image, mask = make_batch(Namespace(batch=size, side=bench.sizes.side))
     image = (image.to(bench.device).float() / 255).to(memory_format=form)
     mask = mask.to(bench.device).long()
 
@@ -147,35 +147,34 @@ def public(bench: Bench, *, channels_last: bool = False) -> None:
         scaler.step(optimizer)
         scaler.update()
 
-    flops = flops_of(lambda: Milesial(3, 2, bench.sizes.width), bench.sizes.side)
+    flops = count_flops(lambda: Milesial(3, 2, bench.sizes.width), bench.sizes.side)
     report_step(bench, step, size, flops, "")
 
 
 def smp(bench: Bench) -> None:
-    """A segmentation_models_pytorch U-Net with resnet34, in the bare step of ours."""
-    try:
-        build = import_module("segmentation_models_pytorch").Unet
-    except ImportError as error:
-        raise NotApplicableError(f"not carried: {error}") from error
-    forget()
-    given = {"encoder_name": "resnet34", "encoder_weights": None, "in_channels": 3, "classes": 2}
-    model, size = build(**given).to(bench.device), bench.sizes.batch
+    """Time our bare step with a segmentation_models_pytorch U-Net with resnet34."""
+    if find_spec("segmentation_models_pytorch") is None:
+        raise NotApplicableError("segmentation_models_pytorch cannot be imported")
+    free_memory()
+    build = import_module("segmentation_models_pytorch").Unet
+    config = {"encoder_name": "resnet34", "encoder_weights": None, "in_channels": 3, "classes": 2}
+    model, size = build(**config).to(bench.device), bench.sizes.batch
     model.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     step = make_step(model, optimizer, Namespace(batch=size, side=bench.sizes.side), bench.device)
-    report_step(bench, step, size, flops_of(lambda: build(**given), bench.sizes.side), "")
+    report_step(bench, step, size, count_flops(lambda: build(**config), bench.sizes.side), "")
 
 
 def report_step(
     bench: Bench, step: Callable[[], None], batch: int, flops: float, expected: str
 ) -> None:
-    """Time a step; `flops`: of one sample, forward and backward; `expected`: of a step."""
+    """Time and profile a step; `flops` per sample, forward and backward; `expected` per step."""
     device, cuda = bench.device, bench.device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    began = time.perf_counter()
+    start = time.perf_counter()
     step()
-    bench.report("first step", synchronised(device) - began, "s")
+    bench.report("first step", synchronise(device) - start, "s")
     times = step_times(step, device, bench.sizes.warmup, bench.sizes.steps)
     spent = statistics.median(times)
     bench.report("step, median", spent * 1e3, "ms", expected)
@@ -189,7 +188,7 @@ def report_step(
         bench.report("peak memory", used, "GiB", "24-28 at batch 32")
     with counted_syncs() as syncs:
         step()
-    bench.report("synchronisations in a step", syncs.total(), "", "0")
+    bench.report("synchronisations per step", syncs.total(), "", "0")
     torch.backends.cudnn.benchmark = True
     try:
         tuned = step_times(step, device, bench.sizes.warmup, bench.sizes.steps)
@@ -197,11 +196,11 @@ def report_step(
         torch.backends.cudnn.benchmark = False
     change = statistics.median(tuned) / spent - 1
     bench.report("cudnn.benchmark changes a step by", f"{change:+.1%}", "", "0 to -15 %")
-    bench.report("kernels of a step", kernels(step, device))
+    bench.report("kernels of a step", list_kernels(step, device))
 
 
-def forget() -> None:
-    """Let go of the models of earlier rows, which compiled code and cycles hold."""
+def free_memory() -> None:
+    """Free the models of earlier rows, which compiled code and reference cycles keep alive."""
     torch._dynamo.reset()
     gc.collect()
     torch.cuda.empty_cache()
@@ -210,15 +209,15 @@ def forget() -> None:
 def step_times(
     step: Callable[[], None], device: torch.device, warmup: int, steps: int
 ) -> list[float]:
-    """Seconds of each of some steps; on a GPU between events, so that nothing waits."""
+    """Return seconds per step; on a GPU measured by events, without synchronising."""
     for _ in range(warmup):
         step()
     if device.type != "cuda":
         times = []
         for _ in range(steps):
-            began = time.perf_counter()
+            start = time.perf_counter()
             step()
-            times.append(time.perf_counter() - began)
+            times.append(time.perf_counter() - start)
         return times
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
     marks[0].record()
@@ -229,20 +228,20 @@ def step_times(
     return [a.elapsed_time(b) / 1e3 for a, b in pairwise(marks)]
 
 
-def synchronised(device: torch.device) -> float:
-    """The clock, when the device has done all."""
+def synchronise(device: torch.device) -> float:
+    """Synchronise with the device; returns the time."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
-def kernels(step: Callable[[], None], device: torch.device) -> str:
-    """Which kernels a step spends its time in, the longest first."""
+def list_kernels(step: Callable[[], None], device: torch.device) -> str:
+    """List the kernels of a step by descending time."""
     cuda = device.type == "cuda"
     activity = torch.profiler.ProfilerActivity
     with torch.profiler.profile(activities=[activity.CUDA if cuda else activity.CPU]) as profile:
         step()
-        synchronised(device)
+        synchronise(device)
     spent = "self_device_time_total" if cuda else "self_cpu_time_total"
     kind = torch.autograd.DeviceType.CUDA if cuda else torch.autograd.DeviceType.CPU
     events = [event for event in profile.key_averages() if event.device_type == kind]
@@ -255,8 +254,8 @@ def kernels(step: Callable[[], None], device: torch.device) -> str:
     return "; ".join([f"all {total / 1e3:.1f} ms", *listed])
 
 
-def flops_of(build: Callable[[], nn.Module], side: int) -> float:
-    """Of a forward and a backward pass of one sample, counted without computing anything."""
+def count_flops(build: Callable[[], nn.Module], side: int) -> float:
+    """Count FLOPs of a forward and backward pass of one sample, on the meta device."""
     with torch.device("meta"):
         model, image = build(), torch.empty(1, 3, side, side)
         with FlopCounterMode(display=False) as counter:

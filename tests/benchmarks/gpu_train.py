@@ -1,4 +1,4 @@
-"""`unet train` on a GPU from end to end, its tests, and what it learns."""
+"""`unet train` on a GPU end to end, its tests, and learning."""
 
 import json
 import signal
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from gpu_bench import REPO, Bench, NotApplicableError
-from gpu_process import LAUNCH, Process, observed, run, verb
+from gpu_process import LAUNCH, Process, observe_verb, run, verb
 from packing import prepare
 from PIL import Image
 
@@ -23,28 +23,28 @@ MEASURED = (
     ("train/data_wait", "data wait", "goal < 0.03"),
     ("train/gpu_memory_gib", "GPU memory, GiB", "24-28"),
     ("train/memory_gib", "peak memory, GiB", "24-28"),
-    ("train/tflops", "TFLOP/s as it says", ""),
-    ("train/mfu", "MFU as it says", ""),
+    ("train/tflops", "TFLOP/s as logged", ""),
+    ("train/mfu", "MFU as logged", ""),
 )
-"""Metric, name of the figure, expected; those that a run does not have are left out."""
+"""Metric, name of the figure, expected; metrics that a run does not log are skipped."""
 
 
-# -------------------------------------------------------------------------- from end to end, step 4
+# --------------------------------------------------------------------------------------- end to end
 
 
 def pack_shards(bench: Bench) -> None:
-    """Draw pairs of 512 x 512 and pack them."""
-    began = time.perf_counter()
+    """Generate pairs of 512 x 512 and pack them."""
+    start = time.perf_counter()
     data = prepare(bench.work, bench.sizes.pairs)
-    bench.report("drawn in", time.perf_counter() - began, "s")
+    bench.report("generated in", time.perf_counter() - start, "s")
     flags = ("--images", data.images, "--masks", data.binary, "--mask-format", "binary")
     split = ("--val-fraction", bench.sizes.val_fraction, "--out", bench.work / "shards")
     with Process(bench, [*verb("pack"), *flags, *split]) as process:
-        bench.report("packed at", bench.sizes.pairs / process.wait(), "pairs/s, start included")
+        bench.report("packed at", bench.sizes.pairs / process.wait(), "pairs/s, including startup")
 
 
 def shards_of(bench: Bench) -> Path:
-    """The packed pairs, also where the row that packs them was left out."""
+    """Return the packed pairs, packing them if that row was skipped."""
     folder = bench.work / "shards"
     if not (folder / MANIFEST).exists():
         pack_shards(bench)
@@ -52,14 +52,14 @@ def shards_of(bench: Bench) -> Path:
 
 
 def fastest(bench: Bench) -> tuple[str, tuple[str, str]]:
-    """The fastest row of the bare step, and the flags that say the same."""
+    """Return the fastest row of the bare step, and the equivalent flags."""
     ways = {
         "compiled, channels_last": ("--compile", "--channels-last"),
         "eager, channels_last": ("--no-compile", "--channels-last"),
         "eager": ("--no-compile", "--no-channels-last"),
     }
     rates = {way: bench.known.get(("step", way, "samples/s"), 0.0) for way in ways}
-    # The first where nothing was measured.
+    # The first if nothing was measured.
     best = max(rates, key=lambda way: rates[way])
     return best, ways[best]
 
@@ -75,27 +75,27 @@ def train_flags(bench: Bench, run_dir: Path, *more: object) -> list[object]:
 
 
 UNTRACKED = ("--tracking.backend", "none")
-"""So that a broken tracker costs none of these figures; one launched run has the default."""
+"""A broken tracker must not cost these figures; one launched run uses the default."""
 
 
-def lines_of(run_dir: Path, after: int = 0) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl with a loss, of steps above `after`."""
+def read_metrics(run_dir: Path, after: int = 0) -> list[dict[str, Any]]:
+    """Read the lines of metrics.jsonl with a loss, for steps above `after`."""
     path = run_dir / "metrics.jsonl"
     if not path.exists():
         return []
-    # The last line may not be whole yet.
+    # The last line may be incomplete.
     text = path.read_text().rpartition("\n")[0]
     found = [json.loads(line) for line in text.splitlines()]
     return [line for line in found if "train/loss" in line and line["step"] > after]
 
 
 def last_step(run_dir: Path) -> int:
-    lines = lines_of(run_dir)
+    lines = read_metrics(run_dir)
     return lines[-1]["step"] if lines else 0
 
 
 def report_speed(bench: Bench, lines: Sequence[dict[str, Any]]) -> float:
-    """Medians over lines of metrics.jsonl, and what they are of other rows; samples/s."""
+    """Report medians over lines of metrics.jsonl and ratios to other rows; returns samples/s."""
     if not lines:
         raise RuntimeError("no line of metrics.jsonl to measure")
     rate = statistics.median(line[RATE] for line in lines)
@@ -121,81 +121,80 @@ def report_speed(bench: Bench, lines: Sequence[dict[str, Any]]) -> float:
 
 
 def train(bench: Bench) -> None:
-    """A run at full speed, then looked at for some steps, then interrupted."""
+    """Time a run at full speed, profile some steps, then interrupt it."""
     run_dir, seen, sizes = bench.work / "run", bench.work / "train-seen.json", bench.sizes
     bench.report("settings", " ".join(fastest(bench)[1]))
     flags = train_flags(bench, run_dir, "--steps", 10**6, *UNTRACKED)
-    with Process(bench, [*observed("train", seen), *flags]) as process:
-        first = process.until(lambda: last_step(run_dir), "its first line of metrics")
+    with Process(bench, [*observe_verb("train", seen), *flags]) as process:
+        first = process.wait_until(lambda: last_step(run_dir), "the first line of metrics")
         bench.report("first line of metrics after", first, "s")
-        # A compilation belongs to the first steps.
-        begin = last_step(run_dir) + sizes.settle
-        until = begin + sizes.window
-        process.until(lambda: last_step(run_dir) >= until, f"step {until}")
-        report_speed(bench, lines_of(run_dir, after=begin))
-        begin = last_step(run_dir)
+        # Compilation happens in the first steps.
+        first_step = last_step(run_dir) + sizes.settle
+        end = first_step + sizes.window
+        process.wait_until(lambda: last_step(run_dir) >= end, f"step {end}")
+        report_speed(bench, read_metrics(run_dir, after=first_step))
+        first_step = last_step(run_dir)
         process.signal(signal.SIGUSR2)
-        process.until(lambda: last_step(run_dir) >= begin + sizes.watched, "it was looked at")
-        steps = last_step(run_dir) - begin
+        last = first_step + sizes.watched
+        process.wait_until(lambda: last_step(run_dir) >= last, f"step {last}")
+        steps = last_step(run_dir) - first_step
         process.signal(signal.SIGUSR2)
-        process.until(seen.exists, "what was seen was written")
-        report_seen(bench, seen, steps)
-        asked = process.seconds
+        process.wait_until(seen.exists, "the profile was written")
+        report_profile(bench, seen, steps)
+        signalled = process.seconds
         process.signal(signal.SIGTERM)
-        bench.report("SIGTERM to exit 75", process.wait(expected=75) - asked, "s")
+        bench.report("SIGTERM to exit 75", process.wait(expected=75) - signalled, "s")
 
 
-def report_seen(bench: Bench, file: Path, steps: int = 0) -> None:
-    """Where threads were and what waited for the GPU; `steps`: made meanwhile."""
+def report_profile(bench: Bench, file: Path, steps: int = 0) -> None:
+    """Report the profile of gpu_observe.py; `steps`: number of profiled steps."""
     seen = json.loads(file.read_text())
-    bench.report("looked at for", seen["seconds"], "s")
+    bench.report("profiled for", seen["seconds"], "s")
     for name in ("main", "threads"):
         listed = "; ".join(f"{share:.1%} {place}" for place, share in seen[name])
         bench.report(f"{name}, top 15", listed or "idle")
     total = sum(seen["syncs"].values())
     lines = ", ".join(f"{place} {count}" for place, count in seen["syncs"].items())
     if steps:
-        word = f"a step ({lines or 'none'})"
-        bench.report("synchronisations", total / steps, word, "2 before A3, 0 after, and the logs'")
+        unit = f"per step ({lines or 'none'})"
+        bench.report("synchronisations", total / steps, unit, "0, except for logging")
     else:
-        bench.report("synchronisations", total, f"in all ({lines or 'none'})")
+        bench.report("synchronisations", total, f"in total ({lines or 'none'})")
 
 
 def resume(bench: Bench) -> None:
-    """The same command takes the interrupted run to its end: its speed beside that before."""
+    """Resume the interrupted run by the same command; compare its speed with that before."""
     run_dir, sizes = bench.work / "run", bench.sizes
     last = run_dir / "checkpoints" / "last" / "state.json"
     if not last.exists():
-        raise RuntimeError("there is no run to resume: the row before left no checkpoint")
-    begin = json.loads(last.read_text())["step"]
-    end = begin + sizes.settle + sizes.window
+        raise RuntimeError("no run to resume: the previous row left no checkpoint")
+    first_step = json.loads(last.read_text())["step"]
+    end = first_step + sizes.settle + sizes.window
     flags = train_flags(bench, run_dir, "--steps", end, *UNTRACKED)
     with Process(bench, [*verb("train"), *flags]) as process:
         spent = process.wait()
-    bench.report("resumed at step", begin)
-    rate = report_speed(bench, lines_of(run_dir, after=begin + sizes.settle))
-    bench.report_ratio(
-        "of the speed before", rate, "train", "unet train", "samples/s", "1.0; 0.97 before A2"
-    )
-    bench.report("the whole command", spent, "s, start, validation and checkpoint included")
+    bench.report("resumed at step", first_step)
+    rate = report_speed(bench, read_metrics(run_dir, after=first_step + sizes.settle))
+    bench.report_ratio("of the speed before", rate, "train", "unet train", "samples/s", "1.0")
+    bench.report("entire command", spent, "s, including startup, validation and checkpoint")
 
 
 def launched(bench: Bench) -> None:
-    """Under `accelerate launch`, NCCL with a world of one, and the default tracker, offline."""
+    """Time a run under `accelerate launch`: NCCL with one rank, the default tracker offline."""
     run_dir, sizes = bench.work / "run-launched", bench.sizes
     flags = train_flags(bench, run_dir, "--steps", sizes.settle + sizes.window)
     with Process(bench, launch(bench, 1, flags), NCCL_DEBUG="VERSION") as process:
         process.wait()
-        nccl = [line.strip() for line in process.said.splitlines() if "NCCL version" in line]
+        nccl = [line.strip() for line in process.output.splitlines() if "NCCL version" in line]
     if not nccl and not bench.rehearse:
-        raise RuntimeError("NCCL did not give its version: was it used?")
+        raise RuntimeError("NCCL did not print its version: was it used?")
     bench.report("backend", nccl[0][:60] if nccl else "gloo")
-    rate = report_speed(bench, lines_of(run_dir, after=sizes.settle))
+    rate = report_speed(bench, read_metrics(run_dir, after=sizes.settle))
     bench.report_ratio("of one process", rate, "train", "unet train", "samples/s", "> 0.99")
 
 
 def launch(bench: Bench, ranks: int, flags: Sequence[object]) -> list[object]:
-    """`accelerate launch` of training with the shipped configuration."""
+    """Return an `accelerate launch` command for training with the shipped configuration."""
     settings = ("--mixed_precision", "no") if bench.rehearse else ()
     return [
         *(*LAUNCH, "--config_file", REPO / "accelerate_config.yaml", "--num_processes", ranks),
@@ -203,18 +202,18 @@ def launch(bench: Bench, ranks: int, flags: Sequence[object]) -> list[object]:
     ]
 
 
-# -------------------------------------------------------------------------- tests, and what is said
+# ------------------------------------------------------------------------------- tests and messages
 
 
 def pytest_gpu(bench: Bench) -> None:
-    """The tests marked gpu. Raises RuntimeError where one fails, or none ran."""
+    """Run the tests marked gpu. Raises RuntimeError if one fails or none ran."""
     report = bench.out / "tests.xml"
-    # Properties of tests belong to the older family.
-    told = ("-q", "-m", "gpu", "-p", "no:cacheprovider", "-n", 0, "-o", "junit_family=xunit1")
-    told += ("--junitxml", report)
-    code, _ = run(bench, [sys.executable, "-m", "pytest", *told, "tests/pipelines/test_gpu.py"])
+    # Properties of test cases require the older format.
+    flags = ("-q", "-m", "gpu", "-p", "no:cacheprovider", "-n", 0, "-o", "junit_family=xunit1")
+    flags += ("--junitxml", report)
+    code, _ = run(bench, [sys.executable, "-m", "pytest", *flags, "tests/pipelines/test_gpu.py"])
     outcomes: dict[str, list[str]] = {"passed": [], "failed": [], "skipped": []}
-    for case in ElementTree.parse(report).iter("testcase"):  # our own pytest wrote it
+    for case in ElementTree.parse(report).iter("testcase"):  # trusted: written by our own pytest
         tags = {child.tag for child in case}
         failed, name = tags & {"failure", "error"}, case.get("name", "")
         outcome = "failed" if failed else "skipped" if "skipped" in tags else "passed"
@@ -224,49 +223,49 @@ def pytest_gpu(bench: Bench) -> None:
     for outcome, names in outcomes.items():
         bench.report(outcome, len(names))
     if outcomes["failed"] or code:
-        raise RuntimeError(f"pytest ended with {code}; failed: {', '.join(outcomes['failed'])}")
+        raise RuntimeError(f"pytest exited with {code}; failed: {', '.join(outcomes['failed'])}")
     if not outcomes["skipped" if bench.rehearse else "passed"]:
         raise RuntimeError("no test was found")
 
 
 def out_of_memory(bench: Bench) -> None:
-    """What `unet train` prints where a batch does not fit into the memory of the GPU."""
+    """Check the message of `unet train` for a batch that does not fit into GPU memory."""
     batch = bench.sizes.oom_batch
     more = ("--global-batch-size", batch, "--steps", 1, "--workers", 2, *UNTRACKED)
     flags = train_flags(bench, bench.work / "run-too-large", "--no-compile", *more)
-    code, said = run(bench, [*verb("train"), *flags])
-    report_words(bench, code, said, about="memory")
-    if "Traceback" in said:
+    code, output = run(bench, [*verb("train"), *flags])
+    report_message(bench, code, output, about="memory")
+    if "Traceback" in output:
         raise RuntimeError("a user would see a traceback")
 
 
 def two_ranks(bench: Bench) -> None:
-    """What two ranks on one GPU print; in a rehearsal, on a CPU, they train."""
+    """Check the message of two ranks on one GPU; in a rehearsal, on a CPU, they train."""
     flags = train_flags(bench, bench.work / "run-two", "--no-compile", "--steps", 1, *UNTRACKED)
-    # The launcher adds a traceback of its own, whatever a rank prints.
-    report_words(bench, *run(bench, launch(bench, 2, flags)), about="1 GPU")
+    # The launcher always adds its own traceback.
+    report_message(bench, *run(bench, launch(bench, 2, flags)), about="1 GPU")
 
 
-def report_words(bench: Bench, code: int, said: str, *, about: str) -> None:
-    """Exit code and our own words. Raises RuntimeError where it should have been another end."""
-    lines = [line for line in said.splitlines() if line.startswith("unet ")]
+def report_message(bench: Bench, code: int, output: str, *, about: str) -> None:
+    """Report exit code and message. Raises RuntimeError if they are not as expected."""
+    lines = [line for line in output.splitlines() if line.startswith("unet ")]
     bench.report("exit code", code, "", "not 0")
-    bench.report("says", " / ".join(lines) or "nothing", "", "one line, with the remedy")
+    bench.report("message", " / ".join(lines) or "none", "", "one line, with the remedy")
     if bench.rehearse and code:
-        raise RuntimeError("on a CPU there is no reason to fail")
+        raise RuntimeError("unexpected failure on a CPU")
     if not bench.rehearse and (code == 0 or not any(about in line for line in lines)):
-        raise RuntimeError(f"expected an exit code above 0, and a line about {about}")
+        raise RuntimeError(f"expected an exit code > 0 and a line about {about}")
 
 
 # ----------------------------------------------------------------------------------------- learning
 
 
 def isbi(bench: Bench) -> Path:
-    """The folder of images, masks and split.csv; in a rehearsal a few drawn ones."""
+    """Return the folder with images, masks and split.csv; in a rehearsal, a generated one."""
     if bench.isbi is not None:
         return bench.isbi
     if not bench.rehearse:
-        raise NotApplicableError("no --isbi FOLDER was given")
+        raise NotApplicableError("requires --isbi FOLDER")
     folder = bench.work / "isbi"
     for part in ("images", "masks"):
         (folder / part).mkdir(parents=True, exist_ok=True)
@@ -282,7 +281,7 @@ def isbi(bench: Bench) -> Path:
 
 
 def learn(bench: Bench) -> None:
-    """Default settings of `unet train`, for so many seconds; Dice of the membrane."""
+    """Report the membrane Dice after training with default settings for `learn_seconds`."""
     folder, data, run_dir = isbi(bench), bench.work / "isbi-shards", bench.work / "isbi-run"
     packing = (
         *("--images", folder / "images", "--masks", folder / "masks", "--mask-format", "binary"),
@@ -299,11 +298,11 @@ def learn(bench: Bench) -> None:
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     scored = [line for line in lines if "val/dice/membrane" in line]
     bench.report("steps", scored[-1]["step"])
-    bench.report("membrane Dice", scored[-1]["val/dice/membrane"], "", "above the public loop's")
+    bench.report("membrane Dice", scored[-1]["val/dice/membrane"], "", "above the public loop")
 
 
 def learn_public(bench: Bench) -> None:
-    """The settings that public single-file repositories ship, for the same seconds."""
+    """Report the membrane Dice of the settings of public single-file repositories, same time."""
     folder = isbi(bench)
     script = Path(__file__).with_name("learning_isbi2012.py")
     flags = (
@@ -314,6 +313,6 @@ def learn_public(bench: Bench) -> None:
     )
     with Process(bench, [sys.executable, script, *flags]) as process:
         process.wait()
-        found = json.loads(process.said.strip().splitlines()[-1])
+        found = json.loads(process.output.strip().splitlines()[-1])
     bench.report("steps", found["steps"])
     bench.report("membrane Dice", found["dice"])

@@ -1,17 +1,17 @@
-"""Plain PyTorch U-Net loops on isbi2012, to compare `unet train` with in the same minutes.
+"""Plain PyTorch U-Net loops on isbi2012, for comparison with `unet train` in equal time.
 
     python tests/benchmarks/learning_isbi2012.py --images DIR --masks DIR --split-file CSV \
         --recipe common --minutes 8
 
-A plain padded U-Net with batch norm, of the width of the preset `small`, in a loop without workers,
-shards or averaging. Recipes:
+A plain padded U-Net with batch norm and the width of the preset `small`, trained in a loop without
+workers, shards or weight averaging. Recipes:
 
-    common    what public single-file U-Net repositories ship: RMSprop 1e-5 with momentum 0.999,
-              batch 1, pictures at half size, cross-entropy + Dice, no augmentation
-    careful   a quarter of an hour's work: AdamW 2e-3 with a cosine fitted to the time, batch 4,
-              random 256 x 256 crops at full size, flips, quarter turns, brightness
+    common    the settings of public single-file U-Net repositories: RMSprop 1e-5 with momentum
+              0.999, batch 1, images at half size, cross-entropy + Dice, no augmentation
+    careful   a quarter of an hour of tuning: AdamW 2e-3 with cosine decay over the given time,
+              batch 4, random 256 x 256 crops at full size, flips, 90-degree rotations, brightness
 
-Scores: Dice and IoU of the membrane, pooled over the validation pictures at full size.
+Scores: Dice and IoU of the membrane, pooled over the validation images at full size.
 """
 
 import argparse
@@ -70,7 +70,7 @@ def read(folder: Path, name: str, side: int, mode: Image.Resampling) -> np.ndarr
 
 
 def draw(images: Tensor, masks: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """A careful batch: four crops, flipped, turned and brightened."""
+    """Draw a batch for `careful`: four crops, flipped, rotated and brightened."""
     xs, ys = [], []
     for _ in range(4):
         i, top, left = rng.integers(len(images)), *rng.integers(0, 512 - 256 + 1, 2)
@@ -116,8 +116,8 @@ def main() -> None:
         if common
         else torch.optim.AdamW(model.parameters(), lr=2e-3)
     )
-    began, steps = time.monotonic(), 0
-    while (done := (time.monotonic() - began) / (60 * arguments.minutes)) < 1:
+    start, steps = time.monotonic(), 0
+    while (done := (time.monotonic() - start) / (60 * arguments.minutes)) < 1:
         if common:
             if steps % len(images) == 0:
                 order = rng.permutation(len(images))

@@ -1,26 +1,26 @@
-"""Shuffled training loaders beside their peers, in turn, on the same generated pairs.
+"""Shuffled training loaders compared with their peers on the same generated pairs.
 
     pip install litdata mosaicml-streaming simplejpeg
     python tests/benchmarks/loading.py --work DIR
     python tests/benchmarks/loading.py --work DIR --pairs 200 --rounds 1 --only limit ours
 
-The pairs are those of packing.py: 512 x 512, JPEG pictures and canonical PNG masks. Every loader
+The pairs are those of packing.py: 512 x 512, JPEG images and canonical PNG masks. Every loader
 yields decoded batches of 16, uint8, with two worker processes:
 
-    limit        two processes that only decode, with Pillow, bytes that are in memory; no batches
+    limit        two processes that only decode bytes in memory, with Pillow; no batches
     ours         pipelines.batches.train_batches on shards of `unet pack`, decoding with Pillow
-    ours-turbo   the same where simplejpeg can be imported
-    webdataset   WebDataset(shardshuffle=100).shuffle(1000) and WebLoader on the same shards; its
-                 batches are collated by torch, which is faster than its own way
+    ours-turbo   `ours`, decoding with simplejpeg
+    webdataset   WebDataset(shardshuffle=100).shuffle(1000) and WebLoader on the same shards, with
+                 torch's collate function, which is faster than its own
     litdata      StreamingDataset(shuffle=True) and StreamingDataLoader on the same bytes
-    mosaicml     mosaicml-streaming's StreamingDataset(shuffle=True) and DataLoader, likewise
+    mosaicml     the StreamingDataset(shuffle=True) of mosaicml-streaming and DataLoader on them
     folder       a plain Dataset on the folders and DataLoader(shuffle=True)
 
 Peers decode with Pillow, masks as class indices. All data are prepared once, in DIR, and are in the
-page cache. Every round runs each contender once, in a fresh interpreter that has imported what it
-needs. The first batch is timed from making the loader; the speed is that from then until nine
-tenths of the samples are there. The rest is drawn too, and every byte of every batch read: a
-loader that misses a sample or yields other pixels is an error.
+page cache. Every round runs each contender once, in a fresh interpreter that has imported its
+packages. The time to the first batch includes the construction of the loader. Throughput is
+measured from then until nine tenths of the samples have arrived. The rest is loaded too, and every
+byte of every batch is read: a loader that misses a sample or yields different pixels is an error.
 """
 
 import argparse
@@ -50,8 +50,8 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-# What decodes, and packing.py with it, is imported where it is used: processes that must do
-# without simplejpeg hide it first.
+# Decoding modules, and packing.py with them, are imported late: processes without simplejpeg must
+# hide it first.
 if TYPE_CHECKING:
     from packing import Data
 
@@ -62,46 +62,46 @@ WORKERS = 2
 BATCH = 16
 SHARDS = 8
 TIMED = 0.9
-"""Share of the samples with which the clock stops: at the end, workers run out of work."""
+"""Share of the samples that is timed: towards the end, workers run out of work."""
 
 Arrays = Sequence[Any]
-"""Picture and mask, or a batch of each; numpy or torch."""
+"""Image and mask, or a batch of each; numpy or torch."""
 
 
 class Measured(NamedTuple):
     speed: float
-    """Samples a second."""
+    """Samples per second."""
     first: float | None = None
     """Seconds to the first batch."""
     pixels: str = ""
-    """A digest of all pixels, whatever the order of the samples."""
+    """Digest of all pixels, independent of the order of the samples."""
 
 
 class Contender(NamedTuple):
-    form: str
-    """The prepared data that it reads."""
+    format: str
+    """Format of the prepared data."""
     packages: tuple[str, ...]
-    """Imported before the clock starts; where one is missing, it is left out."""
+    """Imported before the clock starts; a contender with a missing package is skipped."""
     load: Callable[[Path], Iterable[Arrays]] | None
-    """None: decodes without a loader."""
+    """Makes the loader; None: decodes without one."""
 
 
 def write_shards(data: "Data", out: Path) -> None:
     folders = ("--images", data.images, "--masks", data.binary, "--out", out)
     flags = ("--mask-format", "binary", "--val-fraction", 0)
-    most = ("--samples-per-shard", -(-len(data.stems) // SHARDS))
-    if import_module("pipelines.pack").main([*map(str, (*folders, *flags, *most))]) != 0:
+    size = ("--samples-per-shard", -(-len(data.stems) // SHARDS))
+    if import_module("pipelines.pack").main([*map(str, (*folders, *flags, *size))]) != 0:
         raise RuntimeError("unet pack failed")
 
 
 def read_pair(data: "Data", stem: str) -> dict[str, bytes]:
-    """The bytes that are in the shards too."""
-    picture, mask = data.images / f"{stem}.jpg", data.canonical / f"{stem}.png"
-    return {"image": picture.read_bytes(), "mask": mask.read_bytes()}
+    """Read the bytes that the shards contain too."""
+    image, mask = data.images / f"{stem}.jpg", data.canonical / f"{stem}.png"
+    return {"image": image.read_bytes(), "mask": mask.read_bytes()}
 
 
 def write_litdata(data: "Data", out: Path) -> None:
-    # It empties both folders, which by default are others' too, when it starts.
+    # litdata empties both folders at the start; the default ones may belong to others.
     os.environ["DATA_OPTIMIZER_CACHE_FOLDER"] = str(out / "cache" / "chunks")
     os.environ["DATA_OPTIMIZER_DATA_CACHE_FOLDER"] = str(out / "cache" / "data")
     import_module("litdata").optimize(
@@ -121,8 +121,8 @@ def write_mds(data: "Data", out: Path) -> None:
             writer.write(read_pair(data, stem))
 
 
-FORMS = {"shards": write_shards, "litdata": write_litdata, "mds": write_mds}
-"""How the forms other than `folders` are made."""
+FORMATS = {"shards": write_shards, "litdata": write_litdata, "mds": write_mds}
+"""Writers of all formats except `folders`."""
 
 
 def decode(image: bytes, mask: bytes) -> Arrays:
@@ -140,8 +140,8 @@ def load_ours(folder: Path) -> Iterator[Arrays]:
     data = DataSet(Store(folder), read_manifest(folder), None, WORKERS)
     order = Order(tuple(shard.samples for shard in data.reader("train").shards), seed=0)
     plan = TrainPlan(order, BATCH, rank=0, world=1, start=0)
-    whole = AugmentConfig(foreground_share=0, warp_share=0)
-    batches = train_batches(data, plan, crop_size=SIDE, augment=whole, seed=0)
+    uncropped = AugmentConfig(foreground_share=0, warp_share=0)
+    batches = train_batches(data, plan, crop_size=SIDE, augment=uncropped, seed=0)
     for batch in islice(batches, -(-order.num_samples // BATCH)):
         yield batch.image.permute(0, 2, 3, 1), batch.mask
 
@@ -202,11 +202,11 @@ CONTENDERS = {
 }
 PEERS = ("webdataset", "litdata", "mosaicml", "folder")
 GOALS = (("ours", "limit", 0.85), ("ours", "", 1.6), ("ours-turbo", "limit", 1.0))
-"""Contender, peer (the best if empty), and how many times the peer's speed is aimed at."""
+"""Contender, peer (the best one if empty), and the targeted ratio of their speeds."""
 
 
 def fingerprints(batch: Arrays) -> list[int]:
-    """A number for each sample, to which every one of its bytes contributes."""
+    """Compute a number for each sample to which all of its bytes contribute."""
     image, mask = map(torch.as_tensor, batch)
     sides = (len(image), SIDE, SIDE)
     assert (image.shape, mask.shape) == ((*sides, 3), sides)
@@ -217,20 +217,21 @@ def fingerprints(batch: Arrays) -> list[int]:
 
 def measure_loader(load: Callable[[Path], Iterable[Arrays]], folder: Path, pairs: int) -> Measured:
     torch.set_num_threads(1)
-    # A copy would make them writable, and slower.
+    # Making them writable would cost a copy.
     warnings.filterwarnings("ignore", "The given NumPy array is not writable")
     seen: list[int] = []
     times: list[tuple[int, float]] = []
-    began = time.perf_counter()
+    start = time.perf_counter()
     for batch in load(folder):
         seen += fingerprints(batch)
-        times.append((len(seen), time.perf_counter() - began))
+        times.append((len(seen), time.perf_counter() - start))
     distinct = sorted(set(seen))
     if len(distinct) != pairs or len(seen) >= pairs + BATCH:
         raise RuntimeError(f"{len(seen)} samples, {len(distinct)} of them distinct, of {pairs}")
-    (few, first), (most, last) = times[0], next(one for one in times if one[0] >= TIMED * pairs)
+    timed = next(one for one in times if one[0] >= TIMED * pairs)
+    (num_first, first), (num_last, last) = times[0], timed
     digest = hashlib.sha256(repr(distinct).encode()).hexdigest()
-    return Measured((most - few) / (last - first), first, digest)
+    return Measured((num_last - num_first) / (last - first), first, digest)
 
 
 def decode_only(raws: "Sequence[RawSample]") -> None:
@@ -249,14 +250,14 @@ def measure_limit(folder: Path, pairs: int) -> Measured:
     raws = ShardReader(folder, shards).read_all([Address(0, *row) for row in rows])
     fork = get_context("fork").Process
     processes = [fork(target=decode_only, args=(raws[w::WORKERS],)) for w in range(WORKERS)]
-    began = time.perf_counter()
+    start = time.perf_counter()
     for process in processes:
         process.start()
     for process in processes:
         process.join()
     if any(process.exitcode != 0 for process in processes):
-        raise RuntimeError("a process could not decode")
-    return Measured(pairs / (time.perf_counter() - began))
+        raise RuntimeError("a decoding process failed")
+    return Measured(pairs / (time.perf_counter() - start))
 
 
 def measure(name: str, folder: Path, pairs: int) -> Measured:
@@ -266,33 +267,33 @@ def measure(name: str, folder: Path, pairs: int) -> Measured:
     return measure_loader(load, folder, pairs) if load else measure_limit(folder, pairs)
 
 
-def begin(turbo: bool) -> None:
-    """Before anything else in a process."""
-    # What packages print must not stand among the tables.
+def set_up_process(turbo: bool) -> None:
+    """Initialise a fresh process."""
+    # Keeps the output of packages out of the tables.
     os.dup2(2, 1)
-    # A spawned process would spawn its workers in turn; a script forks them.
+    # By default a spawned process spawns its workers; a script forks them.
     set_start_method("fork", force=True)
     if not turbo:
         cast(dict[str, object], sys.modules)["simplejpeg"] = None
 
 
 def alone(turbo: bool, function: Callable[..., Any], *arguments: object) -> Any:
-    """What a function returns in a fresh interpreter, with simplejpeg or without."""
+    """Call a function in a fresh interpreter, with or without simplejpeg."""
     spawn = get_context("spawn")
-    with ProcessPoolExecutor(1, spawn, initializer=begin, initargs=(turbo,)) as executor:
+    with ProcessPoolExecutor(1, spawn, initializer=set_up_process, initargs=(turbo,)) as executor:
         return executor.submit(function, *arguments).result()
 
 
-def make(form: str, data: "Data") -> Path:
-    """The folder of a form, written if it is not there; read once, into the page cache."""
+def prepare_format(name: str, data: "Data") -> Path:
+    """Return the folder of a data format, written if missing; reads it into the page cache."""
     pairs = data.images.parent
-    # Inside the folder of the pairs, and so removed with it when other pairs are drawn.
-    folder = pairs if form == "folders" else pairs / "loading" / form
+    # Inside the folder of the pairs, so that it is removed with it when they are regenerated.
+    folder = pairs if name == "folders" else pairs / "loading" / name
     if not folder.is_dir():
         part = folder.with_suffix(".part")
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-        alone(False, FORMS[form], data, part)
+        alone(False, FORMATS[name], data, part)
         part.rename(folder)
     for path in folder.rglob("*"):
         if path.is_file():
@@ -339,13 +340,13 @@ def main() -> None:
         if all(map(find_spec, CONTENDERS[name].packages)):
             measured[name] = []
         else:
-            print(f"{name} is left out: its package is not installed", file=sys.stderr)
+            print(f"{name} is skipped: its package is not installed", file=sys.stderr)
     for number in range(1, arguments.rounds + 1):
         for name, rounds in measured.items():
-            folder = make(CONTENDERS[name].form, data)
+            folder = prepare_format(CONTENDERS[name].format, data)
             rounds.append(alone(name == "ours-turbo", measure, name, folder, arguments.pairs))
-            word = f"round {number} of {arguments.rounds}, {name}: {rounds[-1].speed:,.0f}"
-            print(f"{word} samples/s", file=sys.stderr, flush=True)
+            progress = f"round {number} of {arguments.rounds}, {name}: {rounds[-1].speed:,.0f}"
+            print(f"{progress} samples/s", file=sys.stderr, flush=True)
     optional = {"litdata": "litdata", "mosaicml": "mosaicml-streaming", "ours-turbo": "simplejpeg"}
     packages = ["torch", "pillow", "webdataset", *(optional[n] for n in measured if n in optional)]
     print(
@@ -356,7 +357,7 @@ def main() -> None:
     print("", *tables(measured), sep="\n")
     pixels = {name: rounds[-1].pixels for name, rounds in measured.items() if rounds[-1].pixels}
     if len({*pixels.values()}) > 1:
-        raise SystemExit(f"not all yield the same pixels: {pixels}")
+        raise SystemExit(f"loaders yield different pixels: {pixels}")
 
 
 if __name__ == "__main__":

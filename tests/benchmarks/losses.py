@@ -1,10 +1,10 @@
-"""Losses over regions: all classes at once, beside one class after the other.
+"""Losses over regions: all classes at once, compared with a loop over the classes.
 
     python tests/benchmarks/losses.py                                   # CPU
     python tests/benchmarks/losses.py --device cuda --batch 32 --side 512
 
-Forward and backward of the Dice loss on random logits, by number of classes; on a GPU also the
-memory that it takes beside the logits and their gradient.
+Forward and backward pass of the Dice loss on random logits, by number of classes; on a GPU also its
+memory besides the logits and their gradient.
 """
 
 import argparse
@@ -24,7 +24,7 @@ Sums = tuple[Tensor, Tensor, Tensor]
 
 
 def sums_by_loop(logits: Tensor, mask: Tensor, counted: tuple[int, ...]) -> Sums:
-    """`unet.losses.region_sums` with a loop over the classes: what it must be equal to."""
+    """Reference for `unet.losses.sum_regions`: a loop over the classes."""
     valid = mask != losses.IGNORE
     probability = logits.softmax(dim=1)
     overlap, predicted, true = [], [], []
@@ -38,7 +38,7 @@ def sums_by_loop(logits: Tensor, mask: Tensor, counted: tuple[int, ...]) -> Sums
 
 
 def dice(sums: Callable[[Tensor, Tensor], Sums], logits: Tensor, mask: Tensor) -> None:
-    """One Dice loss and its gradient."""
+    """Compute a Dice loss and its gradient."""
     overlap, predicted, true = sums(logits, mask)
     score = (2 * overlap + 1) / (predicted + true + 1)
     (1 - score).mean().backward()
@@ -46,7 +46,7 @@ def dice(sums: Callable[[Tensor, Tensor], Sums], logits: Tensor, mask: Tensor) -
 
 
 def measure(work: Callable[[], None], device: torch.device, repeats: int) -> tuple[float, float]:
-    """Median seconds of a call and, on a GPU, the GiB that it took at most."""
+    """Measure the median seconds of a call and, on a GPU, its peak memory in GiB."""
     spent = []
     work()
     if device.type == "cuda":
@@ -55,11 +55,11 @@ def measure(work: Callable[[], None], device: torch.device, repeats: int) -> tup
     for _ in range(repeats):
         if device.type == "cuda":
             torch.cuda.synchronize()
-        begun = time.perf_counter()
+        start = time.perf_counter()
         work()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        spent.append(time.perf_counter() - begun)
+        spent.append(time.perf_counter() - start)
     taken = torch.cuda.max_memory_allocated(device) - before if device.type == "cuda" else 0
     return statistics.median(spent), taken / 2**30
 
@@ -89,7 +89,7 @@ def main() -> None:
         counted = tuple(range(1, classes))
         on_device = torch.tensor(counted, device=device)
         ways = (
-            lambda x, y, c=on_device: losses.region_sums(x, y, c),
+            lambda x, y, c=on_device: losses.sum_regions(x, y, c),
             lambda x, y, c=counted: sums_by_loop(x, y, c),
         )
         (ours, our_memory), (theirs, their_memory) = (

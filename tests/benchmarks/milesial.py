@@ -1,8 +1,8 @@
-"""The network of milesial/Pytorch-UNet, built from its published description, under its key names.
+"""The network of milesial/Pytorch-UNet, rebuilt from its description with its parameter names.
 
 Padded 3x3 convolutions without bias, each with batch norm and ReLU; 64 to 1024 channels; 2x2
-max-pooling; 2x2 transposed convolutions that halve the channels, their map padded to the skip's
-size; skip first in the concatenation; a 1x1 convolution as the head.
+max pooling; 2x2 transposed convolutions that halve the channels, with output padded to the size of
+the skip; skip first in the concatenation; a 1x1 convolution as the head.
 """
 
 import torch

@@ -1,13 +1,13 @@
-"""The network itself beside milesial/Pytorch-UNet's of the same width, in turn.
+"""The network compared with that of milesial/Pytorch-UNet, of the same width.
 
     python tests/benchmarks/network.py                      # CPU, float32
     python tests/benchmarks/network.py --dtype bfloat16
     python tests/benchmarks/network.py --device cuda --dtype bfloat16 --batch 16 --side 512
 
 Forward (evaluation mode, no gradients) and forward + backward (training mode, mean of the logits as
-the loss), 3 channels in, 2 classes out, 31 M parameters each. `ours` is the preset modern as it is;
-`ours, batch norm` has milesial's norm. On a GPU ours is also compiled, in channels_last, and the
-rate is given beside that of a bare matrix product of the same dtype.
+the loss), 3 input channels, 2 classes, 31 M parameters each. `ours` is the preset modern; `ours,
+batch norm` uses the norm of milesial. On a GPU, ours is also measured compiled and in
+channels_last. The rate of a matrix product of the same dtype is printed for reference.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from unet import UNet
 
 
 def build(device: torch.device) -> dict[str, nn.Module]:
-    """The contenders."""
+    """Make the contenders."""
     data = {"in_channels": 3, "num_classes": 2}
     models: dict[str, nn.Module] = {
         "milesial": Milesial(3, 2),
@@ -47,17 +47,17 @@ def build(device: torch.device) -> dict[str, nn.Module]:
 
 
 def seconds(work: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Of one call, the device waited for."""
-    begun = time.perf_counter()
+    """Time one call, with the device synchronised."""
+    start = time.perf_counter()
     for _ in range(repeats):
         work()
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return (time.perf_counter() - begun) / repeats
+    return (time.perf_counter() - start) / repeats
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype, side: int | None = None) -> float:
-    """TFLOP/s of a product of two square matrices; left out: as large as suits the device."""
+    """Measure TFLOP/s of a product of two square matrices; default side: by the device."""
     side = side or (8192 if device.type == "cuda" else 2048)
     a = torch.randn(side, side, device=device, dtype=dtype)
     with torch.inference_mode():
@@ -83,11 +83,11 @@ def main() -> None:
     autocast = nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
 
     def forward(model: nn.Module) -> Tensor:
-        picture = image
+        x = image
         if "compiled" in name_of[model]:
-            picture = image.contiguous(memory_format=torch.channels_last)
+            x = image.contiguous(memory_format=torch.channels_last)
         with autocast:
-            return model(picture)
+            return model(x)
 
     def inference(model: nn.Module) -> None:
         model.eval()
@@ -109,7 +109,7 @@ def main() -> None:
         for name, model in models.items():
             for kind, work in (("forward", inference), ("forward + backward", training)):
                 spent = seconds(lambda m=model, w=work: w(m), device, arguments.repeats)
-                # The first round warms up, and compiles.
+                # The first round is for warm-up and compilation.
                 if number >= 0:
                     times.setdefault((kind, name), []).append(spent)
     what = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor()
@@ -118,7 +118,7 @@ def main() -> None:
         f"{arguments.dtype}, batch {arguments.batch}, {arguments.side} x {arguments.side}; a "
         f"matrix product of this dtype: {matrix_rate(device, dtype):.2f} TFLOP/s\n"
     )
-    print("| pass | network | pictures/s | TFLOP/s | beside milesial (each round) |")
+    print("| pass | network | images/s | TFLOP/s | relative to milesial (each round) |")
     print("| --- | --- | --- | --- | --- |")
     for (kind, name), spent in times.items():
         median = statistics.median(spent)

@@ -1,23 +1,23 @@
-"""`unet pack` and `unet check` beside their peers, in turn, on the same generated pairs.
+"""`unet pack` and `unet check` compared with their peers on the same generated pairs.
 
     python tests/benchmarks/packing.py --work DIR
     python tests/benchmarks/packing.py --work DIR --pairs 200 --only decode shardwriter
 
-Pairs of 512 x 512: JPEG pictures of 100-140 kB and PNG masks of a few kB, drawn once into DIR.
-Every round runs each contender once, with two processes where it has workers:
+Pairs of 512 x 512: JPEG images of 100-140 kB and PNG masks of a few kB, generated once in DIR.
+Every round runs each contender once, with two processes if it has workers:
 
-    decode              opens and loads picture and mask with Pillow, no more
-    check               `unet check`, all of it
-    pack                `unet pack`, which decodes and checks everything; masks are rewritten
-    shardwriter         webdataset.ShardWriter in a plain loop, one process, bytes copied
-    headers-canonical   `unet pack --verify headers`; masks are copied
-    headers-rewritten   `unet pack --verify headers`; masks are rewritten
-    litdata             litdata.optimize, bytes copied; left out where litdata is not installed
-    tarfile             the bytes copied into one tar a process with Python's tarfile
+    decode              only opens and loads image and mask with Pillow
+    check               `unet check`
+    pack                `unet pack`, which decodes and checks everything and rewrites masks
+    shardwriter         webdataset.ShardWriter in a plain loop, one process; copies bytes
+    headers-canonical   `unet pack --verify headers`; copies masks
+    headers-rewritten   `unet pack --verify headers`; rewrites masks
+    litdata             litdata.optimize; copies bytes; skipped if litdata is not installed
+    tarfile             Python's tarfile; copies bytes into one tar per process
 
-Time is that of the call, its processes included, in a fresh interpreter that has imported what is
-called; what a call imports on its way counts. litdata is called as its users call it: its
-workers are spawned, and each imports everything again; `litdata-forked` spares it that.
+Times include the processes that a call starts and what it imports late, but not the import of its
+module: each call runs in a fresh interpreter that has already done this. litdata runs with its
+defaults, which spawn workers that import everything again; `litdata-forked` forks them.
 """
 
 import argparse
@@ -56,7 +56,7 @@ CLASSES = ("background", "foreground")
 
 @dataclass(frozen=True, slots=True)
 class Data:
-    """The folders of the pairs, and their names without extension."""
+    """Folders of the pairs, and their file names without extension."""
 
     images: Path
     binary: Path
@@ -64,21 +64,21 @@ class Data:
     stems: tuple[str, ...]
 
     def read(self, stem: str) -> tuple[bytes, bytes]:
-        picture, mask = self.images / f"{stem}.jpg", self.binary / f"{stem}.png"
-        return picture.read_bytes(), mask.read_bytes()
+        image, mask = self.images / f"{stem}.jpg", self.binary / f"{stem}.png"
+        return image.read_bytes(), mask.read_bytes()
 
 
 @dataclass(frozen=True, slots=True)
 class Contender:
     label: str
     measure: Callable[[Data, Path], float]
-    """Does the work, into a folder that is not there yet, and returns its seconds."""
+    """Writes into a folder that does not exist yet; returns seconds."""
     copies: bool = True
-    """What it writes holds every picture."""
+    """Whether its output contains every image."""
 
 
 def blobs(rng: np.random.Generator, cells: int, bands: int) -> NDArray[np.float32]:
-    """Smooth random fields [SIDE, SIDE, bands] between 0 and 255."""
+    """Draw smooth random fields [SIDE, SIDE, bands] between 0 and 255."""
     small = rng.integers(0, 256, (bands, cells, cells), dtype=np.uint8)
     size = (SIDE, SIDE)
     fields = [Image.fromarray(band).resize(size, Image.Resampling.BICUBIC) for band in small]
@@ -86,13 +86,13 @@ def blobs(rng: np.random.Generator, cells: int, bands: int) -> NDArray[np.float3
 
 
 def draw(number: int) -> dict[str, bytes]:
-    """The files of a pair, by the names of their folders."""
+    """Generate the files of a pair, by the names of their folders."""
     rng = np.random.default_rng(number)
     noise = rng.standard_normal((SIDE, SIDE, 3), dtype=np.float32) * rng.uniform(16, 24)
-    picture = (25 + 0.8 * blobs(rng, 8, 3) + noise).clip(0, 255).astype(np.uint8)
+    pixels = (25 + 0.8 * blobs(rng, 8, 3) + noise).clip(0, 255).astype(np.uint8)
     index = (blobs(rng, 3, 1)[..., 0] > 140).astype(np.uint8)
     image, mask = io.BytesIO(), io.BytesIO()
-    Image.fromarray(picture).save(image, "JPEG", quality=88)
+    Image.fromarray(pixels).save(image, "JPEG", quality=88)
     Image.fromarray(index * 255).save(mask, "PNG")
     return {
         "images": image.getvalue(),
@@ -111,10 +111,10 @@ def save_pair(folder: Path, number: int) -> None:
 
 
 def prepare(work: Path, pairs: int) -> Data:
-    """The pairs, drawn if they are not there; all of them read once, into the page cache."""
+    """Return the pairs, generated if missing; reads all of them into the page cache."""
     folder = work / f"pairs-{pairs}"
     first = draw(0)
-    # Another format of canonical masks, or other pictures, must not be measured as these.
+    # Regenerate pairs of an older version, with other images or another mask format.
     if not folder.is_dir() or any(
         path_of(folder, kind, 0).read_bytes() != data for kind, data in first.items()
     ):
@@ -125,7 +125,7 @@ def prepare(work: Path, pairs: int) -> Data:
             (part / kind).mkdir(parents=True)
         with ProcessPoolExecutor() as executor:
             saved = executor.map(partial(save_pair, part), range(pairs), chunksize=16)
-            for _ in tqdm(saved, desc="draw", unit="pair", total=pairs):
+            for _ in tqdm(saved, desc="generate", unit="pair", total=pairs):
                 pass
         part.rename(folder)
     for kind in first:
@@ -146,20 +146,20 @@ def decode(data: Data, stem: str) -> None:
 
 
 def measure_decode(data: Data, out: Path) -> float:
-    began = time.perf_counter()
+    start = time.perf_counter()
     with ProcessPoolExecutor(WORKERS, mp_context=get_context("fork")) as executor:
         for _ in executor.map(partial(decode, data), data.stems, chunksize=CHUNK):
             pass
-    return time.perf_counter() - began
+    return time.perf_counter() - start
 
 
 def measure_unet(verb: str, data: Data, out: Path, masks: str, flags: Sequence[str]) -> float:
     main = import_module(f"pipelines.{verb}").main
     folders = ("--images", data.images, "--masks", getattr(data, masks), "--out", out)
     argv = [*map(str, folders), *flags, "--workers", str(WORKERS)]
-    began = time.perf_counter()
+    start = time.perf_counter()
     code = main(argv)
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - start
     if code != 0:
         raise RuntimeError(f"unet {verb} ended with {code}")
     return seconds
@@ -186,30 +186,30 @@ def measure_headers_rewritten(data: Data, out: Path) -> float:
 def measure_shard_writer(data: Data, out: Path) -> float:
     from webdataset.writer import ShardWriter
 
-    began = time.perf_counter()
+    start = time.perf_counter()
     out.mkdir()
     with ShardWriter(f"{out}/%06d.tar", maxcount=10**9, maxsize=256 * 2**20) as writer:
         for stem in data.stems:
-            picture, mask = data.read(stem)
+            image, mask = data.read(stem)
             info = {"source": f"{stem}.jpg", "width": SIDE, "height": SIDE}
-            members = {"jpg": picture, "mask.png": mask, "json": json.dumps(info).encode()}
+            members = {"jpg": image, "mask.png": mask, "json": json.dumps(info).encode()}
             writer.write({"__key__": stem, **members})
-    return time.perf_counter() - began
+    return time.perf_counter() - start
 
 
 def litdata_sample(data: Data, stem: str) -> dict[str, bytes]:
-    picture, mask = data.read(stem)
-    return {"image": picture, "mask": mask}
+    image, mask = data.read(stem)
+    return {"image": image, "mask": mask}
 
 
 def measure_litdata(data: Data, out: Path, start_method: str | None = None) -> float:
-    # It empties both folders when it starts; by default these are `chunks` and `data` in the
-    # folder for temporary files, whoever they belong to.
+    # litdata empties both folders at the start; the default ones, `chunks` and `data` in the
+    # temporary folder, may belong to others.
     os.environ["DATA_OPTIMIZER_CACHE_FOLDER"] = str(out / "cache" / "chunks")
     os.environ["DATA_OPTIMIZER_DATA_CACHE_FOLDER"] = str(out / "cache" / "data")
     from litdata import optimize
 
-    began = time.perf_counter()
+    start = time.perf_counter()
     optimize(
         fn=partial(litdata_sample, data),
         inputs=list(data.stems),
@@ -218,7 +218,7 @@ def measure_litdata(data: Data, out: Path, start_method: str | None = None) -> f
         num_workers=WORKERS,
         start_method=start_method,
     )
-    return time.perf_counter() - began
+    return time.perf_counter() - start
 
 
 def write_tar(data: Data, stems: Sequence[str], path: Path) -> None:
@@ -231,7 +231,7 @@ def write_tar(data: Data, stems: Sequence[str], path: Path) -> None:
 
 
 def measure_tarfile(data: Data, out: Path) -> float:
-    began = time.perf_counter()
+    start = time.perf_counter()
     out.mkdir()
     with ProcessPoolExecutor(WORKERS, mp_context=get_context("fork")) as executor:
         tars = [
@@ -240,7 +240,7 @@ def measure_tarfile(data: Data, out: Path) -> float:
         ]
         for tar in tars:
             tar.result()
-    return time.perf_counter() - began
+    return time.perf_counter() - start
 
 
 CONTENDERS = {
@@ -267,11 +267,11 @@ GOALS = (
     ("headers-canonical", "litdata", 5.0),
     ("headers-rewritten", "shardwriter", 1.0),
 )
-"""Contender, peer, and how many times the peer's speed is aimed at."""
+"""Contender, peer, and the targeted ratio of their speeds."""
 
 
 def in_this_process(name: str, data: Data, out: Path, log: Path) -> float:
-    """One measurement, in a process of its own; what it and its workers print goes to `log`."""
+    """Run one measurement in this process, with its output and its workers' redirected to `log`."""
     with log.open("wb") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
@@ -279,22 +279,22 @@ def in_this_process(name: str, data: Data, out: Path, log: Path) -> float:
 
 
 def measure_once(name: str, data: Data, work: Path) -> float:
-    """Seconds of one contender, from a fresh interpreter and with nothing left to be flushed."""
+    """Measure one contender in a fresh interpreter, with nothing left to be flushed to disk."""
     contender = CONTENDERS[name]
     out, log = work / f"out-{name}", work / f"{name}.log"
     shutil.rmtree(out, ignore_errors=True)
-    # Ours flush to the disk what they write, and would wait for what others left to be written.
+    # Ours flushes to disk, and would wait for unwritten data of the others.
     os.sync()
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as executor:
         try:
             seconds = executor.submit(in_this_process, name, data, out, log).result()
         except (Exception, SystemExit) as error:
-            raise SystemExit(f"{name} failed ({error!r}); what it printed is in {log}") from error
+            raise SystemExit(f"{name} failed ({error!r}); its output is in {log}") from error
     if contender.copies:
-        pictures = sum(path.stat().st_size for path in data.images.iterdir())
+        num_bytes = sum(path.stat().st_size for path in data.images.iterdir())
         written = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
-        if written < pictures:
-            raise SystemExit(f"{name} wrote {written:,} bytes of {pictures:,}; see {log}")
+        if written < num_bytes:
+            raise SystemExit(f"{name} wrote {written:,} bytes of {num_bytes:,}; see {log}")
     shutil.rmtree(out, ignore_errors=True)
     return seconds
 
@@ -352,10 +352,10 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     names = [name for name in CONTENDERS if name in arguments.only]
     if find_spec("litdata") is None:
-        print("litdata is not installed: left out", file=sys.stderr)
+        print("litdata is skipped: it is not installed", file=sys.stderr)
         names = [name for name in names if not name.startswith("litdata")]
     if not names:
-        parser.error("nothing is left to measure")
+        parser.error("no contender is left to measure")
     data = prepare(work, arguments.pairs)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for number in range(1, arguments.rounds + 1):

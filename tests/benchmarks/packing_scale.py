@@ -1,12 +1,12 @@
-"""A million pairs: time and memory of planning and of the manifest, and that they are linear.
+"""A million pairs: time and memory of the plan and the manifest, which should grow linearly.
 
     python tests/benchmarks/packing_scale.py --work DIR --pairs 100000 1000000
 
-Draws that many pairs of tiny pictures (8 x 8, each another one) into DIR, runs `unet pack` on them
-in a process of its own, and prints the seconds until the plan is fixed, the seconds from the last
-shard to the manifest, the most memory that was held, and the size of the manifest. What the shards
-hold is simulated (a report with a digest for each picture), unless --shards packs them in earnest.
-Files of an earlier run are used again. Needs two inodes a pair.
+Generates that many pairs of tiny, distinct images (8 x 8) in DIR, runs `unet pack` on them in a
+fresh process, and prints the seconds until the plan is fixed, the seconds from the last shard to
+the manifest, the peak memory, and the size of the manifest. Shards are simulated (a report with a
+digest for each image) unless --shards writes them. Files of an earlier run are reused. Needs two
+inodes per pair.
 """
 
 import argparse
@@ -31,15 +31,15 @@ if TYPE_CHECKING:
 
 SIDE = 8
 FOLDER = 1000
-"""Pairs in one folder."""
+"""Pairs per folder."""
 
 
 def draw(work: Path, pairs: int) -> None:
-    """Write pairs that are not there yet; every picture differs from every other."""
+    """Write the missing pairs; all images are distinct."""
     marker = work / f".drawn-{pairs}"
     if marker.exists():
         return
-    for start in tqdm(range(0, pairs, FOLDER), desc=f"draw {pairs:,}", unit="folder"):
+    for start in tqdm(range(0, pairs, FOLDER), desc=f"generate {pairs:,}", unit="folder"):
         name = f"patient_{start // FOLDER:05d}"
         for part in ("images", "masks"):
             (work / part / name).mkdir(parents=True, exist_ok=True)
@@ -53,7 +53,7 @@ def draw(work: Path, pairs: int) -> None:
 
 
 def png(pixels: bytes) -> bytes:
-    """Grey PNG of 8 x 8 pixels."""
+    """Encode 8 x 8 grey pixels as PNG."""
     rows = b"".join(b"\0" + pixels[i : i + SIDE] for i in range(0, SIDE * SIDE, SIDE))
     chunks = (
         (b"IHDR", struct.pack(">IIBBBBB", SIDE, SIDE, 8, 0, 0, 0, 0)),
@@ -67,7 +67,7 @@ def png(pixels: bytes) -> bytes:
 
 
 def simulate(shards: "Sequence[PlannedShard]", rule: "PackRule", _: object) -> None:
-    """Leave behind what packing would: a shard's name and its report."""
+    """Write what packing leaves behind: an empty shard and its report."""
     from pipelines.pack import REPORT, WORK_DIR, ShardReport
     from shards.tally import SampleStatistics
     from shards.writer import ShardFile
@@ -86,8 +86,8 @@ def simulate(shards: "Sequence[PlannedShard]", rule: "PackRule", _: object) -> N
         rule.store.write(planned.name, b"")
 
 
-def pack(work: Path, out: Path, in_earnest: bool) -> None:
-    """Pack in this process and say what it took."""
+def pack(work: Path, out: Path, write_shards: bool) -> None:
+    """Pack in this process and print time and memory."""
     from pipelines import pack as verb
 
     marks: dict[str, float] = {}
@@ -96,18 +96,18 @@ def pack(work: Path, out: Path, in_earnest: bool) -> None:
         function = getattr(verb, name)
 
         def call(*arguments: object, **named: object) -> object:
-            marks[f"{name} begins"] = time.monotonic()
+            marks[f"{name} starts"] = time.monotonic()
             result = function(*arguments, **named)
             marks[f"{name} ends"] = time.monotonic()
             return result
 
         setattr(verb, name, call)
 
-    if not in_earnest:
+    if not write_shards:
         verb.write_shards = simulate
     for name in ("fix_plan", "finish"):
         timed(name)
-    begun = time.monotonic()
+    start = time.monotonic()
     code = verb.main(
         [
             *("--images", str(work / "images"), "--masks", str(work / "masks")),
@@ -119,20 +119,22 @@ def pack(work: Path, out: Path, in_earnest: bool) -> None:
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     manifest = (out / "index.json").stat().st_size
     print(
-        f"planned in {marks['fix_plan ends'] - begun:.1f} s, manifest in "
-        f"{marks['finish ends'] - marks['finish begins']:.1f} s, all in "
-        f"{time.monotonic() - begun:.1f} s; most memory {memory:,.0f} MiB; "
+        f"planned in {marks['fix_plan ends'] - start:.1f} s, manifest in "
+        f"{marks['finish ends'] - marks['finish starts']:.1f} s, total "
+        f"{time.monotonic() - start:.1f} s; peak memory {memory:,.0f} MiB; "
         f"manifest {manifest / 1e6:.2f} MB",
         flush=True,
     )
 
 
 def main() -> None:
-    """The command line."""
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--pairs", type=int, nargs="+", default=[100_000, 1_000_000])
-    parser.add_argument("--shards", action="store_true", help="write the shards too")
+    parser.add_argument(
+        "--shards", action="store_true", help="write the shards instead of simulating them"
+    )
     arguments = parser.parse_args()
     for pairs in arguments.pairs:
         work = arguments.work / str(pairs)
@@ -145,7 +147,7 @@ def main() -> None:
         process.join()
         shutil.rmtree(out, ignore_errors=True)
         if process.exitcode != 0:
-            sys.exit(f"packing {pairs:,} pairs ended with {process.exitcode}")
+            sys.exit(f"packing {pairs:,} pairs exited with {process.exitcode}")
 
 
 if __name__ == "__main__":

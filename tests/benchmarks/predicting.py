@@ -1,48 +1,48 @@
-"""`unet predict` beside what it could be at best and what is done elsewhere: pictures a second.
+"""`unet predict` compared with its upper bounds and with alternatives, in images per second.
 
     python -m venv VENV && VENV/bin/pip install -e . 'monai==1.6.*'
     VENV/bin/python tests/benchmarks/predicting.py --work DIR
     VENV/bin/python tests/benchmarks/predicting.py --work DIR --parts pipeline --pictures 2000
     VENV/bin/python tests/benchmarks/predicting.py --work DIR --parts memory list
 
-JPEG pictures of 512 x 512, drawn once into DIR; two classes; float32. Every round runs each
-contender of a part once, in an interpreter of its own.
+JPEG images of 512 x 512, generated once in DIR; two classes; float32. Every round runs each
+contender of a part once, in a fresh interpreter.
 
-`forward`: a U-Net of two levels and width 4 (the preset small), its weights set by hand so that
-masks are such as people have: blobs, 2 kB as PNG. It sees the red channel.
+`forward`: a U-Net of two levels and width 4 (the preset small) that sees the red channel, with
+hand-set weights so that its masks are realistic: blobs, 2 kB as PNG.
 
-    forward             the network on four normalised pictures at a time that lie in memory, in a
-                        process that keeps freed memory, as ours does
-    forward, memory given back
-                        the same as PyTorch comes
-    loop                picture by picture: Pillow opens it, the network, argmax, Pillow writes the
-                        PNG; in the manner of milesial/Pytorch-UNet's predict.py
+    forward             the network on batches of four normalised images in memory, in a process
+                        that keeps freed memory, as ours does
+    forward-default-allocator
+                        `forward` in a process that returns freed memory
+    loop                image by image: open with Pillow, network, argmax, write the PNG with
+                        Pillow; in the manner of milesial/Pytorch-UNet's predict.py
     monai               SlidingWindowInferer(512, overlap 0.25, Gaussian) in a loop over a
-                        DataLoader with two workers; argmax; Pillow writes the PNG; left out where
-                        MONAI is not installed
+                        DataLoader with two workers; argmax; Pillow writes the PNG; skipped if MONAI
+                        is not installed
     predict             `unet predict`, mask shards
-    predict --png       the same, and a PNG for each picture
+    predict --png       `unet predict`, mask shards and a PNG for each image
 
-`pipeline`: the network replaced by one 1 x 1 convolution that looks at the red channel.
+`pipeline`: the network is replaced by a single 1 x 1 convolution on the red channel.
 
     codec               two processes read and decode each JPEG, compare the red channel with 127,
-                        and encode the mask as PNG, with the functions that ours uses
+                        and encode the mask as PNG, with the functions of `unet predict`
     pointwise           `unet predict`, mask shards
-    no-network          `unet predict` whose logits are an expanded view of one field, computed
-                        once: what is timed is decoding, the hand-over between processes, the choice
-                        of classes, encoding and writing
-    no-device           `unet predict` whose masks are such a view: the choice of classes is left
-                        out too; what remains is what the CPUs do beside a GPU, but for copies
+    no-network          `unet predict` whose logits are an expanded view of one precomputed field:
+                        times decoding, transfer between processes, the choice of classes, encoding
+                        and writing
+    no-device           `unet predict` whose masks are such a view: without the choice of classes
+                        too, it times the work of the CPUs beside a GPU, except for copies
 
-`codec`, `forward`, `loop` and `monai` are timed from when everything is imported and loaded.
-`unet predict` is given twice: `whole` is its process from start to end, imports and checkpoint
-included; `steady` is what it does between the end of its first shard and the end of its last.
+`codec`, `forward`, `loop` and `monai` are timed after all imports and loading. `unet predict` is
+timed twice: `total` is its process from start to end, including imports and checkpoint; `steady` is
+the time from the end of its first shard to the end of its last.
 
-`memory`: the most that `unet predict` takes for 1,000 and for 10,000 pictures of 32 x 32, of its
-own process (VmHWM) and of all of its processes together (Pss, looked at every tenth of a second).
+`memory`: the peak memory of `unet predict` for 1,000 and for 10,000 images of 32 x 32, of the main
+process (VmHWM) and of all of its processes together (Pss, sampled every tenth of a second).
 
-`list`: `unet predict` of a list of 1,000,000 paths, of which the first 10,000 are there: seconds
-until the list is read, until the first shard is begun and until it is there; it is then stopped.
+`list`: `unet predict` of a list of 1,000,000 paths, of which the first 10,000 exist: seconds until
+the list is read, until the first shard is started, and until it is finished; it is then stopped.
 """
 
 import argparse
@@ -80,8 +80,8 @@ from pipelines.checkpoint import LoadedModel
 from pipelines.devices import hold_memory
 from shards.images import ImageFormat, decode_image
 from shards.masks import encode_mask
-from unet import DataSpec, Masks, UNet
-from unet.tiling import stack
+from unet import DataSpec, PredictedMasks, UNet
+from unet.tiling import stack_tiles
 
 REPO = Path(__file__).resolve().parents[2]
 SIDE, TINY = 512, 32
@@ -99,12 +99,12 @@ LISTED, PRESENT = 1_000_000, 10_000
 
 
 class Job(NamedTuple):
-    """What a contender is given."""
+    """Input and output of a contender."""
 
     checkpoint: Path
-    pictures: Path
+    images: Path
     out: Path
-    """Not there yet."""
+    """Does not exist yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,11 +112,11 @@ class Contender:
     label: str
     part: str
     measure: Callable[[Job], dict[str, float]]
-    """Does the work and returns pictures a second, by what was timed."""
+    """Runs the contender; returns images per second, by what was timed."""
 
 
 def draw(number: int, folder: Path, side: int) -> None:
-    """A JPEG of 100 to 140 kB, for a side of 512, whose red channel tells blobs from the rest."""
+    """Write a JPEG whose red channel shows blobs: 100 to 140 kB for a side of 512."""
     rng = np.random.default_rng(number)
     small = Image.fromarray(rng.integers(0, 256, (4, 4), dtype=np.uint8))
     field = np.asarray(small.resize((side, side), Image.Resampling.BICUBIC))
@@ -127,15 +127,15 @@ def draw(number: int, folder: Path, side: int) -> None:
 
 
 def prepare(work: Path, count: int, side: int) -> Path:
-    """A folder of pictures, drawn if it is not there; read once, into the page cache."""
-    folder = work / f"pictures-{side}-{count}"
+    """Return a folder of images, generated if missing; reads it into the page cache."""
+    folder = work / f"images-{side}-{count}"
     if not folder.is_dir():
         part = folder.with_suffix(".part")
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         with ProcessPoolExecutor() as executor:
             drawn = executor.map(partial(draw, folder=part, side=side), range(count), chunksize=16)
-            for _ in tqdm(drawn, desc="draw", unit="picture", total=count):
+            for _ in tqdm(drawn, desc="generate", unit="image", total=count):
                 pass
         part.rename(folder)
     sizes = [len(path.read_bytes()) for path in folder.iterdir()]
@@ -144,10 +144,10 @@ def prepare(work: Path, count: int, side: int) -> Path:
 
 
 def save_model(folder: Path, preset: str = "small", **changes: int) -> Path:
-    """A network that costs what any of its size does, and whose masks are the blobs.
+    """Save a network of ordinary cost whose masks are the blobs.
 
-    Masks of random weights are noise, which takes Pillow longer to encode than to predict. Only
-    the first channel is set by hand: GPUs are faster with zeros.
+    Random weights would give noise, which takes Pillow longer to encode than the network to
+    predict. Only the first channel is hand-set: GPUs compute faster with zeros.
     """
     data: dict[str, Any] = {"in_channels": 3, "num_classes": len(SPEC.classes), "spec": SPEC}
     model = UNet.from_preset(preset, **data, **changes)
@@ -158,7 +158,7 @@ def save_model(folder: Path, preset: str = "small", **changes: int) -> Path:
                 weight[0].zero_()
                 weight[0, 0, 1, 1] = 1
             if ".conv." in name and name.endswith("bias"):
-                # After a norm: so that no activation cuts anything away.
+                # After a norm: shifts all values above 0, so that ReLU keeps them.
                 weight.fill_(2)
         model.head.weight.zero_()
         model.head.weight[1, 0] = 1
@@ -167,16 +167,16 @@ def save_model(folder: Path, preset: str = "small", **changes: int) -> Path:
     return folder
 
 
-# -------------------------------------------------------------------------- what others would do
+# ------------------------------------------------------------------------------ alternatives
 
 
 @contextmanager
 def timed(job: Job, rates: dict[str, float]) -> Iterator[None]:
-    """Pictures a second of what is done meanwhile."""
-    count = len([*job.pictures.iterdir()])
-    begun = time.perf_counter()
+    """Record the images per second of the enclosed block in `rates`."""
+    count = len([*job.images.iterdir()])
+    start = time.perf_counter()
     yield
-    rates["loaded"] = count / (time.perf_counter() - begun)
+    rates["loaded"] = count / (time.perf_counter() - start)
 
 
 def load(job: Job) -> UNet:
@@ -188,19 +188,19 @@ def measure_forward(job: Job, *, held: bool) -> dict[str, float]:
     if held:
         hold_memory()
     model, rates = load(job), {}
-    paths = sorted(job.pictures.iterdir())[: 4 * BATCH]
+    paths = sorted(job.images.iterdir())[: 4 * BATCH]
     pixels = [np.asarray(Image.open(path)) for path in paths]
     ready = SPEC.normalise(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)).contiguous()
     batches = ready.split(BATCH)
     model(batches[0])
     with timed(job, rates):
-        for number in range(-(-len([*job.pictures.iterdir()]) // BATCH)):
+        for number in range(-(-len([*job.images.iterdir()]) // BATCH)):
             model(batches[number % len(batches)])
     return rates
 
 
 def normalised(path: Path) -> Tensor:
-    """float32 [3, H, W]."""
+    """Read a normalised image, float32 [3, H, W]."""
     pixels = np.asarray(Image.open(path).convert("RGB"), dtype=np.float32).transpose(2, 0, 1)
     mean, std = (
         np.array(values, dtype=np.float32)[:, None, None] for values in (SPEC.mean, SPEC.std)
@@ -209,7 +209,7 @@ def normalised(path: Path) -> Tensor:
 
 
 def save_mask(logits: Tensor, job: Job, name: str) -> None:
-    """argmax of [1, K, H, W] as a PNG."""
+    """Write the argmax of logits [1, K, H, W] as PNG."""
     mask = logits.argmax(dim=1)[0].to(torch.uint8).numpy()
     Image.fromarray(mask * 255).save(job.out / f"{name}.png")
 
@@ -219,12 +219,12 @@ def measure_loop(job: Job) -> dict[str, float]:
     model, rates = load(job), {}
     job.out.mkdir()
     with timed(job, rates):
-        for path in sorted(job.pictures.iterdir()):
+        for path in sorted(job.images.iterdir()):
             save_mask(model(normalised(path)[None]), job, path.stem)
     return rates
 
 
-class Pictures(Dataset[tuple[str, Tensor]]):
+class ImageFolder(Dataset[tuple[str, Tensor]]):
     def __init__(self, folder: Path) -> None:
         self.paths = sorted(folder.iterdir())
 
@@ -243,22 +243,22 @@ def measure_monai(job: Job) -> dict[str, float]:
     model, rates = load(job), {}
     job.out.mkdir()
     with timed(job, rates):
-        for (name,), image in DataLoader(Pictures(job.pictures), num_workers=WORKERS):
+        for (name,), image in DataLoader(ImageFolder(job.images), num_workers=WORKERS):
             save_mask(inferer(image, model), job, name)
     return rates
 
 
-def code(path: Path) -> int:
-    """The size of the mask of a picture."""
+def transcode(path: Path) -> int:
+    """Decode an image and encode its mask; returns the size of the mask in bytes."""
     pixels = decode_image(path.read_bytes(), ImageFormat("RGB"), str(path))
     return len(encode_mask((pixels[..., 0] > 127).astype(np.uint8), SPEC.palette))
 
 
 def measure_codec(job: Job, workers: int = WORKERS) -> dict[str, float]:
     rates: dict[str, float] = {}
-    paths = sorted(job.pictures.iterdir())
+    paths = sorted(job.images.iterdir())
     with timed(job, rates), ProcessPoolExecutor(workers, get_context("fork")) as executor:
-        sizes = [*executor.map(code, paths, chunksize=16)]
+        sizes = [*executor.map(transcode, paths, chunksize=16)]
     print(f"masks of {statistics.mean(sizes):,.0f} bytes", file=sys.stderr)
     return rates
 
@@ -267,36 +267,36 @@ def measure_codec(job: Job, workers: int = WORKERS) -> dict[str, float]:
 
 
 def command(job: Job, per_shard: int, verb: Sequence[str]) -> list[str]:
-    told = ("--checkpoint", job.checkpoint, "--input", job.pictures, "--out", job.out)
+    paths = ("--checkpoint", job.checkpoint, "--input", job.images, "--out", job.out)
     size = ("--batch-size", BATCH, "--samples-per-shard", per_shard)
-    return [sys.executable, *verb, *map(str, (*told, *size))]
+    return [sys.executable, *verb, *map(str, (*paths, *size))]
 
 
 def measure_predict(
     job: Job, *, flags: Sequence[str] = (), network: str | None = None
 ) -> dict[str, float]:
-    """`network`: of `STAND_INS`; None: the checkpoint's own."""
-    count = len([*job.pictures.iterdir()])
+    """Time `unet predict`; `network` is one of `STAND_INS`, or None for that of the checkpoint."""
+    count = len([*job.images.iterdir()])
     verb = ("-m", "pipelines.predict") if network is None else (__file__, network)
-    # Some shards, however few the pictures.
-    told = command(job, max(1, min(256, count // 8)), verb)
-    begun = time.perf_counter()
-    subprocess.run([*told, *flags], cwd=REPO, check=True)
-    return {"whole": count / (time.perf_counter() - begun), "steady": steady_rate(job.out, count)}
+    # Several shards, however few the images.
+    words = command(job, max(1, min(256, count // 8)), verb)
+    start = time.perf_counter()
+    subprocess.run([*words, *flags], cwd=REPO, check=True)
+    return {"total": count / (time.perf_counter() - start), "steady": steady_rate(job.out, count)}
 
 
 def steady_rate(out: Path, count: int) -> float:
-    """Masks a second between the end of the first shard and that of the last."""
+    """Compute masks per second between the end of the first shard and that of the last."""
     indexes = sorted(out.glob("*.idx"))
     first, *rest = (len(path.read_text().splitlines()) - 1 for path in indexes)
     if first + sum(rest) != count:
-        raise RuntimeError(f"{first + sum(rest)} masks of {count} pictures")
+        raise RuntimeError(f"{first + sum(rest)} masks of {count} images")
     ends = [path.with_suffix(".tar").stat().st_mtime for path in (indexes[0], indexes[-1])]
     return sum(rest) / (ends[1] - ends[0])
 
 
 def run_pointwise(argv: Sequence[str]) -> int:
-    """`unet predict` with a convolution of 1 x 1 for a network."""
+    """Run `unet predict` with a 1 x 1 convolution as the network."""
     predict: Any = import_module("pipelines.predict")
     load_model = predict.load_model
 
@@ -316,13 +316,13 @@ def run_pointwise(argv: Sequence[str]) -> int:
 
 @cache
 def field(height: int, width: int) -> Tensor:
-    """float32 [height, width]: 50 times (0.5 less than a blob that is smooth, as in `draw`)."""
+    """Return float32 [height, width]: 50 x (smooth noise - 0.5), the noise as in `draw`."""
     small = torch.rand((1, 1, 4, 4), generator=torch.Generator().manual_seed(1))
     return 50 * (nn.functional.interpolate(small, (height, width), mode="bicubic")[0, 0] - 0.5)
 
 
 def run_without_network(argv: Sequence[str]) -> int:
-    """`unet predict` with a forward pass that costs nothing: every image gets the same mask."""
+    """Run `unet predict` with a forward pass of no cost: every image gets the same mask."""
     predict: Any = import_module("pipelines.predict")
 
     @cache
@@ -338,18 +338,20 @@ def run_without_network(argv: Sequence[str]) -> int:
 
 
 def run_without_device(argv: Sequence[str]) -> int:
-    """`unet predict` with masks that cost nothing but the batch of their images."""
+    """Run `unet predict` with masks of no cost, except for stacking their images."""
     predict: Any = import_module("pipelines.predict")
 
     @cache
-    def masks(count: int, height: int, width: int) -> Masks:
+    def masks(count: int, height: int, width: int) -> PredictedMasks:
         classes = (field(height, width) > 0).to(torch.uint8).expand(count, -1, -1)
         counts = torch.tensor([[height * width - int(classes[0].sum()), int(classes[0].sum()), 0]])
         confidence = torch.full((count,), 0.9, dtype=torch.float64)
-        return Masks(classes, confidence, None, None, counts.expand(count, -1))
+        return PredictedMasks(classes, confidence, None, None, counts.expand(count, -1))
 
-    def predict_masks(_: object, images: Sequence[Tensor], *__: object, **___: object) -> Masks:
-        batch = stack(images)
+    def predict_masks(
+        _: object, images: Sequence[Tensor], *__: object, **___: object
+    ) -> PredictedMasks:
+        batch = stack_tiles(images)
         return masks(len(batch), *batch.shape[-2:])
 
     predict.predict_masks = predict_masks
@@ -361,15 +363,15 @@ STAND_INS = {
     "no-network": run_without_network,
     "no-device": run_without_device,
 }
-"""What runs `unet predict` with something else for a network, by the name of its contender."""
+"""Functions that run `unet predict` with a substitute for the network, by contender."""
 
 
 CONTENDERS = {
     "forward": Contender("bare forward", "forward", partial(measure_forward, held=True)),
-    "forward-given-back": Contender(
-        "bare forward, memory given back", "forward", partial(measure_forward, held=False)
+    "forward-default-allocator": Contender(
+        "bare forward, default allocator", "forward", partial(measure_forward, held=False)
     ),
-    "loop": Contender("picture by picture", "forward", measure_loop),
+    "loop": Contender("image by image", "forward", measure_loop),
     "monai": Contender("MONAI SlidingWindowInferer, 2 workers", "forward", measure_monai),
     "predict": Contender("`unet predict`", "forward", measure_predict),
     "predict-png": Contender(
@@ -395,7 +397,7 @@ CONTENDERS = {
 
 GOALS = (
     ("predict", "forward", 0.85),
-    ("predict", "forward-given-back", 0.85),
+    ("predict", "forward-default-allocator", 0.85),
     ("predict", "loop", 1.1),
     ("predict-png", "loop", 1.1),
     ("predict", "monai", 2.0),
@@ -404,12 +406,12 @@ GOALS = (
     ("no-network", "codec", 0.75),
     ("no-device", "codec", 0.75),
 )
-"""Contender, peer, and how many times the peer's speed is aimed at."""
+"""Contender, peer, and the targeted ratio of their speeds."""
 
 
 def measure_once(name: str, job: Job) -> dict[str, float]:
     shutil.rmtree(job.out, ignore_errors=True)
-    # Ours flushes to the disk what it writes, and would wait for what others left to be written.
+    # Ours flushes to disk, and would wait for unwritten data of the others.
     os.sync()
     rates = alone(CONTENDERS[name].measure, job)
     shutil.rmtree(job.out, ignore_errors=True)
@@ -417,7 +419,7 @@ def measure_once(name: str, job: Job) -> dict[str, float]:
 
 
 Rates = dict[tuple[str, str], list[float]]
-"""{(contender, what was timed): pictures a second in each round}."""
+"""{(contender, what was timed): images per second in each round}."""
 
 
 def measure_part(part: str, job: Job, names: Sequence[str], rounds: int) -> Rates:
@@ -426,13 +428,13 @@ def measure_part(part: str, job: Job, names: Sequence[str], rounds: int) -> Rate
         for name in names:
             for timed_what, rate in measure_once(name, job).items():
                 rates.setdefault((name, timed_what), []).append(rate)
-                word = f"round {number} of {rounds}, {part}, {name}, {timed_what}"
-                print(f"{word}: {rate:.1f} pictures/s", file=sys.stderr, flush=True)
+                progress = f"round {number} of {rounds}, {part}, {name}, {timed_what}"
+                print(f"{progress}: {rate:.1f} images/s", file=sys.stderr, flush=True)
     return rates
 
 
 def speed_table(rates: Rates) -> list[str]:
-    titles = ("contender", "timed", "pictures/s, median", "min - max", "of each round")
+    titles = ("contender", "timed", "images/s, median", "min - max", "of each round")
     lines = [row(*titles), row(*["---"] * len(titles))]
     for (name, timed_what), each in rates.items():
         lines.append(
@@ -451,7 +453,7 @@ def ratio_table(rates: Rates) -> list[str]:
     titles = ("ratio of speeds", "timed", "of the medians", "of each round", "goal")
     lines = [row(*titles), row(*["---"] * len(titles))]
     for ours, peer, goal in GOALS:
-        for timed_what in ("steady", "whole"):
+        for timed_what in ("steady", "total"):
             mine, others = rates.get((ours, timed_what)), rates.get((peer, "loaded"))
             if mine is None or others is None:
                 continue
@@ -472,7 +474,7 @@ def ratio_table(rates: Rates) -> list[str]:
 
 
 def memory_of(process: int, file: str, kind: str) -> float:
-    """MB of a process, 0 where it has gone meanwhile."""
+    """Read the MB of a process; 0 if it has exited."""
     try:
         lines = Path(f"/proc/{process}/{file}").read_text().splitlines()
     except (FileNotFoundError, ProcessLookupError):
@@ -480,37 +482,37 @@ def memory_of(process: int, file: str, kind: str) -> float:
     return sum(int(line.split()[1]) for line in lines if line.startswith(kind)) * 1024e-6
 
 
-def family(process: int) -> list[int]:
-    """A process and all below it."""
+def process_tree(process: int) -> list[int]:
+    """Return a process and its descendants."""
     try:
         tasks = [*Path(f"/proc/{process}/task").iterdir()]
         below = [child for task in tasks for child in (task / "children").read_text().split()]
     except (FileNotFoundError, ProcessLookupError):
         return []
-    return [process, *(one for child in below for one in family(int(child)))]
+    return [process, *(one for child in below for one in process_tree(int(child)))]
 
 
-class Watched:
-    """A command that is looked at while it runs; ended with all that it started."""
+class MonitoredCommand:
+    """A command whose memory is sampled while it runs; `stop` kills it with its children."""
 
-    def __init__(self, told: Sequence[str]) -> None:
-        self.begun = time.perf_counter()
+    def __init__(self, words: Sequence[str]) -> None:
+        self.start = time.perf_counter()
         self.process = subprocess.Popen(
-            told, cwd=REPO, start_new_session=True, stdout=subprocess.DEVNULL
+            words, cwd=REPO, start_new_session=True, stdout=subprocess.DEVNULL
         )
         self.own = self.all = 0.0
-        """Most MB so far: of the process, of all."""
+        """Peak MB so far: of the main process, of all processes."""
 
     @property
     def seconds(self) -> float:
-        return time.perf_counter() - self.begun
+        return time.perf_counter() - self.start
 
-    def until(self, there: Callable[[], bool]) -> float:
-        """Look until something is there or the command has ended; seconds since it began."""
-        while self.process.poll() is None and not there():
+    def until(self, condition: Callable[[], bool]) -> float:
+        """Sample until a condition is true or the command has ended; returns seconds so far."""
+        while self.process.poll() is None and not condition():
             process = self.process.pid
             self.own = max(self.own, memory_of(process, "status", "VmHWM"))
-            every = (memory_of(one, "smaps_rollup", "Pss:") for one in family(process))
+            every = (memory_of(one, "smaps_rollup", "Pss:") for one in process_tree(process))
             self.all = max(self.all, sum(every))
             time.sleep(0.1)
         return self.seconds
@@ -522,15 +524,15 @@ class Watched:
 
 
 def memory_table(checkpoint: Path, work: Path, counts: Sequence[int]) -> list[str]:
-    titles = ("inputs", "MB of its process", "MB of all processes", "seconds")
+    titles = ("inputs", "peak MB, main process", "peak MB, all processes", "seconds")
     lines = [row(*titles), row(*["---"] * len(titles))]
     for count in counts:
         job = Job(checkpoint, prepare(work, count, TINY), work / "out")
         shutil.rmtree(job.out, ignore_errors=True)
-        watched = Watched(command(job, 256, ("-m", "pipelines.predict")))
+        watched = MonitoredCommand(command(job, 256, ("-m", "pipelines.predict")))
         seconds = watched.until(lambda: False)
         if watched.process.returncode:
-            raise SystemExit(f"unet predict ended with {watched.process.returncode}")
+            raise SystemExit(f"unet predict exited with {watched.process.returncode}")
         lines.append(
             row(f"{count:,}", f"{watched.own:,.0f}", f"{watched.all:,.0f}", f"{seconds:.1f}")
         )
@@ -543,22 +545,22 @@ def list_table(checkpoint: Path, work: Path, rounds: int) -> list[str]:
     folder = prepare(work, PRESENT, TINY)
     job = Job(checkpoint, work / "list.txt", work / "out")
     names = (f"{folder.name}/{number:07d}.jpg" for number in range(LISTED))
-    job.pictures.write_text("\n".join(names) + "\n")
+    job.images.write_text("\n".join(names) + "\n")
     passed: dict[str, list[float]] = {}
     memory: list[tuple[float, float]] = []
     for number in range(1, rounds + 1):
         shutil.rmtree(job.out, ignore_errors=True)
-        watched = Watched(command(job, 256, ("-m", "pipelines.predict")))
+        watched = MonitoredCommand(command(job, 256, ("-m", "pipelines.predict")))
         stages = {
             "the list is read": lambda: (job.out / "job.json").exists(),
-            "the first shard is begun": lambda: bool([*job.out.rglob("*predicted-000000*")]),
-            "the first shard is there": lambda: (job.out / "predicted-000000.tar").exists(),
+            "the first shard is started": lambda: bool([*job.out.rglob("*predicted-000000*")]),
+            "the first shard is finished": lambda: (job.out / "predicted-000000.tar").exists(),
         }
         try:
-            for stage, there in stages.items():
-                passed.setdefault(stage, []).append(watched.until(there))
+            for stage, condition in stages.items():
+                passed.setdefault(stage, []).append(watched.until(condition))
             if watched.process.poll() is not None:
-                raise SystemExit(f"unet predict ended with {watched.process.returncode}")
+                raise SystemExit(f"unet predict exited with {watched.process.returncode}")
         finally:
             watched.stop()
         memory.append((watched.own, watched.all))
@@ -568,7 +570,11 @@ def list_table(checkpoint: Path, work: Path, rounds: int) -> list[str]:
         median = statistics.median(each)
         lines.append(row(stage, f"{median:.1f}", ", ".join(f"{one:.1f}" for one in each)))
     own, every = map(max, zip(*memory, strict=True))
-    return [*lines, "", f"Until then at most {own:,.0f} MB of its process, {every:,.0f} of all."]
+    return [
+        *lines,
+        "",
+        f"Peak until then: {own:,.0f} MB main process, {every:,.0f} MB all processes.",
+    ]
 
 
 def main() -> None:
@@ -578,25 +584,31 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parts = ("forward", "pipeline", "memory", "list")
-    parser.add_argument("--work", type=Path, required=True, help="folder for pictures and results")
+    parser.add_argument("--work", type=Path, required=True, help="folder for images and results")
     parser.add_argument("--parts", nargs="+", choices=parts, default=["forward", "pipeline"])
-    parser.add_argument("--pictures", type=int, default=400, help="of 512 x 512")
+    parser.add_argument("--pictures", type=int, default=400, help="number of images of 512 x 512")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
-    parser.add_argument("--inputs", nargs="+", type=int, default=[1_000, 10_000], help="of memory")
+    parser.add_argument(
+        "--inputs",
+        nargs="+",
+        type=int,
+        default=[1_000, 10_000],
+        help="numbers of inputs for --parts memory",
+    )
     arguments = parser.parse_args()
     if arguments.pictures < 16 or arguments.rounds < 1:
-        parser.error("--pictures must be at least 16, --rounds 1")
+        parser.error("--pictures must be >= 16, --rounds >= 1")
     work: Path = arguments.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     names = [name for name in CONTENDERS if name in arguments.only]
     if find_spec("monai") is None and "monai" in names:
-        print("MONAI is left out: it is not installed", file=sys.stderr)
+        print("MONAI is skipped: it is not installed", file=sys.stderr)
         names.remove("monai")
     checkpoint = save_model(work / "checkpoint", base_channels=4, depth=2)
     packages = ["torch", "pillow", *["monai"] * ("monai" in names)]
     print(
-        f"{date.today()}, {arguments.pictures:,} pictures, {len(os.sched_getaffinity(0))} cores, "
+        f"{date.today()}, {arguments.pictures:,} images, {len(os.sched_getaffinity(0))} cores, "
         f"Python {platform.python_version()}, "
         + ", ".join(f"{package} {version(package)}" for package in packages)
     )
@@ -607,9 +619,9 @@ def main() -> None:
         elif part == "list":
             tables = [list_table(checkpoint, work, arguments.rounds)]
         else:
-            pictures = prepare(work, arguments.pictures, SIDE)
+            images = prepare(work, arguments.pictures, SIDE)
             rates = measure_part(
-                part, Job(checkpoint, pictures, work / "out"), some, arguments.rounds
+                part, Job(checkpoint, images, work / "out"), some, arguments.rounds
             )
             tables = [speed_table(rates), ratio_table(rates)]
         for table in tables:

@@ -1,20 +1,20 @@
-"""What a checkpoint costs the steps around it: written at once, and beside training.
+"""Cost of a checkpoint for the steps around it: written synchronously, and in the background.
 
     python tests/benchmarks/saving.py --work DIR
     python tests/benchmarks/saving.py --work DIR --device cuda --side 512 --batch 8
 
 Real training steps (forward, backward, AdamW, average of the weights) of the network alone, on one
-batch that lies ready, and saves as `unet train` makes them: `modern` has a training state of 500 MB
-and, with the weights to use, a checkpoint of 620 MB. `at once` waits for each write, as training
-did before; `beside` does not.
+batch in memory, and checkpoints as `unet train` saves them: `modern` has a training state of 500 MB
+and, with the weights for inference, a checkpoint of 620 MB. `synchronous` waits for each write;
+`background` does not.
 
-The slow disk is simulated: before each file is flushed (fsync) the thread that writes sleeps for
-as long as a disk of so many MB/s (--disk) would take for its bytes. That takes no CPU time, as
-waiting for a disk takes none. `none` is the disk of DIR as it is.
+The slow disk is simulated: before each file is flushed (fsync), the writing thread sleeps for as
+long as a disk with --disk MB/s would take for its bytes. This takes no CPU time, like waiting for a
+disk. `as is` is the disk of DIR.
 
-Each contender saves `--saves` times, each time after `--steps` steps at least, and once the write
-before is complete. The first save, which allocates the host memory, is in a column of its own.
-After each write the saved weights are compared with those of the moment of the save, bit by bit.
+Each contender saves `--saves` times, each time after at least `--steps` steps and once the previous
+write is complete. The first save, which allocates the host memory, has its own column. After each
+write, the saved weights are compared bit by bit with those at the time of the save.
 """
 
 import argparse
@@ -37,25 +37,25 @@ from pipelines.devices import hold_memory
 from pipelines.optim import Learner, OptimConfig, build_learner
 from unet import UNet
 
-MODES = ("at once", "beside")
+MODES = ("synchronous", "background")
 
 
 @dataclass(slots=True)
 class Times:
-    """Seconds, of one contender on one disk."""
+    """Times of one contender on one disk, in seconds."""
 
     plain: list[float] = field(default_factory=list)
-    """Of steps while nothing is written."""
+    """Steps while nothing is written."""
     saving: list[float] = field(default_factory=list)
-    """Of each step that saves, the save included."""
+    """Steps that save, including the save."""
     meanwhile: list[float] = field(default_factory=list)
-    """Of steps while a checkpoint is written."""
+    """Steps while a checkpoint is written."""
     written: list[float] = field(default_factory=list)
-    """From the beginning of each save until it is complete."""
+    """From the start of a save until it is complete."""
 
 
-def disk(rate: float | None) -> Callable[[Path], None]:
-    """What flushes a file on a disk of so many MB/s; None: as the disk is."""
+def simulate_disk(rate: float | None) -> Callable[[Path], None]:
+    """Return a function that flushes a file as a disk with `rate` MB/s would; None: no delay."""
     flush = checkpoint.flush_to_disk
 
     def slow(file: Path) -> None:
@@ -66,10 +66,10 @@ def disk(rate: float | None) -> Callable[[Path], None]:
     return slow
 
 
-def build_step(given: argparse.Namespace, learner: Learner) -> Callable[[], None]:
-    """One training step, complete on return."""
-    device = torch.device(given.device)
-    image = torch.rand(given.batch, 3, given.side, given.side, device=device)
+def build_step(arguments: argparse.Namespace, learner: Learner) -> Callable[[], None]:
+    """Return a function that makes one training step and waits until it is complete."""
+    device = torch.device(arguments.device)
+    image = torch.rand(arguments.batch, 3, arguments.side, arguments.side, device=device)
     count = 0
 
     def step() -> None:
@@ -88,45 +88,45 @@ def build_step(given: argparse.Namespace, learner: Learner) -> Callable[[], None
     return step
 
 
-def measure(given: argparse.Namespace, mode: str, folder: Path) -> Times:
-    """Train and save."""
+def measure(arguments: argparse.Namespace, mode: str, folder: Path) -> Times:
+    """Time steps and saves of one contender."""
     torch.manual_seed(0)
-    model = UNet.from_preset(given.preset, in_channels=3, num_classes=2).to(given.device)
+    model = UNet.from_preset(arguments.preset, in_channels=3, num_classes=2).to(arguments.device)
     learner = build_learner(model, OptimConfig())
-    step, times = build_step(given, learner), Times()
+    step, times = build_step(arguments, learner), Times()
     state = TrainState(0, 0, 0.0, 0, None, None, {})
     with Checkpoints(folder, keep=1) as checkpoints:
-        for number in range(given.saves):
-            for _ in range(given.steps):
+        for number in range(arguments.saves):
+            for _ in range(arguments.steps):
                 times.plain.append(timed(step))
             expected = {name: t.clone() for name, t in learner.model.state_dict().items()}
-            begun = time.perf_counter()
+            start = time.perf_counter()
             checkpoints.save(replace(state, step=number), learner, None, is_best=False)
             writing = checkpoints.writing
             assert writing is not None
-            if mode == "at once":
+            if mode == "synchronous":
                 checkpoints.wait()
             step()
-            times.saving.append(time.perf_counter() - begun)
+            times.saving.append(time.perf_counter() - start)
             while not writing.done():
                 times.meanwhile.append(timed(step))
-            times.written.append(time.perf_counter() - begun)
+            times.written.append(time.perf_counter() - start)
             file = checkpoints.folder / "last" / checkpoint.TRAINING
-            found = torch.load(file, map_location=given.device, weights_only=True)["model"]
+            found = torch.load(file, map_location=arguments.device, weights_only=True)["model"]
             assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
-    # The first ones warm up.
-    del times.plain[: min(3, given.steps - 1)]
+    # The first steps warm up.
+    del times.plain[: min(3, arguments.steps - 1)]
     return times
 
 
 def timed(action: Callable[[], None]) -> float:
-    begun = time.perf_counter()
+    start = time.perf_counter()
     action()
-    return time.perf_counter() - begun
+    return time.perf_counter() - start
 
 
 def table(found: dict[tuple[str, str], Times]) -> list[str]:
-    """A line for each contender on each disk."""
+    """Format a table with one row per contender and disk."""
     titles = ("disk", "written", "step, median", "step with the first save", "with a later save")
     more = ("steps during a write: median", "longest", "complete after")
     lines = [row(*titles, *more), row(*["---"] * 8)]
@@ -160,24 +160,25 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--side", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=20, help="before each save")
+    parser.add_argument("--steps", type=int, default=20, help="steps before each save")
     parser.add_argument("--saves", type=int, default=4)
     parser.add_argument("--disk", type=float, default=50.0, help="MB/s of the slow disk")
-    given = parser.parse_args()
-    given.work.mkdir(parents=True, exist_ok=True)
-    if given.device == "cpu":
+    arguments = parser.parse_args()
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    if arguments.device == "cpu":
         hold_memory()
     flush, found = checkpoint.flush_to_disk, {}
-    for name, rate in (("none", None), (f"{given.disk:g} MB/s", given.disk)):
+    for name, rate in (("as is", None), (f"{arguments.disk:g} MB/s", arguments.disk)):
         for mode in MODES:
-            checkpoint.flush_to_disk = disk(rate)
-            with tempfile.TemporaryDirectory(dir=given.work) as folder:
-                found[name, mode] = measure(given, mode, Path(folder))
+            checkpoint.flush_to_disk = simulate_disk(rate)
+            with tempfile.TemporaryDirectory(dir=arguments.work) as folder:
+                found[name, mode] = measure(arguments, mode, Path(folder))
             checkpoint.flush_to_disk = flush
-    what = torch.cuda.get_device_name() if given.device == "cuda" else platform.processor()
+    what = torch.cuda.get_device_name() if arguments.device == "cuda" else platform.processor()
     print(
         f"{date.today()}, {what}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch "
-        f"{torch.__version__}, {given.preset}, batch {given.batch} of {given.side} x {given.side}\n"
+        f"{torch.__version__}, {arguments.preset}, batch {arguments.batch} of "
+        f"{arguments.side} x {arguments.side}\n"
     )
     print(*table(found), sep="\n")
 

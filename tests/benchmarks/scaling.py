@@ -1,20 +1,20 @@
-"""What 8, 64 and 512 GPUs would ask of network, CPUs, storage and disk: computed, not measured.
+"""Demands of 8, 64 and 512 GPUs on network, CPUs, storage and disk: computed, not measured.
 
     python tests/benchmarks/scaling.py --samples-per-second RATE
     python tests/benchmarks/scaling.py --samples-per-second 100 --preset modern --batch 16
 
-RATE is what one GPU trains alone, as `RUN/metrics.jsonl` says it (`train/samples_per_second`).
-Parameters and a checkpoint are measured here: the network is built, makes one step, and is saved
-as a run saves it. All else is arithmetic:
+RATE is the throughput of one GPU training alone, `train/samples_per_second` in `RUN/metrics.jsonl`.
+Parameters and checkpoint are measured: the script builds the network, makes one step, and saves it
+as a run does. Everything else is arithmetic, for W GPUs:
 
     step         batch / RATE, as if more GPUs cost nothing
-    all-reduce   2 (W - 1) / W * gradient bytes / bandwidth: a ring (Patarasuk & Yuan 2009), bound
-                 by what a machine sends to the next; float32 gradients. DDP hides it behind the
-                 backward pass, two thirds of a step, so that what is longer than that is waited for
-    cores        RATE / what one CPU core decodes, for each GPU
-    reading      W * RATE * bytes of a sample
-    checkpoint   all wait for rank 0's copy to host memory, and for what it has not written when the
-                 next one comes: as a share of the time
+    all-reduce   2 (W - 1) / W * gradient bytes / bandwidth: a ring (Patarasuk & Yuan 2009), limited
+                 by what a machine sends to the next; float32 gradients. DDP overlaps it with the
+                 backward pass, two thirds of a step; anything longer is exposed
+    cores        RATE / decoding rate of a CPU core, per GPU
+    reading      W * RATE * bytes per sample
+    checkpoint   time that all ranks wait, as a share of the time: for rank 0's copy to host memory
+                 and for what is not yet written when the next checkpoint is due
 """
 
 import argparse
@@ -32,25 +32,25 @@ from unet import DataSpec, UNet
 
 WORLDS = (8, 64, 512)
 SIDE = 64
-"""Of the picture of the one step: large enough for any preset but `paper`."""
+"""Side of the image of the one step: large enough for any preset except `paper`."""
 BACKWARD = 2 / 3
-"""Share of a step that the backward pass takes: twice the FLOPs of the forward pass."""
+"""Share of a step spent in the backward pass: it has twice the FLOPs of the forward pass."""
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Of one device."""
+    """Measurements on one device."""
 
     parameters: int
     checkpoint_bytes: int
     copy_seconds: float
-    """To host memory: here on a CPU."""
+    """Time to copy to host memory; measured on a CPU."""
     write_seconds: float
-    """From there to the disk."""
+    """Time to write that copy to disk."""
 
 
 def measure(preset: str) -> Measured:
-    """Build a network, make one step, so that the optimizer has its state, and save it."""
+    """Build a network, make one step to fill the optimizer state, and save a checkpoint."""
     spec = DataSpec(
         classes=("background", "cell"),
         palette=((0, 0, 0), (255, 0, 0)),
@@ -68,7 +68,7 @@ def measure(preset: str) -> Measured:
         checkpoints = Checkpoints(Path(folder), keep=1)
         checkpoints.save(state, learner, None, is_best=True)
         checkpoints.wait()
-        begun = time.perf_counter()
+        start = time.perf_counter()
         checkpoints.save(replace(state, step=2), learner, None, is_best=False)
         copied = time.perf_counter()
         checkpoints.wait()
@@ -76,30 +76,30 @@ def measure(preset: str) -> Measured:
         saved = (Path(folder) / "checkpoints" / "step-00000002").iterdir()
         num_bytes = sum(file.stat().st_size for file in saved)
     parameters = sum(p.numel() for p in model.parameters())
-    return Measured(parameters, num_bytes, copied - begun, written - copied)
+    return Measured(parameters, num_bytes, copied - start, written - copied)
 
 
-def table(given: argparse.Namespace, measured: Measured) -> list[str]:
-    """A line for each number of GPUs."""
-    step = given.batch / given.samples_per_second
+def table(arguments: argparse.Namespace, measured: Measured) -> list[str]:
+    """Compute a table with one row per number of GPUs."""
+    step = arguments.batch / arguments.samples_per_second
     gradients = 4 * measured.parameters
-    links = [f"all-reduce at {bandwidth:g} GB/s" for bandwidth in given.bandwidth]
+    links = [f"all-reduce at {bandwidth:g} GB/s" for bandwidth in arguments.bandwidth]
     titles = ("GPUs", "global batch", *links, "reading", "checkpoint")
     lines = [row(*titles), row(*["---"] * len(titles))]
     for world in WORLDS:
         reduces = []
-        for bandwidth in given.bandwidth:
+        for bandwidth in arguments.bandwidth:
             seconds = 2 * (world - 1) / world * gradients / (bandwidth * 1e9)
-            waited = max(0.0, seconds - BACKWARD * step) / step
-            reduces.append(f"{seconds * 1e3:.1f} ms, waited {waited:.0%}")
-        reading = world * given.samples_per_second * given.sample_bytes
-        between = given.eval_every * step
+            exposed = max(0.0, seconds - BACKWARD * step) / step
+            reduces.append(f"{seconds * 1e3:.1f} ms, exposed {exposed:.0%}")
+        reading = world * arguments.samples_per_second * arguments.sample_bytes
+        between = arguments.eval_every * step
         pause = measured.copy_seconds + max(0.0, measured.write_seconds - between)
         share = pause / (between + pause)
         lines.append(
             row(
                 str(world),
-                f"{world * given.batch:,}",
+                f"{world * arguments.batch:,}",
                 *reduces,
                 f"{reading / 1e9:.2f} GB/s",
                 f"{share:.1%} of the time",
@@ -112,33 +112,36 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--samples-per-second", type=float, required=True, help="of one GPU alone")
+    parser.add_argument("--samples-per-second", type=float, required=True, help="of a single GPU")
     parser.add_argument("--preset", choices=("modern", "small"), default="modern")
-    parser.add_argument("--batch", type=int, default=8, help="samples of one GPU in a step")
+    parser.add_argument("--batch", type=int, default=8, help="samples per GPU and step")
     parser.add_argument(
-        "--decoded", type=float, default=305, help="samples/s of a core: loading.py"
+        "--decoded", type=float, default=305, help="samples/s that a core decodes (loading.py)"
     )
-    parser.add_argument("--sample-bytes", type=float, default=105e3, help="in a shard")
+    parser.add_argument(
+        "--sample-bytes", type=float, default=105e3, help="bytes of a sample in a shard"
+    )
     parser.add_argument("--eval-every", type=int, default=500, help="steps between checkpoints")
     parser.add_argument(
         "--bandwidth",
         type=float,
         nargs="+",
         default=[1.25, 12.5, 50.0],
-        help="GB/s that a machine sends to the next: 10, 100 and 400 Gb/s",
+        help="GB/s from a machine to the next: 10, 100 and 400 Gb/s",
     )
-    given = parser.parse_args()
-    measured = measure(given.preset)
+    arguments = parser.parse_args()
+    measured = measure(arguments.preset)
     print(
-        f"{given.preset}, measured: {measured.parameters / 1e6:.1f} M parameters, gradients of "
+        f"{arguments.preset}, measured: {measured.parameters / 1e6:.1f} M parameters, gradients of "
         f"{4 * measured.parameters / 1e6:.0f} MB, a checkpoint of "
         f"{measured.checkpoint_bytes / 1e6:.0f} MB copied in {measured.copy_seconds:.2f} s and "
         f"written in {measured.write_seconds:.1f} s.\n"
-        f"Computed for {given.samples_per_second:g} samples/s of one GPU: a step of {given.batch} "
-        f"takes {given.batch / given.samples_per_second * 1e3:.0f} ms, and each GPU wants "
-        f"{given.samples_per_second / given.decoded:.1f} cores for its loader.\n"
+        f"Computed for {arguments.samples_per_second:g} samples/s per GPU: a step of "
+        f"{arguments.batch} takes {arguments.batch / arguments.samples_per_second * 1e3:.0f} ms, "
+        f"and each GPU needs "
+        f"{arguments.samples_per_second / arguments.decoded:.1f} cores for its loader.\n"
     )
-    print(*table(given, measured), sep="\n")
+    print(*table(arguments, measured), sep="\n")
 
 
 if __name__ == "__main__":

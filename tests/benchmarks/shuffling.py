@@ -1,21 +1,21 @@
-"""How well a stream is shuffled: our order beside webdataset's and a full permutation.
+"""Quality of the shuffle: our order compared with webdataset's and a full permutation.
 
     python tests/benchmarks/shuffling.py --out shuffling.png
     python tests/benchmarks/shuffling.py --samples 20000 --shards 20
 
-There are no pictures, only numbers: the place of every sample in its shards and in the stream of
-two epochs. Ours is `shards.order`, one rank; webdataset's are its own stages on such numbers, those
-of WebDataset(shardshuffle=100).shuffle(1000).batched(64) in a WebLoader of two workers, and with
-the further .unbatched().shuffle(1000).batched(64) that its documentation recommends.
+There are no images, only numbers: the position of every sample in the shards and in the stream of
+two epochs. Ours is `shards.order` on one rank. webdataset's is its own stages on these numbers,
+those of WebDataset(shardshuffle=100).shuffle(1000).batched(64) in a WebLoader with two workers; and
+the same with the .unbatched().shuffle(1000).batched(64) that its documentation recommends.
 
-    distance         of samples that are neighbours in a shard, in the stream, as a share of it
-    shards a batch   how many different shards a batch of 64 draws from
-    epochs           correlation of the places of a sample in two epochs
-    met again        of two samples of a batch, how often they share one in the next epoch too, as a
-                     multiple of what chance would do
+    distance           in the stream, between neighbours in a shard, as a share of the stream
+    shards per batch   number of different shards in a batch of 64
+    epochs             correlation between the positions of a sample in two epochs
+    met again          how often two samples of a batch share one in the next epoch too, as a
+                       multiple of chance
 
-The drawing has a dot for each of some thousand samples: across, its place in the shards; up, its
-place in the first epoch.
+The plot has a dot for each of several thousand samples: x is its position in the shards, y its
+position in the first epoch.
 """
 
 import argparse
@@ -41,7 +41,7 @@ EPOCHS = 2
 SEED = 0
 
 Streams = list[NDArray[np.int64]]
-"""For each epoch, the samples by number of storage in the order of the stream."""
+"""For each epoch, the sample numbers (in storage order) in the order of the stream."""
 
 
 def ours(sizes: tuple[int, ...]) -> Streams:
@@ -52,7 +52,7 @@ def ours(sizes: tuple[int, ...]) -> Streams:
 
 
 def stock(sizes: tuple[int, ...], again: bool = False) -> Streams:
-    # Its stubs do not name what it exports.
+    # Its type stubs lack its exports.
     wds, starts = import_module("webdataset"), np.cumsum((0, *sizes))
 
     def read(shards: Iterator[dict[str, Any]]) -> Iterator[tuple[int]]:
@@ -62,7 +62,7 @@ def stock(sizes: tuple[int, ...], again: bool = False) -> Streams:
 
     dataset = wds.DataPipeline(
         wds.SimpleShardList([str(number) for number in range(len(sizes))]),
-        # As WebDataset does: a worker's shards are always the same, and in the same order.
+        # As in WebDataset: a worker always gets the same shards in the same order.
         wds.split_by_worker,
         wds.shuffle(100, seed=SEED),
         read,
@@ -83,18 +83,18 @@ def permuted(sizes: tuple[int, ...]) -> Streams:
 SCHEMES: dict[str, Callable[[tuple[int, ...]], Streams]] = {
     "ours": ours,
     "webdataset": stock,
-    "webdataset, shuffled again": lambda sizes: stock(sizes, again=True),
+    "webdataset, reshuffled": lambda sizes: stock(sizes, again=True),
     "full permutation": permuted,
 }
 
 
 def figures(streams: Streams, sizes: tuple[int, ...]) -> list[str]:
-    """The cells of a scheme's row."""
+    """Compute the cells of a scheme's row."""
     total, shard = sum(sizes), np.repeat(np.arange(len(sizes)), sizes)
     places = [np.argsort(stream) for stream in streams]
     distance = np.abs(np.diff(places[0]))[shard[1:] == shard[:-1]] / total
-    whole = total // BATCH * BATCH
-    batches = np.sort(shard[streams[0][:whole]].reshape(-1, BATCH), axis=1)
+    complete = total // BATCH * BATCH
+    batches = np.sort(shard[streams[0][:complete]].reshape(-1, BATCH), axis=1)
     drawn = 1 + np.count_nonzero(np.diff(batches, axis=1), axis=1)
     first, second = (place // BATCH for place in places)
     _, met = np.unique(first * total + second, return_counts=True)
@@ -111,11 +111,11 @@ def figures(streams: Streams, sizes: tuple[int, ...]) -> list[str]:
 
 
 def draw(schemes: dict[str, Streams], dots: int, out: Path) -> None:
-    """A panel for each scheme, side by side; drawn at twice the size, for smooth dots."""
+    """Plot one panel per scheme, side by side; drawn at twice the size for smooth dots."""
     side, gap, edge, dot = 900, 60, 110, 3.5
     size = (len(schemes) * (side + gap) + gap, side + 2 * edge)
-    picture = Image.new("RGB", size, "white")
-    pen = ImageDraw.Draw(picture)
+    canvas = Image.new("RGB", size, "white")
+    pen = ImageDraw.Draw(canvas)
     for number, (name, (stream, *_)) in enumerate(schemes.items()):
         left, places = gap + number * (side + gap), np.argsort(stream)
         pen.rectangle((left, edge, left + side, edge + side), fill="#f5f7fa", outline="#c9d1da")
@@ -124,9 +124,9 @@ def draw(schemes: dict[str, Streams], dots: int, out: Path) -> None:
             x, y = left + sample / len(stream) * side, edge + (1 - place / len(stream)) * side
             pen.ellipse((x - dot, y - dot, x + dot, y + dot), fill="#1f5f99")
         pen.text((left, edge - 30), name, "#1c2733", ImageFont.load_default(50), anchor="ls")
-    text = "across: place in the shards; up: place in the epoch"
+    text = "x: position in the shards; y: position in the epoch"
     pen.text((gap, edge + side + 36), text, "#5b6875", ImageFont.load_default(40), anchor="lt")
-    picture.resize((size[0] // 2, size[1] // 2), Image.Resampling.LANCZOS).quantize(32).save(out)
+    canvas.resize((size[0] // 2, size[1] // 2), Image.Resampling.LANCZOS).quantize(32).save(out)
 
 
 def main() -> None:
@@ -135,8 +135,8 @@ def main() -> None:
     )
     parser.add_argument("--samples", type=int, default=200_000)
     parser.add_argument("--shards", type=int, default=100)
-    parser.add_argument("--out", type=Path, help="PNG of the drawing")
-    parser.add_argument("--dots", type=int, default=4000, help="samples in a panel")
+    parser.add_argument("--out", type=Path, help="PNG of the plot")
+    parser.add_argument("--dots", type=int, default=4000, help="samples per panel")
     arguments = parser.parse_args()
     borders = np.linspace(0, arguments.samples, arguments.shards + 1).astype(int)
     sizes = tuple(np.diff(borders).tolist())
@@ -145,7 +145,7 @@ def main() -> None:
         f"{date.today()}, {arguments.samples:,} samples in {arguments.shards:,} shards, "
         f"Python {platform.python_version()}, webdataset {version('webdataset')}\n"
     )
-    titles = ("order", "distance, median", "5 %", "shards a batch, mean", "least", "epochs")
+    titles = ("order", "distance, median", "5 %", "shards per batch, mean", "min", "epochs")
     print(row(*titles, "met again"), row(*["---"] * 7), sep="\n")
     for name, streams in schemes.items():
         if any(sorted(stream) != list(range(arguments.samples)) for stream in streams):

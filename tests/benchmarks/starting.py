@@ -1,16 +1,16 @@
-"""Starting and resuming on a million samples: seconds to the first batch, and memory.
+"""Start and resume on a million samples: seconds to the first batch, and memory.
 
     python tests/benchmarks/starting.py --work DIR
     python tests/benchmarks/starting.py --work DIR --samples 20000 --rounds 1
 
-Writes a data set of tiny samples (8 x 8) in 100 shards into DIR, once: 3 GB for a million. Then, in
-a fresh process that has imported what `unet train` imports, opens it at the beginning or in the
-middle of the eighth epoch, without loader workers and with two, and takes the first batch of 16.
-The clock runs from reading the manifest; files are in the page cache.
+Writes a data set of tiny samples (8 x 8) in 100 shards to DIR, once: 3 GB for a million. Then, in a
+fresh process that has the imports of `unet train`, opens it at the start or in the middle of the
+eighth epoch, without loader workers and with two, and takes the first batch of 16. The clock starts
+before the manifest is read; files are in the page cache.
 
-Memory is that of the process and its workers, above what the process had after its imports, as the
-kernel says (Pss_Anon and Pss_Shmem in smaps_rollup): a page that several share counts once, files
-of programs and data do not. It is taken at the first batch and after a hundred.
+Memory is that of the process and its workers, minus that of the process after its imports, as
+reported by the kernel (Pss_Anon and Pss_Shmem in smaps_rollup): shared pages count once, mapped
+files do not count. It is measured at the first batch and after a hundred.
 """
 
 import argparse
@@ -43,28 +43,28 @@ SIDE = 8
 SHARDS = 100
 BATCH = 16
 LATER = 100
-"""Batches after which memory is looked at again."""
+"""Batches after which memory is measured again."""
 CLASSES = ("background", "foreground")
 WORKERS = (0, 2)
 MIDDLE = 7.523456
-"""Epochs before the position of those that resume."""
+"""Position of a resume, in epochs."""
 
 
 def write_shard(folder: Path, number: int, samples: int) -> ShardInfo:
-    picture = encode_png(Image.new("RGB", (SIDE, SIDE), (90, 120, 150)))
+    image = encode_png(Image.new("RGB", (SIDE, SIDE), (90, 120, 150)))
     mask = encode_mask(np.eye(SIDE, dtype=np.uint8), default_palette(CLASSES))
     with ShardWriter(folder / f"train-{number:06}.tar") as writer:
         for sample in range(samples):
             key = f"patient_{number:03}/slice_{sample:06}"
             info = json.dumps({"source": f"{key}.png", "width": SIDE, "height": SIDE}).encode()
-            writer.add(key, {"png": picture, "mask.png": mask, "json": info})
+            writer.add(key, {"png": image, "mask.png": mask, "json": info})
         file = writer.seal()
     pixels = ((SIDE * SIDE - SIDE) * samples, SIDE * samples, 0)
     return ShardInfo(file.name, file.samples, file.bytes, file.sha256, pixels)
 
 
 def prepare(work: Path, samples: int) -> Path:
-    """The data set, written if it is not there; read once, into the page cache."""
+    """Return the data set, written if missing; reads it into the page cache."""
     folder, part = work / f"samples-{samples}", work / f"samples-{samples}.part"
     if not folder.is_dir():
         shutil.rmtree(part, ignore_errors=True)
@@ -89,34 +89,34 @@ def prepare(work: Path, samples: int) -> Path:
 
 
 def memory() -> float:
-    """MB of this process and its workers."""
+    """Measure the MB of this process and its workers."""
     processes = [os.getpid(), *(child.pid for child in active_children())]
     rollups = [Path(f"/proc/{pid}/smaps_rollup").read_text() for pid in processes]
     lines = [line.split() for rollup in rollups for line in rollup.splitlines()]
     return sum(int(line[1]) for line in lines if line[0] in ("Pss_Anon:", "Pss_Shmem:")) * 1024e-6
 
 
-def begin() -> None:
-    # A spawned process would spawn its workers in turn; `unet train` forks them.
+def set_up_process() -> None:
+    # By default a spawned process spawns its workers; `unet train` forks them.
     set_start_method("fork", force=True)
     import_module("pipelines.train")
 
 
 def measure(folder: Path, workers: int, start: int) -> tuple[float, float, float]:
-    """Seconds to the first batch, MB then and MB after `LATER` batches."""
+    """Measure the seconds to the first batch, MB then, and MB after `LATER` batches."""
     from pipelines.augment import AugmentConfig
     from pipelines.batches import train_batches
     from pipelines.dataset import DataSet
     from shards.index import read_manifest
     from shards.order import Order, TrainPlan
 
-    imports, began = memory(), time.perf_counter()
+    imports, clock = memory(), time.perf_counter()
     data = DataSet(Store(folder), read_manifest(folder), None, workers)
     order = Order(tuple(shard.samples for shard in data.reader("train").shards), seed=0)
     plan = TrainPlan(order, BATCH, rank=0, world=1, start=start)
     batches = train_batches(data, plan, crop_size=SIDE, augment=AugmentConfig(), seed=0)
     batch = next(batches)
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - clock
     first = memory() - imports
     if batch.position.tolist() != list(range(start, start + BATCH)):
         raise RuntimeError(f"not the batch at {start}: {batch.position.tolist()}")
@@ -138,7 +138,9 @@ def main() -> None:
     measured = {(workers, start): [] for workers in WORKERS for start in starts}
     for number in range(1, arguments.rounds + 1):
         for case, rounds in measured.items():
-            with ProcessPoolExecutor(1, get_context("spawn"), initializer=begin) as executor:
+            with ProcessPoolExecutor(
+                1, get_context("spawn"), initializer=set_up_process
+            ) as executor:
                 rounds.append(executor.submit(measure, folder, *case).result())
             print(f"round {number} of {arguments.rounds}, {case}", file=sys.stderr, flush=True)
     print(

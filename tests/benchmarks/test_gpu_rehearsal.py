@@ -1,4 +1,4 @@
-"""The GPU proof is ready at any minute: rehearsed on a CPU, and no row can take others along."""
+"""The GPU benchmark runs on a CPU in rehearsal, and a failing row does not affect the others."""
 
 import json
 import os
@@ -60,7 +60,7 @@ sys.exit(gpu.main())
 
 
 def run_rows(folder: Path, *flags: str) -> tuple[int, dict[str, dict]]:
-    """The exit code of made-up rows, and what is written of each."""
+    """Run the test rows; returns the exit code and the result of each row."""
     (folder / "rows.py").write_text(ROWS)
     (folder / "program.py").write_text(PROGRAM)
     ended = subprocess.run(
@@ -73,7 +73,7 @@ def run_rows(folder: Path, *flags: str) -> tuple[int, dict[str, dict]]:
     return ended.returncode, {row["name"]: row for row in written["rows"]}
 
 
-def test_a_row_that_hangs_dies_or_raises_takes_no_other_along(tmp_path: Path) -> None:
+def test_a_row_that_hangs_dies_or_raises_does_not_affect_the_others(tmp_path: Path) -> None:
     code, rows = run_rows(tmp_path)
     assert code == 1
     states = {name: row["state"] for name, row in rows.items()}
@@ -88,12 +88,12 @@ def test_a_row_that_hangs_dies_or_raises_takes_no_other_along(tmp_path: Path) ->
     assert rows["hangs"]["message"].endswith("last words")
     child = int(rows["hangs"]["figures"][0]["value"])
     assert not psutil.pid_exists(child) or psutil.Process(child).status() == "zombie"
-    # What was measured before the end is kept.
+    # Figures measured before the end are kept.
     assert rows["dies"]["figures"][0]["value"] == 2
-    assert "ended with 3" in rows["dies"]["message"]
+    assert "exited with 3" in rows["dies"]["message"]
     assert rows["raises"]["message"] == "ValueError: no such figure"
     assert rows["skips"]["message"] == "not here"
-    # Figures of rows before are known to another process.
+    # A new process knows the figures of earlier rows.
     ratio = rows["works again"]["figures"][1]
     assert (ratio["name"], ratio["value"]) == ("of the first", 3)
     table = (tmp_path / "out" / "gpu.md").read_text()
@@ -101,7 +101,7 @@ def test_a_row_that_hangs_dies_or_raises_takes_no_other_along(tmp_path: Path) ->
     assert "| one | raises | FAILED | ValueError: no such figure |  |" in table
 
 
-def test_rows_beyond_the_budget_are_skipped_and_named(tmp_path: Path) -> None:
+def test_rows_beyond_the_budget_are_listed_as_skipped(tmp_path: Path) -> None:
     code, rows = run_rows(tmp_path, "--budget", "0", "--only", "two")
     assert code == 0
     assert {name: row["state"] for name, row in rows.items()} == {
@@ -111,18 +111,18 @@ def test_rows_beyond_the_budget_are_skipped_and_named(tmp_path: Path) -> None:
     assert rows["works again"]["message"] == "the budget of 0 s was spent"
 
 
-def test_every_function_that_a_row_names_is_there() -> None:
+def test_every_function_of_a_row_exists() -> None:
     for row in gpu.ROWS:
         module, _, name = row.function.partition(":")
         source = (SCRIPT.parent / f"{module}.py").read_text()
         assert f"def {name}(" in source, row
     assert len({(row.step, row.name) for row in gpu.ROWS}) == len(gpu.ROWS)
-    # Rows of a step share processes: they stand together.
+    # Rows of a step share a process, so they must be adjacent.
     order = [row.step for row in gpu.ROWS]
     assert order == sorted(order, key=gpu.STEPS.index)
 
 
-def test_what_we_need_is_there_or_travels() -> None:
+def test_every_dependency_is_expected_or_shipped() -> None:
     header = SCRIPT.read_text().split("set -euo pipefail")[0]
     named = set(re.findall(r"[a-z][a-z0-9-]+", header.lower()))
     wanted = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]["dependencies"]
@@ -132,7 +132,7 @@ def test_what_we_need_is_there_or_travels() -> None:
 
 
 def test_the_rehearsal_runs_every_row(tmp_path: Path) -> None:
-    began = time.monotonic()
+    start = time.monotonic()
     ended = subprocess.run(
         [SCRIPT, "--rehearse", "--out", tmp_path, "--budget", "800"],
         env={**os.environ, "PYTHON": sys.executable, "WHEELS": str(tmp_path / "none")},
@@ -141,7 +141,7 @@ def test_the_rehearsal_runs_every_row(tmp_path: Path) -> None:
         check=False,
         timeout=860,
     )
-    print(ended.stdout, f"{time.monotonic() - began:.0f} s")
+    print(ended.stdout, f"{time.monotonic() - start:.0f} s")
     written = json.loads((tmp_path / "gpu.json").read_text())
     rows = {(row["step"], row["name"]): row for row in written["rows"]}
     assert [*rows] == [(row.step, row.name) for row in gpu.ROWS]
@@ -154,7 +154,7 @@ def test_the_rehearsal_runs_every_row(tmp_path: Path) -> None:
     assert {key: row["state"] for key, row in rows.items()} == expected, messages
     assert all(row["figures"] for key, row in rows.items() if expected[key] == "done")
     assert ended.returncode == ("failed" in expected.values()), ended.stdout + ended.stderr
-    # What comes back from the machine is at most eight files.
+    # The machine returns at most eight files.
     assert {path.name for path in tmp_path.iterdir()} == {
         "gpu.json",
         "gpu.md",

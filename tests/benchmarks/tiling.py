@@ -1,31 +1,31 @@
-"""Overlap-tile prediction beside MONAI's: seconds and peak memory, in turn.
+"""Tiled prediction compared with MONAI: seconds and peak memory.
 
     python -m venv VENV && VENV/bin/pip install -e . 'monai==1.6.*'
     VENV/bin/python tests/benchmarks/tiling.py
     VENV/bin/python tests/benchmarks/tiling.py --side 1024 --rounds 1 --models tiny
     python tests/benchmarks/tiling.py --memory
 
-One RGB picture of 4,096 x 4,096 random bytes, two classes, tiles of 512 with an overlap of 0.25,
-Gaussian blending with sigma = tile / 8; the same random weights for all, in float32. The networks:
+One RGB image of 4,096 x 4,096 random bytes, two classes, tiles of 512 with an overlap of 0.25,
+Gaussian blending with sigma = tile / 8; the same random weights for all, in float32. Networks:
 
-    small   the preset: 16 channels at the top, four levels
-    tiny    4 channels, two levels
+    small   the preset: 16 base channels, four levels
+    tiny    4 base channels, two levels
 
 Contenders, each with 1 and with 4 tiles in a forward pass:
 
-    ours    what `unet predict` does: `predict_mask` on the picture's bytes, in a process that keeps
-            freed memory; gives the mask and its mean confidence
-    monai   `sliding_window_inference` on the normalised picture, then argmax, as bytes; no softmax
+    ours    as in `unet predict`: `predict_mask` on uint8 pixels, in a process that keeps freed
+            memory; returns the mask and its mean confidence
+    monai   `sliding_window_inference` on the normalised image, then argmax as uint8; no softmax
     monai, memory kept
-            the same in a process that keeps freed memory: what is left is the tiling
+            `monai` in a process that keeps freed memory, so that only the tiling differs
 
-Without MONAI only ours is measured. Each runs once a round, in a fresh interpreter, after a forward
-pass of one tile. Memory is the most that the process ever held (VmHWM) above what it held at the
-start, when it had the network and the picture's bytes; Linux only. Masks differ where tiles begin
-at other pixels: on random bytes a random network changes its mind with the grid of its pooling.
+Without MONAI only ours is measured. Each runs once per round, in a fresh interpreter, after a
+forward pass of one tile. Memory is the peak of the process (VmHWM) above its size at the start,
+when it held the network and the image; Linux only. Masks differ where tiles start at different
+pixels: on random bytes, the prediction of a random network depends on its pooling grid.
 
-`--memory` predicts 20,000 x 20,000 pixels of twelve classes instead, with default tiles and nothing
-for a network, in a process that keeps freed memory and in one that does not.
+`--memory` instead predicts 20,000 x 20,000 pixels of twelve classes, with default tiles and a
+trivial network, in a process that keeps freed memory and in one that does not.
 """
 
 import argparse
@@ -50,7 +50,7 @@ from packing import row
 from torch import Tensor
 
 from pipelines.devices import hold_memory
-from unet import DataSpec, TileConfig, UNet, predict_mask
+from unet import DataSpec, TileConfig, UNet, UNetConfig, predict_mask
 
 TILE, OVERLAP = 512, 0.25
 MODELS: dict[str, dict[str, Any]] = {"small": {}, "tiny": {"base_channels": 4, "depth": 2}}
@@ -68,13 +68,13 @@ BATCHES = (1, 4)
 class Measured(NamedTuple):
     seconds: float
     megabytes: float
-    """Most memory above that of the start."""
+    """Peak memory above that at the start."""
     mask: bytes
 
 
 def predict_ours(forward: Callable[[Tensor], Tensor], image: Tensor, batch_size: int) -> Tensor:
     config = TileConfig(tile=TILE, overlap=OVERLAP, batch_size=batch_size)
-    mask, _ = predict_mask(forward, image, config)
+    mask, _ = predict_mask(forward, image, config, UNetConfig())
     return mask
 
 
@@ -91,7 +91,7 @@ def predict_monai(
 
 
 def memory(kind: str) -> float:
-    """MB of this process: VmRSS now, VmHWM at most since it was last asked to forget."""
+    """Read the MB of this process: current VmRSS, or VmHWM, the peak since its last reset."""
     status = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in status if line.startswith(kind)) * 1024e-6
 
@@ -109,47 +109,51 @@ def measure(name: str, model_name: str, batch_size: int, side: int) -> Measured:
     def forward(tiles: Tensor) -> Tensor:
         return model(SPEC.normalise(tiles))
 
-    # From proc(5): the peak is forgotten.
+    # Resets the peak, see proc(5).
     Path("/proc/self/clear_refs").write_text("5")
-    start = memory("VmRSS")
+    baseline = memory("VmRSS")
     forward(image[..., :TILE, :TILE])
-    began = time.perf_counter()
+    start = time.perf_counter()
     if name == "ours":
         mask = predict_ours(forward, image, batch_size)
     else:
         mask = predict_monai(SPEC.normalise, model, image, batch_size)
-    seconds = time.perf_counter() - began
-    return Measured(seconds, memory("VmHWM") - start, mask.numpy().tobytes())
+    seconds = time.perf_counter() - start
+    return Measured(seconds, memory("VmHWM") - baseline, mask.numpy().tobytes())
 
 
 def measure_memory(held: bool, height: int, width: int) -> float:
-    """MB above picture and start that twelve classes take, logits included."""
+    """Measure the peak MB for twelve classes, including logits, without the image."""
     if held:
         hold_memory()
     image = torch.randint(0, 256, (1, 3, height, width), dtype=torch.uint8)
     weights = torch.linspace(-1, 1, 12).view(1, 12, 1, 1)
     torch.ones(1).softmax(0)
     Path("/proc/self/clear_refs").write_text("5")
-    start = memory("VmRSS")
-    classes, _ = predict_mask(lambda tiles: tiles[:, :1].float() * weights, image, TileConfig())
+    baseline = memory("VmRSS")
+
+    def forward(tiles: Tensor) -> Tensor:
+        return tiles[:, :1].float() * weights
+
+    classes, _ = predict_mask(forward, image, TileConfig(), UNetConfig())
     if classes.shape != (1, height, width):
         raise RuntimeError(f"classes of {tuple(classes.shape)}")
-    return memory("VmHWM") - start
+    return memory("VmHWM") - baseline
 
 
-def begin() -> None:
-    # What packages print must not stand among the tables.
+def set_up_process() -> None:
+    # Keeps the output of packages out of the tables.
     os.dup2(2, 1)
 
 
 def alone(function: Callable[..., Any], *arguments: object) -> Any:
-    """What a function returns in a fresh interpreter."""
-    with ProcessPoolExecutor(1, get_context("spawn"), initializer=begin) as executor:
+    """Call a function in a fresh interpreter."""
+    with ProcessPoolExecutor(1, get_context("spawn"), initializer=set_up_process) as executor:
         return executor.submit(function, *arguments).result()
 
 
 def agreement(a: bytes, b: bytes) -> float:
-    """Share of the pixels of two masks that are the same."""
+    """Compute the share of equal pixels of two masks."""
     one, other = (torch.frombuffer(bytearray(mask), dtype=torch.uint8) for mask in (a, b))
     return (one == other).double().mean().item()
 
@@ -159,21 +163,23 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--side", type=int, default=4096, help="pixels of the picture")
+    parser.add_argument("--side", type=int, default=4096, help="side of the image in pixels")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--memory", action="store_true", help="of a large picture, nothing else")
+    parser.add_argument(
+        "--memory", action="store_true", help="only measure memory on a large image"
+    )
     arguments = parser.parse_args()
     if arguments.memory:
-        print(row("freed memory", "height", "width", "MB at most"), row(*["---"] * 4), sep="\n")
+        print(row("freed memory", "height", "width", "peak MB"), row(*["---"] * 4), sep="\n")
         for held, height in product((False, True), (5_000, 20_000)):
-            most = alone(measure_memory, held, height, 20_000)
-            word = "kept" if held else "given back"
-            print(row(word, f"{height:,}", "20,000", f"{most:,.0f}"), flush=True)
+            peak = alone(measure_memory, held, height, 20_000)
+            policy = "kept" if held else "returned"
+            print(row(policy, f"{height:,}", "20,000", f"{peak:,.0f}"), flush=True)
         return
     has_monai = find_spec("monai") is not None
     names = ["ours", *["monai", "monai, memory kept"] * has_monai]
     if not has_monai:
-        print("MONAI is left out: it is not installed", file=sys.stderr)
+        print("MONAI is skipped: it is not installed", file=sys.stderr)
     cases = [*product(names, BATCHES)]
     packages = ["torch", *["monai"] * has_monai]
     print(
@@ -186,15 +192,15 @@ def main() -> None:
         for number in range(1, arguments.rounds + 1):
             for (name, batch_size), rounds in measured.items():
                 rounds.append(alone(measure, name, model, batch_size, arguments.side))
-                word = f"round {number} of {arguments.rounds}, {model}, {name}, {batch_size}"
-                print(f"{word}: {rounds[-1].seconds:.1f} s", file=sys.stderr, flush=True)
+                progress = f"round {number} of {arguments.rounds}, {model}, {name}, {batch_size}"
+                print(f"{progress}: {rounds[-1].seconds:.1f} s", file=sys.stderr, flush=True)
         report(model, measured)
 
 
 def report(model: str, measured: dict[tuple[str, int], list[Measured]]) -> None:
-    """One table for a network."""
-    titles = ("tiling", "tiles a pass", "seconds, median", "min - max", "MB at most")
-    print("", model, "", row(*titles, "times as long as ours"), row(*["---"] * 6), sep="\n")
+    """Print the table of one network."""
+    titles = ("tiling", "tiles per pass", "seconds, median", "min - max", "peak MB")
+    print("", model, "", row(*titles, "time relative to ours"), row(*["---"] * 6), sep="\n")
     median = {
         case: statistics.median(one.seconds for one in rounds) for case, rounds in measured.items()
     }
@@ -202,13 +208,13 @@ def report(model: str, measured: dict[tuple[str, int], list[Measured]]) -> None:
     for (name, batch_size), rounds in measured.items():
         seconds = [one.seconds for one in rounds]
         span = f"{min(seconds):.1f} - {max(seconds):.1f}"
-        most = f"{max(one.megabytes for one in rounds):,.0f}"
+        peak = f"{max(one.megabytes for one in rounds):,.0f}"
         took = median[name, batch_size]
-        print(row(name, batch_size, f"{took:.1f}", span, most, f"{took / ours:.2f}"))
+        print(row(name, batch_size, f"{took:.1f}", span, peak, f"{took / ours:.2f}"))
     reference = measured["ours", BATCHES[0]][0].mask
     for case, rounds in measured.items():
         same = agreement(reference, rounds[0].mask)
-        print(f"{case[0]}, {case[1]}: {same:.1%} of the pixels as in the first line")
+        print(f"{case[0]}, {case[1]}: {same:.1%} of the pixels equal the first row")
 
 
 if __name__ == "__main__":

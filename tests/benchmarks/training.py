@@ -1,4 +1,4 @@
-"""`unet train` beside bare loops: what the loop itself costs, and what a second rank brings.
+"""`unet train` compared with bare loops: the cost of the loop, and the gain of a second rank.
 
     python tests/benchmarks/training.py --work DIR
     python tests/benchmarks/training.py --work DIR --only one two --rounds 3
@@ -6,22 +6,22 @@
         --steps 200 --only bare memory train milesial                       # on a GPU
 
 Pairs of 512 x 512 (those of packing.py) are packed into DIR once. Every round runs each contender
-once, in a fresh process; the network is the preset `small` unless said otherwise:
+once, in a fresh process; the default network is the preset `small`:
 
-    bare      forward, the default loss, backward, AdamW step, on a batch that lies ready, in a loop
-    memory    `unet train` whose batches lie ready in memory: augmentation, clipping, the average of
-              the weights, metrics.jsonl and wandb (offline) are as in any run
-    train     `unet train` on the shards, with a loader's worker
-    milesial  a bare loop with the network of milesial/Pytorch-UNet and RMSprop, its settings
-    one       `accelerate launch` of one rank of one thread, without loader workers
-    apart     two of those side by side that know nothing of each other: what the cores could do
-    two       the same with two ranks, and twice the global batch
+    bare      a loop of forward, default loss, backward and AdamW step on one batch in memory
+    memory    `unet train` on batches in memory, with augmentation, clipping, weight averaging,
+              metrics.jsonl and wandb (offline) as in any run
+    train     `unet train` on shards, with one loader worker
+    milesial  a bare loop with the network of milesial/Pytorch-UNet and its optimizer, RMSprop
+    one       `accelerate launch` with one rank of one thread, without loader workers
+    apart     two independent runs of `one` side by side: the limit of the cores
+    two       one run with two ranks of one thread, and twice the global batch
 
-Rates are samples/s: of `bare` and `milesial` after a warm-up of 10 steps; of the others the median
-over the lines of metrics.jsonl but the first two, of ten steps each. On a GPU precision is bf16,
-networks but milesial's are compiled and in channels_last, and the share of the card's measured
-matrix rate that forward and backward use is given (model FLOP/s utilisation: three times the FLOPs
-of a forward pass).
+Rates are samples/s: for `bare` and `milesial` after a warm-up of 10 steps, for the others the
+median over the lines of metrics.jsonl, ten steps each, without the first two. On a GPU the
+precision is bf16, all networks except milesial's are compiled and in channels_last, and model
+FLOP/s utilisation is printed: three times the FLOPs of a forward pass, relative to the measured
+rate of a matrix product.
 """
 
 import argparse
@@ -64,7 +64,7 @@ GPU = torch.cuda.is_available()
 
 
 def data_set(work: Path) -> Path:
-    """The shards, packed if they are not there."""
+    """Return the shards, packed if missing."""
     data, out = prepare(work, PAIRS), work / f"shards-{PAIRS}"
     if not (out / MANIFEST).exists():
         flags = ["--images", data.images, "--masks", data.binary, "--mask-format", "binary"]
@@ -72,19 +72,26 @@ def data_set(work: Path) -> Path:
     return out
 
 
-def flags(given: argparse.Namespace, run_dir: Path, batch: int) -> list[str]:
-    """What `unet train` is told."""
+def flags(arguments: argparse.Namespace, run_dir: Path, batch: int) -> list[str]:
+    """Make the flags of `unet train`."""
     fast = ("--compile", "--channels-last") if GPU else ()
-    told = [
-        *("--data", given.work / f"shards-{PAIRS}", "--run-dir", run_dir, *fast),
-        *("--model.preset", given.preset, "--crop-size", given.side, "--steps", given.steps),
+    values = [
+        *("--data", arguments.work / f"shards-{PAIRS}", "--run-dir", run_dir, *fast),
+        *(
+            "--model.preset",
+            arguments.preset,
+            "--crop-size",
+            arguments.side,
+            "--steps",
+            arguments.steps,
+        ),
         *("--global-batch-size", batch, "--log-every", EVERY, "--eval-every", 10**9),
     ]
-    return [str(flag) for flag in told]
+    return [str(flag) for flag in values]
 
 
 def rate(run_dir: Path) -> tuple[float, float]:
-    """Samples/s and the share of the time that was spent waiting for data."""
+    """Read samples/s and the share of time spent waiting for data."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     steady = [line for line in lines if "train/loss" in line][2:]
     medians = (
@@ -98,25 +105,27 @@ def autocast() -> Any:
     return torch.autocast("cuda", dtype=torch.bfloat16) if GPU else nullcontext()
 
 
-def loop(model: nn.Module, optimizer: torch.optim.Optimizer, given: argparse.Namespace) -> float:
-    """Samples/s of forward, loss, backward and step on one batch."""
-    step = make_step(model, optimizer, given, torch.device("cuda" if GPU else "cpu"))
-    began = 0.0
-    for number in range(-10, given.steps):
+def loop(
+    model: nn.Module, optimizer: torch.optim.Optimizer, arguments: argparse.Namespace
+) -> float:
+    """Measure samples/s of forward, loss, backward and step on one batch."""
+    step = make_step(model, optimizer, arguments, torch.device("cuda" if GPU else "cpu"))
+    start = 0.0
+    for number in range(-10, arguments.steps):
         if number == 0:
-            began = now()
+            start = now()
         step()
-    return given.steps * given.batch / (now() - began)
+    return arguments.steps * arguments.batch / (now() - start)
 
 
 def make_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    given: argparse.Namespace,
+    arguments: argparse.Namespace,
     device: torch.device,
 ) -> Callable[[], None]:
-    """One step on a batch that lies ready on the device."""
-    image, mask = ready(given)
+    """Return a function that makes one step on a batch already on the device."""
+    image, mask = make_batch(arguments)
     image, mask = (image.to(device).float() - 127) / 64, mask.to(device)
     criterion = SegmentationLoss(LossConfig(), (1,)).to(device)
 
@@ -137,51 +146,53 @@ def now() -> float:
     return time.perf_counter()
 
 
-def ready(given: argparse.Namespace) -> tuple[Tensor, Tensor]:
-    """uint8 [B, 3, side, side] and [B, side, side]."""
+def make_batch(arguments: argparse.Namespace) -> tuple[Tensor, Tensor]:
+    """Make random images uint8 [B, 3, side, side] and masks uint8 [B, side, side]."""
     rng = np.random.default_rng(0)
-    image = rng.integers(0, 256, (given.batch, 3, given.side, given.side), dtype=np.uint8)
-    mask = rng.integers(0, 2, (given.batch, given.side, given.side), dtype=np.uint8)
+    image = rng.integers(
+        0, 256, (arguments.batch, 3, arguments.side, arguments.side), dtype=np.uint8
+    )
+    mask = rng.integers(0, 2, (arguments.batch, arguments.side, arguments.side), dtype=np.uint8)
     return torch.from_numpy(image), torch.from_numpy(mask)
 
 
-def bare(given: argparse.Namespace) -> tuple[float, float]:
+def bare(arguments: argparse.Namespace) -> tuple[float, float]:
     hold_memory()
-    model = UNet.from_preset(given.preset, in_channels=3, num_classes=2)
+    model = UNet.from_preset(arguments.preset, in_channels=3, num_classes=2)
     if GPU:
         model.to("cuda").to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         model.compile()
-    return loop(model, torch.optim.AdamW(model.parameters(), lr=2e-3), given), 0.0
+    return loop(model, torch.optim.AdamW(model.parameters(), lr=2e-3), arguments), 0.0
 
 
-def milesial(given: argparse.Namespace) -> tuple[float, float]:
+def milesial(arguments: argparse.Namespace) -> tuple[float, float]:
     model = Milesial(3, 2).to("cuda" if GPU else "cpu")
     optimizer = torch.optim.RMSprop(model.parameters(), lr=1e-5, momentum=0.999, foreach=True)
-    return loop(model, optimizer, given), 0.0
+    return loop(model, optimizer, arguments), 0.0
 
 
-def memory(given: argparse.Namespace) -> tuple[float, float]:
-    image, mask = ready(given)
+def memory(arguments: argparse.Namespace) -> tuple[float, float]:
+    image, mask = make_batch(arguments)
     image, mask = (image.pin_memory(), mask.pin_memory()) if GPU else (image, mask)
-    batch = Batch(image, mask, torch.arange(given.batch))
+    batch = Batch(image, mask, torch.arange(arguments.batch))
     train.open_batches = lambda *_: repeat(batch)
-    return in_this_process(given)
+    return in_this_process(arguments)
 
 
-def in_this_process(given: argparse.Namespace, *more: str) -> tuple[float, float]:
+def in_this_process(arguments: argparse.Namespace, *more: str) -> tuple[float, float]:
     os.environ.update(WANDB_MODE="offline", WANDB_SILENT="true")
-    with tempfile.TemporaryDirectory(dir=given.work) as folder:
+    with tempfile.TemporaryDirectory(dir=arguments.work) as folder:
         run_dir = Path(folder) / "run"
-        code = train.main([*flags(given, run_dir, given.batch), *more])
+        code = train.main([*flags(arguments, run_dir, arguments.batch), *more])
         assert code == 0, code
         return rate(run_dir)
 
 
-def from_shards(given: argparse.Namespace) -> tuple[float, float]:
-    return in_this_process(given, *(() if GPU else ("--workers", "1")))
+def from_shards(arguments: argparse.Namespace) -> tuple[float, float]:
+    return in_this_process(arguments, *(() if GPU else ("--workers", "1")))
 
 
-def ranks(given: argparse.Namespace, world: int) -> tuple[float, float]:
+def ranks(arguments: argparse.Namespace, world: int) -> tuple[float, float]:
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
@@ -194,12 +205,12 @@ def ranks(given: argparse.Namespace, world: int) -> tuple[float, float]:
         launcher += ["--mixed_precision", "no"]
     launcher += ["--multi_gpu"] if world > 1 else []
     launcher += ["--dynamo_backend", "no", "--main_process_port", "0", "-m", "pipelines.train"]
-    with tempfile.TemporaryDirectory(dir=given.work) as folder:
+    with tempfile.TemporaryDirectory(dir=arguments.work) as folder:
         run_dir = Path(folder) / "run"
-        told = flags(given, run_dir, world * given.batch)
+        train_flags = flags(arguments, run_dir, world * arguments.batch)
         program = [sys.executable, "-m", "accelerate.commands.accelerate_cli"]
         subprocess.run(
-            [*program, *launcher, *told, "--workers", "0"],
+            [*program, *launcher, *train_flags, "--workers", "0"],
             env=environment,
             stdout=subprocess.DEVNULL,
             check=True,
@@ -207,9 +218,9 @@ def ranks(given: argparse.Namespace, world: int) -> tuple[float, float]:
         return rate(run_dir)
 
 
-def apart(given: argparse.Namespace) -> tuple[float, float]:
+def apart(arguments: argparse.Namespace) -> tuple[float, float]:
     with ThreadPoolExecutor(2) as executor:
-        (first, waited), (second, also_waited) = executor.map(partial(ranks, given), (1, 1))
+        (first, waited), (second, also_waited) = executor.map(partial(ranks, arguments), (1, 1))
     return first + second, (waited + also_waited) / 2
 
 
@@ -232,11 +243,11 @@ RATIOS = (
 RATIOS_GPU = (("memory", "bare", 0.97), ("train", "milesial", 2.0))
 
 
-def flops(given: argparse.Namespace) -> float:
-    """Of a forward and a backward pass of one sample."""
-    model = UNet.from_preset(given.preset, in_channels=3, num_classes=2)
+def flops(arguments: argparse.Namespace) -> float:
+    """Count the FLOPs of a forward and backward pass of one sample."""
+    model = UNet.from_preset(arguments.preset, in_channels=3, num_classes=2)
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
-        model(torch.zeros(1, 3, given.side, given.side))
+        model(torch.zeros(1, 3, arguments.side, arguments.side))
     return 3 * counter.get_total_flops()
 
 
@@ -246,28 +257,28 @@ def main() -> None:
     )
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--preset", default="small", choices=["small", "modern"])
-    parser.add_argument("--side", type=int, default=256, help="of a crop, in pixels")
-    parser.add_argument("--batch", type=int, default=2, help="samples of a step, of each rank")
+    parser.add_argument("--side", type=int, default=256, help="side of a crop in pixels")
+    parser.add_argument("--batch", type=int, default=2, help="samples per step and rank")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", nargs="+", choices=CONTENDERS)
-    given = parser.parse_args()
-    data_set(given.work)
-    names = given.only or [name for name in CONTENDERS if GPU or name != "milesial"]
+    arguments = parser.parse_args()
+    data_set(arguments.work)
+    names = arguments.only or [name for name in CONTENDERS if GPU or name != "milesial"]
     rates: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
-    for _ in range(given.rounds):
+    for _ in range(arguments.rounds):
         for name in names:
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as executor:
-                rates[name].append(executor.submit(CONTENDERS[name], given).result())
+                rates[name].append(executor.submit(CONTENDERS[name], arguments).result())
             print(f"{name}: {rates[name][-1][0]:.2f} samples/s", file=sys.stderr, flush=True)
 
     what = torch.cuda.get_device_name() if GPU else platform.processor() or "CPU"
     print(
-        f"{date.today()}, {what}, torch {torch.__version__}; {given.preset}, crops of {given.side} "
-        f"pixels, {given.batch} a step and rank, {given.steps} steps"
+        f"{date.today()}, {what}, torch {torch.__version__}; {arguments.preset}, crops of "
+        f"{arguments.side} pixels, {arguments.batch} per step and rank, {arguments.steps} steps"
     )
     if GPU:
-        peak, work = matrix_rate(torch.device("cuda"), torch.bfloat16), flops(given) / 1e12
+        peak, work = matrix_rate(torch.device("cuda"), torch.bfloat16), flops(arguments) / 1e12
         print(f"a matrix product in bf16: {peak:.0f} TFLOP/s; a sample: {work:.3f} TFLOP")
         used = {n: statistics.median(r for r, _ in rates[n]) * work / peak for n in names}
         print("utilisation: " + ", ".join(f"{n} {share:.2f}" for n, share in used.items()))

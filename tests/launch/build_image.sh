@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Builds the Dockerfile without Docker, on a Debian that is made here, and uses the image.
+# Builds the Dockerfile without Docker, on a Debian base created here, and tests the image.
 #
 #   tests/launch/build_image.sh FOLDER
 #
-# Needs root and `apt-get install buildah debootstrap`; FOLDER is for everything that is made (3 GB). Where
-# overlayfs cannot be mounted: STORAGE_DRIVER=vfs, which copies every layer and takes many times as long.
-# pip finds packages in the build as it does here: its settings and what they name are mounted for the
-# time of the build, and no part of the image.
-# Expect: minutes. Built twice, the second time with other code: the dependencies come from the cache.
-# The last lines are those of pytest in the image, and `built`.
+# Hardware: root, `apt-get install buildah debootstrap`, 3 GB in FOLDER, which receives all output. If
+# overlayfs cannot be mounted, set STORAGE_DRIVER=vfs: it copies every layer and is many times slower.
+# pip finds packages as it does outside: its settings, and the paths they name, are mounted during the
+# build and do not become part of the image.
+# Expect: several minutes. The image is built twice, with different code: the second build takes the
+# dependencies from the cache. The last lines are those of pytest in the image, and `built`.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-folder=${1:?a folder for everything that is made}
+folder=${1:?a folder for all output}
 mkdir -p "$folder"
 folder=$(cd "$folder" && pwd)
 export BUILDAH_ISOLATION=chroot
@@ -31,7 +31,7 @@ if ! buildah inspect --type image localhost/base:test > /dev/null 2>&1; then
     rm -r "$folder/rootfs" "$folder/base.tar"
 fi
 
-# ---- pip's settings of this machine
+# ---- pip settings of this machine
 {
     echo "[global]"
     python3 -m pip config list | sed -nE "s/^(global|:env:)\.([a-z-]+)='(.*)'\$/\2 = \3/p" |
@@ -40,10 +40,10 @@ fi
 mounts=(--volume "$folder/pip.conf:/etc/pip.conf:ro")
 while read -r path; do
     [ -e "$path" ] && mounts+=(--volume "$path:$path:ro")
-    # An index in a folder has its files beside the pages.
+    # A local index keeps its files beside its pages.
 done < <(grep -oE '(= |file://)/[^ ]+' "$folder/pip.conf" | sed -E 's,^(= |file://),,; s,/simple/?$,,' | sort -u)
 
-# ---- twice: other code, then as it is
+# ---- build twice: with modified code, then as it is
 build() {
     buildah bud --layers --network host --pull-never "${mounts[@]}" \
         --build-arg BASE=localhost/base:test --tag localhost/unet:test "$1"
@@ -54,10 +54,10 @@ cp -r --parents Dockerfile .dockerignore pyproject.toml README.md LICENSE launch
 echo "other" >> "$folder/other/README.md"
 echo "raise ImportError('other code')" >> "$folder/other/unet/__init__.py"
 build "$folder/other"
-build . | tee "$folder/again.log"
-grep -A 1 'RUN python3 -m venv' "$folder/again.log" | grep -q 'Using cache'
+build . | tee "$folder/second.log"
+grep -A 1 'RUN python3 -m venv' "$folder/second.log" | grep -q 'Using cache'
 
-# ---- what is in it
+# ---- the contents of the image
 image=$(buildah from --pull-never localhost/unet:test)
 inside() { buildah run --network host "$@"; }
 [ "$(inside "$image" -- id -u)" = 10001 ]
@@ -69,7 +69,7 @@ inside "$image" -- python3 -c \
 inside "$image" -- unet demo --out /data/demo --size 64 --steps 20
 inside "$image" -- test -s /data/demo/run/report.html
 
-# ---- the tests, on what is installed there
+# ---- the tests, on the installed package
 buildah add --quiet "$image" tests /opt/tested/tests > /dev/null
 buildah add --quiet "$image" pyproject.toml launch/constraints.txt /opt/tested > /dev/null
 inside --user root "${mounts[@]}" "$image" -- /opt/venv/bin/pip install --quiet --no-cache-dir \

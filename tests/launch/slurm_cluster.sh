@@ -1,21 +1,21 @@
 #!/usr/bin/env bash
-# A Slurm of two nodes on this machine's loopback, for tests: real daemons, real jobs.
+# A two-node Slurm cluster on this machine's loopback, for tests: real daemons, real jobs.
 #
 #   apt-get install -y --no-install-recommends slurm-wlm munge
 #   ./tests/launch/slurm_cluster.sh start DIR && export SLURM_CONF=DIR/slurm.conf
 #   ./tests/launch/slurm_cluster.sh stop DIR
 #
-# DIR: an empty folder, absolute, short (a socket lies in it); everything that the daemons write is
-# there, nothing outside is changed. Each may be given again: start leaves a cluster that answers,
-# stop ends what is left. Hardware: any Linux machine, as root; no systemd, no cgroups.
-# Expect: two idle nodes after five seconds, each of two CPUs and two pretended GPUs (gres).
+# DIR: an empty folder, as a short absolute path (it holds a socket). The daemons write only there.
+# Both commands can be rerun: start leaves a responding cluster alone, stop ends whatever is left.
+# Hardware: any Linux machine, as root; no systemd, no cgroups.
+# Expect: two idle nodes after five seconds, each with two CPUs and two simulated GPUs (gres).
 set -euo pipefail
 action=${1:?start or stop}
-dir=${2:?a folder, absolute}
+dir=${2:?an absolute folder}
 export SLURM_CONF=$dir/slurm.conf
 
 stop() {
-    # The nodes first: a controller that is gone is asked again and again.
+    # Nodes first: they would keep polling a controller that is gone.
     for daemon in slurmd.127.0.0.1 slurmd.127.0.0.2 slurmctld munged; do
         pid=$(cat "$dir/$daemon.pid" 2>/dev/null || true)
         if [ -z "$pid" ] || ! grep -q "^${daemon%%.*}" "/proc/$pid/comm" 2>/dev/null; then
@@ -55,8 +55,8 @@ start() {
     touch "$dir"/gpus/gpu{0,1}
     (umask 077 && head -c 128 /dev/urandom >"$dir/munge.key")
     read -r controller first second < <(free_ports)
-    # Nodes are called by their addresses, so that no name need be made known. The number of the first
-    # job is drawn: recipes derive a port from it, and another cluster here counts too.
+    # Nodes are named by their addresses, so that no name has to be resolved. The first job id is
+    # random: recipes derive a port from it, and another cluster may run on this machine.
     cat >"$SLURM_CONF" <<CONF
 ClusterName=test
 SlurmctldHost=$(hostname -s)(127.0.0.1)

@@ -1,4 +1,4 @@
-"""The Accelerate configurations: its own parser takes them, and they start what they say."""
+"""The Accelerate configurations: Accelerate's parser accepts them, and their commands run."""
 
 import json
 import os
@@ -24,23 +24,23 @@ CPU, ONE_GPU, TWO_MACHINES = (
 ALL = ("accelerate_config.yaml", CPU, ONE_GPU, TWO_MACHINES)
 
 
-def understood(*arguments: str) -> Namespace:
-    """What `accelerate launch` makes of its arguments, configuration included."""
-    given = launch_command_parser().parse_args(arguments)
-    return _validate_launch_command(given)[0]
+def resolve(*arguments: str) -> Namespace:
+    """Resolve the arguments of `accelerate launch`, configuration file included."""
+    parsed = launch_command_parser().parse_args(arguments)
+    return _validate_launch_command(parsed)[0]
 
 
 def header_commands(name: str) -> list[list[str]]:
-    """The commands in a file's header, from `launch` on."""
+    """Return the commands in a file's header, starting after `launch`."""
     lines = [line[1:] for line in (REPO / name).read_text().splitlines() if line.startswith("#")]
     joined = re.sub(r"\\\n\s*", " ", "\n".join(lines)).splitlines()
     commands = [shlex.split(line) for line in joined if re.search(r"accelerate launch .*-m ", line)]
     return [words[words.index("launch") + 1 :] for words in commands]
 
 
-def test_no_configuration_is_left_out_here() -> None:
-    there = {str(path.relative_to(REPO)) for path in (REPO / "launch" / "accelerate").iterdir()}
-    assert there == set(ALL[1:])
+def test_every_configuration_is_tested() -> None:
+    existing = {str(path.relative_to(REPO)) for path in (REPO / "launch" / "accelerate").iterdir()}
+    assert existing == set(ALL[1:])
 
 
 @pytest.mark.parametrize(
@@ -52,28 +52,28 @@ def test_no_configuration_is_left_out_here() -> None:
         (TWO_MACHINES, "MULTI_GPU", 16, 2, "bf16"),
     ],
 )
-def test_accelerate_reads_in_a_configuration_what_its_header_says(
+def test_accelerate_reads_a_configuration_as_its_header_describes(
     name: str, kind: str, processes: int, machines: int, precision: str
 ) -> None:
     config = load_config_from_file(str(REPO / name))
     assert config.distributed_type == kind
     assert config.use_cpu == (name == CPU)
-    told = understood("--config_file", str(REPO / name), "-m", "pipelines.train")
-    assert (told.num_processes, told.num_machines) == (processes, machines)
-    assert told.mixed_precision == precision
-    assert told.multi_gpu == (kind == "MULTI_GPU")
+    resolved = resolve("--config_file", str(REPO / name), "-m", "pipelines.train")
+    assert (resolved.num_processes, resolved.num_machines) == (processes, machines)
+    assert resolved.mixed_precision == precision
+    assert resolved.multi_gpu == (kind == "MULTI_GPU")
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_the_commands_in_a_header_are_commands(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_commands_in_a_header_parse(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(REPO)
     commands = header_commands(name)
     assert commands
     assert any(name in words for words in commands)
     for words in commands:
-        told = understood(*words)
-        assert (told.module, told.training_script) == (True, "pipelines.train")
-        assert parse(TrainConfig, told.training_script_args, "train").run_dir == Path("RUN")
+        resolved = resolve(*words)
+        assert (resolved.module, resolved.training_script) == (True, "pipelines.train")
+        assert parse(TrainConfig, resolved.training_script_args, "train").run_dir == Path("RUN")
 
 
 @pytest.fixture
@@ -98,7 +98,7 @@ def launch(*arguments: object, **environment: str) -> subprocess.Popen[str]:
 
 
 def ranks_of(run_dir: Path) -> int:
-    """With how many others a finished run was trained."""
+    """Return the number of ranks of a finished run."""
     assert json.loads((run_dir / "state.json").read_text())["finished"]
     environment = json.loads((run_dir / "environment.json").read_text())
     assert environment["device"] == "cpu"
@@ -107,7 +107,7 @@ def ranks_of(run_dir: Path) -> int:
 
 @pytest.fixture
 def training(shards: Path, tiny: tuple[str, ...], tmp_path: Path) -> tuple[object, ...]:
-    """A training of two steps, as the launcher is told of it."""
+    """Arguments of `accelerate launch` for a training of two steps."""
     flags = ("--data", shards, "--run-dir", tmp_path / "run", "--workers", 0, "--steps", 2)
     return ("-m", "pipelines.train", *flags, *tiny)
 
@@ -116,8 +116,8 @@ def training(shards: Path, tiny: tuple[str, ...], tmp_path: Path) -> tuple[objec
 def test_the_configuration_for_cpus_trains_one_run_on_two_ranks(
     training: tuple[object, ...], port: int, tmp_path: Path
 ) -> None:
-    told = ("--config_file", CPU, "--main_process_port", port, *training)
-    process = launch(*told, ACCELERATE_USE_CPU="true")
+    arguments = ("--config_file", CPU, "--main_process_port", port, *training)
+    process = launch(*arguments, ACCELERATE_USE_CPU="true")
     out, err = process.communicate(timeout=200)
     assert process.returncode == 0, err
     assert out.count("finished at step 2") == 1
@@ -125,7 +125,7 @@ def test_the_configuration_for_cpus_trains_one_run_on_two_ranks(
 
 
 @pytest.mark.ranks
-def test_without_its_variable_it_is_refused(
+def test_the_configuration_for_cpus_without_its_variable_is_refused(
     training: tuple[object, ...], port: int, tmp_path: Path
 ) -> None:
     process = launch("--config_file", CPU, "--main_process_port", port, *training)
@@ -136,20 +136,20 @@ def test_without_its_variable_it_is_refused(
 
 
 @pytest.mark.ranks
-def test_the_configuration_for_two_machines_makes_one_run_of_two_launchers(
+def test_the_configuration_for_two_machines_joins_two_launchers_into_one_run(
     training: tuple[object, ...], port: int, tmp_path: Path
 ) -> None:
-    # What these machines have: no GPU, one rank each.
-    here = ("--num_processes", 2, "--mixed_precision", "no", "--main_process_port", port)
+    # These machines have no GPU and one rank each.
+    overrides = ("--num_processes", 2, "--mixed_precision", "no", "--main_process_port", port)
     machines = [
         launch(
-            *("--config_file", TWO_MACHINES, "--machine_rank", rank, *here),
+            *("--config_file", TWO_MACHINES, "--machine_rank", rank, *overrides),
             *("--main_process_ip", "127.0.0.1", *training),
             ACCELERATE_USE_CPU="true",
         )
         for rank in (0, 1)
     ]
-    said = [process.communicate(timeout=200) for process in machines]
-    assert [process.returncode for process in machines] == [0, 0], said
-    assert [out.count("finished at step 2") for out, _ in said] == [1, 0]
+    outputs = [process.communicate(timeout=200) for process in machines]
+    assert [process.returncode for process in machines] == [0, 0], outputs
+    assert [out.count("finished at step 2") for out, _ in outputs] == [1, 0]
     assert ranks_of(tmp_path / "run") == 2

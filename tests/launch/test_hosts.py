@@ -1,4 +1,4 @@
-"""Several hosts, by launch/hosts.sh: network namespaces on a switch, each with an address."""
+"""launch/hosts.sh on several hosts: network namespaces connected by a switch."""
 
 import json
 import os
@@ -14,7 +14,7 @@ import pytest
 REPO = Path(__file__).resolve().parents[2]
 HOSTS = REPO / "launch" / "hosts.sh"
 SWITCH, A, B = "10.213.0.1", "10.213.0.2", "10.213.0.3"
-"""The switch has an address too: there the list of hosts can be kept."""
+"""The switch has an address too, so that it can run the rendezvous."""
 
 # Each test starts six processes or more that load torch.
 pytestmark = [pytest.mark.hosts, pytest.mark.ranks, pytest.mark.timeout(900)]
@@ -25,7 +25,7 @@ def ip(*words: str) -> None:
 
 
 class Network:
-    """Hosts A and B on a switch; the cable of each can be pulled."""
+    """Hosts A and B on a switch; the cable of each can be unplugged."""
 
     def __init__(self) -> None:
         tag = f"unet{os.getpid()}"
@@ -50,7 +50,7 @@ class Network:
         return f"to{address[-1]}"
 
     def cable(self, address: str, state: str) -> None:
-        """Packets to and from a host are lost without a word, or arrive again."""
+        """Silently drop packets to and from a host (`down`), or deliver them again (`up`)."""
         ip("-n", self.names[SWITCH], "link", "set", self.port(address), state)
 
     def remove(self) -> None:
@@ -67,19 +67,19 @@ def network() -> Iterator[Network]:
         network.build()
     except subprocess.CalledProcessError as error:
         network.remove()
-        pytest.skip(f"needs the right to make network namespaces (root): {error.stderr.strip()}")
+        pytest.skip(f"needs permission to create network namespaces (root): {error.stderr.strip()}")
     yield network
     network.remove()
 
 
 class Host:
-    """What launch/hosts.sh does on a host, and says."""
+    """launch/hosts.sh running on a host, and its log."""
 
     def __init__(
         self, network: Network, address: str, log: Path, *arguments: object, **environment: str
     ) -> None:
         self.log = log
-        # Nothing answers for names here, and asking takes long.
+        # There is no name server here, and lookups would take long to fail.
         within = 'mount --bind /dev/null /etc/resolv.conf; exec "$@"'
         command = ["ip", "netns", "exec", network.names[address], "sh", "-c", within, "-"]
         with log.open("w") as file:
@@ -91,7 +91,7 @@ class Host:
                     "PYTHONPATH": str(REPO),
                     "ACCELERATE_USE_CPU": "true",
                     "PET_NPROC_PER_NODE": "1",
-                    # Sooner than users want it: whom to miss, and how long for.
+                    # Shorter timeouts than in production.
                     "PET_RDZV_CONF": "keep_alive_interval=1,last_call_timeout=3",
                     **environment,
                 },
@@ -102,15 +102,15 @@ class Host:
             )
 
     @property
-    def said(self) -> str:
+    def output(self) -> str:
         return self.log.read_text()
 
-    def says(self, words: str) -> bool:
-        return words in self.said
+    def has_printed(self, words: str) -> bool:
+        return words in self.output
 
     def line(self, words: str) -> str:
-        """The one line with these words."""
-        (line,) = [line for line in self.said.splitlines() if words in line]
+        """Return the only line with these words."""
+        (line,) = [line for line in self.output.splitlines() if words in line]
         return line
 
 
@@ -118,7 +118,7 @@ class Host:
 def host(
     network: Network, tmp_path: Path, kill: Callable[..., None]
 ) -> Iterator[Callable[..., Host]]:
-    """Starts launch/hosts.sh on a host; what still runs when the test ends is killed."""
+    """Starts launch/hosts.sh on a host; kills what still runs at the end of the test."""
     started: list[Host] = []
 
     def start(address: str, *arguments: object, **environment: str) -> Host:
@@ -132,27 +132,27 @@ def host(
     for one in started:
         if one.process.poll() is None:
             kill(one.process)
-        # Shown where a test fails.
-        lines = [line for line in one.said.splitlines() if "%  step" not in line]
+        # Shown if the test fails.
+        lines = [line for line in one.output.splitlines() if "%  step" not in line]
         print(f"---- {one.log.name}: {one.process.returncode}", *lines, sep="\n")
 
 
 @pytest.fixture
-def told(shards: Path, tiny: tuple[str, ...]) -> Callable[..., list[object]]:
-    def flags(run_dir: Path, steps: int, *more: object) -> list[object]:
+def train_flags(shards: Path, tiny: tuple[str, ...]) -> Callable[..., list[object]]:
+    def make(run_dir: Path, steps: int, *more: object) -> list[object]:
         often = ("--log-every", 1, "--save-every", 25, "--eval-every", 1_000_000)
-        # Then what is learned does not depend on how long the run is going to be.
+        # Makes the weights independent of the length of the run.
         constant = ("--optim.schedule", "constant", "--optim.warmup", 0)
         return [
             *("--data", shards, "--run-dir", run_dir, *tiny, "--workers", 0, "--steps", steps),
             *("--tracking.pictures", 0, *often, *constant, *more),
         ]
 
-    return flags
+    return make
 
 
 def losses(run_dir: Path) -> list[tuple[int, float]]:
-    """(step, loss) of the whole lines of metrics.jsonl."""
+    """Return (step, loss) of the complete lines of metrics.jsonl."""
     log = run_dir / "metrics.jsonl"
     text = log.read_text() if log.exists() else ""
     lines = [json.loads(line) for line in text.splitlines(keepends=True) if line[-1] == "\n"]
@@ -161,12 +161,12 @@ def losses(run_dir: Path) -> list[tuple[int, float]]:
 
 @pytest.fixture
 def reaches(wait_for: Callable[..., Any]) -> Callable[..., int]:
-    """Waits for a step of a run; the step that it is at then."""
+    """Waits until a run has reached a step; returns its current step."""
 
     def wait(run_dir: Path, step: int) -> int:
         def at() -> int:
-            found = losses(run_dir)
-            return found[-1][0] if found and found[-1][0] >= step else 0
+            logged = losses(run_dir)
+            return logged[-1][0] if logged and logged[-1][0] >= step else 0
 
         return wait_for(at, f"step {step}", seconds=200)
 
@@ -174,79 +174,80 @@ def reaches(wait_for: Callable[..., Any]) -> Callable[..., int]:
 
 
 def ranks(run_dir: Path) -> int:
-    """Of how many ranks the run consists now."""
+    """Return the current number of ranks of a run."""
     return json.loads((run_dir / "environment.json").read_text())["ranks"]
 
 
-def test_a_host_dies_and_comes_back_and_the_losses_are_those_of_a_run_that_nothing_happened_to(
-    host: Callable[..., Host], told, reaches, launch, kill, tmp_path: Path
+def test_losses_equal_those_of_an_uninterrupted_run_after_a_host_died_and_returned(
+    host: Callable[..., Host], train_flags, reaches, launch, kill, tmp_path: Path
 ) -> None:
-    parts, whole, steps = tmp_path / "parts", tmp_path / "whole", 300
-    a, b = (host(address, A, 2, *told(parts, steps)) for address in (A, B))
-    reaches(parts, 30)
+    resumed, uninterrupted, steps = tmp_path / "resumed", tmp_path / "uninterrupted", 300
+    a, b = (host(address, A, 2, *train_flags(resumed, steps)) for address in (A, B))
+    reaches(resumed, 30)
     kill(b.process)
-    back = host(B, A, 2, *told(parts, steps))
+    b = host(B, A, 2, *train_flags(resumed, steps))
     assert a.process.wait(timeout=300) == 0
-    assert back.process.wait(timeout=60) == 0
+    assert b.process.wait(timeout=60) == 0
     assert "another rank has ended, or cannot be reached" in a.line("unet train: ")
-    assert ranks(parts) == 2
-    ended = launch(2, "train", *told(whole, steps))
+    assert ranks(resumed) == 2
+    ended = launch(2, "train", *train_flags(uninterrupted, steps))
     assert ended.code == 0, ended.err
-    assert losses(parts) == losses(whole)
-    assert len(losses(whole)) == steps
-    assert json.loads((parts / "state.json").read_text())["finished"]
+    assert losses(resumed) == losses(uninterrupted)
+    assert len(losses(uninterrupted)) == steps
+    assert json.loads((resumed / "state.json").read_text())["finished"]
 
 
-def test_any_host_may_be_lost_where_another_machine_keeps_the_list(
-    host: Callable[..., Host], told, reaches, wait_for, kill, tmp_path: Path
+def test_any_host_may_be_lost_if_another_machine_runs_the_rendezvous(
+    host: Callable[..., Host], train_flags, reaches, wait_for, kill, tmp_path: Path
 ) -> None:
     run_dir, endless = tmp_path / "run", 1_000_000
     host(SWITCH, SWITCH, "keep")
-    running = {address: host(address, SWITCH, "1:2", *told(run_dir, endless)) for address in (A, B)}
+    flags = train_flags(run_dir, endless)
+    running = {address: host(address, SWITCH, "1:2", *flags) for address in (A, B)}
     reaches(run_dir, 30)
     assert ranks(run_dir) == 2
-    # Whichever: it is rank 0 on one of them.
+    # Both in turn: one of them has rank 0.
     for lost, left in ((A, B), (B, A)):
-        before = len(running[left].said)
+        before = len(running[left].output)
         kill(running[lost].process)
-        wait_for(lambda: ranks(run_dir) == 1, "that the one that is left goes on alone", 200)
-        assert "another rank has ended" in running[left].said[before:]
+        wait_for(lambda: ranks(run_dir) == 1, "that the other host resumes alone", 200)
+        assert "another rank has ended" in running[left].output[before:]
         at = losses(run_dir)[-1][0]
         reaches(run_dir, at + 30)
-        running[lost] = host(lost, SWITCH, "1:2", *told(run_dir, endless))
-        wait_for(lambda: ranks(run_dir) == 2, "that the other is taken in", 200)
-        assert "interrupted at step" in running[left].said[before:]
+        running[lost] = host(lost, SWITCH, "1:2", *flags)
+        wait_for(lambda: ranks(run_dir) == 2, "that the lost host is readmitted", 200)
+        assert "interrupted at step" in running[left].output[before:]
         reaches(run_dir, losses(run_dir)[-1][0] + 30)
-    # Read once: the run goes on.
+    # Read once, since the run continues.
     steps = [step for step, _ in losses(run_dir)]
     assert steps == [*range(1, len(steps) + 1)]
 
 
-def test_a_host_that_is_cut_off_is_given_up_and_comes_back_by_itself(
-    host: Callable[..., Host], told, reaches, wait_for, network: Network, tmp_path: Path
+def test_a_host_that_is_cut_off_is_abandoned_and_rejoins_by_itself(
+    host: Callable[..., Host], train_flags, reaches, wait_for, network: Network, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
-    flags = told(run_dir, 1_000_000, "--rank-timeout", 0.5)
+    flags = train_flags(run_dir, 1_000_000, "--rank-timeout", 0.5)
     a, b = (host(address, A, "1:2", *flags) for address in (A, B))
     at = reaches(run_dir, 30)
     network.cable(B, "down")
     for one in (a, b):
-        wait_for(partial(one.says, "--rank-timeout"), "that a rank ends and says why")
-        assert "is late by more than --rank-timeout" in one.said
-        assert "Traceback" not in one.said
-    wait_for(lambda: ranks(run_dir) == 1, "that the other goes on alone")
+        wait_for(partial(one.has_printed, "--rank-timeout"), "that a rank exits with the reason")
+        assert "is late by more than --rank-timeout" in one.output
+        assert "Traceback" not in one.output
+    wait_for(lambda: ranks(run_dir) == 1, "that the other host resumes alone")
     reaches(run_dir, at + 100)
     network.cable(B, "up")
-    wait_for(lambda: ranks(run_dir) == 2, "that it is taken in again", seconds=200)
+    wait_for(lambda: ranks(run_dir) == 2, "that the host is readmitted", seconds=200)
     reaches(run_dir, losses(run_dir)[-1][0] + 30)
     assert a.process.poll() is None
     assert b.process.poll() is None
 
 
 def test_without_restarts_a_host_that_is_cut_off_ends_the_job(
-    host: Callable[..., Host], told, reaches, network: Network, tmp_path: Path
+    host: Callable[..., Host], train_flags, reaches, network: Network, tmp_path: Path
 ) -> None:
-    flags = told(tmp_path / "run", 1_000_000, "--rank-timeout", 0.5)
+    flags = train_flags(tmp_path / "run", 1_000_000, "--rank-timeout", 0.5)
     a, b = (host(address, A, 2, *flags, PET_MAX_RESTARTS="0") for address in (A, B))
     reaches(tmp_path / "run", 30)
     network.cable(B, "down")

@@ -1,4 +1,4 @@
-"""Recipes for Kubernetes: valid to the last key, safe by default, and their commands run here."""
+"""Recipes for Kubernetes: strictly valid, safe by default, and with commands that run."""
 
 import copy
 import json
@@ -32,26 +32,26 @@ OLDEST = "1.33"
 SECRET = re.compile(r"KEY|SECRET|TOKEN|PASSWORD")
 
 
-def unknown(given: Any, kept: Any, path: str = "") -> Iterator[str]:
-    """Paths of what a model does not keep."""
-    if isinstance(given, dict):
-        for key, value in given.items():
-            if isinstance(kept, dict) and key in kept:
-                yield from unknown(value, kept[key], f"{path}.{key}")
+def dropped_keys(recipe: Any, parsed: Any, path: str = "") -> Iterator[str]:
+    """Yield the paths of keys in a recipe that are missing from its parsed form."""
+    if isinstance(recipe, dict):
+        for key, value in recipe.items():
+            if isinstance(parsed, dict) and key in parsed:
+                yield from dropped_keys(value, parsed[key], f"{path}.{key}")
             else:
                 yield f"{path}.{key}"
-    elif isinstance(given, list):
-        for number, (one, other) in enumerate(zip(given, kept, strict=True)):
-            yield from unknown(one, other, f"{path}[{number}]")
+    elif isinstance(recipe, list):
+        for number, (one, other) in enumerate(zip(recipe, parsed, strict=True)):
+            yield from dropped_keys(one, other, f"{path}[{number}]")
 
 
 def unknown_to_kubeflow(recipe: dict[str, Any]) -> list[str]:
     model = trainer_api.TrainerV1alpha1TrainJob.from_dict(copy.deepcopy(recipe))
-    return [*unknown(recipe, model.to_dict())]
+    return [*dropped_keys(recipe, model.to_dict())]
 
 
 def pod_of(name: str) -> dict[str, Any]:
-    """The pod's description, of a TrainJob what it patches into its runtime's."""
+    """Return the pod spec of a Job, or the patch that a TrainJob applies to its runtime."""
     spec = RECIPES[name]["spec"]
     if name in JOBS:
         return spec["template"]["spec"]
@@ -61,7 +61,7 @@ def pod_of(name: str) -> dict[str, Any]:
 
 
 def container_of(name: str) -> dict[str, Any]:
-    """The one container, of a TrainJob with what stands in its trainer."""
+    """Return the only container, merged with the trainer in the case of a TrainJob."""
     (container,) = pod_of(name)["containers"]
     if name in JOBS:
         return container
@@ -70,7 +70,7 @@ def container_of(name: str) -> dict[str, Any]:
 
 
 def expand(arguments: list[str], environment: Mapping[str, str]) -> list[str]:
-    """$(NAME) as Kubernetes replaces it: what it does not know stays as it is."""
+    """Replace $(NAME) as Kubernetes does: unknown names are left alone."""
     return [
         re.sub(r"\$\(([^)]*)\)", lambda found: environment.get(found[1], found[0]), argument)
         for argument in arguments
@@ -78,7 +78,7 @@ def expand(arguments: list[str], environment: Mapping[str, str]) -> list[str]:
 
 
 def words_of(name: str) -> list[str]:
-    """The arguments that `unet` gets, but for --part; those that follow the script and its name."""
+    """Return the arguments of `unet`, without --part, which a recipe's script adds."""
     container = container_of(name)
     if "command" not in container:
         return container["args"]
@@ -86,21 +86,21 @@ def words_of(name: str) -> list[str]:
     return [verb, *container["args"][2:]]
 
 
-def test_there_is_a_recipe_for_each_stage() -> None:
+def test_every_stage_has_a_recipe() -> None:
     assert set(RECIPES) == {"pack", "pack-finish", "predict", "train", "trainjob"}
     assert JOBS == ["pack", "pack-finish", "predict", "train"]
 
 
-# ---- valid
+# ---- validity
 
 
 @pytest.mark.parametrize("version", [OLDEST, validate.latest_version()])
 @pytest.mark.parametrize("name", JOBS)
-def test_jobs_are_valid_to_the_last_key(name: str, version: str) -> None:
+def test_jobs_pass_strict_validation(name: str, version: str) -> None:
     validate.validate(RECIPES[name], version, strict=True)
 
 
-def test_a_key_that_kubernetes_does_not_know_is_found() -> None:
+def test_strict_validation_finds_unknown_keys() -> None:
     for path in ("spec", "spec.template.spec", "spec.podFailurePolicy"):
         wrong = copy.deepcopy(RECIPES["predict"])
         inner = wrong
@@ -111,7 +111,7 @@ def test_a_key_that_kubernetes_does_not_know_is_found() -> None:
             validate.validate(wrong, OLDEST, strict=True)
 
 
-def test_the_trainjob_is_valid_to_the_last_key() -> None:
+def test_the_trainjob_has_no_unknown_keys() -> None:
     recipe = RECIPES["trainjob"]
     assert recipe["apiVersion"] == "trainer.kubeflow.org/v1alpha1"
     assert recipe["spec"]["runtimeRef"]["name"] == "torch-distributed"
@@ -124,8 +124,8 @@ def test_the_trainjob_is_valid_to_the_last_key() -> None:
     assert found == {"numNode", "hostNetworks"}
 
 
-def test_the_trainjob_sets_nothing_that_its_runtime_sets() -> None:
-    # The admission of Kubeflow Trainer refuses these.
+def test_the_trainjob_sets_nothing_that_belongs_to_its_runtime() -> None:
+    # The admission webhook of Kubeflow Trainer refuses these.
     names = {variable["name"] for variable in container_of("trainjob")["env"]}
     assert not [name for name in names if name.startswith("PET_")]
     (patched,) = pod_of("trainjob")["containers"]
@@ -133,11 +133,11 @@ def test_the_trainjob_sets_nothing_that_its_runtime_sets() -> None:
     assert "env" not in patched
 
 
-# ---- safe
+# ---- security
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_no_pod_is_root_or_may_become_it(name: str) -> None:
+def test_no_pod_runs_as_root_or_may_escalate(name: str) -> None:
     user = re.findall(r"^USER (\d+)$", (REPO / "Dockerfile").read_text(), re.MULTILINE)[-1]
     pod, container = pod_of(name)["securityContext"], container_of(name)["securityContext"]
     assert pod["runAsNonRoot"] is True
@@ -147,14 +147,14 @@ def test_no_pod_is_root_or_may_become_it(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_the_image_is_this_version(name: str) -> None:
+def test_the_image_tag_is_this_version(name: str) -> None:
     project = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
     (image,) = re.findall(r" image: (.+)$", (FOLDER / f"{name}.yaml").read_text(), re.MULTILINE)
     assert image.rpartition(":")[2] == project["version"]
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_resources_are_limited_and_shared_memory_is_part_of_them(name: str) -> None:
+def test_resources_are_limited_and_include_shared_memory(name: str) -> None:
     limits = container_of(name)["resources"]["limits"]
     assert {"cpu", "memory"} <= set(limits)
     volumes = {volume["name"]: volume for volume in pod_of(name).get("volumes", [])}
@@ -164,12 +164,12 @@ def test_resources_are_limited_and_shared_memory_is_part_of_them(name: str) -> N
         return
     shared = volumes[mounts["/dev/shm"]]["emptyDir"]
     assert shared["medium"] == "Memory"
-    giga = [int(size.removesuffix("Gi")) for size in (shared["sizeLimit"], limits["memory"])]
-    assert 2 * giga[0] < giga[1]
+    gibibytes = [int(size.removesuffix("Gi")) for size in (shared["sizeLimit"], limits["memory"])]
+    assert 2 * gibibytes[0] < gibibytes[1]
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_secrets_are_named_and_never_written_down(name: str) -> None:
+def test_secrets_are_referenced_and_never_written_out(name: str) -> None:
     for variable in container_of(name).get("env", []):
         if SECRET.search(variable["name"]):
             assert set(variable) == {"name", "valueFrom"}
@@ -180,13 +180,13 @@ def test_secrets_are_named_and_never_written_down(name: str) -> None:
     assert ("s3://" in named) == ('"bucket"' in named)
 
 
-# ---- what is made of exit codes
+# ---- exit codes
 
 
 @pytest.mark.parametrize("name", [name for name in JOBS if name != "pack-finish"])
-def test_exit_codes_mean_what_they_say(name: str) -> None:
+def test_exit_codes_have_the_documented_actions(name: str) -> None:
     spec = RECIPES[name]["spec"]
-    # What follows is allowed only so.
+    # A podFailurePolicy requires it.
     assert spec["template"]["spec"]["restartPolicy"] == "Never"
     actions = {}
     for rule in spec["podFailurePolicy"]["rules"]:
@@ -209,7 +209,7 @@ def test_exit_codes_mean_what_they_say(name: str) -> None:
     assert ("backoffLimitPerIndex" in spec) == (spec.get("completionMode") == "Indexed")
 
 
-def test_training_has_the_time_for_a_checkpoint() -> None:
+def test_training_has_time_for_a_checkpoint_in_a_persistent_volume() -> None:
     for name in ("train", "trainjob"):
         assert pod_of(name)["terminationGracePeriodSeconds"] >= 60
         claims = [v for v in pod_of(name)["volumes"] if "persistentVolumeClaim" in v]
@@ -234,7 +234,7 @@ def test_every_command_parses(name: str) -> None:
     )
 
 
-def test_the_end_of_packing_has_the_flags_of_its_parts() -> None:
+def test_pack_finish_has_the_flags_of_pack() -> None:
     parts = words_of("pack")
     assert parts[-2] == "--workers"
     assert words_of("pack-finish") == [*parts[:-2], "--finish"]
@@ -242,7 +242,7 @@ def test_the_end_of_packing_has_the_flags_of_its_parts() -> None:
 
 @pytest.fixture
 def unet_command(tmp_path: Path) -> dict[str, str]:
-    """An environment in which `unet` and `python` are those that are tested, as in the image."""
+    """An environment in which `unet` and `python` run the code under test, as in the image."""
     folder = tmp_path / "bin"
     folder.mkdir()
     for name, arguments in (("unet", "-m pipelines.cli"), ("python", "")):
@@ -252,30 +252,30 @@ def unet_command(tmp_path: Path) -> dict[str, str]:
 
 
 def command_of(name: str, environment: Mapping[str, str], *arguments: object) -> list[str]:
-    """What a pod runs, with other arguments in place of those of the recipe."""
+    """Return the command of a pod, with other arguments in place of those of the recipe."""
     container = container_of(name)
     script, zero, *_ = container["args"]
     return [*container["command"], *expand([script], environment), zero, *map(str, arguments)]
 
 
 @pytest.mark.parametrize("name", INDEXED)
-def test_the_pods_of_an_indexed_job_are_the_parts(
+def test_the_pods_of_an_indexed_job_run_its_parts(
     name: str, cells: Path, by_hand, unet_command, call, content, tmp_path: Path
 ) -> None:
-    told = {
+    flags = {
         "pack": ("--images", cells / "images", "--masks", cells / "masks"),
         "predict": ("--checkpoint", by_hand(), "--input", cells / "images", "--workers", 0),
     }[name]
-    told = (*told, "--samples-per-shard", 1)
-    told = (*told, "--mask-format", "binary") if name == "pack" else told
-    whole, out = tmp_path / "whole", tmp_path / "out"
-    assert call(name, *told, "--out", whole).code == 0
-    num_shards, num_pods = len([*whole.glob("*.tar")]), RECIPES[name]["spec"]["completions"]
-    there = 0
+    flags = (*flags, "--samples-per-shard", 1)
+    flags = (*flags, "--mask-format", "binary") if name == "pack" else flags
+    single, out = tmp_path / "single", tmp_path / "out"
+    assert call(name, *flags, "--out", single).code == 0
+    num_shards, num_pods = len([*single.glob("*.tar")]), RECIPES[name]["spec"]["completions"]
+    expected = 0
     for index in (0, num_pods - 1):
         environment = {**unet_command, "JOB_COMPLETION_INDEX": str(index)}
         ended = subprocess.run(
-            command_of(name, environment, *told, "--out", out),
+            command_of(name, environment, *flags, "--out", out),
             env=environment,
             cwd=REPO,
             capture_output=True,
@@ -284,14 +284,14 @@ def test_the_pods_of_an_indexed_job_are_the_parts(
         )
         assert ended.returncode == 0, ended.stderr
         assert f"part {index + 1}/{num_pods}:" in ended.stdout
-        there += len(range(index, num_shards, num_pods))
-        assert len([*out.glob("*.tar")]) == there
-    assert call(name, *told, "--out", out).code == 0
-    assert content(out) == content(whole)
+        expected += len(range(index, num_shards, num_pods))
+        assert len([*out.glob("*.tar")]) == expected
+    assert call(name, *flags, "--out", out).code == 0
+    assert content(out) == content(single)
 
 
 @pytest.mark.ranks
-def test_machines_of_which_one_is_told_to_stop_go_on_together(
+def test_machines_stop_together_if_one_gets_sigterm_and_resume_together(
     shards: Path, tiny, unet_command, metrics, wait_for, kill, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
@@ -300,7 +300,7 @@ def test_machines_of_which_one_is_told_to_stop_go_on_together(
         port = probe.getsockname()[1]
 
     def pods(steps: int) -> list[subprocess.Popen[str]]:
-        """What Kubeflow's runtime starts: the command, and PET_* (its torch.go)."""
+        """Start the command with PET_*, as Kubeflow's runtime does (its torch.go)."""
         started = []
         for node in range(2):
             environment = {
@@ -313,11 +313,11 @@ def test_machines_of_which_one_is_told_to_stop_go_on_together(
                 "PET_MASTER_PORT": str(port),
                 "ACCELERATE_USE_CPU": "true",
             }
-            given = ("--data", shards, "--run-dir", run_dir, *tiny, "--workers", 0)
+            flags = ("--data", shards, "--run-dir", run_dir, *tiny, "--workers", 0)
             more = ("--steps", steps, "--log-every", 1, "--eval-every", 10**6)
             started.append(
                 subprocess.Popen(
-                    command_of("trainjob", environment, *given, *more),
+                    command_of("trainjob", environment, *flags, *more),
                     env=environment,
                     cwd=REPO,
                     stdout=subprocess.PIPE,
@@ -331,19 +331,19 @@ def test_machines_of_which_one_is_told_to_stop_go_on_together(
     try:
         wait_for((run_dir / "metrics.jsonl").exists, "the first steps")
         both[1].send_signal(signal.SIGTERM)
-        said = [pod.communicate(timeout=200)[0] for pod in both]
+        outputs = [pod.communicate(timeout=200)[0] for pod in both]
     finally:
         for pod in both:
             kill(pod)
-    assert [pod.returncode for pod in both] == [75, 75], said
+    assert [pod.returncode for pod in both] == [75, 75], outputs
     state = json.loads((run_dir / "state.json").read_text())
     assert state["finished"] is False
     step = state["step"]
     assert (run_dir / "checkpoints" / "last").resolve().name == f"step-{step:08d}"
 
     both = pods(steps=step + 2)
-    said = [pod.communicate(timeout=200)[0] for pod in both]
-    assert [pod.returncode for pod in both] == [0, 0], said
+    outputs = [pod.communicate(timeout=200)[0] for pod in both]
+    assert [pod.returncode for pod in both] == [0, 0], outputs
     assert json.loads((run_dir / "state.json").read_text())["finished"] is True
     steps = [line["step"] for line in metrics(run_dir) if "train/loss" in line]
     assert steps == [*range(1, step + 3)]

@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from shards.index import read_manifest
-from shards.pairs import MAX_LISTED
-from tests.conftest import flags, levels, picture
+from tests.conftest import flags, levels
+from tests.conftest import solid_image as picture
 
 Folder = Path
 

@@ -190,7 +190,7 @@ def test_a_hub_id_that_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch) -> 
     def missing(*_: object) -> Path:
         raise OSError("404")
 
-    monkeypatch.setattr(weights, "find", missing)
+    monkeypatch.setattr(weights, "find_folder", missing)
     with pytest.raises(DataError, match="is no folder and was not found on the hub: 404"):
         load_model("owner/name")
 
@@ -214,11 +214,11 @@ DAMAGES = {
         lambda f: (f / "model.safetensors").write_bytes(
             (f / "model.safetensors").read_bytes()[:-9]
         ),
-        "is damaged or no safetensors file",
+        "is damaged or not a safetensors file",
     ),
     "a pickle": (
         lambda f: (f / "model.safetensors").write_bytes(pickle.dumps({"a": 1})),
-        "is damaged or no safetensors file",
+        "is damaged or not a safetensors file",
     ),
 }
 

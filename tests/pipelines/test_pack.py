@@ -21,7 +21,8 @@ from shards.index import read_manifest, read_offsets
 from shards.masks import default_palette, encode_mask
 from shards.pairs import hash_fraction
 from shards.sample import DataError
-from tests.conftest import flags, levels, picture
+from tests.conftest import flags, levels
+from tests.conftest import solid_image as picture
 
 Folder = Path
 

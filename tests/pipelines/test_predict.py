@@ -494,7 +494,7 @@ def test_a_damaged_description_is_an_error_of_its_own(
     ("given", "code", "said"),
     [
         ("nowhere", 2, "matches no image, folder, list (.txt), pattern or folder of shards"),
-        ("nothing*.png", 2, "no picture, folder, list"),
+        ("nothing*.png", 2, "no image, folder, list"),
         ("empty", 1, "contains no images"),
         ("twice", 1, "would write the same output; rename one of each"),
         ("empty.txt", 1, "lists no images"),

@@ -373,7 +373,8 @@ def test_pictures_of_one_size_that_follow_each_other_go_together(bright: Path) -
     def forward(images):
         seen.append((len(images), images[0].shape[-1]))
         size = (len(images), *images[0].shape[-2:])
-        return engine.Masks(torch.zeros(size, dtype=torch.uint8), torch.ones(size[0]), None, None)
+        classes = torch.zeros(size, dtype=torch.uint8)
+        return engine.PredictedMasks(classes, torch.ones(size[0]), None, None)
 
     items = [
         Decoded(str(i), str(i), None if size is None else torch.zeros((3, *size)), size and None)

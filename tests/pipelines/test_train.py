@@ -637,7 +637,7 @@ def test_a_flipped_byte_is_found_by_verify_shards_alone(
         (("--optim.lr", 0), "optim.lr must be above 0"),
         (("--optim.warmup", 1), "optim.warmup must be in [0, 1), got 1"),
         (("--augment.scale", 0.5), "augment.scale is a factor, 1 or more"),
-        (("--loss.dice", -1), "loss.dice must be a number from 0 on, got -1"),
+        (("--loss.dice", -1), "loss.dice must be a finite number >= 0, got -1"),
         (("--tiles.tile", 4), "tile must be at least 16 pixels, got 4"),
         (("--model.preset", "papre"), "papre"),
         (("--patience", 0), "patience must be at least 1, got 0"),

@@ -106,7 +106,7 @@ def test_a_crop_that_valid_convolutions_cannot_take_is_refused_with_the_nearest(
 ) -> None:
     ended = call("train", *told(shards, tmp_path / "run", PAPER, "--crop-size", 66))
     assert ended.code == 2
-    assert "--crop-size: the valid U-Net takes sides of 28 + 4b pixels, got 66" in ended.said
+    assert "--crop-size: padding valid requires sides of 28 + 4b pixels, got 66" in ended.said
     assert "the nearest are 64 and 68" in ended.said
 
 

@@ -1,7 +1,7 @@
-"""How hypothesis looks for counterexamples in this room."""
+"""Settings of hypothesis for these tests."""
 
 from hypothesis import settings
 
-# The same examples each time, however busy the machine is, and no folder for failed ones.
+# Deterministic examples, no deadline on a busy machine, no folder for failed examples.
 settings.register_profile("same", deadline=None, derandomize=True, database=None, max_examples=80)
 settings.load_profile("same")

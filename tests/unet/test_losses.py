@@ -1,4 +1,4 @@
-"""Holds the losses' contract: hand-computed values, exact ignore, means over samples, float32."""
+"""Losses: hand-computed values, exact ignore, means over samples, float32."""
 
 from math import exp, log
 
@@ -13,14 +13,14 @@ from unet.losses import (
     cross_entropy,
     dice_loss,
     focal_loss,
-    region_sums,
+    sum_regions,
     tversky_loss,
 )
 
 ALL = LossConfig(
     bce=0.5, focal=2.0, tversky=0.25, label_smoothing=0.1, class_weights="inverse", border_weight=10
 )
-"""All losses at once, with all that weighs pixels."""
+"""All losses at once, with every kind of pixel weight."""
 
 
 def logits_of(probability):
@@ -40,7 +40,7 @@ def draw(batch=4, classes=3, side=5, seed=0):
     return logits, mask
 
 
-def test_cross_entropy_is_the_mean_of_minus_log_p_over_a_samples_valid_pixels():
+def test_cross_entropy_is_the_mean_of_minus_log_p_over_the_valid_pixels():
     # two samples of 1 x 2 pixels and two classes; the second sample has one valid pixel
     logits = logits_of([[[[0.5, 0.1]], [[0.5, 0.9]]], [[[0.2, 0.3]], [[0.8, 0.7]]]])
     mask = torch.tensor([[[0, 1]], [[255, 0]]], dtype=torch.uint8)
@@ -60,28 +60,28 @@ def test_dice_loss_is_one_minus_the_smoothed_soft_dice():
     )
 
 
-def test_label_smoothing_spreads_a_share_of_the_truth_over_all_classes():
+def test_label_smoothing_spreads_a_share_of_the_label_over_all_classes():
     logits = logits_of([[[[0.5]], [[0.3]], [[0.2]]]])
     mask = torch.tensor([[[1]]], dtype=torch.uint8)
-    truth = (0.1, 0.8, 0.1)  # (1 - 0.3) of class 1, 0.3 / 3 of each
-    expected = -sum(t * log(p) for t, p in zip(truth, (0.5, 0.3, 0.2), strict=True))
+    target = (0.1, 0.8, 0.1)  # (1 - 0.3) of class 1, 0.3 / 3 of each
+    expected = -sum(t * log(p) for t, p in zip(target, (0.5, 0.3, 0.2), strict=True))
     assert cross_entropy(logits, mask, smoothing=0.3).tolist() == pytest.approx([expected])
     binary = torch.tensor([[[[-1.0]], [[2.0]]]], dtype=torch.float64)
-    odds = 1 / (1 + exp(1)), 1 / (1 + exp(-2))  # of classes 0 and 1; the truth 0.1 and 0.9
-    parts = [-(0.1 * log(odds[0]) + 0.9 * log(1 - odds[0])),
-             -(0.9 * log(odds[1]) + 0.1 * log(1 - odds[1]))]  # fmt: skip
+    p = 1 / (1 + exp(1)), 1 / (1 + exp(-2))  # of classes 0 and 1; targets 0.1 and 0.9
+    parts = [-(0.1 * log(p[0]) + 0.9 * log(1 - p[0])),
+             -(0.9 * log(p[1]) + 0.1 * log(1 - p[1]))]  # fmt: skip
     found = binary_cross_entropy(binary, mask, smoothing=0.2)
     assert found.tolist() == pytest.approx([sum(parts) / 2])
 
 
-def test_binary_cross_entropy_is_of_each_class_against_all_others():
+def test_binary_cross_entropy_is_each_class_against_all_others():
     logits = torch.tensor([[[[0.0, 3.0]], [[1.0, 9.0]]]], dtype=torch.float64)
     mask = torch.tensor([[[1, 255]]], dtype=torch.uint8)
     expected = (-log(0.5) - log(1 / (1 + exp(-1)))) / 2
     assert binary_cross_entropy(logits, mask).tolist() == pytest.approx([expected])
 
 
-def test_focal_loss_looks_less_at_what_is_nearly_right():
+def test_focal_loss_down_weights_easy_pixels():
     logits = logits_of([[[[0.5, 0.1]], [[0.5, 0.9]]]])
     mask = torch.tensor([[[0, 1]]], dtype=torch.uint8)
     expected = -(0.5**2 * log(0.5) + 0.1**2 * log(0.9)) / 2
@@ -90,7 +90,7 @@ def test_focal_loss_looks_less_at_what_is_nearly_right():
     torch.testing.assert_close(plain, cross_entropy(logits, mask))
 
 
-def test_focal_loss_has_a_finite_gradient_where_a_pixel_is_right():
+def test_focal_loss_has_a_finite_gradient_at_a_perfect_pixel():
     logits = torch.tensor([[[[90.0]], [[0.0]]]], requires_grad=True)
     for gamma in (0.0, 0.5, 1.0, 2.0):
         focal_loss(logits, torch.zeros(1, 1, 1, dtype=torch.uint8), gamma=gamma).sum().backward()
@@ -108,26 +108,26 @@ def test_tversky_loss_weighs_false_positives_and_false_negatives():
     )
 
 
-def test_class_weights_weigh_pixels_and_are_1_on_average():
+def test_class_weights_scale_pixels_and_are_1_on_average():
     weights = inverse_frequency((900, 100, 0))
     assert weights == pytest.approx((1000 / 1800, 1000 / 200, 1.0))
     assert (900 * weights[0] + 100 * weights[1]) / 1000 == pytest.approx(1)
     logits, mask = draw(batch=2)
     mask[0] = 1
     loss = SegmentationLoss(LossConfig(dice=0.0, class_weights="inverse"), (1, 2), weights)
-    # a sample of one class feels its weight too
+    # also in a sample that has one class only
     first = cross_entropy(logits[:1].float(), mask[:1])
     assert loss(logits[:1], mask[:1])[0].item() == pytest.approx(5 * first.item(), rel=1e-5)
 
 
-def test_of_the_root_of_the_frequency_a_rare_class_weighs_less_and_the_average_is_1():
+def test_square_root_weights_are_milder_and_1_on_average():
     weights = inverse_frequency((900, 100, 0), power=0.5)
     assert weights == pytest.approx((1000 / 1200, 1000 / 400, 1.0))
     assert (900 * weights[0] + 100 * weights[1]) / 1000 == pytest.approx(1)
     assert inverse_frequency((900, 100, 0), power=0.0) == (1.0, 1.0, 1.0)
 
 
-def test_border_weight_adds_w0_times_the_map():
+def test_border_weight_adds_w0_times_the_border_map():
     logits = logits_of([[[[0.5, 0.1, 0.4]], [[0.5, 0.9, 0.6]]]])
     mask = torch.tensor([[[0, 1, 255]]], dtype=torch.uint8)
     border = torch.tensor([[[255, 51, 255]]], dtype=torch.uint8)
@@ -137,16 +137,16 @@ def test_border_weight_adds_w0_times_the_map():
     assert loss(logits, mask)[0].item() == pytest.approx(-(log(0.5) + log(0.9)) / 2, rel=1e-5)
 
 
-def test_the_middle_of_a_larger_mask_is_what_valid_logits_are_of():
+def test_valid_logits_are_compared_with_the_centre_of_the_mask():
     logits, mask = draw(side=5)
     border = torch.randint(0, 256, mask.shape, dtype=torch.uint8)
     loss = SegmentationLoss(ALL, (1, 2), (1.0, 2.0, 3.0))
 
-    def around(pixels):
+    def pad(pixels):
         return torch.nn.functional.pad(pixels, (2, 2, 2, 2), value=1)
 
-    whole = loss(logits, around(mask), around(border))
-    assert torch.equal(whole[0], loss(logits, mask, border)[0])
+    padded = loss(logits, pad(mask), pad(border))
+    assert torch.equal(padded[0], loss(logits, mask, border)[0])
 
 
 def test_the_total_is_the_weighted_sum_of_the_parts():
@@ -162,7 +162,7 @@ def test_the_total_is_the_weighted_sum_of_the_parts():
     assert not parts.requires_grad
 
 
-def test_a_loss_of_weight_zero_is_no_part():
+def test_a_loss_of_weight_zero_is_skipped():
     logits, mask = draw()
     loss = SegmentationLoss(LossConfig(cross_entropy=0.0), (1,))
     total, parts = loss(logits, mask)
@@ -171,33 +171,42 @@ def test_a_loss_of_weight_zero_is_no_part():
 
 
 @pytest.mark.parametrize(
-    ("fields", "complaint"),
+    ("fields", "message"),
     [
-        ({"cross_entropy": -1.0}, "loss.cross_entropy must be a number from 0 on"),
-        ({"focal": float("nan")}, "loss.focal must be a number from 0 on, got nan"),
-        ({"cross_entropy": 0.0, "dice": 0.0}, "one of the loss weights must be above 0"),
-        ({"cross_entropy": 0.0, "border_weight": 10.0}, "weigh pixels; give one of"),
-        ({"cross_entropy": 0.0, "class_weights": "inverse"}, "weigh pixels; give one of"),
-        ({"cross_entropy": 0.0, "label_smoothing": 0.1}, "is of loss.cross_entropy and loss.bce"),
+        ({"cross_entropy": -1.0}, "loss.cross_entropy must be a finite number >= 0"),
+        ({"focal": float("nan")}, "loss.focal must be a finite number >= 0, got nan"),
+        ({"cross_entropy": 0.0, "dice": 0.0}, "at least one loss weight must be > 0"),
+        (
+            {"cross_entropy": 0.0, "border_weight": 10.0},
+            "apply to losses over pixels; set at least one",
+        ),
+        (
+            {"cross_entropy": 0.0, "class_weights": "inverse"},
+            "apply to losses over pixels; set at least one",
+        ),
+        (
+            {"cross_entropy": 0.0, "label_smoothing": 0.1},
+            "applies to loss.cross_entropy and loss.bce",
+        ),
         ({"label_smoothing": 1.0}, r"loss.label_smoothing must be in \[0, 1\), got 1.0"),
-        ({"focal_gamma": -1.0}, "loss.focal_gamma must be a number from 0 on"),
-        ({"border_weight": float("inf")}, "loss.border_weight must be a number from 0 on"),
+        ({"focal_gamma": -1.0}, "loss.focal_gamma must be a finite number >= 0"),
+        ({"border_weight": float("inf")}, "loss.border_weight must be a finite number >= 0"),
     ],
 )
-def test_impossible_losses_are_refused(fields, complaint):
-    with pytest.raises(ValueError, match=complaint):
+def test_invalid_loss_configs_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
         LossConfig(**fields)
 
 
-def whole_loss():
+def every_loss():
     return SegmentationLoss(ALL, (1, 2), (0.5, 2.0, 3.0))
 
 
-def test_logits_under_255_change_nothing_and_get_no_gradient():
+def test_logits_under_255_are_ignored_and_get_no_gradient():
     logits, mask = draw()
     ignored = (mask == 255)[:, None].expand(logits.shape)
     assert ignored.any()
-    loss = whole_loss()
+    loss = every_loss()
     other = torch.where(ignored, 50 * torch.randn_like(logits), logits)
     assert torch.equal(loss(logits, mask)[0], loss(other, mask)[0])
     logits.requires_grad_()
@@ -206,7 +215,7 @@ def test_logits_under_255_change_nothing_and_get_no_gradient():
     assert logits.grad[~ignored].any()
 
 
-def test_a_sample_without_valid_pixels_scores_zero_with_a_finite_gradient():
+def test_a_sample_without_valid_pixels_has_loss_zero_and_a_finite_gradient():
     logits, mask = draw()
     mask[1] = 255
     for name in LOSSES:
@@ -214,15 +223,15 @@ def test_a_sample_without_valid_pixels_scores_zero_with_a_finite_gradient():
         loss = SegmentationLoss(LossConfig(**only), (1, 2))
         assert loss(logits[1:2], mask[1:2])[0] == 0
     logits.requires_grad_()
-    whole_loss()(logits, mask)[0].backward()
+    every_loss()(logits, mask)[0].backward()
     assert logits.grad.isfinite().all()
     assert not logits.grad[1].any()
 
 
-def test_a_batch_without_valid_pixels_scores_zero_with_a_finite_gradient():
+def test_a_batch_without_valid_pixels_has_loss_zero_and_a_finite_gradient():
     logits, mask = draw()
     logits.requires_grad_()
-    total, parts = whole_loss()(logits, torch.full_like(mask, 255))
+    total, parts = every_loss()(logits, torch.full_like(mask, 255))
     total.backward()
     assert total == 0
     assert parts.tolist() == [0] * len(LOSSES)
@@ -233,7 +242,7 @@ def test_the_loss_of_a_batch_is_the_mean_of_the_losses_of_its_halves():
     logits, mask = draw(batch=6)
     mask[0] = 255  # the halves have unequal numbers of valid pixels
     border = torch.randint(0, 256, mask.shape, dtype=torch.uint8)
-    loss = whole_loss()
+    loss = every_loss()
 
     def gradient(*parts):
         leaf = logits.clone().requires_grad_()
@@ -241,10 +250,10 @@ def test_the_loss_of_a_batch_is_the_mean_of_the_losses_of_its_halves():
         torch.stack(values).mean().backward()
         return torch.stack(values).mean(), leaf.grad
 
-    whole, whole_gradient = gradient(slice(0, 6))
+    batch, batch_gradient = gradient(slice(0, 6))
     halves, halves_gradient = gradient(slice(0, 3), slice(3, 6))
-    torch.testing.assert_close(whole, halves, rtol=1e-6, atol=0)
-    torch.testing.assert_close(whole_gradient, halves_gradient, rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(batch, halves, rtol=1e-6, atol=0)
+    torch.testing.assert_close(batch_gradient, halves_gradient, rtol=1e-5, atol=1e-9)
 
 
 def test_losses_are_float32_under_bf16_autocast():
@@ -258,13 +267,13 @@ def test_losses_are_float32_under_bf16_autocast():
 
 
 def test_a_large_sum_does_not_overflow():
-    mask = torch.zeros(1, 400, 400, dtype=torch.uint8)  # more pixels than float16 can count
+    mask = torch.zeros(1, 400, 400, dtype=torch.uint8)  # more pixels than float16 can represent
     logits = torch.zeros(1, 2, 400, 400, dtype=torch.float16)
     total, _ = SegmentationLoss(LossConfig(cross_entropy=0.0), (0,))(logits, mask)
     assert total.item() == pytest.approx(1 - 2 * 0.5 / 1.5, rel=1e-4)
 
 
-def test_gradients_agree_with_differences():
+def test_gradients_agree_with_finite_differences():
     logits, mask = draw(batch=2, side=3)
     mask[0, 0, 0] = 255
     logits.requires_grad_()
@@ -280,7 +289,7 @@ def test_gradients_agree_with_differences():
         assert torch.autograd.gradcheck(loss, logits)
 
 
-def test_a_perfect_prediction_costs_nothing():
+def test_a_perfect_prediction_has_loss_zero():
     _, mask = draw(side=16)
     logits = 40 * torch.nn.functional.one_hot(mask.long() % 255, 3).movedim(-1, 1).double()
     total, _ = SegmentationLoss(LossConfig(), (1, 2))(logits, mask)
@@ -288,16 +297,16 @@ def test_a_perfect_prediction_costs_nothing():
 
 
 @pytest.mark.parametrize(
-    ("classes", "of"), [(2, (1,)), (3, (0, 2)), (20, range(1, 20)), (150, range(1, 150))]
+    ("classes", "indices"), [(2, (1,)), (3, (0, 2)), (20, range(1, 20)), (150, range(1, 150))]
 )
-def test_sums_over_regions_are_those_of_one_class_after_the_other(classes, of):
+def test_sums_over_regions_equal_a_loop_over_the_classes(classes, indices):
     logits, mask = draw(batch=3, classes=classes, side=24)
     mask[2] = 255
     logits = logits.float()
     found = []
-    for sums, indices in ((region_sums, counted(*of)), (sums_by_loop, tuple(of))):
+    for sums, of in ((sum_regions, counted(*indices)), (sums_by_loop, tuple(indices))):
         leaf = logits.clone().requires_grad_()
-        overlap, predicted, true = sums(leaf, mask, indices)
+        overlap, predicted, true = sums(leaf, mask, of)
         weights = torch.linspace(1, 2, overlap.numel()).view(overlap.shape)
         (weights * overlap + weights.flip(1) * predicted).sum().backward()
         found.append((overlap, predicted, true, leaf.grad))
@@ -306,9 +315,7 @@ def test_sums_over_regions_are_those_of_one_class_after_the_other(classes, of):
 
 
 @pytest.mark.parametrize("name", ["dice", "tversky"])
-def test_what_is_moved_for_losses_over_regions_grows_with_the_classes_not_their_square(
-    name, dispatched
-):
+def test_region_losses_take_linear_not_quadratic_memory_traffic_in_the_classes(name, dispatched):
     logits, mask = draw(batch=1, classes=150, side=16)
     only = dict.fromkeys(LOSSES, 0.0) | {name: 1.0}
     loss = SegmentationLoss(LossConfig(**only), tuple(range(1, 150)))

@@ -1,4 +1,4 @@
-"""Holds the import of milesial/Pytorch-UNet checkpoints: equal outputs, no code unpickled."""
+"""Import of milesial/Pytorch-UNet checkpoints: equal outputs, nothing unpickled."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ SPEC = DataSpec(
 
 
 def trained(in_channels=3, num_classes=2, width=4):
-    """A network whose norms have seen something."""
+    """Make a network with non-trivial batch norm statistics."""
     torch.manual_seed(0)
     model = Milesial(in_channels, num_classes, width)
     for module in model.modules():
@@ -49,7 +49,7 @@ def test_an_imported_checkpoint_gives_the_same_logits(saved):
     assert not ours.training
 
 
-def test_every_parameter_is_taken_over(saved):
+def test_every_parameter_is_imported(saved):
     theirs = trained(in_channels=1, num_classes=5)
     ours = UNet.from_milesial(saved(theirs))
     assert (ours.config.in_channels, ours.config.num_classes, ours.config.norm) == (1, 5, "batch")
@@ -57,14 +57,14 @@ def test_every_parameter_is_taken_over(saved):
 
 
 @torch.inference_mode()
-def test_a_head_of_one_class_becomes_the_same_probability_of_two(saved):
+def test_a_one_class_head_becomes_an_equivalent_two_class_head(saved):
     theirs = trained(num_classes=1)
     image = torch.randn(1, 3, 32, 32)
     probability = UNet.from_milesial(saved(theirs))(image).softmax(dim=1)
     torch.testing.assert_close(probability[:, 1:], theirs(image).sigmoid())
 
 
-def test_weights_saved_from_several_gpus_are_taken(tmp_path):
+def test_weights_saved_from_data_parallel_are_imported(tmp_path):
     theirs = trained()
     path = tmp_path / "parallel.pth"
     torch.save({f"module.{name}": t for name, t in theirs.state_dict().items()}, path)
@@ -73,40 +73,40 @@ def test_weights_saved_from_several_gpus_are_taken(tmp_path):
 
 
 @torch.inference_mode()
-def test_an_import_is_a_model_like_any_other(saved, tmp_path):
+def test_an_imported_model_can_be_saved_and_loaded(saved, tmp_path):
     ours = UNet.from_milesial(saved(trained()), SPEC)
     ours.save_pretrained(tmp_path / "model")
-    again = UNet.from_pretrained(tmp_path / "model")
+    loaded = UNet.from_pretrained(tmp_path / "model")
     image = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
-    assert torch.equal(again(again.spec.normalise(image)), ours(SPEC.normalise(image)))
+    assert torch.equal(loaded(loaded.spec.normalise(image)), ours(SPEC.normalise(image)))
 
 
 class Bomb:
     def __reduce__(self):
-        return (pytest.fail, ("code of a checkpoint was run",))
+        return (pytest.fail, ("code in a checkpoint was executed",))
 
 
-def test_code_in_a_checkpoint_is_refused_and_not_run(tmp_path):
+def test_code_in_a_checkpoint_is_refused_and_not_executed(tmp_path):
     path = tmp_path / "bomb.pth"
     torch.save({"inc.double_conv.0.weight": Bomb()}, path)
-    with pytest.raises(ValueError, match=r"bomb.pth is no file of weights alone"):
+    with pytest.raises(ValueError, match=r"bomb.pth cannot be loaded with weights_only"):
         UNet.from_milesial(path)
 
 
 @pytest.mark.parametrize(
-    ("content", "complaint"),
+    ("content", "message"),
     [
-        ({"conv1.weight": torch.zeros(1)}, "is no checkpoint of milesial/Pytorch-UNet: it has"),
-        ({}, "is no checkpoint of milesial/Pytorch-UNet: it has no weights"),
-        ({"state_dict": {}, "epoch": 3}, "is no checkpoint of milesial/Pytorch-UNet"),
+        ({"conv1.weight": torch.zeros(1)}, "is not a checkpoint of milesial/Pytorch-UNet: unexp"),
+        ({}, "is not a checkpoint of milesial/Pytorch-UNet: it has no weights"),
+        ({"state_dict": {}, "epoch": 3}, "is not a checkpoint of milesial/Pytorch-UNet"),
         ({"outc.conv.weight": torch.zeros(())}, "has no transposed convolutions"),
-        (torch.zeros(3), "is no file of weights alone"),
+        (torch.zeros(3), "cannot be loaded with weights_only"),
     ],
 )
-def test_other_files_are_refused_by_name(tmp_path, content, complaint):
+def test_other_files_are_refused_by_name(tmp_path, content, message):
     path = tmp_path / "other.pth"
     torch.save(content, path)
-    with pytest.raises(ValueError, match=f"other.pth {complaint}"):
+    with pytest.raises(ValueError, match=f"other.pth {message}"):
         UNet.from_milesial(path)
 
 
@@ -118,12 +118,12 @@ def test_the_bilinear_variant_is_refused(saved):
         UNet.from_milesial(saved(model))
 
 
-def test_a_missing_file_or_tensor_is_named(saved, tmp_path):
+def test_a_missing_file_or_tensor_is_refused_by_name(saved, tmp_path):
     with pytest.raises(FileNotFoundError, match="absent"):
         UNet.from_milesial(tmp_path / "absent.pth")
     model = trained()
     path = saved(model)
-    for name, complaint in {
+    for name, message in {
         "down2.maxpool_conv.1.double_conv.3.weight": r"downs\.2\.conv\.3\.weight is missing from",
         "outc.conv.bias": r"has no head\.bias of 1 dimensions",
         "inc.double_conv.0.weight": r"has no downs\.0\.conv\.0\.weight of 4 dimensions",
@@ -131,5 +131,5 @@ def test_a_missing_file_or_tensor_is_named(saved, tmp_path):
         state = model.state_dict()
         del state[name]
         torch.save(state, path)
-        with pytest.raises(ValueError, match=complaint):
+        with pytest.raises(ValueError, match=message):
             UNet.from_milesial(path)

@@ -1,4 +1,4 @@
-"""Holds the U-Net's contract: presets, sizes, independence of the batch, and weights on disk."""
+"""The U-Net: presets, input sizes, independence of the batch, and weights on disk."""
 
 import json
 import pickle
@@ -50,23 +50,23 @@ def test_the_paper_preset_has_23_convolution_layers(paper):
     assert not any(isinstance(m, nn.GroupNorm | nn.BatchNorm2d) for m in paper.modules())
 
 
-def test_the_paper_preset_drops_out_at_the_end_of_the_contracting_path(paper):
+def test_the_paper_preset_has_dropout_at_the_end_of_the_contracting_path(paper):
     dropping = [name for name, m in paper.named_modules() if isinstance(m, nn.Dropout)]
     assert dropping == ["downs.3.conv.6", "bottom.6"]
     assert paper.bottom[6].p == 0.5
 
 
 def test_the_paper_preset_maps_572_to_388_through_the_sizes_of_figure_1():
-    # One channel a level instead of 64: the sizes do not depend on it.
+    # One base channel instead of 64: sizes do not depend on it.
     model = UNet.from_preset("paper", in_channels=1, num_classes=2, base_channels=1).eval()
     sizes = []
 
-    def note(module, inputs, output):
+    def record(module, inputs, output):
         sizes.append(output.shape[-1])
 
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.MaxPool2d):
-            module.register_forward_hook(note)
+            module.register_forward_hook(record)
     with torch.inference_mode():
         assert model(torch.zeros(1, 1, 572, 572)).shape == (1, 2, 388, 388)
     down = [570, 568, 284, 282, 280, 140, 138, 136, 68, 66, 64, 32, 30, 28]
@@ -74,17 +74,17 @@ def test_the_paper_preset_maps_572_to_388_through_the_sizes_of_figure_1():
     assert sizes == down + up
 
 
-@pytest.mark.parametrize(("depth", "least", "out"), [(1, 18, 2), (2, 44, 4), (3, 92, 4)])
-def test_the_smallest_valid_size_works_and_one_step_less_is_refused(depth, least, out):
+@pytest.mark.parametrize(("depth", "smallest", "out"), [(1, 18, 2), (2, 44, 4), (3, 92, 4)])
+def test_the_smallest_valid_size_works_and_one_step_less_is_refused(depth, smallest, out):
     model = tiny_valid(depth)
     with torch.inference_mode():
-        assert model(torch.zeros(1, 1, least, least)).shape[-2:] == (out, out)
+        assert model(torch.zeros(1, 1, smallest, smallest)).shape[-2:] == (out, out)
         step = 2**depth
-        with pytest.raises(ValueError, match=f"nearest are {least} and {least + step}"):
-            model(torch.zeros(1, 1, least, least - step))
+        with pytest.raises(ValueError, match=f"nearest are {smallest} and {smallest + step}"):
+            model(torch.zeros(1, 1, smallest, smallest - step))
 
 
-def test_188_to_4_is_the_smallest_of_depth_4():
+def test_188_to_4_is_the_smallest_size_at_depth_4():
     model = tiny_valid(4)
     with torch.inference_mode():
         assert model(torch.zeros(1, 1, 188, 204)).shape == (1, 2, 4, 20)
@@ -105,7 +105,7 @@ def test_valid_sizes_are_16b_plus_124_to_16b_minus_60():
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3, 4])
-def test_the_margin_is_what_valid_convolutions_eat(depth):
+def test_the_margin_is_what_valid_convolutions_remove(depth):
     model = tiny_valid(depth)
     side = valid_input(17, depth)
     with torch.inference_mode():
@@ -131,7 +131,7 @@ CONFIGS = st.fixed_dictionaries(
 
 @settings(max_examples=60)
 @given(config=CONFIGS, height=st.integers(1, 21), width=st.integers(1, 21))
-def test_padded_networks_take_any_size_from_one_pixel(config, height, width):
+def test_padded_networks_accept_any_size_from_one_pixel(config, height, width):
     model = UNet(UNetConfig(**config)).eval()
     with torch.inference_mode():
         logits = model(torch.randn(2, config["in_channels"], height, width))
@@ -141,7 +141,7 @@ def test_padded_networks_take_any_size_from_one_pixel(config, height, width):
 
 @settings(max_examples=40)
 @given(config=CONFIGS, height=st.integers(1, 40), width=st.integers(1, 40))
-def test_valid_networks_take_every_valid_size(config, height, width):
+def test_valid_networks_accept_every_valid_size(config, height, width):
     model = UNet(UNetConfig(**config, padding="valid")).eval()
     sides = [valid_input(side, config["depth"]) for side in (height, width)]
     with torch.inference_mode():
@@ -150,7 +150,7 @@ def test_valid_networks_take_every_valid_size(config, height, width):
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_instance_norm_is_torchs(channels_last):
+def test_instance_norm_equals_torchs(channels_last):
     ours, theirs = make_norm("instance", 6).double(), nn.InstanceNorm2d(6, affine=True).double()
     with torch.no_grad():
         ours.weight.uniform_(0.5, 2)
@@ -169,7 +169,7 @@ def test_instance_norm_is_torchs(channels_last):
 
 
 @pytest.mark.parametrize("name", ["modern", "small"])
-def test_the_padded_presets_are_padded_and_instance_normed(name):
+def test_the_padded_presets_use_padding_and_instance_norm(name):
     assert (PRESETS[name].padding, PRESETS[name].norm) == ("same", "instance")
     model = UNet.from_preset(name, in_channels=3, num_classes=4, base_channels=2).eval()
     with torch.inference_mode():
@@ -189,14 +189,14 @@ def test_gradients_reach_every_parameter(config, valid):
 
 
 def gradients(model, image):
-    """Of a loss of the logits, what is dropped being the same each time."""
+    """Compute parameter gradients of a loss on the logits, with the same dropout each time."""
     model.zero_grad()
     torch.manual_seed(5)
     model(image).square().sum().backward()
     return [p.grad.clone() for p in model.parameters()]
 
 
-def test_gradient_checkpointing_changes_no_gradient_and_keeps_fewer_maps():
+def test_gradient_checkpointing_keeps_fewer_activations_and_equal_gradients():
     torch.manual_seed(0)
     model = tiny(dropout=0.5, base_channels=4).train()
     image = torch.randn(2, 3, 32, 32)
@@ -212,7 +212,7 @@ def test_gradient_checkpointing_changes_no_gradient_and_keeps_fewer_maps():
 
 
 @torch.inference_mode()
-def test_the_bilinear_step_up_is_an_interpolation_and_a_1x1_convolution():
+def test_bilinear_upsampling_equals_interpolation_and_a_1x1_convolution():
     up = tiny(up="bilinear", base_channels=4).ups[0].up
     x = torch.randn(1, 16, 5, 7)
     larger = torch.nn.functional.interpolate(x, scale_factor=2, mode="bilinear")
@@ -220,7 +220,7 @@ def test_the_bilinear_step_up_is_an_interpolation_and_a_1x1_convolution():
 
 
 @torch.inference_mode()
-def test_channels_last_changes_no_logits():
+def test_channels_last_gives_equal_logits():
     torch.manual_seed(0)
     image = torch.randn(2, 3, 32, 32)
     for norm in ("group", "batch", "instance", "none"):
@@ -231,7 +231,7 @@ def test_channels_last_changes_no_logits():
 
 
 @torch.inference_mode()
-def test_autocast_gives_logits_near_those_of_float32():
+def test_logits_under_autocast_are_close_to_float32():
     torch.manual_seed(0)
     model, image = tiny(base_channels=4), torch.randn(2, 3, 32, 32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -240,7 +240,7 @@ def test_autocast_gives_logits_near_those_of_float32():
     torch.testing.assert_close(half.float(), model(image), rtol=0.1, atol=0.1)
 
 
-def test_a_sample_under_group_norm_does_not_depend_on_its_batch():
+def test_under_group_norm_a_sample_does_not_depend_on_its_batch():
     torch.manual_seed(0)
     model = tiny(base_channels=16).train()
     image, other = torch.randn(1, 3, 16, 16), 100 * torch.randn(1, 3, 16, 16)
@@ -249,7 +249,7 @@ def test_a_sample_under_group_norm_does_not_depend_on_its_batch():
     torch.testing.assert_close(alone, beside, rtol=1e-4, atol=1e-5)
 
 
-def test_weights_start_as_he_et_al_say():
+def test_weights_are_initialised_as_in_he_et_al():
     torch.manual_seed(0)
     model = UNet(UNetConfig(base_channels=32, depth=1, norm="none"))
     weight = model.bottom[3].weight
@@ -260,12 +260,12 @@ def test_weights_start_as_he_et_al_say():
     assert not any(p.any() for n, p in model.named_parameters() if n.endswith("bias"))
 
 
-def test_an_unknown_preset_names_those_there_are():
-    with pytest.raises(ValueError, match="no preset 'papre'; there are modern, paper, small"):
+def test_an_unknown_preset_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match=r"unknown preset 'papre'; .* modern, paper, small"):
         UNet.from_preset("papre", in_channels=1, num_classes=2)
 
 
-def test_a_preset_is_changed_by_fields_of_the_config_only():
+def test_a_preset_takes_fields_of_the_config_only():
     model = UNet.from_preset("small", in_channels=1, num_classes=3, depth=1, base_channels=2)
     assert model.config == UNetConfig(in_channels=1, num_classes=3, depth=1, base_channels=2)
     with pytest.raises(TypeError, match="basechannels"):
@@ -282,14 +282,14 @@ def test_a_preset_is_changed_by_fields_of_the_config_only():
         ({"base_channels": 0}, "base_channels must be at least 1, got 0"),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
         ({"depth": 10**100}, "depth must be at most"),
-        ({"depth": 17}, "make more than 16,384 channels"),
+        ({"depth": 17}, "exceed 16,384 channels"),
         ({"in_channels": 10**12}, "in_channels must be at most"),
-        ({"in_channels": True}, "in_channels must be a whole number, got True"),
+        ({"in_channels": True}, "in_channels must be an integer, got True"),
         ({"up": "nearest"}, "up must be one of transpose, bilinear"),
         ({"activation": "gelu"}, "activation must be one of relu, leaky_relu, silu"),
     ],
 )
-def test_impossible_configs_are_refused(changes, message):
+def test_invalid_configs_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         UNetConfig(**changes)
 
@@ -307,7 +307,7 @@ def test_all_classes_but_background_are_counted():
     assert spec.counted == (0, 2)
 
 
-def test_normalised_pictures_have_the_mean_and_deviation_of_the_data_set():
+def test_images_are_normalised_by_mean_and_deviation_of_the_data_set():
     image = torch.tensor([255 // 2, 64, 32], dtype=torch.uint8).view(1, 3, 1, 1)
     expected = [(127 / 255 - 0.5) / 0.1, (64 / 255 - 0.25) / 0.2, (32 / 255 - 0.125) / 0.3]
     result = SPEC.normalise(image)
@@ -316,7 +316,7 @@ def test_normalised_pictures_have_the_mean_and_deviation_of_the_data_set():
 
 
 @pytest.mark.parametrize("side", [1, 5])
-def test_normalised_images_are_contiguous_whatever_layout_they_come_in(side):
+def test_normalised_images_are_contiguous_for_any_memory_format(side):
     torch.manual_seed(0)
     image = torch.randint(0, 256, (2, side, side, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
     result = SPEC.normalise(image)
@@ -324,21 +324,21 @@ def test_normalised_images_are_contiguous_whatever_layout_they_come_in(side):
     assert torch.equal(result, SPEC.normalise(image.contiguous()))
 
 
-def test_normalising_leaves_a_picture_as_it_is_of_whatever_type():
+def test_normalising_does_not_modify_its_input():
     image = torch.full((1, 3, 2, 2), 100.0)
     torch.testing.assert_close(SPEC.normalise(image), SPEC.normalise(image.to(torch.uint8)))
     assert (image == 100).all()
 
 
 @pytest.fixture
-def forgotten():
-    """No constant is kept from before, and none is left behind."""
+def empty_cache():
+    """Clears cached constants before and after a test."""
     pixel_scale.cache_clear()
     yield
     pixel_scale.cache_clear()
 
 
-@pytest.mark.usefixtures("forgotten")
+@pytest.mark.usefixtures("empty_cache")
 def test_normalising_copies_its_constants_to_a_device_once(dispatched):
     with FakeTensorMode():
         image = torch.empty(2, 3, 8, 8, dtype=torch.uint8, device="cuda:0")
@@ -350,9 +350,9 @@ def test_normalising_copies_its_constants_to_a_device_once(dispatched):
     assert not any(call.crosses for call in second)
 
 
-@pytest.mark.usefixtures("forgotten")
+@pytest.mark.usefixtures("empty_cache")
 @pytest.mark.parametrize("cached", [False, True])
-def test_normalising_is_bit_for_bit_the_plain_formula_and_can_be_traced(cached):
+def test_normalising_is_bit_identical_to_the_formula_and_can_be_traced(cached):
     image = torch.randint(0, 256, (2, 3, 9, 7), dtype=torch.uint8)
     mean, std = (torch.tensor(values).view(1, -1, 1, 1) * 255 for values in (SPEC.mean, SPEC.std))
     expected = (image.float() - mean) / std.clamp(min=1e-3)
@@ -367,26 +367,26 @@ def test_normalising_is_bit_for_bit_the_plain_formula_and_can_be_traced(cached):
     for strict in (False, True):
         program = torch.export.export(Normalise(), (image,), strict=strict)
         assert torch.equal(program.module()(image), expected)
-    # Nothing of the tracing is left, and constants made in inference serve training.
+    # Tracing leaves nothing in the cache; constants cached in inference mode work in training.
     assert torch.equal(SPEC.normalise(image), expected)
     assert not SPEC.normalise(image).is_inference()
 
 
 @pytest.mark.parametrize("norm", ["group", "batch"])
-def test_what_is_saved_comes_back_with_equal_logits_config_and_spec(tmp_path, norm):
+def test_a_saved_model_loads_with_equal_logits_config_and_spec(tmp_path, norm):
     torch.manual_seed(1)
     model = tiny(norm=norm).train()
-    model(torch.randn(4, 3, 16, 16))  # moves the running statistics of batch norm
+    model(torch.randn(4, 3, 16, 16))  # updates the running statistics of batch norm
     model.eval().save_pretrained(tmp_path / "saved")
-    again = UNet.from_pretrained(tmp_path / "saved")
-    assert (again.config, again.spec) == (model.config, SPEC)
-    assert not again.training
+    loaded = UNet.from_pretrained(tmp_path / "saved")
+    assert (loaded.config, loaded.spec) == (model.config, SPEC)
+    assert not loaded.training
     image = torch.randn(2, 3, 9, 11)
     with torch.inference_mode():
-        assert torch.equal(again(image), model(image))
+        assert torch.equal(loaded(image), model(image))
 
 
-def test_a_model_without_spec_comes_back_without_one(tmp_path):
+def test_a_model_without_spec_loads_without_one(tmp_path):
     UNet(UNetConfig(base_channels=2, depth=1)).save_pretrained(tmp_path)
     assert UNet.from_pretrained(str(tmp_path)).spec is None
 
@@ -400,31 +400,37 @@ def saved(tmp_path) -> Path:
 def test_loading_never_unpickles(saved):
     class Bomb:
         def __reduce__(self):
-            return (pytest.fail, ("a pickle was opened",))
+            return (pytest.fail, ("a pickle was loaded",))
 
     (saved / "model.safetensors").unlink()
     (saved / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb()))
-    with pytest.raises(FileNotFoundError, match=r"is no checkpoint: it has no model\.safetensors"):
+    with pytest.raises(
+        FileNotFoundError, match=r"is not a checkpoint: it has no model\.safetensors"
+    ):
         UNet.from_pretrained(saved)
     (saved / "model.safetensors").write_bytes(pickle.dumps(Bomb()))
-    with pytest.raises(ValueError, match=r"model\.safetensors is damaged or no safetensors file"):
+    with pytest.raises(
+        ValueError, match=r"model\.safetensors is damaged or not a safetensors file"
+    ):
         UNet.from_pretrained(saved)
 
 
-def test_a_folder_without_config_is_no_checkpoint(saved):
+def test_a_folder_without_config_is_not_a_checkpoint(saved):
     (saved / "config.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"is no checkpoint: it has no config\.json"):
+    with pytest.raises(FileNotFoundError, match=r"is not a checkpoint: it has no config\.json"):
         UNet.from_pretrained(saved)
 
 
-def test_cut_weights_are_named(saved):
+def test_truncated_weights_are_refused_by_name(saved):
     path = saved / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-5])
-    with pytest.raises(ValueError, match=r"model\.safetensors is damaged or no safetensors file"):
+    with pytest.raises(
+        ValueError, match=r"model\.safetensors is damaged or not a safetensors file"
+    ):
         UNet.from_pretrained(saved)
 
 
-def test_weights_of_another_model_are_named_tensor_by_tensor(saved):
+def test_weights_of_another_model_are_refused_by_tensor(saved):
     path = saved / "model.safetensors"
     tensors = load_file(path)
     save_file({n: t for n, t in tensors.items() if n != "head.bias"}, path)
@@ -454,17 +460,17 @@ def test_weights_of_another_model_are_named_tensor_by_tensor(saved):
             lambda h: {**h, "data": {"classes": ["a", "b"]}},
             "missing 5 required keyword-only arguments: 'palette'",
         ),
-        (lambda h: {**h, "model": {**h["model"], "depth": "2"}}, "depth must be a whole number"),
+        (lambda h: {**h, "model": {**h["model"], "depth": "2"}}, "depth must be an integer"),
     ],
 )
-def test_a_foreign_config_is_named(saved, change, message):
+def test_a_foreign_config_is_refused_by_name(saved, change, message):
     path = saved / "config.json"
     path.write_text(json.dumps(change(json.loads(path.read_text()))))
     with pytest.raises(ValueError, match=rf"config\.json.*{message}"):
         UNet.from_pretrained(saved)
 
 
-def test_a_config_of_another_size_does_not_fit_the_weights(saved):
+def test_a_config_that_does_not_fit_the_weights_is_refused(saved):
     path = saved / "config.json"
     header = json.loads(path.read_text())
     header["model"]["base_channels"] = 4

@@ -1,4 +1,4 @@
-"""Holds tiling's contract: tiles make the picture whole, exactly or blended, in little memory."""
+"""Tiling covers every pixel, exactly or blended, in little memory."""
 
 import gc
 from dataclasses import replace
@@ -14,13 +14,21 @@ from unet import (
     MaskRule,
     TileConfig,
     UNet,
+    UNetConfig,
     predict_blocks,
     predict_mask,
     predict_masks,
     tiling,
     valid_input,
 )
-from unet.tiling import Cut, blending_weights, cut_evenly, cut_exactly, halve_tile
+from unet.tiling import TileAxis, blending_weights, cut_evenly, cut_exactly, halve_tile
+
+PADDED = UNetConfig()
+"""Geometry of a network without a margin."""
+
+
+def valid_geometry(depth):
+    return UNetConfig(padding="valid", depth=depth)
 
 
 def pointwise(image):
@@ -30,22 +38,21 @@ def pointwise(image):
 
 
 def network(preset, **config):
-    """A forward, margin and multiple of a small random U-Net of two channels."""
+    """Return the forward function and the config of a small random U-Net with two channels."""
     torch.manual_seed(0)
     model = UNet.from_preset(preset, in_channels=2, num_classes=3, **config).eval()
-    geometry = {"margin": model.config.margin, "multiple": 2**model.config.depth}
 
     def forward(image):
-        # As `DataSpec.normalise` does it: other layouts are summed in another order.
+        # As `DataSpec.normalise` does: in another memory format, sums are rounded differently.
         pixels = image.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         return model(pixels / 64 - 2)
 
-    return forward, geometry
+    return forward, model.config
 
 
 @pytest.fixture(scope="module")
 def padded():
-    """Each pixel of its logits depends on all of the picture, through instance norm."""
+    """Through instance norm, each logit depends on the entire image."""
     return network("small", base_channels=2, depth=2)[0]
 
 
@@ -54,26 +61,27 @@ def valid():
     return network("paper", base_channels=2, depth=2)
 
 
-def picture(height, width, batch=1, seed=0):
+def random_images(height, width, batch=1, seed=0):
+    """uint8 [batch, 2, height, width]."""
     torch.manual_seed(seed)
     return torch.randint(0, 256, (batch, 2, height, width), dtype=torch.uint8)
 
 
-def assemble(forward, images, config, **geometry):
-    """Probabilities [B, K, H, W] put together from blocks that cover each pixel once."""
+def assemble(forward, images, config, geometry=PADDED):
+    """Assemble probabilities [B, K, H, W] from blocks, which must cover each pixel once."""
     height, width = images[0].shape[-2:]
-    whole, seen = None, torch.zeros(len(images), height, width, dtype=torch.int64)
-    for block in predict_blocks(forward, images, config, **geometry):
-        if whole is None:
-            whole = torch.zeros(len(images), block.probability.shape[1], height, width)
-        whole[block.images, :, block.rows, block.columns] = block.probability
+    assembled, seen = None, torch.zeros(len(images), height, width, dtype=torch.int64)
+    for block in predict_blocks(forward, images, config, geometry):
+        if assembled is None:
+            assembled = torch.zeros(len(images), block.probability.shape[1], height, width)
+        assembled[block.images, :, block.rows, block.columns] = block.probability
         seen[block.images, block.rows, block.columns] += 1
     assert (seen == 1).all()
-    return whole
+    return assembled
 
 
 def blend_all(forward, image, tile, overlap):
-    """Every tile into one canvas of the whole picture."""
+    """Reference: blend all tiles on a canvas of the size of the image."""
     height, width = image.shape[-2:]
     rows, columns = cut_evenly(height, tile, overlap), cut_evenly(width, tile, overlap)
 
@@ -93,26 +101,26 @@ def blend_all(forward, image, tile, overlap):
     return (total / weight).float()
 
 
-# ---- whole pictures
+# ---- one pass
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (5, 31), (32, 32)])
-def test_a_picture_no_larger_than_a_tile_is_predicted_whole(shape, padded):
-    images = picture(*shape, batch=3)
-    classes, confidence = predict_mask(padded, images, TileConfig(tile=32, batch_size=2))
-    whole = padded(images).softmax(1).max(1)
+def test_an_image_no_larger_than_a_tile_is_predicted_in_one_pass(shape, padded):
+    images = random_images(*shape, batch=3)
+    classes, confidence = predict_mask(padded, images, TileConfig(tile=32, batch_size=2), PADDED)
+    one_pass = padded(images).softmax(1).max(1)
     assert (classes.dtype, confidence.dtype) == (torch.uint8, torch.float64)
-    assert torch.equal(classes, whole.indices.to(torch.uint8))
-    torch.testing.assert_close(confidence, whole.values.double().mean((1, 2)))
+    assert torch.equal(classes, one_pass.indices.to(torch.uint8))
+    torch.testing.assert_close(confidence, one_pass.values.double().mean((1, 2)))
 
 
-def test_pictures_may_come_as_a_list_and_in_any_layout(padded):
-    images = picture(40, 50, batch=2)
+def test_images_may_be_a_list_and_in_any_memory_layout(padded):
+    images = random_images(40, 50, batch=2)
     config = TileConfig(tile=32)
-    expected = predict_mask(padded, images, config)
+    expected = predict_mask(padded, images, config, PADDED)
     channels_last = images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
-    for given_as in (list(images), channels_last, list(channels_last)):
-        classes, confidence = predict_mask(padded, given_as, config)
+    for same_images in (list(images), channels_last, list(channels_last)):
+        classes, confidence = predict_mask(padded, same_images, config, PADDED)
         assert torch.equal(classes, expected[0])
         assert torch.equal(confidence, expected[1])
 
@@ -123,7 +131,7 @@ def test_there_may_be_255_classes():
     def forward(tiles):
         return 50 * torch.nn.functional.one_hot(tiles[:, 0].long(), 255).permute(0, 3, 1, 2).float()
 
-    classes, confidence = predict_mask(forward, image, TileConfig(tile=16))
+    classes, confidence = predict_mask(forward, image, TileConfig(tile=16), PADDED)
     assert torch.equal(classes, image[:, 0])
     assert confidence.item() == pytest.approx(1)
 
@@ -131,66 +139,66 @@ def test_there_may_be_255_classes():
 @pytest.mark.parametrize(
     ("device", "expected"), [("cpu", [1] * 5), ("cuda", [3, 2]), ("mps", [3, 2])]
 )
-def test_images_predicted_whole_leave_a_gpu_a_batch_at_a_time(device, expected, monkeypatch):
+def test_images_of_one_tile_are_yielded_in_batches_on_a_gpu(device, expected, monkeypatch):
     takes_batches = tiling.takes_batches(torch.device(device))
     monkeypatch.setattr(tiling, "takes_batches", lambda _: takes_batches)
-    config, images = TileConfig(tile=32, batch_size=3), picture(20, 30, batch=5)
-    blocks = [*predict_blocks(pointwise, images, config)]
+    config, images = TileConfig(tile=32, batch_size=3), random_images(20, 30, batch=5)
+    blocks = [*predict_blocks(pointwise, images, config, PADDED)]
     assert [block.images.stop - block.images.start for block in blocks] == expected
     assert torch.equal(assemble(pointwise, images, config), pointwise(images).softmax(1))
     rule = MaskRule(min_confidence=0.6, keep=torch.float16, count=True)
-    found = predict_masks(pointwise, images, config, rule)
+    found = predict_masks(pointwise, images, config, PADDED, rule)
     monkeypatch.undo()
-    alone = predict_masks(pointwise, images, config, rule)
+    alone = predict_masks(pointwise, images, config, PADDED, rule)
     for name in ("classes", "confidence", "unsure", "probabilities", "counts"):
         assert torch.equal(getattr(found, name), getattr(alone, name))
 
 
 @pytest.mark.parametrize("tile", [16, 64])
 @pytest.mark.parametrize("tta", [False, True])
-def test_of_two_classes_a_block_holds_the_second(tile, tta):
+def test_with_two_classes_a_block_holds_the_second(tile, tta):
     def both(image):
         return pointwise(image)[:, :2]
 
-    images = picture(40, 50, batch=3)
+    images = random_images(40, 50, batch=3)
     found = assemble(both, images, TileConfig(tile=tile, tta=tta, batch_size=2))
     assert found.shape == (3, 1, 40, 50)
     torch.testing.assert_close(found, both(images).softmax(1)[:, 1:])
 
 
 @pytest.mark.parametrize("tile", [16, 64])
-def test_tiles_reach_the_model_in_the_layout_of_the_images(tile):
+def test_tiles_keep_the_memory_format_of_the_images(tile):
     seen = []
 
     def forward(image):
         seen.append(image.permute(0, 2, 3, 1).is_contiguous())
         return pointwise(image)
 
-    images = picture(40, 50, batch=3)
+    images = random_images(40, 50, batch=3)
     config = TileConfig(tile=tile)
-    expected = predict_mask(forward, images, config)
+    expected = predict_mask(forward, images, config, PADDED)
     assert not any(seen)
     seen.clear()
     channels_last = images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
-    found = predict_mask(forward, list(channels_last), config)
+    found = predict_mask(forward, list(channels_last), config, PADDED)
     assert all(seen)
     assert all(map(torch.equal, found, expected))
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_images_that_follow_each_other_in_memory_are_not_copied(channels_last):
-    images = picture(4, 5, batch=4)
+def test_tiles_adjacent_in_memory_are_not_copied(channels_last):
+    images = random_images(4, 5, batch=4)
     if channels_last:
         images = images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
-    batch = tiling.stack(list(images[1:]))
+    batch = tiling.stack_tiles(list(images[1:]))
     assert batch.data_ptr() == images[1].data_ptr()
     assert batch.stride() == images.stride()
     assert torch.equal(batch, images[1:])
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_tiles_that_lie_elsewhere_are_copied(channels_last):
-    images = picture(6, 9, batch=4)
+def test_other_tiles_are_copied(channels_last):
+    images = random_images(6, 9, batch=4)
     if channels_last:
         images = images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
     a, b, c, d = images
@@ -205,7 +213,7 @@ def test_tiles_that_lie_elsewhere_are_copied(channels_last):
         (turned, b.permute(0, 2, 1)),
         (a, a),
     ):
-        batch = tiling.stack(tiles)
+        batch = tiling.stack_tiles(tiles)
         assert batch.data_ptr() != tiles[0].data_ptr()
         assert torch.equal(batch, torch.stack(tiles))
 
@@ -230,7 +238,7 @@ def test_tiles_cover_every_pixel_and_overlap_as_asked(length, tile, overlap):
 
 
 @given(length=st.integers(1, 5000), tile=st.integers(16, 600), overlap=st.floats(0, 0.75))
-def test_a_symmetric_cut_is_its_own_mirror_image(length, tile, overlap):
+def test_a_symmetric_layout_is_its_own_mirror_image(length, tile, overlap):
     cut = cut_evenly(length, tile, overlap, symmetric=True)
     assert [length - cut.side - start for start in reversed(cut.starts)] == [*cut.starts]
     steps = [b - a for a, b in pairwise(cut.starts)]
@@ -249,7 +257,7 @@ def test_weights_add_up_to_one_in_every_pixel(length, tile, overlap):
 
 
 def test_weights_are_gaussians_of_an_eighth_of_a_tile():
-    first, second = blending_weights(Cut(48, 32, (0, 16)))
+    first, second = blending_weights(TileAxis(48, 32, (0, 16)))
     x = torch.arange(16, 32)
     ratio = torch.exp(-0.5 * ((x - 15.5) / 4) ** 2) / torch.exp(-0.5 * ((x - 31.5) / 4) ** 2)
     torch.testing.assert_close(first[16:] / second[:16], ratio)
@@ -258,38 +266,39 @@ def test_weights_are_gaussians_of_an_eighth_of_a_tile():
 
 @pytest.mark.parametrize("shape", [(16, 50), (50, 16), (17, 17), (61, 45), (9, 100)])
 @pytest.mark.parametrize("overlap", [0.0, 0.25, 0.75])
-def test_a_pointwise_model_gives_the_same_tiled_and_whole(shape, overlap):
-    images = picture(*shape, batch=2)
-    whole = pointwise(images).softmax(1)
+def test_a_pointwise_model_gives_equal_results_tiled_and_in_one_pass(shape, overlap):
+    images = random_images(*shape, batch=2)
+    expected = pointwise(images).softmax(1)
     config = TileConfig(tile=16, overlap=overlap)
-    torch.testing.assert_close(assemble(pointwise, images, config), whole)
-    classes, confidence = predict_mask(pointwise, images, config)
-    two = whole.topk(2, dim=1).values
+    torch.testing.assert_close(assemble(pointwise, images, config), expected)
+    classes, confidence = predict_mask(pointwise, images, config, PADDED)
+    two = expected.topk(2, dim=1).values
     clear = two[:, 0] - two[:, 1] > 1e-5
     assert clear.float().mean() > 0.99
-    assert torch.equal(classes[clear], whole.argmax(1).to(torch.uint8)[clear])
-    torch.testing.assert_close(confidence, whole.amax(1).double().mean((1, 2)))
+    assert torch.equal(classes[clear], expected.argmax(1).to(torch.uint8)[clear])
+    torch.testing.assert_close(confidence, expected.amax(1).double().mean((1, 2)))
 
 
 @pytest.mark.parametrize("shape", [(90, 20), (90, 41), (20, 90), (33, 10)])
 @pytest.mark.parametrize("overlap", [0.0, 0.5, 0.75])
 @torch.inference_mode()
 def test_finished_blocks_equal_blending_all_tiles_at_once(shape, overlap, padded):
-    images = picture(*shape, batch=2)
+    images = random_images(*shape, batch=2)
     result = assemble(padded, images, TileConfig(tile=16, overlap=overlap, batch_size=1))
     expected = torch.stack([blend_all(padded, image, 16, overlap) for image in images])
     torch.testing.assert_close(result, expected)
 
 
 @torch.inference_mode()
-def test_no_call_sees_more_tiles_than_the_batch_size():
+def test_no_forward_pass_gets_more_tiles_than_the_batch_size():
     seen = []
 
     def forward(image):
         seen.append(tuple(image.shape))
         return pointwise(image)
 
-    predict_mask(forward, picture(40, 40), TileConfig(tile=16, overlap=0.0, batch_size=2))
+    config = TileConfig(tile=16, overlap=0.0, batch_size=2)
+    predict_mask(forward, random_images(40, 40), config, PADDED)
     assert all(n <= 2 and (h, w) == (16, 16) for n, _, h, w in seen)
     assert sum(n for n, *_ in seen) == 9
 
@@ -297,43 +306,46 @@ def test_no_call_sees_more_tiles_than_the_batch_size():
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 100])
 @torch.inference_mode()
 def test_the_result_does_not_depend_on_the_batch_size(batch_size, padded, valid):
-    images = picture(40, 70, batch=3)
-    for forward, geometry in ((padded, {}), valid):
+    images = random_images(40, 70, batch=3)
+    for forward, geometry in ((padded, PADDED), valid):
         config = TileConfig(tile=48, overlap=0.5, batch_size=3)
-        expected = assemble(forward, images, config, **geometry)
-        result = assemble(forward, images, replace(config, batch_size=batch_size), **geometry)
+        expected = assemble(forward, images, config, geometry)
+        result = assemble(forward, images, replace(config, batch_size=batch_size), geometry)
         torch.testing.assert_close(result, expected)
 
 
 @pytest.mark.parametrize(
-    ("given_as", "sides", "geometry", "tile"),
+    ("configured", "sides", "geometry", "tile"),
     [
-        (1024, (1024, 1024), {"margin": 92, "multiple": 16}, 512),
-        (1024, (300, 700), {"margin": 92, "multiple": 16}, 350),
-        (1024, (206, 700), {"margin": 92, "multiple": 16}, 350),
-        (1024, (204, 204), {"margin": 92, "multiple": 16}, None),
-        (40, (20, 20), {"margin": 8, "multiple": 2}, 16),
-        (1024, (1024, 1024), {"margin": 0, "multiple": 16}, None),
+        (1024, (1024, 1024), valid_geometry(4), 512),
+        (1024, (300, 700), valid_geometry(4), 350),
+        (1024, (206, 700), valid_geometry(4), 350),
+        (1024, (204, 204), valid_geometry(4), None),
+        (40, (20, 20), valid_geometry(1), 16),
+        (1024, (1024, 1024), PADDED, None),
     ],
 )
-def test_tiles_are_halved_where_the_result_stays_the_same(given_as, sides, geometry, tile):
-    config = TileConfig(tile=given_as, overlap=0.5, batch_size=3, tta=True)
+def test_tiles_are_halved_only_if_the_result_does_not_change(configured, sides, geometry, tile):
+    config = TileConfig(tile=configured, overlap=0.5, batch_size=3, tta=True)
     expected = None if tile is None else replace(config, tile=tile)
-    assert halve_tile(config, *sides, **geometry) == expected
+    assert halve_tile(config, *sides, geometry) == expected
 
 
 @pytest.mark.parametrize("preset", ["paper", "small"])
-def test_where_no_smaller_tile_helps_none_is_smaller(preset):
+def test_halving_ends_at_the_smallest_tile_of_the_network(preset):
     geometry = network(preset, base_channels=1, depth=2)[1]
+
+    def side_of(tile):
+        return cut_exactly(1000, tile, geometry.margin, geometry.multiple).side
+
     config = TileConfig(tile=400)
     while config is not None:
-        smaller = cut_exactly(1000, config.tile, **geometry) if geometry["margin"] else None
-        side = 400 if smaller is None else smaller.side
-        following = halve_tile(config, side, side, **geometry)
+        side = side_of(config.tile) if geometry.margin else 400
+        following = halve_tile(config, side, side, geometry)
         if following is not None:
-            assert cut_exactly(1000, following.tile, **geometry).side < side
-        elif geometry["margin"]:
-            assert cut_exactly(1000, 16, **geometry).side == side
+            assert side_of(following.tile) < side
+        elif geometry.margin:
+            assert side_of(16) == side
         config = following
 
 
@@ -341,28 +353,28 @@ def test_where_no_smaller_tile_helps_none_is_smaller(preset):
 
 
 def floats_in_use():
-    """Bytes of the tensors of floats that came after `gc.freeze`."""
+    """Bytes of the float tensors created since `gc.freeze`."""
     tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
     storages = [tensor.untyped_storage() for tensor in tensors if tensor.is_floating_point()]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 @pytest.fixture
-def most_floats():
-    """The most bytes of floats that are in use whenever a forward pass begins."""
+def peak_floats():
+    """Measures the peak of `floats_in_use`, sampled at the start of each forward pass."""
 
     def measure(height, width, config, num_classes=5, rule=None):
-        most = 0
+        peak = 0
 
         def forward(image):
-            nonlocal most
-            most = max(most, floats_in_use())
+            nonlocal peak
+            peak = max(peak, floats_in_use())
             return image[:, :1].float().expand(-1, num_classes, -1, -1)
 
         image = torch.zeros((1, 1, height, width), dtype=torch.uint8)
-        found = predict_masks(forward, image, config, rule or MaskRule())
+        found = predict_masks(forward, image, config, PADDED, rule or MaskRule())
         assert found.classes.shape == (1, height, width)
-        return most
+        return peak
 
     gc.collect()
     gc.freeze()
@@ -371,22 +383,22 @@ def most_floats():
 
 
 @pytest.mark.parametrize("rule", [MaskRule(), MaskRule(min_confidence=0.9, keep=torch.uint16)])
-def test_memory_does_not_grow_with_height(rule, most_floats):
+def test_memory_does_not_grow_with_height(rule, peak_floats):
     config, low, high = TileConfig(tile=64, overlap=0.25), 64 + 4 * 48, 64 + 40 * 48
-    grown = most_floats(high, 640, config, rule=rule) - most_floats(low, 640, config, rule=rule)
-    # a weight for each row of a tile, a sum for each tile: of 12 kB that a row of sums takes
+    grown = peak_floats(high, 640, config, rule=rule) - peak_floats(low, 640, config, rule=rule)
+    # a weight per row of a tile and a sum per tile, where a row of sums would take 12 kB
     assert 0 <= grown <= 8 * (high - low)
 
 
 @pytest.mark.parametrize("overlap", [0.0, 0.25, 0.75])
-def test_memory_grows_with_width_by_the_rows_that_the_next_tiles_cover_again(overlap, most_floats):
+def test_memory_grows_with_width_by_the_overlapping_rows_only(overlap, peak_floats):
     config, step = TileConfig(tile=64, overlap=overlap), round(64 * (1 - overlap))
     height, narrow, wide = (64 + n * step for n in (6, 5, 50))
-    used = [most_floats(height, width, config) for width in (narrow, wide)]
-    # 64 weights, and sums of 7 tiles and those of the batch, for each column of tiles
+    used = [peak_floats(height, width, config) for width in (narrow, wide)]
+    # 64 weights, and the sums of 7 tiles and of the batch, for each column of tiles
     others = 4 * (64 + 8) * 45
     assert used[1] - used[0] <= 5 * 4 * (64 - step) * (wide - narrow) + others
-    # what does not grow: sums for columns that the next tile covers again, a map of one tile
+    # constant: sums of the columns shared with the next tile, and a map of one tile
     assert used[0] <= 5 * 4 * (64 - step) * (narrow + 64) + 4 * 64 * 64 + others
 
 
@@ -394,7 +406,7 @@ def test_memory_grows_with_width_by_the_rows_that_the_next_tiles_cover_again(ove
 
 
 def predict_at_once(forward, image, depth):
-    """Probabilities [K, H, W] of one forward pass over the mirrored picture [C, H, W]."""
+    """Predict probabilities [K, H, W] in one pass over the mirrored image [C, H, W]."""
     margin = 6 * 2**depth - 4
     sides = [valid_input(side, depth) - 2 * margin - side for side in image.shape[-2:]]
     borders = [(0, 0), *((margin, margin + more) for more in sides)]
@@ -413,11 +425,11 @@ def predict_at_once(forward, image, depth):
 @example(height=1, width=1, tile=16, batch_size=1)
 @example(height=2, width=90, tile=16, batch_size=4)
 @torch.inference_mode()
-def test_valid_tiles_equal_the_whole_picture_in_every_pixel(height, width, tile, batch_size, valid):
+def test_valid_tiles_equal_one_pass_in_every_pixel(height, width, tile, batch_size, valid):
     forward, geometry = valid
-    image = picture(height, width, seed=height * 100 + width)
+    image = random_images(height, width, seed=height * 100 + width)
     config = TileConfig(tile=tile, batch_size=batch_size)
-    result = assemble(forward, image, config, **geometry)[0]
+    result = assemble(forward, image, config, geometry)[0]
     torch.testing.assert_close(result, predict_at_once(forward, image[0], depth=2))
 
 
@@ -426,8 +438,8 @@ def test_valid_tiles_equal_the_whole_picture_in_every_pixel(height, width, tile,
 @torch.inference_mode()
 def test_valid_tiles_are_exact_at_any_depth(depth, shape):
     forward, geometry = network("paper", base_channels=1, depth=depth)
-    image = picture(*shape)
-    result = assemble(forward, image, TileConfig(tile=16), **geometry)[0]
+    image = random_images(*shape)
+    result = assemble(forward, image, TileConfig(tile=16), geometry)[0]
     torch.testing.assert_close(result, predict_at_once(forward, image[0], depth))
 
 
@@ -436,7 +448,7 @@ def test_valid_tiles_are_exact_at_any_depth(depth, shape):
     tile=st.integers(16, 1500),
     depth=st.integers(1, 5),
 )
-def test_valid_tiles_are_of_sizes_that_the_network_takes(length, tile, depth):
+def test_valid_tiles_have_sizes_that_the_network_accepts(length, tile, depth):
     multiple, margin = 2**depth, 6 * 2**depth - 4
     cut = cut_exactly(length, tile, margin, multiple)
     output = cut.side - 2 * margin
@@ -444,7 +456,7 @@ def test_valid_tiles_are_of_sizes_that_the_network_takes(length, tile, depth):
     smallest = valid_input(multiple, depth)
     assert cut.side <= max(tile, smallest)
     assert all(start % multiple == 0 for start in cut.starts)
-    # side by side, without a gap, none in vain
+    # side by side, without gaps, none superfluous
     assert all(b - a <= output for a, b in pairwise(cut.starts))
     assert cut.starts[-1] < length <= cut.starts[-1] + output
     if valid_input(length, depth) <= max(tile, smallest):
@@ -452,23 +464,23 @@ def test_valid_tiles_are_of_sizes_that_the_network_takes(length, tile, depth):
 
 
 def test_the_tiles_of_the_paper():
-    assert cut_exactly(388, 572, 92, 16) == Cut(388, 572, (0,), 92)
-    assert cut_exactly(768, 572, 92, 16) == Cut(768, 572, (0, 384), 92)
-    assert cut_exactly(512, 572, 92, 16) == Cut(512, 444, (0, 256), 92)
+    assert cut_exactly(388, 572, 92, 16) == TileAxis(388, 572, (0,), 92)
+    assert cut_exactly(768, 572, 92, 16) == TileAxis(768, 572, (0, 384), 92)
+    assert cut_exactly(512, 572, 92, 16) == TileAxis(512, 444, (0, 256), 92)
 
 
 @given(length=st.integers(1, 40), margin=st.integers(0, 100))
-def test_pictures_are_mirrored_without_repeating_the_border(length, margin):
-    cut = Cut(length, length + 2 * margin, (0,), margin)
+def test_images_are_mirrored_without_repeating_the_border(length, margin):
+    cut = TileAxis(length, length + 2 * margin, (0,), margin)
     expected = np.pad(np.arange(length), margin, mode="reflect")
     assert cut.pixels(0, torch.device("cpu")).tolist() == expected.tolist()
 
 
-# ---- mirrors
+# ---- test-time augmentation
 
 
 def mirrored_average(predict, image):
-    """By hand: the mean over the four mirror images, each turned back."""
+    """Reference: the mean over the four mirror images, each flipped back."""
     total = 0
     for dims in ([], [-1], [-2], [-2, -1]):
         total = total + predict(image.flip(dims)).flip(dims)
@@ -478,12 +490,12 @@ def mirrored_average(predict, image):
 @pytest.mark.parametrize("shape", [(31, 32), (1, 5)])
 @torch.inference_mode()
 def test_tta_is_the_average_over_four_mirror_images(shape, padded, valid):
-    images = picture(*shape, batch=2)
+    images = random_images(*shape, batch=2)
     config = TileConfig(tile=32, tta=True)
     expected = mirrored_average(lambda x: padded(x).softmax(1), images)
     torch.testing.assert_close(assemble(padded, images, config), expected)
     expected_classes = expected.argmax(1).to(torch.uint8)
-    assert torch.equal(predict_mask(padded, images, config)[0], expected_classes)
+    assert torch.equal(predict_mask(padded, images, config, PADDED)[0], expected_classes)
     assert not torch.allclose(assemble(padded, images, replace(config, tta=False)), expected)
 
 
@@ -491,8 +503,8 @@ def test_tta_is_the_average_over_four_mirror_images(shape, padded, valid):
 @given(height=st.integers(1, 60), width=st.integers(1, 60), overlap=st.sampled_from([0, 0.3, 0.7]))
 @example(height=33, width=47, overlap=0)
 @torch.inference_mode()
-def test_with_tta_the_mirrored_picture_has_the_mirrored_prediction(height, width, overlap, padded):
-    image = picture(height, width, seed=height * 100 + width)
+def test_with_tta_a_mirrored_image_has_the_mirrored_prediction(height, width, overlap, padded):
+    image = random_images(height, width, seed=height * 100 + width)
     config = TileConfig(tile=16, overlap=overlap, tta=True)
     expected = assemble(padded, image, config)
     for dims in ([-1], [-2], [-2, -1]):
@@ -505,14 +517,14 @@ def test_with_tta_the_mirrored_picture_has_the_mirrored_prediction(height, width
 @torch.inference_mode()
 def test_valid_tiles_with_tta_are_exact_too(height, width, tile, valid):
     forward, geometry = valid
-    image = picture(height, width, seed=height * 100 + width)
-    whole = assemble(forward, image, TileConfig(tile=1000, tta=True), **geometry)
-    tiled = assemble(forward, image, TileConfig(tile=tile, tta=True), **geometry)
-    torch.testing.assert_close(tiled, whole)
-    # Of other sides, the mirrored picture is pooled in other places.
+    image = random_images(height, width, seed=height * 100 + width)
+    expected = assemble(forward, image, TileConfig(tile=1000, tta=True), geometry)
+    tiled = assemble(forward, image, TileConfig(tile=tile, tta=True), geometry)
+    torch.testing.assert_close(tiled, expected)
+    # With other widths, the mirrored image is pooled on another grid.
     if width % 4 == 0:
-        mirrored = assemble(forward, image.flip([-1]), TileConfig(tile=tile, tta=True), **geometry)
-        torch.testing.assert_close(mirrored.flip([-1]), whole)
+        mirrored = assemble(forward, image.flip([-1]), TileConfig(tile=tile, tta=True), geometry)
+        torch.testing.assert_close(mirrored.flip([-1]), expected)
 
 
 # ---- settings
@@ -527,6 +539,6 @@ def test_valid_tiles_with_tta_are_exact_too(height, width, tile, valid):
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
     ],
 )
-def test_impossible_tiles_are_refused(fields, message):
+def test_invalid_tile_configs_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         TileConfig(**fields)
