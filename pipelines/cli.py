@@ -1,4 +1,4 @@
-"""`unet VERB ...`: finds the verb and imports nothing else, so that `unet --help` is quick."""
+"""`unet VERB ...`: imports only the verb that runs, so that `unet --help` is fast."""
 
 import difflib
 import sys
@@ -7,17 +7,17 @@ from importlib import import_module
 from importlib.metadata import version
 
 VERBS = {
-    "separate": "part a folder that mixes pictures and masks",
-    "check": "what packing would refuse, what the masks hold, and a sheet to look at",
-    "pack": "pictures and masks -> WebDataset shards with a manifest",
-    "index": "shards that others wrote -> a data set, without rewriting them",
-    "unpack": "shards -> folders of pictures and masks",
+    "separate": "split a folder that mixes images and masks",
+    "check": "check a data set before packing: problems, class shares, a contact sheet",
+    "pack": "images and masks -> WebDataset shards with a manifest",
+    "index": "shards from other tools -> a data set, without rewriting them",
+    "unpack": "shards -> folders of images and masks",
     "train": "train a U-Net on shards, or resume",
     "evaluate": "exact scores of a checkpoint on a split",
-    "predict": "masks for a picture, a folder, a list or shards, as shards",
-    "export": "a checkpoint -> ONNX or torch.export, checked against it",
-    "report": "one page about a run: curves, scores, the worst and best pictures",
-    "demo": "the whole road on sample pictures that it draws itself",
+    "predict": "masks for an image, a folder, a list or shards, as shards",
+    "export": "a checkpoint -> ONNX or torch.export, verified against the model",
+    "report": "one page about a run: curves, scores, best and worst images",
+    "demo": "the full workflow on generated sample images",
 }
 
 
@@ -32,14 +32,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if verb not in VERBS:
         close = difflib.get_close_matches(verb, VERBS, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"there are: {', '.join(VERBS)}"
+        hint = f"did you mean {close[0]}?" if close else f"commands: {', '.join(VERBS)}"
         print(f"unet: unknown command {verb!r}; {hint}", file=sys.stderr)
         return 2
     return import_module(f"pipelines.{verb}").main(rest)
 
 
 def help_text() -> str:
-    """The verbs, one line each."""
+    """Format the list of verbs, one line each."""
     lines = [f"  {verb:<10}{summary}" for verb, summary in VERBS.items()]
     return "\n".join(
         [
@@ -49,7 +49,7 @@ def help_text() -> str:
             "",
             *lines,
             "",
-            "unet VERB --help lists the flags of a verb. On several devices:",
+            "unet VERB --help lists the flags of a verb. On multiple devices:",
             "  accelerate launch --config_file accelerate_config.yaml -m pipelines.train FLAGS",
         ]
     )

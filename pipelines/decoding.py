@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from pipelines.buffers import Buffers, keep_freed_memory
+from pipelines.config import describe_read_error
 from pipelines.readers import EncodedImage, Inputs
 from shards.images import (
     ImageFormat,
@@ -109,7 +110,7 @@ class Decoder:
         except DataError as error:
             return Decoded("", name, None, str(error))
         except OSError as error:
-            reason = f"{name} cannot be read: {error.strerror or error}"
+            reason = describe_read_error(error, name)
             return Decoded("", name, None, reason)
         # Decoders may give bytes, which PyTorch takes for memory that it may write to.
         pixels = torch.from_numpy(image if image.flags.writeable else image.copy())

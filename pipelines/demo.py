@@ -1,6 +1,6 @@
-"""`unet demo`: draws sample pictures, then packs, trains, evaluates, predicts, as a user would.
+"""`unet demo`: generate sample images, then pack, train, evaluate, predict and report.
 
-Each step is the command that a user would type, and is shown before it runs.
+Each step is the command that a user would type, and is printed before it runs.
 """
 
 import json
@@ -28,21 +28,21 @@ LABELLED, UNSEEN = 60, 12
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DemoConfig:
-    """The whole road on sample pictures: cells on a textured ground.
+    """Run the full workflow on generated sample images: cells on a textured background.
 
-    Draws 60 pictures with masks and 12 without, packs them, trains a small U-Net on all GPUs (on
-    two processes where there is none), evaluates it, predicts the pictures without masks and makes
-    the report.
+    Generates 60 images with masks and 12 without, packs them, trains a small U-Net on all GPUs (on
+    two CPU processes without one), evaluates it, predicts the images without masks and writes the
+    report.
     """
 
     out: Path = Path("demo")
-    """Folder for everything that is made."""
+    """Output folder."""
     size: int = 256
-    """Side of the sample pictures in pixels."""
+    """Side of the sample images in pixels."""
     steps: int = 200
-    """Optimizer steps of the training."""
+    """Optimizer steps."""
     seed: int = 0
-    """Seed of the pictures and the training."""
+    """Seed of the images and of training."""
 
     def __post_init__(self) -> None:
         if self.size < 64 or self.steps < 1:
@@ -50,25 +50,25 @@ class DemoConfig:
 
 
 def run(config: DemoConfig) -> int:
-    """Draw, pack, train, evaluate, predict, report; then say where to look."""
+    """Run all steps and print where the results are."""
     out = config.out
-    pictures, shards, run_dir, masks = out / "pictures", out / "shards", out / "run", out / "masks"
-    draw_all(pictures, config)
+    samples, shards, run_dir, masks = out / "pictures", out / "shards", out / "run", out / "masks"
+    draw_samples(samples, config)
     if not (shards / MANIFEST).exists():
-        folders = words("--images", pictures / "images", "--masks", pictures / "masks")
+        folders = quote("--images", samples / "images", "--masks", samples / "masks")
         rule = "--mask-format binary --classes background cell --val-fraction 0.2"
-        step("pack", f"{folders} {rule} {words('--out', shards)}")
-    where = words("--data", shards, "--run-dir", run_dir)
+        run_step("pack", f"{folders} {rule} {quote('--out', shards)}")
+    where = quote("--data", shards, "--run-dir", run_dir)
     size = "--model.preset small --model.base-channels 12 --crop-size 128 --global-batch-size 4"
     length = f"--steps {config.steps} --eval-every 100 --seed {config.seed}"
-    step("train", f"{where} {size} {length}", launch=True)
-    step("evaluate", words("--checkpoint", run_dir, "--data", shards, "--split", "val"))
-    what = words("--checkpoint", run_dir, "--input", pictures / "unseen", "--out", masks)
-    step("predict", f"{what} --png --overlay")
-    step("report", words("--run-dir", run_dir))
+    run_step("train", f"{where} {size} {length}", launch=True)
+    run_step("evaluate", quote("--checkpoint", run_dir, "--data", shards, "--split", "val"))
+    what = quote("--checkpoint", run_dir, "--input", samples / "unseen", "--out", masks)
+    run_step("predict", f"{what} --png --overlay")
+    run_step("report", quote("--run-dir", run_dir))
     scores = json.loads((run_dir / "scores.json").read_text())
     print(
-        f"\nDice of the cells on {scores['num_images']} held-back pictures: "
+        f"\nDice of class cell on {scores['num_images']} held-out images: "
         f"{scores['classes']['cell']['dice']:.4f}"
     )
     print(f"report:    {run_dir / 'report.html'}")
@@ -78,17 +78,17 @@ def run(config: DemoConfig) -> int:
     return 0
 
 
-def words(*parts: object) -> str:
-    """Parts of a command line, quoted where the shell needs it."""
+def quote(*parts: object) -> str:
+    """Join parts of a command line, quoted for the shell where needed."""
     return shlex.join(str(part) for part in parts)
 
 
-def step(verb: str, flags: str, *, launch: bool = False) -> None:
-    """Show a command and run it. Raises RunError if it fails."""
+def run_step(verb: str, flags: str, *, launch: bool = False) -> None:
+    """Print a command and run it. Raises RunError if it fails."""
     module = f"pipelines.{verb}"
     environment = dict(os.environ)
     if launch:
-        command, extra, shown = launch_command(module)
+        command, extra, shown = make_launch_command(module)
         environment.update(extra)
         print(
             "\n$", *(f"{name}={value}" for name, value in extra.items()), *shown, flags, flush=True
@@ -98,11 +98,15 @@ def step(verb: str, flags: str, *, launch: bool = False) -> None:
         print(f"\n$ unet {verb} {flags}", flush=True)
     code = subprocess.run([*command, *shlex.split(flags)], env=environment).returncode
     if code:
-        raise RunError(f"unet {verb} ended with exit code {code}; its own message stands above")
+        raise RunError(f"unet {verb} failed with exit code {code}; see its message above")
 
 
-def launch_command(module: str) -> tuple[list[str], dict[str, str], list[str]]:
-    """Accelerate on all GPUs, else on two CPU processes: command, environment, as shown."""
+def make_launch_command(module: str) -> tuple[list[str], dict[str, str], list[str]]:
+    """Build `accelerate launch` on all GPUs, else on two CPU processes.
+
+    Returns:
+        Command, environment variables, and the command as printed.
+    """
     import torch
 
     num_gpus = torch.cuda.device_count()
@@ -119,31 +123,31 @@ def launch_command(module: str) -> tuple[list[str], dict[str, str], list[str]]:
     flags += ["--mixed_precision", "bf16" if num_gpus and torch.cuda.is_bf16_supported() else "no"]
     if ranks > 1:
         flags.append("--multi_gpu")
-    # Without this, CPU processes under --multi_gpu would each train alone.
+    # Without it, each CPU process under --multi_gpu would train on its own.
     extra = {} if num_gpus else {"ACCELERATE_USE_CPU": "true"}
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", *flags, "-m", module]
     return command, extra, ["accelerate", *flags, "-m", module]
 
 
-def draw_all(folder: Path, config: DemoConfig) -> None:
-    """Draw what is missing: images and masks, and unseen pictures."""
+def draw_samples(folder: Path, config: DemoConfig) -> None:
+    """Draw missing images and masks, and the unseen images."""
     names = [f"images/{i:03d}.png" for i in range(LABELLED)] + [
         f"unseen/{i:03d}.png" for i in range(UNSEEN)
     ]
     missing = [name for name in names if not (folder / name).exists()]
     for part in ("images", "masks", "unseen"):
         (folder / part).mkdir(parents=True, exist_ok=True)
-    for name in tqdm(missing, desc="draw", unit="picture", disable=not sys.stderr.isatty()):
+    for name in tqdm(missing, desc="draw", unit="image", disable=not sys.stderr.isatty()):
         rng = np.random.default_rng([config.seed, names.index(name)])
-        picture, mask = draw_cells(rng, config.size)
+        image, mask = draw_cells(rng, config.size)
         if name.startswith("images"):
             write_atomically(folder / "masks" / Path(name).name, encode_png(mask))
-        # Last, since the picture says that both are there.
-        write_atomically(folder / name, encode_png(picture))
+        # The image last: if it exists, so does its mask.
+        write_atomically(folder / name, encode_png(image))
 
 
 def draw_cells(rng: np.random.Generator, size: int) -> tuple[Image.Image, Image.Image]:
-    """Ellipses of varied brightness on a textured ground, blurred, noisy; the mask is 0 and 255."""
+    """Draw blurred, noisy ellipses on a textured background; the mask is 0 and 255."""
     mask = Image.new("L", (size, size))
     cells = Image.new("L", (size, size))
     for _ in range(rng.integers(6, 16)):
@@ -153,20 +157,20 @@ def draw_cells(rng: np.random.Generator, size: int) -> tuple[Image.Image, Image.
         box = (x - width, y - height, x + width, y + height)
         ImageDraw.Draw(mask).ellipse(box, fill=255)
         ImageDraw.Draw(cells).ellipse(box, fill=int(rng.integers(70, 130)))
-    ground = sum(texture(rng, size, cell) for cell in (8, 32))
+    background = sum(draw_texture(rng, size, cell) for cell in (8, 32))
     light = np.asarray(cells.filter(ImageFilter.GaussianBlur(1.2)), dtype=np.float64)
-    pixels = 70 + 22 * ground + light + rng.normal(0, 9, (size, size))
+    pixels = 70 + 22 * background + light + rng.normal(0, 9, (size, size))
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), mask
 
 
-def texture(rng: np.random.Generator, size: int, cell: int) -> NDArray[np.float64]:
-    """Smooth noise [size, size] with bumps of about `cell` pixels, deviation about 1."""
+def draw_texture(rng: np.random.Generator, size: int, cell: int) -> NDArray[np.float64]:
+    """Draw smooth noise [size, size] with blobs of about `cell` pixels, standard deviation 1."""
     coarse = Image.fromarray(rng.normal(0, 1, (size // cell + 2,) * 2).astype(np.float32))
     return np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC), dtype=np.float64)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line."""
+    """Run the command line and return the exit code."""
     return run_command(DemoConfig, run, argv, "demo")
 
 

@@ -1,7 +1,7 @@
-"""`unet index`: WebDataset shards that others wrote -> a data set; no shard is rewritten.
+"""`unet index`: WebDataset shards from other tools -> a data set; no shard is rewritten.
 
-Each shard is looked at alone: that its tar is whole, that every picture and mask can be trained on.
-Only when all of them are good are the `.idx` files written, and the manifest last.
+Each shard is inspected on its own: its tar must be complete, and every image and mask valid for
+training. Only if all shards are valid are the `.idx` files written, and the manifest last.
 """
 
 import hashlib
@@ -20,11 +20,11 @@ from typing import BinaryIO
 import numpy as np
 import tyro
 
-from pipelines.config import run_command
-from pipelines.manifest import describe, make_manifest
-from pipelines.parallel import num_workers, run_all
+from pipelines.config import Flat, describe_read_error, run_command
+from pipelines.manifest import make_manifest, summarise
+from pipelines.parallel import num_workers, refuse_negative_workers, run_all
 from pipelines.progress import progress
-from pipelines.source import PictureConfig
+from pipelines.source import ImageOptions
 from shards.foreign import (
     COPY_REMEDY,
     DECOMPRESS_REMEDY,
@@ -33,7 +33,7 @@ from shards.foreign import (
     group_members,
     read_member,
 )
-from shards.images import NOTES, ImageRule, StoredImage, load_pixels, open_image, read_image
+from shards.images import NOTES, ImageRule, load_pixels, open_image, read_image
 from shards.index import MANIFEST, Manifest, MemberRange, ShardInfo, write_manifest
 from shards.masks import (
     CANONICAL_RULE,
@@ -59,154 +59,152 @@ from shards.tally import SampleStatistics, StoredSample, find_duplicates, merge_
 
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
-FOREIGN_NOTES = {**NOTES, "turned": "have an EXIF orientation; they are turned when decoded"}
+FOREIGN_NOTES = {**NOTES, "turned": "have an EXIF orientation; they are rotated when decoded"}
 
 REPACK = "extract the tar and pack its files (unet pack, see --mask-suffix)"
-"""What is left where a shard would have to be rewritten."""
+"""Remedy where a shard would have to be rewritten."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class IndexConfig(PictureConfig):
-    """Make a data set of WebDataset shards that other programs wrote, for training as they are.
+class IndexConfig:
+    """Turn WebDataset shards from other tools into a data set, without rewriting them.
 
-    Every picture and mask is decoded and checked. Masks must be PNGs (grey or palette) whose value
-    is the class, 255 where nothing counts. Writes an .idx beside each shard and FOLDER/index.json.
+    Every image and mask is decoded and checked. Masks must be PNGs (grayscale or palette) whose
+    pixel value is the class index, 255 where ignored. Writes an .idx file next to each shard, and
+    FOLDER/index.json.
     """
 
     folder: tyro.conf.Positional[Path]
     """Folder of the shards (*.tar), searched recursively."""
     classes: tuple[str, ...] = ()
-    """Class names from class 0 on. Left out: the shards hold pictures alone."""
+    """Class names, from class 0 on; default: the shards contain images without masks."""
     image_ext: tuple[str, ...] = ("jpg", "jpeg", "png", "tif", "tiff", "bmp", "webp", "gif")
-    """What follows the key in a picture's name: jpg for KEY.jpg, image.jpg for KEY.image.jpg."""
+    """Extensions of images, after the key: jpg for KEY.jpg, image.jpg for KEY.image.jpg."""
     mask_ext: str = MASK_EXTENSION
-    """What follows the key in a mask's name: seg.png for KEY.seg.png."""
+    """Extension of masks, after the key: seg.png for KEY.seg.png."""
     split: Split | None = None
-    """The split that all shards belong to. Left out: told by the folders and names of the shards
-    (train, val, valid, validation, test); train where they say none."""
+    """Split of all shards; default: the word train, val, valid, validation or test in the path of
+    each shard, else train."""
+    workers: int = 0
+    """Processes; 0: one per CPU."""
+    image: Flat[ImageOptions] = field(default_factory=ImageOptions)
 
     def __post_init__(self) -> None:
-        PictureConfig.__post_init__(self)
+        refuse_negative_workers(self.workers)
         if self.classes:
             MaskFormat(kind="index", num_classes=len(self.classes), ignore_value=IGNORE)
         if len(set(self.classes)) != len(self.classes):
-            raise ValueError(f"two classes have one name: {' '.join(self.classes)}")
+            raise ValueError(f"--classes: duplicate name in {' '.join(self.classes)}")
         if self.split is not None and not self.classes:
-            raise ValueError("--split needs --classes: pictures alone are the split unlabelled")
-        self.roles()
+            raise ValueError("--split needs --classes: without masks, the split is `unlabelled`")
+        self.member_roles()
 
-    def roles(self) -> dict[str, Role]:
-        """{extension: what such a member is}, the longest first."""
-        pictures = {extension.lower().lstrip(".") for extension in self.image_ext}
+    def member_roles(self) -> dict[str, Role]:
+        """Return {extension: role of such a member}, longest extension first."""
+        images = {extension.lower().lstrip(".") for extension in self.image_ext}
         mask = self.mask_ext.lower().lstrip(".")
-        # In an .idx these words mean json, mask and border map, whoever wrote it.
-        taken = {INFO_EXTENSION, MASK_EXTENSION, BORDER_EXTENSION}
-        if mask in ("", INFO_EXTENSION) or pictures & {"", *taken}:
+        # In an .idx file these extensions are reserved for json, mask and border map.
+        reserved = {INFO_EXTENSION, MASK_EXTENSION, BORDER_EXTENSION}
+        if mask in ("", INFO_EXTENSION) or images & {"", *reserved}:
             raise ValueError(
-                f"--image-ext must not hold {INFO_EXTENSION} or {MASK_EXTENSION} or "
-                f"{BORDER_EXTENSION}, --mask-ext must not be {INFO_EXTENSION}; no extension may be "
-                "empty"
+                f"--image-ext must not contain {INFO_EXTENSION}, {MASK_EXTENSION} or "
+                f"{BORDER_EXTENSION}, --mask-ext must not be {INFO_EXTENSION}, and no extension "
+                "may be empty"
             )
-        if not pictures - {mask}:
+        if not images - {mask}:
             raise ValueError(
-                f"--mask-ext {self.mask_ext} leaves no extension for pictures; see --image-ext"
+                f"--mask-ext {self.mask_ext} leaves no extension for images; see --image-ext"
             )
-        roles: dict[str, Role] = dict.fromkeys(pictures, "image")
+        roles: dict[str, Role] = dict.fromkeys(images, "image")
         if self.classes:
-            # Made of masks. Where there are none, it can only be the name of a picture.
+            # Border maps are made of masks: without masks, only an image can have this name.
             roles[BORDER_EXTENSION] = "border"
         roles |= {mask: "mask", INFO_EXTENSION: "json"}
         return dict(sorted(roles.items(), key=lambda item: (-len(item[0]), item[0])))
 
-    def image_rule(self) -> ImageRule:
-        """What pictures may be."""
-        # Of a file with several frames the first is looked at, so that it can be named as such.
-        return ImageRule(
-            alpha=self.alpha, allow_16_bit=self.is_deep, frame=0, max_pixels=self.max_pixels
-        )
-
 
 @dataclass(frozen=True, slots=True)
 class IndexRule:
-    """What a worker needs besides its shard."""
+    """What a worker needs to know besides its shard."""
 
     folder: Path
     num_classes: int
-    """0: there are no masks."""
+    """0 without masks."""
     images: ImageRule
     roles: dict[str, Role]
 
 
-Equal = list[tuple[str, str]]
-"""Shard and source of pictures that are equal."""
+Duplicates = list[tuple[str, str]]
+"""(shard, source) of byte-identical images."""
 
 
 @dataclass(slots=True)
-class FoundShard:
-    """What was found in one shard."""
+class ShardContents:
+    """Contents and problems of one shard."""
 
     name: str
     size: int = 0
     sha256: str = ""
     lines: list[str] = field(default_factory=list)
-    """Of the .idx, one for each sample."""
+    """Lines of the .idx file, one per sample."""
     sources: list[str] = field(default_factory=list)
-    """What each sample is called when it is unpacked."""
+    """Path of each sample when it is unpacked."""
     tally: SampleStatistics = field(default_factory=SampleStatistics)
     ignored: Counter[str] = field(default_factory=Counter)
-    """Members that no sample has, by kind."""
+    """Number of members that belong to no sample, by kind."""
     problems: list[str] = field(default_factory=list)
 
-    def index(self) -> bytes:
-        """The content of the .idx."""
+    def encode_offsets(self) -> bytes:
+        """Encode the .idx file."""
         return "\n".join([f"v1.2 {len(self.lines)}", *self.lines, ""]).encode()
 
 
 def run(config: IndexConfig) -> int:
-    """Look at every shard, refuse what is wrong with any, and write what makes a data set."""
+    """Inspect all shards; if all are valid, write the .idx files and the manifest."""
     store = Store(str(config.folder))
     names = find_shards(config.folder)
-    found = look_at_all(config, names)
-    problems = [problem for shard in found for problem in shard.problems]
+    shards = inspect_shards(config, names)
+    problems = [problem for shard in shards for problem in shard.problems]
     splits: dict[str, str] = {}
-    for shard in found:
+    for shard in shards:
         try:
-            splits[shard.name] = split_of(shard.name, config)
+            splits[shard.name] = choose_split(shard.name, config)
         except DataError as error:
             problems.append(str(error))
-    equal = [] if problems else equal_pictures(found)
-    problems += leaks(equal, splits, config.folder)
+    duplicates = [] if problems else find_duplicate_images(shards)
+    problems += describe_leaks(duplicates, splits, config.folder)
     if problems:
         raise AggregateDataError(problems, "nothing was written")
-    full = [shard for shard in found if shard.lines]
-    if not full:
-        raise DataError(
-            f"{config.folder} holds {len(found)} shards without a picture; see --image-ext"
-        )
-    total = merge_statistics(shard.tally for shard in full)
-    manifest = describe_shards(config, full, splits, equal, total)
-    for shard in full:
-        name = index_name(shard.name)
+    filled = [shard for shard in shards if shard.lines]
+    if not filled:
+        raise DataError(f"{config.folder}: {len(shards)} shards without an image; see --image-ext")
+    total = merge_statistics(shard.tally for shard in filled)
+    manifest = build_manifest(config, filled, splits, duplicates, total)
+    for shard in filled:
+        name = offsets_name(shard.name)
         if not store.exists(name):
-            store.write(name, shard.index())
+            store.write(name, shard.encode_offsets())
     write_manifest(store, manifest)
     lines = [
-        *describe(config.folder, manifest, total, FOREIGN_NOTES),
-        *warnings(config.folder, found, manifest),
+        *summarise(config.folder, manifest, total, FOREIGN_NOTES),
+        *list_warnings(shards, manifest),
+        *suggest_training(config.folder, manifest),
     ]
     print("\n".join(lines))
     return 0
 
 
 def find_shards(folder: Path) -> list[str]:
-    """Paths of all shards below a folder, sorted.
+    """List all shards below a folder as sorted relative paths.
 
-    Raises DataError where there is none, where one is compressed, where there is a manifest.
+    Raises DataError if there are none, if one is compressed, or if there is a manifest.
     """
+    if not folder.exists():
+        raise DataError(f"{folder} does not exist")
     if not folder.is_dir():
-        raise DataError(f"{folder} is no folder")
+        raise DataError(f"{folder} is not a directory")
     if (folder / MANIFEST).exists():
-        raise DataError(f"{folder} is a data set already; remove its {MANIFEST} to index it anew")
+        raise DataError(f"{folder} is already a data set; remove its {MANIFEST} to index it again")
     names = sorted(walk_files(str(folder)))
     compressed = [name for name in names if name.endswith(COMPRESSED)]
     if compressed:
@@ -215,17 +213,17 @@ def find_shards(folder: Path) -> list[str]:
         )
     shards = [name for name in names if name.endswith(".tar")]
     if not shards:
-        raise DataError(f"{folder} holds no shard (*.tar); pack pictures with unet pack")
+        raise DataError(f"{folder} contains no shards (*.tar); pack images with unet pack")
     return shards
 
 
-def index_name(shard: str) -> str:
-    """Where the .idx of a shard lies."""
+def offsets_name(shard: str) -> str:
+    """Path of the .idx file of a shard."""
     return str(PurePosixPath(shard).with_suffix(".idx"))
 
 
-def split_of(shard: str, config: IndexConfig) -> str:
-    """The split that a shard belongs to. Raises DataError where its path names two."""
+def choose_split(shard: str, config: IndexConfig) -> str:
+    """Choose the split of a shard. Raises DataError if its path names several."""
     if not config.classes:
         return "unlabelled"
     if config.split is not None:
@@ -235,145 +233,149 @@ def split_of(shard: str, config: IndexConfig) -> str:
     if len(named) > 1:
         raise DataError(
             f"{config.folder / shard} names the splits {' and '.join(named)}; "
-            "rename it, or say --split"
+            "rename it, or use --split"
         )
     return named[0] if named else "train"
 
 
-def look_at_all(config: IndexConfig, names: Sequence[str]) -> list[FoundShard]:
-    """Look at every shard, side by side, in the order of their names."""
-    rule = IndexRule(config.folder, len(config.classes), config.image_rule(), config.roles())
+def inspect_shards(config: IndexConfig, names: Sequence[str]) -> list[ShardContents]:
+    """Inspect all shards in parallel; returns them sorted by name."""
+    # The first frame of multi-frame files is read, so that they are refused by name.
+    images = config.image.make_rule(frame=0)
+    rule = IndexRule(config.folder, len(config.classes), images, config.member_roles())
     workers = num_workers(config.workers, len(names))
-    found = []
+    shards = []
     with progress(total=len(names), desc="index", unit="shard") as bar:
-        for _, shard in run_all(partial(look_at, rule=rule), names, workers):
-            found.append(shard)
+        for _, shard in run_all(partial(inspect_shard, rule=rule), names, workers):
+            shards.append(shard)
             bar.update()
-    return sorted(found, key=lambda shard: shard.name)
+    return sorted(shards, key=lambda shard: shard.name)
 
 
-def look_at(name: str, rule: IndexRule) -> FoundShard:
-    """Everything about one shard; what is wrong with it is listed, not raised."""
-    found = FoundShard(name)
+def inspect_shard(name: str, rule: IndexRule) -> ShardContents:
+    """Read and check one shard; its problems are listed, not raised."""
+    contents = ShardContents(name)
     path = rule.folder / name
     try:
         with path.open("rb") as file:
-            # Reads it once as a whole, so that what follows comes from memory.
-            found.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-            found.size = os.fstat(file.fileno()).st_size
+            # The file is read completely first, so that all later reads hit the page cache.
+            contents.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            contents.size = os.fstat(file.fileno()).st_size
             members = group_members(file, path, rule.roles)
-            found.ignored, found.problems = members.ignored, members.problems
+            contents.ignored, contents.problems = members.ignored, members.problems
             for key, group in members.samples.items():
                 try:
-                    add_sample(file, key, group, rule, found)
+                    add_sample(file, key, group, rule, contents)
                 except DataError as error:
-                    found.problems.append(str(error))
-        check_index(found, rule)
+                    contents.problems.append(str(error))
+        refuse_other_offsets(contents, rule)
     except DataError as error:
-        found.problems.append(str(error))
+        contents.problems.append(str(error))
     except OSError as error:
-        found.problems.append(f"{path} cannot be read: {error.strerror or error}; {COPY_REMEDY}")
-    return found
+        contents.problems.append(f"{describe_read_error(error, path)}; {COPY_REMEDY}")
+    return contents
 
 
-def check_index(found: FoundShard, rule: IndexRule) -> None:
-    """Raise DataError where an .idx is there that says something else."""
-    path = rule.folder / index_name(found.name)
-    if not found.problems and found.lines and path.exists() and path.read_bytes() != found.index():
+def refuse_other_offsets(contents: ShardContents, rule: IndexRule) -> None:
+    """Raise DataError if an .idx file with other content exists."""
+    path = rule.folder / offsets_name(contents.name)
+    if contents.problems or not contents.lines or not path.exists():
+        return
+    if path.read_bytes() != contents.encode_offsets():
         raise DataError(
-            f"{path} is there and says something else than ours would; move it away, or remove it "
-            "if nothing needs it"
+            f"{path} exists with other content; move it away, or remove it if nothing needs it"
         )
 
 
 def add_sample(
-    file: BinaryIO, key: str, group: SampleMembers, rule: IndexRule, found: FoundShard
+    file: BinaryIO, key: str, group: SampleMembers, rule: IndexRule, contents: ShardContents
 ) -> None:
-    """Check a sample and count it in. Raises DataError for what cannot be trained on."""
-    path = rule.folder / found.name
-    picture, mask, info, border = map(group.get, ("image", "mask", "json", "border"))
+    """Check a sample and add it. Raises DataError if it cannot be trained on."""
+    path = rule.folder / contents.name
+    image, mask, info, border = map(group.get, ("image", "mask", "json", "border"))
     if mask is not None and not rule.num_classes:
         raise DataError(f"{path}: {mask.name} is a mask; name the classes with --classes")
-    if picture is None and mask is None and border is None:
-        found.ignored[f".{INFO_EXTENSION}"] += 1
+    if image is None and mask is None and border is None:
+        contents.ignored[f".{INFO_EXTENSION}"] += 1
         return
-    if picture is None or (mask is None and rule.num_classes):
-        alone, lacks = picture or mask or border, "picture" if picture is None else "mask"
-        assert alone is not None
-        raise DataError(f"{path}: {alone.name} has no {lacks}; see --image-ext and --mask-ext")
-    sample = read_members(file, picture, mask, rule, path)
-    members = [member for member in (picture, mask, border) if member is not None]
-    source = f"{key}.{picture.extension.rpartition('.')[2].lower()}"
+    if image is None or (mask is None and rule.num_classes):
+        single, missing = image or mask or border, "image" if image is None else "mask"
+        assert single is not None
+        raise DataError(f"{path}: {single.name} has no {missing}; see --image-ext and --mask-ext")
+    sample = read_members(file, image, mask, rule, path)
+    members = [member for member in (image, mask, border) if member is not None]
+    source = f"{key}.{image.extension.rpartition('.')[2].lower()}"
     if info is not None:
-        described = read_info(read_member(file, info), key)
+        described = read_described_source(read_member(file, info), key)
         if described is None:
-            found.ignored[f".{INFO_EXTENSION}"] += 1
+            contents.ignored[f".{INFO_EXTENSION}"] += 1
         else:
             members.append(info)
             source = described or source
     members.sort(key=lambda member: member.offset)
-    found.lines.append(" ".join(f"{m.extension} {m.offset} {m.size} {m.name}" for m in members))
-    found.sources.append(source)
-    found.tally.add(sample)
+    contents.lines.append(" ".join(f"{m.extension} {m.offset} {m.size} {m.name}" for m in members))
+    contents.sources.append(source)
+    contents.tally.add(sample)
 
 
 def read_members(
-    file: BinaryIO, picture: MemberRange, mask: MemberRange | None, rule: IndexRule, path: Path
+    file: BinaryIO, image: MemberRange, mask: MemberRange | None, rule: IndexRule, path: Path
 ) -> StoredSample:
-    """Picture and mask of a sample, decoded. Raises DataError for what must be rewritten."""
-    where = f"{path}: {picture.name}"
-    data = read_member(file, picture)
-    image = read_image(data, rule.images, where)
-    if "frame" in image.notes:
-        raise DataError(f"{where} holds several frames; {REPACK}")
+    """Decode the image and the mask of a sample.
+
+    Raises DataError if it cannot be trained on without rewriting it.
+    """
+    where = f"{path}: {image.name}"
+    data = read_member(file, image)
+    decoded = read_image(data, rule.images, where)
+    if "frame" in decoded.notes:
+        raise DataError(f"{where} contains several frames; {REPACK}")
     digest = hashlib.sha256(data).hexdigest()
     if mask is None:
-        return StoredSample(image, None, digest)
+        return StoredSample(decoded, None, digest)
     mask_where = f"{path}: {mask.name}"
-    canonical = read_canonical(read_member(file, mask), rule.num_classes, mask_where)
-    if canonical.size != image.full_size:
+    canonical = read_canonical_mask(read_member(file, mask), rule.num_classes, mask_where)
+    if canonical.size != decoded.full_size:
+        rotated = " after its EXIF rotation" if "turned" in decoded.notes else ""
         raise DataError(
-            f"{mask_where} is {size_text(canonical.size)}, its picture {picture.name} "
-            f"{size_text(image.full_size)}{turned_text(image)}; {REPACK}"
+            f"{mask_where} is {format_size(canonical.size)}, its image {image.name} "
+            f"{format_size(decoded.full_size)}{rotated}; {REPACK}"
         )
-    return StoredSample(image, canonical, digest)
+    return StoredSample(decoded, canonical, digest)
 
 
-def size_text(size: tuple[int, int]) -> str:
-    """`640 x 480`."""
+def format_size(size: tuple[int, int]) -> str:
+    """Format a size as `640 x 480`."""
     return f"{size[0]} x {size[1]}"
 
 
-def turned_text(image: StoredImage) -> str:
-    """Why a picture's size may not be the one in its header."""
-    return " when it is turned as its EXIF orientation says" if "turned" in image.notes else ""
-
-
-def read_canonical(data: bytes, num_classes: int, where: str) -> CanonicalMask:
-    """A mask that can be trained on as it is. Raises DataError for any other."""
+def read_canonical_mask(data: bytes, num_classes: int, where: str) -> CanonicalMask:
+    """Decode a mask. Raises DataError if it is not canonical."""
     opened = open_image(data, where, CANONICAL_RULE)
     if opened.format != "PNG" or opened.mode not in ("P", "L"):
         raise DataError(
-            f"{where} is {opened.format} of mode {opened.mode}; masks in shards are PNG of mode P "
-            f"or L whose value is the class: {REPACK}"
+            f"{where} is {opened.format} of mode {opened.mode}; masks in shards must be PNG of "
+            f"mode P or L whose pixel value is the class index: {REPACK}"
         )
     image, _ = load_pixels(opened, where)
     index = np.asarray(image)
     counts = count_pixel_values(index)
-    beyond = np.flatnonzero(counts[num_classes:IGNORE]) + num_classes
-    if len(beyond):
+    unknown = np.flatnonzero(counts[num_classes:IGNORE]) + num_classes
+    if len(unknown):
         raise DataError(
-            f"{where} holds values without a class: {format_counts(counts, beyond)}; "
+            f"{where} contains values without a class: {format_counts(counts, unknown)}; "
             f"name all classes with --classes, or {REPACK}"
         )
     classes = ClassMap(index, counts, tuple(np.flatnonzero(counts).tolist()))
     return CanonicalMask(image.size, opened.mode, data, classes)
 
 
-def read_info(data: bytes, key: str) -> str | None:
-    """The `source` that a sample's json names, "" where it names none; None: not to be used.
+def read_described_source(data: bytes, key: str) -> str | None:
+    """Read the `source` from a sample's json.
 
-    What others call `source` may be anything; ours gives the key.
+    Returns:
+        The source, "" if there is none, or None if the json is not in our format: other tools may
+        store anything under `source`; in ours, the key is derived from it.
     """
     try:
         info = json.loads(data)
@@ -389,36 +391,46 @@ def read_info(data: bytes, key: str) -> str | None:
         return None
 
 
-def equal_pictures(found: Sequence[FoundShard]) -> list[Equal]:
-    """Pictures that are equal byte for byte."""
-    places = [(shard.name, source) for shard in found for source in shard.sources]
-    digests = (digest for shard in found for digest in shard.tally.digests)
+def find_duplicate_images(shards: Sequence[ShardContents]) -> list[Duplicates]:
+    """Find groups of byte-identical images."""
+    places = [(shard.name, source) for shard in shards for source in shard.sources]
+    digests = (digest for shard in shards for digest in shard.tally.digests)
     groups = find_duplicates(digests, map(str, range(len(places)))).values()
     return [[places[int(number)] for number in group] for group in groups]
 
 
-def leaks(equal: Sequence[Equal], splits: dict[str, str], folder: Path) -> list[str]:
-    """Equal pictures in different splits, a line each."""
+def describe_leaks(
+    duplicates: Sequence[Duplicates], splits: dict[str, str], folder: Path
+) -> list[str]:
+    """Describe byte-identical images in different splits, one line each."""
     return [
         " = ".join(f"{folder / shard}: {source} ({splits[shard]})" for shard, source in group[:5])
-        + " are the same picture in two splits; remove it from one"
-        for group in equal
+        + " are the same image in two splits; remove it from one"
+        for group in duplicates
         if len({splits[shard] for shard, _ in group}) > 1
     ]
 
 
-def describe_shards(
+def build_manifest(
     config: IndexConfig,
-    found: Sequence[FoundShard],
+    shards: Sequence[ShardContents],
     splits: dict[str, str],
-    equal: Sequence[Equal],
+    duplicates: Sequence[Duplicates],
     total: SampleStatistics,
 ) -> Manifest:
-    """The manifest of shards that are all good."""
+    """Build the manifest of valid shards.
+
+    Args:
+        config: the configuration.
+        shards: shards with at least one sample.
+        splits: {shard: split}.
+        duplicates: groups of byte-identical images.
+        total: tally of all shards.
+    """
     num_classes = len(config.classes)
     infos: dict[str, list[ShardInfo]] = {}
     tallies: dict[str, SampleStatistics] = {}
-    for shard in found:
+    for shard in shards:
         pixels = shard.tally.class_pixels(num_classes) if num_classes else ()
         info = ShardInfo(shard.name, len(shard.lines), shard.size, shard.sha256, pixels)
         infos.setdefault(splits[shard.name], []).append(info)
@@ -432,39 +444,43 @@ def describe_shards(
     return make_manifest(
         classes=config.classes,
         palette=default_palette(config.classes),
-        image_format=config.image_format(total),
+        image_format=config.image.make_format(total),
         mask_format=mask_format if num_classes else {},
         shards=infos,
         tallies=tallies,
-        duplicates=[[f"{splits[shard]}:{source}" for shard, source in g] for g in equal],
+        duplicates=[[f"{splits[shard]}:{source}" for shard, source in g] for g in duplicates],
         verified="full",
     )
 
 
-def warnings(folder: Path, found: Sequence[FoundShard], manifest: Manifest) -> Iterator[str]:
-    """What may be meant otherwise, and what to do next."""
-    ignored = sum((shard.ignored for shard in found), Counter[str]())
+def list_warnings(shards: Sequence[ShardContents], manifest: Manifest) -> Iterator[str]:
+    """Warn of contents that are probably not intended."""
+    ignored = sum((shard.ignored for shard in shards), Counter[str]())
     if ignored:
         kinds = ", ".join(f"{kind} ({count})" for kind, count in ignored.most_common())
-        yield f"  {ignored.total()} other members are passed over: {kinds}"
-    empty = [shard.name for shard in found if not shard.lines]
+        yield f"  {ignored.total()} other members are ignored: {kinds}"
+    empty = [shard.name for shard in shards if not shard.lines]
     if empty:
-        yield f"  warning: {len(empty)} shards without a sample are left out, the first: {empty[0]}"
-    sources = Counter(source for shard in found for source in shard.sources)
-    again = [source for source, count in sources.items() if count > 1]
-    if again:
+        yield f"  warning: {len(empty)} shards without samples are ignored, the first: {empty[0]}"
+    sources = Counter(source for shard in shards for source in shard.sources)
+    repeated = [source for source, count in sources.items() if count > 1]
+    if repeated:
         yield (
-            f"  warning: {len(again)} names occur in several shards, the first: {again[0]}; "
-            "training sees all, but unpack and predict give one result a name"
+            f"  warning: {len(repeated)} names occur in several shards, the first: {repeated[0]}; "
+            "training uses all samples, but unpack and predict write one result per name"
         )
     if "train" in manifest.splits and "val" not in manifest.splits:
-        yield "  warning: no shard is for val; let a folder or name of some begin with val"
+        yield "  warning: split val is empty; put `val` into the path of some shards"
+
+
+def suggest_training(folder: Path, manifest: Manifest) -> Iterator[str]:
+    """Suggest the command to train on the data set, if it can be trained on."""
     if "train" in manifest.splits:
         yield f"next: unet train --data {folder} --run-dir RUN"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line."""
+    """Run the command line and return the exit code."""
     return run_command(IndexConfig, run, argv, "index")
 
 

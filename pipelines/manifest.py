@@ -1,4 +1,4 @@
-"""The manifest of shards that were packed or indexed, and what is said of them to people."""
+"""Build the manifest of packed or indexed shards, and summarise it for people."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -9,10 +9,10 @@ from shards.pairs import SPLITS
 from shards.sample import Palette
 from shards.tally import SampleStatistics, compute_mean_std, merge_statistics
 
-MOST_DUPLICATES = 1000
-"""Groups of equal pictures that a manifest names."""
-MOST_EQUAL = 20
-"""Names in one such group."""
+MAX_DUPLICATE_GROUPS = 1000
+"""Groups of identical images that a manifest lists."""
+MAX_GROUP_NAMES = 20
+"""Names listed in each group."""
 
 
 def make_manifest(
@@ -28,19 +28,19 @@ def make_manifest(
     border_sigma: float | None = None,
     border_classes: tuple[str, ...] = (),
 ) -> Manifest:
-    """Everything that was found, in one page.
+    """Build a manifest.
 
     Args:
         classes: class names by index.
         palette: RGB colour of each class.
-        image_format: how pictures are decoded.
-        mask_format: the declared format as JSON holds it.
-        shards: those of each split.
-        tallies: what those of each split hold.
-        duplicates: names, `split:source`, of pictures that are equal.
-        verified: whether every pixel was looked at.
-        border_sigma: pixels, of border maps; None: there are none.
-        border_classes: names of the classes that are cells in them.
+        image_format: how images are decoded.
+        mask_format: the declared mask format as JSON data.
+        shards: shards by split.
+        tallies: tally by split.
+        duplicates: groups of byte-identical images, named `split:source`.
+        verified: whether every pixel was decoded or only headers were read.
+        border_sigma: sigma of the border maps in pixels; None: without border maps.
+        border_classes: names of the classes that are objects in the border maps.
     """
     measured = tallies["train"] if "train" in shards else merge_statistics(tallies.values())
     mean, std = compute_mean_std(measured.levels, image_format)
@@ -57,40 +57,40 @@ def make_manifest(
             for split in (*SPLITS, "unlabelled")
             if split in shards
         },
-        duplicates=tuple(tuple(names[:MOST_EQUAL]) for names in groups[:MOST_DUPLICATES]),
+        duplicates=tuple(tuple(names[:MAX_GROUP_NAMES]) for names in groups[:MAX_DUPLICATE_GROUPS]),
         verified=verified,
         border_sigma=border_sigma,
         border_classes=border_classes,
     )
 
 
-def describe(
+def summarise(
     place: object, manifest: Manifest, total: SampleStatistics, notes: Mapping[str, str] = NOTES
 ) -> Iterator[str]:
-    """What a data set holds, line by line; `total`: the tally of all its shards."""
+    """Summarise a data set in lines; `total`: tally of all its shards."""
     form = manifest.image_format
-    yield f"{place}: {'grey' if form.channels == 'L' else 'RGB'} pictures"
+    yield f"{place}: {'grey' if form.channels == 'L' else 'RGB'} images"
     for name, split in manifest.splits.items():
         sizes = ", ".join(f"{s.width} x {s.height} {s.mode} ({s.images})" for s in split.sizes[:3])
         more = f" and {len(split.sizes) - 3} more sizes" if len(split.sizes) > 3 else ""
         yield f"  {name:<10}{split.samples:>8} samples, {len(split.shards)} shards; {sizes}{more}"
     if manifest.verified == "full":
-        yield from class_lines(manifest.classes, total)
+        yield from summarise_classes(manifest.classes, total)
     if manifest.border_sigma is not None:
-        cells = ", ".join(manifest.border_classes)
-        yield f"  border maps: sigma {manifest.border_sigma:g} pixels, the cells are: {cells}"
-    yield from (f"  {count} pictures {notes[note]}" for note, count in sorted(total.notes.items()))
+        objects = ", ".join(manifest.border_classes)
+        yield f"  border maps: sigma {manifest.border_sigma:g} pixels, objects: {objects}"
+    yield from (f"  {count} images {notes[note]}" for note, count in sorted(total.notes.items()))
     if form.range is not None:
         yield f"  16-bit values {form.range[0]} to {form.range[1]} become 0 to 255"
     if manifest.duplicates:
         yield (
-            f"  warning: {len(manifest.duplicates)} groups of equal pictures, "
+            f"  warning: {len(manifest.duplicates)} groups of identical images, "
             f"the first: {' = '.join(manifest.duplicates[0])}"
         )
 
 
-def class_lines(classes: Sequence[str], total: SampleStatistics) -> Iterator[str]:
-    """The share of each class, and those that occur nowhere."""
+def summarise_classes(classes: Sequence[str], total: SampleStatistics) -> Iterator[str]:
+    """List the pixel share of each class, and warn of classes that do not occur."""
     if not classes:
         return
     pixels = total.class_pixels(len(classes))
@@ -99,4 +99,4 @@ def class_lines(classes: Sequence[str], total: SampleStatistics) -> Iterator[str
             yield f"  {name:<20}{count / max(1, sum(pixels)):>8.2%} of pixels"
     for name, count in zip(classes, pixels, strict=False):
         if not count:
-            yield f"  warning: no pixel of the class {name!r} anywhere"
+            yield f"  warning: class {name!r} has no pixels"

@@ -1,4 +1,4 @@
-"""Masks drawn over pictures, for people to look at."""
+"""Draw masks over images: overlays and contact sheets."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,13 +10,19 @@ from PIL import Image, ImageDraw
 from shards.sample import IGNORE, Palette, Uint8
 
 TINT = 0.4
-"""Opacity of a class's colour inside its outline."""
+"""Opacity of the class colour inside a region; its outline is opaque."""
 
 
 def draw_overlay(image: Uint8, mask: Uint8, palette: Palette) -> Image.Image:
-    """A picture [H, W, 1 or 3] with each class tinted and outlined in its colour.
+    """Tint and outline each class in its colour.
 
-    Classes whose colour is black (the background) stay as they are; ignored pixels turn grey.
+    Args:
+        image: uint8 [H, W, 1 or 3].
+        mask: class indices uint8 [H, W]; ignored pixels are tinted grey.
+        palette: RGB colour of each class; black classes (the background) are not drawn.
+
+    Returns:
+        An RGB image of size W x H.
     """
     base = np.broadcast_to(image, (*image.shape[:2], 3)).astype(np.float32)
     table = np.full((256, 3), 128, dtype=np.float32)
@@ -25,12 +31,12 @@ def draw_overlay(image: Uint8, mask: Uint8, palette: Palette) -> Image.Image:
     opacity[: len(palette)] = [TINT if any(colour) else 0 for colour in palette]
     opacity[IGNORE] = TINT
     alpha = opacity[mask][..., None]
-    alpha[outline(mask) & (alpha[..., 0] > 0)] = 1
+    alpha[find_outline(mask) & (alpha[..., 0] > 0)] = 1
     return Image.fromarray((base * (1 - alpha) + table[mask] * alpha).round().astype(np.uint8))
 
 
-def outline(mask: Uint8) -> np.ndarray:
-    """Whether a pixel [H, W] differs from its right or lower neighbour's class, or they from it."""
+def find_outline(mask: Uint8) -> np.ndarray:
+    """Whether one of the four neighbours of a pixel has another class, bool [H, W]."""
     edge = np.zeros(mask.shape, dtype=bool)
     across, along = mask[:, 1:] != mask[:, :-1], mask[1:] != mask[:-1]
     edge[:, 1:] |= across
@@ -41,16 +47,16 @@ def outline(mask: Uint8) -> np.ndarray:
 
 
 CELL = 200
-"""Side of a picture on a contact sheet, in pixels."""
+"""Side of a cell of a contact sheet in pixels."""
 COLUMNS = 6
 CAPTION = 16
-"""Height of a line of text, in pixels."""
+"""Height of a line of text in pixels."""
 INK, PAPER = (230, 230, 230), (24, 24, 24)
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One picture of a contact sheet."""
+    """One image on a contact sheet."""
 
     caption: str
     image: Image.Image
@@ -59,16 +65,18 @@ class Cell:
     """Class indices [H, W]."""
 
 
-def contact_sheet(cells: Sequence[Cell], palette: Palette, legend: Sequence[str]) -> Image.Image:
-    """Pictures side by side with their masks drawn over them, and what the colours mean.
+def draw_contact_sheet(
+    cells: Sequence[Cell], palette: Palette, legend: Sequence[str]
+) -> Image.Image:
+    """Draw images with their masks in a grid, and a legend below.
 
     Args:
         cells: at least one.
         palette: RGB colour of each class.
-        legend: a line for each class, then perhaps one for ignored pixels.
+        legend: a line for each class, optionally one more for ignored pixels.
     """
     columns = max(2, min(COLUMNS, len(cells)))
-    drawn = [thumbnail(cell, palette) for cell in cells]
+    drawn = [draw_thumbnail(cell, palette) for cell in cells]
     rows = [
         range(start, min(start + columns, len(cells))) for start in range(0, len(cells), columns)
     ]
@@ -80,18 +88,18 @@ def contact_sheet(cells: Sequence[Cell], palette: Palette, legend: Sequence[str]
     for row, top in zip(rows, accumulate(heights, initial=0), strict=False):
         for column, number in enumerate(row):
             sheet.paste(drawn[number], (column * CELL + 2, top + 2))
-            caption = text_line(cells[number].caption, CELL - 3)
+            caption = draw_text(cells[number].caption, CELL - 3)
             sheet.paste(caption, (column * CELL + 3, top + 3 + drawn[number].height))
     for number, line in enumerate(legend):
         left, top = number % columns * CELL + 3, legend_top + number // columns * CAPTION
         swatch = palette[number] if number < len(palette) else (128, 128, 128)
         draw.rectangle((left, top, left + 12, top + 12), fill=swatch, outline=INK)
-        sheet.paste(text_line(line, CELL - 21), (left + 18, top))
+        sheet.paste(draw_text(line, CELL - 21), (left + 18, top))
     return sheet
 
 
-def thumbnail(cell: Cell, palette: Palette) -> Image.Image:
-    """A picture with its mask, no larger than a cell."""
+def draw_thumbnail(cell: Cell, palette: Palette) -> Image.Image:
+    """Draw the image of a cell with its mask, scaled down to fit."""
     factor = min(1.0, (CELL - 4) / max(cell.image.size))
     size = (max(1, round(cell.image.width * factor)), max(1, round(cell.image.height * factor)))
     small = cell.image.resize(size, Image.Resampling.BOX)
@@ -101,14 +109,14 @@ def thumbnail(cell: Cell, palette: Palette) -> Image.Image:
     return draw_overlay(np.asarray(small), mask, palette)
 
 
-def text_line(text: str, width: int) -> Image.Image:
-    """A line of text, cut where it would run into its neighbour."""
+def draw_text(text: str, width: int) -> Image.Image:
+    """Draw a line of text, clipped to `width` pixels."""
     line = Image.new("RGB", (width, CAPTION), PAPER)
     ImageDraw.Draw(line).text((0, 0), shorten(text), fill=INK)
     return line
 
 
-def shorten(caption: str, most: int = CELL // 7) -> str:
-    """The end of a long name, in characters that the built-in font has."""
-    text = caption if len(caption) <= most else "..." + caption[-most + 3 :]
+def shorten(caption: str, max_length: int = CELL // 7) -> str:
+    """Keep the end of a long caption, in characters that the built-in font has."""
+    text = caption if len(caption) <= max_length else "..." + caption[-max_length + 3 :]
     return text.encode("latin-1", "replace").decode("latin-1")

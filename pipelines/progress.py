@@ -1,4 +1,4 @@
-"""What a person sees of work that takes its time: a bar on a terminal, else a line now and then."""
+"""Progress bars on a terminal, else periodic lines."""
 
 import io
 import sys
@@ -6,26 +6,26 @@ from typing import Any
 
 from tqdm import tqdm
 
-EVERY = 10.0
-"""Seconds between two lines, and before the first one."""
+LINE_INTERVAL = 10.0
+"""Seconds before the first line and between lines."""
 
 LINE = "{desc}: {n:,} of {total:,} {unit}s, {rate_noinv:,.1f}/s, {remaining} left"
 
 
-class Lines(io.TextIOBase):
-    """Writes to stderr what tqdm would draw over what it drew before, each on its own line."""
+class LineWriter(io.TextIOBase):
+    """Prints each refresh of a tqdm bar as a line of its own on stderr."""
 
     def write(self, text: str) -> int:
-        """Write a line, where the text holds one."""
+        """Print the text unless it is blank."""
         if line := text.strip():
             print(line, file=sys.stderr, flush=True)
         return len(text)
 
 
-def progress(*given: Any, **options: Any) -> tqdm:
-    """A `tqdm` with these arguments, among them `desc` and `unit`."""
+def progress(*arguments: Any, **options: Any) -> tqdm:
+    """Create a `tqdm` with these arguments; `desc` and `unit` are required."""
     if not sys.stderr.isatty():
-        # `miniters`: the time alone decides. `leave`: what the verb says last is the end.
-        options |= {"file": Lines(), "bar_format": LINE, "miniters": 1, "leave": False}
-        options |= {"mininterval": EVERY, "delay": EVERY}
-    return tqdm(*given, **options)
+        # `miniters=1` leaves the rate to `mininterval`; the verb prints its own last line.
+        options |= {"file": LineWriter(), "bar_format": LINE, "miniters": 1, "leave": False}
+        options |= {"mininterval": LINE_INTERVAL, "delay": LINE_INTERVAL}
+    return tqdm(*arguments, **options)

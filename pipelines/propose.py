@@ -1,18 +1,21 @@
-"""`--mask-format auto`: look at every mask, propose the flags that read them, and stop."""
+"""`--mask-format auto`: survey all masks, propose the flags that read them, and stop."""
 
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
 from functools import partial
+from typing import Any
 
-from pipelines.config import REFUSED
+from pipelines.config import REFUSED, describe_read_error, settings_of
 from pipelines.parallel import chunks, num_workers, run_all
 from pipelines.progress import progress
-from pipelines.source import SourceConfig
+from pipelines.source import SourceOptions
 from shards.images import ImageRule
 from shards.sample import DataError
 from shards.survey import MaskSurvey, propose_flags, survey_mask
+
+MAX_SHOWN = 20
+"""Unreadable masks that are printed."""
 
 PROPOSED = frozenset(
     {
@@ -20,30 +23,35 @@ PROPOSED = frozenset(
         *("unknown", "tolerance", "classes"),
     }
 )
-"""Fields that a proposal fills in."""
+"""Settings that a proposal replaces."""
 
 
-def propose_format(config: SourceConfig, verb: str) -> int:
-    """Print what the masks hold and the command to go on with; nothing is packed: exit code 1."""
-    pairing = config.find_pairs()
+def propose_format(source: SourceOptions, workers: int, command: str) -> int:
+    """Survey all masks and print `command` with the flags that read them.
+
+    Nothing is packed: returns exit code 1.
+    """
+    pairing = source.pairing.find_pairs()
     masks = [f"{pairing.masks}/{pair.mask}" for pair in pairing.pairs]
-    workers = num_workers(config.workers, len(masks))
+    workers = num_workers(workers, len(masks))
     survey = MaskSurvey()
     problems: list[str] = []
-    with progress(total=len(masks), desc="look", unit="mask") as bar:
-        work = partial(look_at, rule=config.image_rule())
-        for piece, (part, found) in run_all(work, chunks(masks, workers), workers):
-            survey.merge(part)
-            problems += found
-            bar.update(len(piece))
-    for problem in sorted(problems)[:20]:
+    with progress(total=len(masks), desc="survey", unit="mask") as bar:
+        survey_chunk = partial(survey_masks, rule=source.image_rule())
+        for chunk, (partial_survey, unreadable) in run_all(
+            survey_chunk, chunks(masks, workers), workers
+        ):
+            survey.merge(partial_survey)
+            problems += unreadable
+            bar.update(len(chunk))
+    for problem in sorted(problems)[:MAX_SHOWN]:
         print(problem, file=sys.stderr)
-    print(propose_flags(survey).text(command_of(config, verb)))
+    print(propose_flags(survey).text(command))
     return REFUSED
 
 
-def look_at(paths: Sequence[str], rule: ImageRule) -> tuple[MaskSurvey, list[str]]:
-    """What some masks hold, and those that cannot be read."""
+def survey_masks(paths: Sequence[str], rule: ImageRule) -> tuple[MaskSurvey, list[str]]:
+    """Survey some masks; also lists those that cannot be read."""
     survey = MaskSurvey()
     problems = []
     for path in paths:
@@ -53,18 +61,17 @@ def look_at(paths: Sequence[str], rule: ImageRule) -> tuple[MaskSurvey, list[str
         except DataError as error:
             problems.append(str(error))
         except OSError as error:
-            problems.append(f"{path} cannot be read: {error.strerror or error}")
+            problems.append(describe_read_error(error, path))
     return survey, problems
 
 
-def command_of(config: SourceConfig, verb: str) -> str:
-    """The command that was given, without the flags that are proposed."""
+def format_command(config: Any, verb: str) -> str:
+    """Format the command line that gives `config`, without the settings that are proposed."""
     words = ["unet", verb]
-    for entry in fields(config):
-        value = getattr(config, entry.name)
-        if entry.name in PROPOSED or value == entry.default:
+    for field, value in settings_of(config):
+        if field.name in PROPOSED or value == field.default:
             continue
-        flag = "--" + entry.name.replace("_", "-")
+        flag = "--" + field.name.replace("_", "-")
         if isinstance(value, bool):
             words.append(flag)
         else:

@@ -1,4 +1,4 @@
-"""`unet separate`: a folder that mixes pictures and masks -> OUT/images and OUT/masks."""
+"""`unet separate`: a folder that mixes images and masks -> OUT/images and OUT/masks."""
 
 import filecmp
 import os
@@ -19,36 +19,36 @@ from shards.sample import DataError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SeparateConfig:
-    """Part a folder that mixes pictures and masks into OUT/images and OUT/masks.
+    """Split a folder that mixes images and masks into OUT/images and OUT/masks.
 
-    Masks are told by a suffix (`cell_mask.png` beside `cell.png`), a pattern, or their extension.
+    Masks are recognised by a suffix (`cell_mask.png` for `cell.png`), a pattern, or an extension.
     """
 
     folder: tyro.conf.Positional[Path]
-    """Folder that holds both."""
+    """Folder that contains both."""
     out: Path
-    """Where `images` and `masks` are made."""
+    """Folder in which `images` and `masks` are created."""
     mask_suffix: str | None = None
-    """What a mask's name ends with before its extension; it is dropped: `_mask`."""
+    """End of a mask's name, before the extension: `_mask`. It is removed from the name."""
     mask_pattern: str | None = None
-    """Regular expression that is found in a mask's path (without extension) and in no picture's.
-    The mask is called what is left without the match, `_(?:seg|gt)$`, or what the pattern's groups
-    hold, `^seg_(.*)$`."""
+    """Regular expression that matches the paths (without extension) of masks and of no image. A
+    mask's name becomes its path without the match, `_(?:seg|gt)$`, or the groups of the match,
+    `^seg_(.*)$`."""
     image_ext: str | None = None
-    """Extension of the pictures: `.bmp`."""
+    """Extension of the images: `.bmp`."""
     mask_ext: str | None = None
     """Extension of the masks: `.png`."""
     mode: Literal["copy", "move", "link"] = "copy"
-    """Copy the files, move them, or make symbolic links to them."""
+    """Copy the files, move them, or create symbolic links to them."""
     dry_run: bool = False
-    """Say what would be done and do nothing."""
+    """Print what would be done and exit."""
 
     def __post_init__(self) -> None:
         by_extension = (self.image_ext is not None, self.mask_ext is not None)
         ways = [self.mask_suffix is not None, self.mask_pattern is not None, any(by_extension)]
         if sum(ways) != 1 or (any(by_extension) and not all(by_extension)):
             raise ValueError(
-                "give --mask-suffix, or --mask-pattern, or --image-ext together with --mask-ext"
+                "use --mask-suffix, or --mask-pattern, or --image-ext together with --mask-ext"
             )
         if self.mask_suffix == "":
             raise ValueError("--mask-suffix must not be empty")
@@ -57,11 +57,11 @@ class SeparateConfig:
         if all(by_extension) and normalise_extension(self.image_ext) == normalise_extension(
             self.mask_ext
         ):
-            raise ValueError("--image-ext and --mask-ext must differ; else use --mask-suffix")
+            raise ValueError("--image-ext and --mask-ext must differ; otherwise use --mask-suffix")
 
 
 def run(config: SeparateConfig) -> int:
-    """Place every file, or say where it would go."""
+    """Place every file, or print where it would go."""
     plan = plan_separation(
         config.folder,
         config.out,
@@ -74,10 +74,10 @@ def run(config: SeparateConfig) -> int:
     if config.dry_run:
         for file in plan:
             print(f"{file.source} -> {file.target}")
-        print(f"{num_masks} pairs; nothing was done (--dry-run)")
+        print(f"{num_masks} pairs; nothing was written (--dry-run)")
         return 0
     for file in progress(plan, desc="separate", unit="file"):
-        place(file, config.mode)
+        place_file(file, config.mode)
     print(f"{num_masks} pairs in {config.out / 'images'} and {config.out / 'masks'}")
     print(
         f"next: unet pack --images {config.out / 'images'} --masks {config.out / 'masks'} "
@@ -86,8 +86,11 @@ def run(config: SeparateConfig) -> int:
     return 0
 
 
-def place(file: FileMove, mode: Literal["copy", "move", "link"]) -> None:
-    """Put one file where it belongs, whole or not at all; one that is there already is left."""
+def place_file(file: FileMove, mode: Literal["copy", "move", "link"]) -> None:
+    """Copy, move or link one file atomically; an identical file at the target is kept.
+
+    Raises DataError if the target exists and differs.
+    """
     file.target.parent.mkdir(parents=True, exist_ok=True)
     if os.path.lexists(file.target):
         if not file.target.exists() or not filecmp.cmp(file.source, file.target, shallow=False):
@@ -109,7 +112,7 @@ def place(file: FileMove, mode: Literal["copy", "move", "link"]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line."""
+    """Run the command line and return the exit code."""
     return run_command(SeparateConfig, run, argv, "separate")
 
 

@@ -1,4 +1,4 @@
-"""Checking: what packing would refuse, in the same words, and what the rest holds; to look at."""
+"""Checking: the problems that packing would refuse, class shares, a contact sheet."""
 
 import json
 import shutil
@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from shards.index import read_manifest
-from tests.conftest import flags, levels
-from tests.conftest import solid_image as picture
+from shards.pairs import MAX_LISTED
+from tests.conftest import flags, levels, solid_image
 
 Folder = Path
 
@@ -23,10 +23,10 @@ def report(out: Path) -> dict:
     return json.loads((out / "check.json").read_text())
 
 
-# ---- what is told
+# ---- the report
 
 
-def test_the_table_says_what_the_data_hold(draw, call, tmp_path: Path) -> None:
+def test_the_table_summarises_the_data(draw, call, tmp_path: Path) -> None:
     folder = draw(tmp_path / "in", 12, values=(0, 128, 255))
     draw(folder, 2, size=(24, 32), name="small{}", seed=1)
     Image.new("L", (32, 24)).save(folder / "masks" / "small1.png")
@@ -37,24 +37,24 @@ def test_the_table_says_what_the_data_hold(draw, call, tmp_path: Path) -> None:
     total = sum(mask.size for mask in masks)
     cell, rim = (sum(int((mask == value).sum()) for mask in masks) for value in (128, 255))
     assert "14 pairs: train " in ended.out
-    assert "48 x 48 RGB         12 pictures" in ended.out
-    assert "32 x 24 RGB          2 pictures" in ended.out
+    assert "48 x 48 RGB         12 images" in ended.out
+    assert "32 x 24 RGB          2 images" in ended.out
     assert "masks of mode L (14)" in ended.out
     assert f"{cell / total:.2%} of pixels, in 12 masks" in ended.out
     assert f"{rim / total:.2%} of pixels, in {12 + 1} masks" in ended.out
-    assert "1 masks hold nothing but class 0: small1.png" in ended.out
-    assert "warning: no pixel of the class 'ghost' anywhere" in ended.out
-    assert "no problem found; `unet pack` with the same flags" in ended.out
-    assert f"look: {tmp_path / 'out' / 'sheet.png'}" in ended.out
+    assert "1 masks contain only class 0: small1.png" in ended.out
+    assert "warning: class 'ghost' has no pixels" in ended.out
+    assert "no problems found; pack with: unet pack" in ended.out
+    assert f"contact sheet: {tmp_path / 'out' / 'sheet.png'}" in ended.out
     assert ended.err == ""
 
 
-def test_the_report_agrees_with_what_packing_finds(draw, call, tmp_path: Path) -> None:
+def test_the_report_agrees_with_the_packed_manifest(draw, call, tmp_path: Path) -> None:
     folder = draw(tmp_path / "in", 12, size=(32, 32), mode="L")
     ended = call("check", *flags(folder, tmp_path / "out", "--val-fraction", 0.3))
     assert ended.code == 0, ended.err
-    told = flags(folder, tmp_path / "shards", "--val-fraction", 0.3)
-    assert call("pack", *told).code == 0
+    arguments = flags(folder, tmp_path / "shards", "--val-fraction", 0.3)
+    assert call("pack", *arguments).code == 0
     found, manifest = report(tmp_path / "out"), read_manifest(tmp_path / "shards")
     assert (found["pairs"], found["bad_pairs"], found["problems"]) == (12, 0, [])
     assert found["splits"] == {name: split.samples for name, split in manifest.splits.items()}
@@ -68,44 +68,44 @@ def test_the_report_agrees_with_what_packing_finds(draw, call, tmp_path: Path) -
     assert sum(c["share"] for c in found["classes"].values()) == pytest.approx(1)
     assert found["mask_modes"] == {"L": 12}
     assert (found["duplicates"], found["empty"], found["notes"]) == ([], [], {})
-    # Over all pictures; the manifest's is over the train split.
-    pictures = [np.asarray(Image.open(p)) / 255 for p in (folder / "images").iterdir()]
-    assert found["mean"] == [pytest.approx(np.mean(pictures), abs=1e-6)]
-    assert found["std"] == [pytest.approx(np.std(pictures), abs=1e-6)]
+    # Over all images; in the manifest, over the train split.
+    images = [np.asarray(Image.open(p)) / 255 for p in (folder / "images").iterdir()]
+    assert found["mean"] == [pytest.approx(np.mean(images), abs=1e-6)]
+    assert found["std"] == [pytest.approx(np.std(images), abs=1e-6)]
 
 
-def test_the_sheet_shows_the_colours_of_the_mask(pair: Path, call) -> None:
+def test_the_contact_sheet_shows_the_colours_of_the_mask(pair: Path, call) -> None:
     (pair / "colours.yaml").write_text("ground: [0, 0, 0]\ncell: [0, 250, 10]\n")
     mask = np.zeros((16, 20, 3), np.uint8)
     mask[4:8, 4:8] = (0, 250, 10)
     Image.fromarray(mask).save(pair / "masks" / "a.png")
-    told = flags(pair, pair / "out", "--colours", pair / "colours.yaml", mask_format="rgb")
-    ended = call("check", *told)
+    arguments = flags(pair, pair / "out", "--colours", pair / "colours.yaml", mask_format="rgb")
+    ended = call("check", *arguments)
     assert ended.code == 0, ended.err
     sheet = np.asarray(Image.open(pair / "out" / "sheet.png").convert("RGB"))
     outlined = (sheet == (0, 250, 10)).all(axis=2)
-    # The outline of the square, and the swatch beside the class's name.
+    # The outline of the square, and the swatch in the legend.
     assert outlined[6:10, 6:10].sum() == 12
     assert outlined.sum() > 100
     assert (sheet[2 + 15, 2] == (9, 9, 9)).all()
 
 
-def test_the_sheet_is_spread_over_the_data_set(draw, call, tmp_path: Path) -> None:
+def test_the_contact_sheet_samples_the_complete_data_set(draw, call, tmp_path: Path) -> None:
     folder = draw(tmp_path / "in", 70, size=(8, 8))
     ended = call("check", *flags(folder, tmp_path / "out"))
     assert ended.code == 0, ended.err
     width, height = Image.open(tmp_path / "out" / "sheet.png").size
-    # Every third: 24 pictures, six in a row.
+    # Every third of 70: 24 images, six per row.
     assert width == 6 * 200
     assert 4 * 28 <= height <= 4 * 28 + 40
 
 
-def test_pictures_without_masks_can_be_looked_at(draw, call, tmp_path: Path) -> None:
+def test_images_without_masks_can_be_checked(draw, call, tmp_path: Path) -> None:
     images = draw(tmp_path / "in", 3, size=(16, 16)) / "images"
-    given = ("--images", images, "--workers", 1, "--out", tmp_path / "out")
-    ended = call("check", *given)
+    arguments = ("--images", images, "--workers", 1, "--out", tmp_path / "out")
+    ended = call("check", *arguments)
     assert ended.code == 0, ended.err
-    assert "3 pictures: unlabelled 3" in ended.out
+    assert "3 images: unlabelled 3" in ended.out
     assert report(tmp_path / "out")["classes"] == {}
     assert Image.open(tmp_path / "out" / "sheet.png").size[0] > 0
 
@@ -127,7 +127,7 @@ def test_the_report_does_not_depend_on_the_number_of_workers(
     assert report(tmp_path / "one")["bad_pairs"] == 3
 
 
-def test_nothing_is_written_but_its_own_folder(draw, call, content, tmp_path: Path) -> None:
+def test_only_the_output_folder_is_written(draw, call, content, tmp_path: Path) -> None:
     folder = draw(tmp_path / "in", 4, size=(16, 16))
     (folder / "masks" / "p001.png").write_bytes(b"")
     before = content(folder)
@@ -137,21 +137,21 @@ def test_nothing_is_written_but_its_own_folder(draw, call, content, tmp_path: Pa
     assert set(content(tmp_path / "out")) == {"check.json", "problems.txt", "sheet.png"}
 
 
-def test_a_second_look_forgets_what_was_repaired(draw, call, tmp_path: Path) -> None:
+def test_a_rerun_forgets_repaired_problems(draw, call, tmp_path: Path) -> None:
     folder = draw(tmp_path / "in", 4, size=(16, 16))
     path = folder / "images" / "p001.png"
     good = path.read_bytes()
     path.write_bytes(b"")
-    told = flags(folder, tmp_path / "out")
-    assert call("check", *told).code == 1
+    arguments = flags(folder, tmp_path / "out")
+    assert call("check", *arguments).code == 1
     assert (tmp_path / "out" / "problems.txt").read_text() != ""
     path.write_bytes(good)
-    assert call("check", *told).code == 0
+    assert call("check", *arguments).code == 0
     assert (tmp_path / "out" / "problems.txt").read_text() == ""
     assert report(tmp_path / "out")["problems"] == []
 
 
-def test_all_problems_of_all_kinds_are_told_at_once(draw, call, tmp_path: Path) -> None:
+def test_all_kinds_of_problems_are_reported_at_once(draw, call, tmp_path: Path) -> None:
     folder = draw(tmp_path / "in", 40, size=(16, 16))
     for number in range(25):
         (folder / "images" / f"p{number:03d}.png").write_bytes(b"")
@@ -161,8 +161,8 @@ def test_all_problems_of_all_kinds_are_told_at_once(draw, call, tmp_path: Path) 
         "path,split\n"
         + "".join(f"p{i:03d},{('train', 'val')[i % 2]}\n" for i in range(40) if i != 30)
     )
-    told = flags(folder, tmp_path / "out", "--split-file", tmp_path / "split.csv")
-    ended = call("check", *told)
+    arguments = flags(folder, tmp_path / "out", "--split-file", tmp_path / "split.csv")
+    ended = call("check", *arguments)
     assert ended.code == 1
     problems = report(tmp_path / "out")["problems"]
     assert len(problems) == 25 + 1 + 1
@@ -176,11 +176,11 @@ def test_all_problems_of_all_kinds_are_told_at_once(draw, call, tmp_path: Path) 
     assert [line for line in lines if "p031.png (val) = p032.png (train) are the same" in line]
 
 
-def test_each_picture_that_a_split_file_lacks_is_a_problem_of_its_own(draw, call, tmp_path) -> None:
+def test_each_image_missing_from_a_split_file_is_a_problem(draw, call, tmp_path) -> None:
     folder = draw(tmp_path / "in", 4, size=(16, 16))
     (tmp_path / "split.csv").write_text("path,split\np001,train\n")
-    told = flags(folder, tmp_path / "out", "--split-file", tmp_path / "split.csv")
-    assert call("check", *told).code == 1
+    arguments = flags(folder, tmp_path / "out", "--split-file", tmp_path / "split.csv")
+    assert call("check", *arguments).code == 1
     assert report(tmp_path / "out")["problems"] == [
         {
             "found": f"p00{number}.png is not in {tmp_path / 'split.csv'}",
@@ -190,7 +190,7 @@ def test_each_picture_that_a_split_file_lacks_is_a_problem_of_its_own(draw, call
     ]
 
 
-def test_a_sheet_of_nothing_good_is_not_drawn(pair: Path, call) -> None:
+def test_without_a_valid_pair_no_contact_sheet_is_drawn(pair: Path, call) -> None:
     (pair / "images" / "a.png").write_bytes(b"")
     ended = call("check", *flags(pair, pair / "out"))
     assert ended.code == 1
@@ -198,19 +198,19 @@ def test_a_sheet_of_nothing_good_is_not_drawn(pair: Path, call) -> None:
     assert report(pair / "out")["bad_pairs"] == 1
 
 
-# ---- bad input: refused by both, in the same words
+# ---- bad input, refused by both with the same message
 
 
-def png_that_claims(width: int, height: int) -> bytes:
+def png_with_declared_size(width: int, height: int) -> bytes:
     def chunk(kind: bytes, data: bytes) -> bytes:
-        whole = kind + data
-        return struct.pack(">I", len(data)) + whole + struct.pack(">I", zlib.crc32(whole))
+        content = kind + data
+        return struct.pack(">I", len(data)) + content + struct.pack(">I", zlib.crc32(content))
 
     header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
 
 
-def cut_picture(folder: Path) -> None:
+def truncate_image(folder: Path) -> None:
     path = folder / "images" / "a.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (16, 20, 3)).astype(np.uint8)).save(
         path
@@ -220,8 +220,8 @@ def cut_picture(folder: Path) -> None:
 
 def frames(folder: Path) -> None:
     (folder / "images" / "a.png").unlink()
-    picture(mode="L").save(
-        folder / "images" / "a.gif", save_all=True, append_images=[picture(99, mode="L")]
+    solid_image(mode="L").save(
+        folder / "images" / "a.gif", save_all=True, append_images=[solid_image(99, mode="L")]
     )
 
 
@@ -250,10 +250,10 @@ def write(name: str, data: bytes | str) -> Callable[[Folder], object]:
     return lambda folder: (folder / name).write_bytes(encoded)
 
 
-def turned(folder: Path) -> None:
+def rotated(folder: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
-    picture().save(folder / "images" / "a.png", exif=exif)
+    solid_image().save(folder / "images" / "a.png", exif=exif)
 
 
 def paletted(*colours: tuple[int, int, int]) -> Image.Image:
@@ -263,7 +263,7 @@ def paletted(*colours: tuple[int, int, int]) -> Image.Image:
 
 
 def two_palettes(folder: Path) -> None:
-    picture(8).save(folder / "images" / "b.png")
+    solid_image(8).save(folder / "images" / "b.png")
     paletted((0, 0, 0), (255, 0, 0)).save(folder / "masks" / "a.png")
     paletted((0, 0, 0), (0, 255, 0)).save(folder / "masks" / "b.png")
 
@@ -288,22 +288,34 @@ BAD_DATA: dict[str, tuple[Callable[[Folder], object], tuple[object, ...], str]] 
     # folders and names
     "no folder": (lambda f: shutil.rmtree(f / "images"), (), "images is not a directory"),
     "no folder of masks": (lambda f: shutil.rmtree(f / "masks"), (), "masks is not a directory"),
-    "no picture": (
+    "no images": (
         lambda f: (f / "images" / "a.png").unlink(),
         (),
         "images contains no images (.bmp",
     ),
     "no mask at all": (lambda f: (f / "masks" / "a.png").unlink(), (), "masks contains no images"),
     "nothing pairs": (
-        save_image(picture(), "b.png"),
+        save_image(solid_image(), "b.png"),
         (),
         "(for example: b.png and a.png); see --ma",
     ),
-    "no mask": (lambda f: picture().save(f / "images" / "b.png"), (), "b.png has no mask in"),
-    "no partner": (lambda f: picture().save(f / "masks" / "c.png"), (), "c.png has no image in"),
-    "two of a name": (lambda f: picture().save(f / "images" / "a.bmp"), (), "have the same name"),
+    "no mask": (lambda f: solid_image().save(f / "images" / "b.png"), (), "b.png has no mask in"),
+    "no partner": (
+        lambda f: solid_image().save(f / "masks" / "c.png"),
+        (),
+        "c.png has no image in",
+    ),
+    "two of a name": (
+        lambda f: solid_image().save(f / "images" / "a.bmp"),
+        (),
+        "have the same name",
+    ),
     "a volume": (write("images/v.nii.gz", b"x"), (), "v.nii.gz is a volume; export each slice"),
-    "a slide": (write("images/s.svs", b"x"), (), "s.svs is a microscope or slide scanner"),
+    "a slide": (
+        write("images/s.svs", b"x"),
+        (),
+        "s.svs is a microscope or slide scanner container",
+    ),
     "one folder": (nothing, ("--masks", "{}/images"), "distinguish them with --mask-suffix"),
     "a suffix none has": (nothing, ("--mask-suffix", "_mask"), "(for example: a.png and nothing)"),
     "a pattern none has": (
@@ -311,15 +323,19 @@ BAD_DATA: dict[str, tuple[Callable[[Folder], object], tuple[object, ...], str]] 
         ("--pair-regex", r"(\d+)"),
         "(for example: nothing and nothing)",
     ),
-    # pictures
+    # images
     "empty": (write("images/a.png", b""), (), "images/a.png is empty; repair or remove it"),
     "text": (
         write("images/a.png", b"hello, I am text"),
         (),
         "a.png is not a readable image",
     ),
-    "cut": (cut_picture, (), "images/a.png is damaged ("),
-    "bomb": (write("images/a.png", png_that_claims(60_000, 60_000)), (), "declares 60000 x 60000"),
+    "cut": (truncate_image, (), "images/a.png is damaged ("),
+    "bomb": (
+        write("images/a.png", png_with_declared_size(60_000, 60_000)),
+        (),
+        "declares 60000 x 60",
+    ),
     "too many pixels": (
         nothing,
         ("--max-pixels", 300),
@@ -337,8 +353,12 @@ BAD_DATA: dict[str, tuple[Callable[[Folder], object], tuple[object, ...], str]] 
         (),
         "a.tif has mode F, which is not supported; convert it to 8- or 16-bit grey",
     ),
-    "transparent": (save_image(picture(mode="RGBA")), (), "transparent pixels; flatten it onto a"),
-    "turned": (turned, (), "was rotated by its EXIF orientation: add --exif ignore to keep"),
+    "transparent": (
+        save_image(solid_image(mode="RGBA")),
+        (),
+        "transparent pixels; flatten it onto a",
+    ),
+    "turned": (rotated, (), "EXIF orientation: add --exif ignore to keep it unrotated"),
     "sizes": (
         save_mask(np.zeros((16, 21), np.uint8)),
         (),
@@ -392,7 +412,7 @@ BAD_DATA: dict[str, tuple[Callable[[Folder], object], tuple[object, ...], str]] 
         "a.png has colours without a class: (1, 2, 3): 320 px; list them in --colours",
     ),
     # splits
-    "a leak": (leak, SPLIT, "a.png (train) = b.png (val) are the same picture"),
+    "a leak": (leak, SPLIT, "a.png (train) = b.png (val) are the same image"),
     "no split file": (nothing, SPLIT, "split.csv: No such file or directory"),
     "a split file of two names": (
         write("split.csv", "name,split\na.png,val\n"),
@@ -449,7 +469,7 @@ BAD_DATA: dict[str, tuple[Callable[[Folder], object], tuple[object, ...], str]] 
         PAIRS,
         "images/b.png is listed but does not exist",
     ),
-    "a picture listed twice": (
+    "an image listed twice": (
         write("pairs.txt", "a.png a.png\na.png a.png\n"),
         PAIRS,
         "images/a.png is listed twice",
@@ -462,24 +482,22 @@ BAD_DATA: dict[str, tuple[Callable[[Folder], object], tuple[object, ...], str]] 
 }
 
 
-def told(folder: Path, out: Path, more: tuple[object, ...]) -> list[object]:
+def make_flags(folder: Path, out: Path, more: tuple[object, ...]) -> list[object]:
     return flags(folder, out, *(str(word).replace("{}", str(folder)) for word in more))
 
 
 @pytest.mark.parametrize("case", BAD_DATA)
-def test_bad_data_is_refused_by_pack_and_check_in_the_same_words(
-    case: str, pair: Path, call
-) -> None:
-    prepare, more, said = BAD_DATA[case]
+def test_pack_and_check_refuse_bad_data_with_the_same_message(case: str, pair: Path, call) -> None:
+    prepare, more, message = BAD_DATA[case]
     prepare(pair)
-    packed = call("pack", *told(pair, pair / "shards", more))
+    packed = call("pack", *make_flags(pair, pair / "shards", more))
     assert packed.code == 1, packed.out
-    assert said in packed.err
+    assert message in packed.err
     assert "Traceback" not in packed.err
     assert not (pair / "shards" / "index.json").exists()
-    checked = call("check", *told(pair, pair / "check", more))
+    checked = call("check", *make_flags(pair, pair / "check", more))
     assert checked.code == 1, checked.out
-    assert said.partition("; ")[0] in checked.err
+    assert message.partition("; ")[0] in checked.err
     assert "Traceback" not in checked.err
     for problem in report(pair / "check")["problems"] if (pair / "check").exists() else ():
         assert problem["found"]
@@ -489,11 +507,11 @@ def test_bad_data_is_refused_by_pack_and_check_in_the_same_words(
 GOOD_DATA: dict[str, tuple[Callable[[Folder], object], tuple[object, ...]]] = {
     "nothing wrong": (nothing, ()),
     "frames, one chosen": (frames, ("--frame", 1)),
-    "transparent, dropped": (save_image(picture(mode="RGBA")), ("--alpha", "drop")),
-    "turned, ignored": (turned, ("--exif", "ignore")),
+    "transparent, dropped": (save_image(solid_image(mode="RGBA")), ("--alpha", "drop")),
+    "turned, ignored": (rotated, ("--exif", "ignore")),
     "sizes, resized": (save_mask(np.zeros((8, 10), np.uint8)), ("--resize-mask",)),
     "no mask, skipped": (
-        lambda f: picture().save(f / "images" / "b.png"),
+        lambda f: solid_image().save(f / "images" / "b.png"),
         ("--skip-unpaired",),
     ),
     "JPEG mask, cut": (save_mask(levels(255), "a.jpg"), ("--mask-threshold", 128)),
@@ -506,20 +524,20 @@ GOOD_DATA: dict[str, tuple[Callable[[Folder], object], tuple[object, ...]]] = {
 
 
 @pytest.mark.parametrize("case", GOOD_DATA)
-def test_what_pack_takes_check_has_nothing_against(case: str, pair: Path, call) -> None:
+def test_check_accepts_what_pack_accepts(case: str, pair: Path, call) -> None:
     prepare, more = GOOD_DATA[case]
     prepare(pair)
-    checked = call("check", *told(pair, pair / "check", more))
+    checked = call("check", *make_flags(pair, pair / "check", more))
     assert checked.code == 0, checked.err
-    packed = call("pack", *told(pair, pair / "shards", more))
+    packed = call("pack", *make_flags(pair, pair / "shards", more))
     assert packed.code == 0, packed.err
 
 
-# ---- wrong commands: refused by both before anything is read
+# ---- invalid commands, refused by both before anything is read
 
 
 BAD_FLAGS: dict[str, tuple[tuple[object, ...], str]] = {
-    "nothing to read": ((), "--images FOLDER is missing (or --pairs FILE)"),
+    "nothing to read": ((), "--images FOLDER or --pairs FILE is required"),
     "no format": (("--images", "i", "--masks", "m"), "--masks needs --mask-format binary, index"),
     "a format alone": (("--images", "i", "--mask-format", "binary"), "--mask-format needs --masks"),
     "classes alone": (("--images", "i", "--classes", "a", "b"), "--classes needs --masks"),
@@ -529,30 +547,30 @@ BAD_FLAGS: dict[str, tuple[tuple[object, ...], str]] = {
     "groups alone": (("--images", "i", "--group-by", "p"), "--group-by needs --masks"),
     "two ranges": (
         ("--images", "i", "--image-range", 0, 9, "--image-percentiles", 0, 9),
-        "--image-range and --image-percentiles say the same; give one",
+        "--image-range and --image-percentiles exclude each other",
     ),
-    "a range upside down": (
+    "a reversed range": (
         ("--images", "i", "--image-range", 9, 9),
-        "--image-range is LOW HIGH within 0 65535, --image-percentiles within 0 100",
+        "--image-range must be LOW HIGH within 0 65535, --image-percentiles within 0 100",
     ),
     "a range too wide": (("--images", "i", "--image-range", 0, 70000), "within 0 65535"),
     "percentiles too wide": (("--images", "i", "--image-percentiles", 0, 101), "within 0 100"),
     "a frame before the first": (("--images", "i", "--frame", -1), "--frame must be >= 0, got -1"),
     "resized to nothing": (("--images", "i", "--resize", 0), "--resize must be >= 1 pixel, got"),
     "no pixels": (("--images", "i", "--max-pixels", 0), "--max-pixels must be >= 1, got 0"),
-    "workers": (("--images", "i", "--workers", -1), "--workers must not be below 0"),
+    "workers": (("--images", "i", "--workers", -1), "--workers must be >= 0, got -1"),
     "an unknown alpha": (("--images", "i", "--alpha", "blend"), "blend"),
     "an unknown format": (("--images", "i", "--masks", "m", "--mask-format", "guess"), "guess"),
 }
 MASKED = ("--images", "i", "--masks", "m")
 BAD_RULES: dict[str, tuple[tuple[object, ...], str]] = {
-    "no classes": (("index",), "--mask-format index needs --classes, the names from class 0 on"),
+    "no classes": (("index",), "--mask-format index needs --classes: the names, from class 0 on"),
     "no classes, palette": (("palette",), "--mask-format palette needs --classes"),
     "one class": (("index", "--classes", "one"), "there must be 2 to 255 classes, got 1"),
-    "one name twice": (("index", "--classes", "a", "a"), "two classes have one name: a a"),
+    "one name twice": (("index", "--classes", "a", "a"), "--classes: duplicate name in a a"),
     "three for two": (("binary", "--classes", "a", "b", "c"), "binary masks have 2 classes, got 3"),
-    "values of another": (("binary", "--mask-values", 0, 1), "mask values apply to `values`"),
-    "no values": (("values",), "--mask-format values needs --mask-values, that of class 0, 1, 2"),
+    "values of another": (("binary", "--mask-values", 0, 1), "mask values apply to `values` only"),
+    "no values": (("values",), "--mask-format values needs --mask-values: that of class 0, 1, 2"),
     "values and names": (
         ("values", "--mask-values", 0, 1, "--classes", "a", "b", "c"),
         "2 mask values for 3 classes; give one per class",
@@ -582,10 +600,10 @@ BAD_RULES: dict[str, tuple[tuple[object, ...], str]] = {
         ("values", "--mask-values", 0, 10, "--tolerance", 5),
         "0 and 10 differ by 10, too little for --tolerance 5",
     ),
-    "rgb without a table": (("rgb",), "--mask-format rgb and --colours FILE belong together"),
+    "rgb without a table": (("rgb",), "--mask-format rgb requires --colours FILE, and the reverse"),
     "a table without rgb": (
         ("binary", "--colours", "x"),
-        "--mask-format rgb and --colours FILE belo",
+        "--mask-format rgb requires --colours FILE",
     ),
     "no such table": (("rgb", "--colours", "{}/no.yaml"), "no.yaml: No such file or directory"),
     "a pattern that is none": (
@@ -600,9 +618,9 @@ BAD_RULES: dict[str, tuple[tuple[object, ...], str]] = {
         ("binary", "--fold", "1/2", "--split-folders"),
         "--fold and --split-folders both define the splits; use one of them",
     ),
-    "fold 0": (("binary", "--fold", "0/5"), "--fold counts from 1 to n, got '0/5'"),
-    "one fold": (("binary", "--fold", "1/1"), "--fold must be i/k: fold i, from 1 to k, of k"),
-    "half a fold": (("binary", "--fold", "2"), "--fold is i/n, such as 2/5, got '2'"),
+    "fold 0": (("binary", "--fold", "0/5"), "--fold must be i/n with i from 1 to n, got '0/5'"),
+    "one fold": (("binary", "--fold", "1/1"), "--fold must be i/k: fold i, from 1 to k"),
+    "half a fold": (("binary", "--fold", "2"), "--fold must be i/n, such as 2/5, got '2'"),
     "shares": (("binary", "--val-fraction", 1.5), "must be between 0 and 1"),
     "no training": (
         ("binary", "--val-fraction", 0.6, "--test-fraction", 0.4),
@@ -618,27 +636,32 @@ BAD_RULES: dict[str, tuple[tuple[object, ...], str]] = {
     ),
     "names beside a list": (
         ("binary", "--pairs", "p.txt", "--mask-suffix", "_m"),
-        "--mask-suffix does nothing beside --pairs, which names every pair",
+        "--mask-suffix has no effect with --pairs, which lists every pair",
     ),
 }
 BAD_FLAGS |= {
-    name: ((*MASKED, "--mask-format", *more), said) for name, (more, said) in BAD_RULES.items()
+    name: ((*MASKED, "--mask-format", *more), message)
+    for name, (more, message) in BAD_RULES.items()
 }
 BAD_TABLES = {
-    "two numbers": ("yaml", "a: [0, 0]\nb: [1, 1, 1]\n", "a is [0, 0]; expected [r, g, b] of 0"),
+    "two numbers": ("yaml", "a: [0, 0]\nb: [1, 1, 1]\n", "a is [0, 0]; expected [r, g, b] or ["),
     "a word": ("yaml", "a: black\nb: [1, 1, 1]\n", "a is black; expected [r, g, b]"),
     "beyond 255": ("json", '{"a": [0, 0, 256], "b": [1, 1, 1]}', "a is [0, 0, 256]; expected"),
-    "truth": ("yaml", "a: [true, 0, 0]\nb: [1, 1, 1]\n", "a is [True, 0, 0]; expected [r, g, b]"),
-    "a list": ("yaml", "- 1\n- 2\n", "expected lines `name: [r, g, b]`"),
-    "nothing": ("yaml", "", "expected lines `name: [r, g, b]`"),
+    "a boolean": (
+        "yaml",
+        "a: [true, 0, 0]\nb: [1, 1, 1]\n",
+        "a is [True, 0, 0]; expected [r, g, b]",
+    ),
+    "a list": ("yaml", "- 1\n- 2\n", "expected `name: [r, g, b]` lines"),
+    "nothing": ("yaml", "", "expected `name: [r, g, b]` lines"),
     "broken YAML": ("yaml", "a: [0, 0\n", "t.yaml: while parsing a flow sequence"),
     "broken JSON": ("json", "{", "t.json: Expecting property name"),
     "a short row": (
         "csv",
         "name,r,g,b\na,0,0,0\nb,1\n",
-        "b is [1]; expected [r, g, b] of 0 to 255",
+        "b is [1]; expected [r, g, b] or [r, g, b, a], each 0 to 255",
     ),
-    "an odd row": ("csv", "a,0,0,0\nb,1,x,1\n", "b is [1, 'x', 1]; expected [r, g, b]"),
+    "a word in a row": ("csv", "a,0,0,0\nb,1,x,1\n", "b is [1, 'x', 1]; expected [r, g, b]"),
     "an open quote": ("csv", 'a,0,0,0\n"b,1,1,1\n', "t.csv: unexpected end of data"),
     "one colour twice": (
         "yaml",
@@ -653,33 +676,33 @@ BAD_TABLES = {
     "one class": (
         "yaml",
         "a: [1, 1, 1]\nignore: [2, 2, 2]\n",
-        "t.yaml names 1 classes; expected two or more",
+        "t.yaml lists 1 classes; expected at least two",
     ),
 }
 
 
 @pytest.mark.parametrize("verb", ["check", "pack"])
 @pytest.mark.parametrize("case", BAD_FLAGS)
-def test_a_command_that_makes_no_sense_is_refused_before_anything_is_read(
+def test_an_invalid_command_is_refused_before_anything_is_read(
     case: str, verb: str, call, tmp_path: Path
 ) -> None:
-    given, said = BAD_FLAGS[case]
-    filled = [str(word).replace("{}", str(tmp_path)) for word in given]
+    arguments, message = BAD_FLAGS[case]
+    filled = [str(word).replace("{}", str(tmp_path)) for word in arguments]
     ended = call(verb, *filled, "--out", tmp_path / "out")
     assert ended.code == 2
-    assert said in ended.said
+    assert message in ended.said
     assert "Traceback" not in ended.err
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("case", BAD_TABLES)
-def test_a_table_of_colours_that_is_none_is_named(case: str, call, tmp_path: Path) -> None:
-    suffix, text, said = BAD_TABLES[case]
+def test_an_invalid_colour_table_is_refused_by_name(case: str, call, tmp_path: Path) -> None:
+    suffix, text, message = BAD_TABLES[case]
     path = tmp_path / f"t.{suffix}"
     path.write_text(text)
-    given = (*MASKED, "--mask-format", "rgb", "--colours", path, "--out", tmp_path / "out")
-    ended = call("check", *given)
+    arguments = (*MASKED, "--mask-format", "rgb", "--colours", path, "--out", tmp_path / "out")
+    ended = call("check", *arguments)
     assert ended.code == 2
-    assert said in ended.said
+    assert message in ended.said
     assert "Traceback" not in ended.err
     assert not (tmp_path / "out").exists()

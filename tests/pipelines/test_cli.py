@@ -1,8 +1,11 @@
-"""The command line: `unet VERB`, quick, with a way out of every mistake."""
+"""The command line `unet VERB`: fast help, suggestions for mistyped verbs, exit codes."""
 
+import re
 import runpy
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import is_dataclass
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -10,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from pipelines import cli
+from pipelines.config import plain_type, setting_types
 
 SCRIPT = Path(sys.executable).parent / "unet"
 
@@ -26,66 +30,85 @@ def test_the_script_lists_every_verb() -> None:
         assert summary in ended.stdout
 
 
-def test_nothing_said_means_help(capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_arguments_help_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([]) == 0
     assert capsys.readouterr().out.startswith("usage: unet VERB")
 
 
-def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out.strip() == f"unet {version('unet-shards')}"
 
 
 @pytest.mark.parametrize(
-    ("typed", "said"),
+    ("typed", "message"),
     [
         ("trian", "unknown command 'trian'; did you mean train?"),
         ("predcit", "did you mean predict?"),
         ("pac", "did you mean pack?"),
-        ("xyzzy", "there are: separate, check, pack, index, unpack, train, evaluate"),
+        ("xyzzy", "commands: separate, check, pack, index, unpack, train, evaluate"),
     ],
 )
-def test_an_unknown_verb_gets_the_nearest(
-    typed: str, said: str, capsys: pytest.CaptureFixture[str]
+def test_an_unknown_verb_suggests_the_nearest(
+    typed: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main([typed]) == 2
     captured = capsys.readouterr()
-    assert said in captured.err
+    assert message in captured.err
     assert len(captured.err.splitlines()) == 1
     assert captured.out == ""
 
 
-def test_the_exit_code_is_the_verbs(tmp_path: Path) -> None:
+def test_the_exit_code_is_that_of_the_verb(tmp_path: Path) -> None:
     folders = ("--images", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out"))
     ended = unet("pack", *folders)
     assert ended.returncode == 1
     assert ended.stderr == f"unet pack: {tmp_path / 'nowhere'} is not a directory\n"
 
 
+def config_class(verb: str) -> type:
+    return getattr(import_module(f"pipelines.{verb}"), f"{verb.capitalize()}Config")
+
+
+def flag_names(config: type, prefix: str = "") -> Iterator[str]:
+    for name, annotation in setting_types(config).items():
+        kind = plain_type(annotation)
+        if is_dataclass(kind):
+            yield from flag_names(kind, f"{prefix}{name}.")
+        else:
+            yield f"--{prefix}{name}".replace("_", "-")
+
+
 @pytest.mark.parametrize("verb", cli.VERBS)
 def test_every_verb_explains_its_flags(verb: str, call) -> None:
-    from dataclasses import fields, is_dataclass
-    from typing import get_type_hints
-
-    module = import_module(f"pipelines.{verb}")
-    config = getattr(module, f"{verb.capitalize()}Config")
     ended = call(verb, "--help")
     assert ended.code == 0
     assert "--config FILE.yaml" in ended.out
-    for field in fields(config):
-        kind = get_type_hints(config)[field.name]
-        for name in (
-            [f"{field.name}.{inner.name}" for inner in fields(kind)]
-            if is_dataclass(kind)
-            else [field.name]
-        ):
-            flag = "--" + name.replace("_", "-")
-            assert flag in ended.out or name == "folder", flag
+    for flag in flag_names(config_class(verb)):
+        assert flag in ended.out or flag == "--folder", flag
+
+
+@pytest.mark.parametrize("verb", ["separate", "check", "pack", "index", "unpack", "demo"])
+def test_required_flags_come_first_in_help(verb: str, call) -> None:
+    text = call(verb, "--help").out
+    defaults = re.findall(r"\((required|default)\b", text)
+    assert defaults == sorted(defaults, reverse=True)
+    assert "default" in defaults
+
+
+@pytest.mark.parametrize("verb", ["check", "pack", "index"])
+def test_groups_are_titled_and_their_flags_have_no_prefix(verb: str, call) -> None:
+    text = call(verb, "--help").out
+    groups = re.findall(r" (\w+) options .*\n\W+([A-Z].*\.)\s+\W+\n\W*--\w", text)
+    expected = {"index": ["image"], "check": ["pairing", "mask", "image", "geometry", "split"]}
+    expected["pack"] = [*expected["check"], "shard", "border", "job"]
+    assert [name for name, _ in groups] == expected[verb]
+    assert not [flag for flag in flag_names(config_class(verb)) if "." in flag]
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules")
 @pytest.mark.parametrize("verb", cli.VERBS)
-def test_every_verb_is_a_module_too(
+def test_every_verb_runs_as_a_module(
     verb: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", [verb, "--nonsense"])

@@ -1,4 +1,4 @@
-"""Configuration: defaults, then YAML files, then flags; strict, and one line for every mistake."""
+"""Configuration: defaults, YAML files, flags, in that order; strict, with one-line errors."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,7 +8,17 @@ import pytest
 import yaml
 
 from pipelines import config
-from pipelines.config import UsageError, parse, run_command, to_plain
+from pipelines.config import (
+    Flat,
+    UsageError,
+    parse,
+    refuse_unused,
+    run_command,
+    setting_types,
+    settings_of,
+    to_plain,
+)
+from pipelines.pack import PackConfig
 from shards.sample import DataError
 
 
@@ -63,7 +73,7 @@ def file(tmp_path: Path):
     return write
 
 
-def test_defaults_then_files_in_their_order_then_flags(file) -> None:
+def test_files_override_defaults_and_flags_override_files(file) -> None:
     first = file("steps: 1\nnames: [a, b]\noptim:\n  rate: 0.1\n  wide: true\n")
     second = file("steps: 2\nmode: move\n")
     assert read() == Outer(out_dir=Path("o"))
@@ -72,7 +82,7 @@ def test_defaults_then_files_in_their_order_then_flags(file) -> None:
     assert (both.steps, both.mode, both.names) == (2, "move", ("a", "b"))
     assert both.optim == Inner(rate=0.1, wide=True)
     assert read("--config", second, "--config", first).steps == 1
-    # Wherever the flag stands.
+    # Regardless of the position of the flag.
     assert read("--steps", "3", "--config", first, "--config", second).steps == 3
     assert read("--config", first, "--optim.rate", "7").optim == Inner(rate=7, wide=True)
     assert read("--config", first, "--names", "z").names == ("z",)
@@ -93,25 +103,25 @@ def test_defaults_then_files_in_their_order_then_flags(file) -> None:
         ("steps:", "steps", None),
         ("out-dir: elsewhere", "out_dir", Path("elsewhere")),
         ("out_dir: else where", "out_dir", Path("else where")),
-        ("out_dir: --strange", "out_dir", Path("--strange")),
+        ("out_dir: --name", "out_dir", Path("--name")),
         ("", "steps", None),
         ("# nothing", "steps", None),
     ],
 )
-def test_yaml_means_what_it_says(text: str, name: str, value: Any, file) -> None:
-    given = ["--config", file(text)]
-    # The folder stands in the file where the file has one.
-    found = parse(Outer, given if "out" in text else ["--out-dir", "o", *given], "verb")
+def test_yaml_values_have_the_declared_type(text: str, name: str, value: Any, file) -> None:
+    arguments = ["--config", file(text)]
+    # The file sets the folder in some cases.
+    found = parse(Outer, arguments if "out" in text else ["--out-dir", "o", *arguments], "verb")
     assert getattr(found, name) == value
     assert type(getattr(found, name)) is type(value)
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("stepz: 3", "unknown key stepz; did you mean steps?"),
         ("optim: {rat: 3}", "unknown key optim.rat; did you mean optim.rate?"),
-        ("zzz: 3", "unknown key zzz; there are: out_dir, steps"),
+        ("zzz: 3", "unknown key zzz; known keys: out_dir, steps"),
         ("optim.rate: 3", "unknown key optim.rate"),
         ("optim: 3", "optim must be a mapping, found 3"),
         ("steps: {a: 1}", "steps must be a value, found {'a': 1}"),
@@ -122,20 +132,20 @@ def test_yaml_means_what_it_says(text: str, name: str, value: Any, file) -> None
         ("3: 4", "unknown key 3"),
     ],
 )
-def test_a_file_that_is_wrong_is_refused_in_one_line(
-    text: str, said: str, file, capsys: pytest.CaptureFixture[str]
+def test_an_invalid_file_is_refused_in_one_line(
+    text: str, message: str, file, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = file(text)
     code = run_command(Outer, lambda _: 0, ["--out-dir", "o", "--config", path], "verb")
     captured = capsys.readouterr()
     assert code == 2
     assert captured.err.startswith(f"unet verb: --config {path}: ")
-    assert said in captured.err
+    assert message in captured.err
     assert len(captured.err.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("steps: many", "--steps"),
         ("steps: 1.5", "--steps"),
@@ -149,33 +159,33 @@ def test_a_file_that_is_wrong_is_refused_in_one_line(
     ],
 )
 def test_a_value_of_the_wrong_type_is_refused(
-    text: str, said: str, file, capsys: pytest.CaptureFixture[str]
+    text: str, message: str, file, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:
         run_command(Outer, lambda _: 0, ["--out-dir", "o", "--config", file(text)], "verb")
     captured = capsys.readouterr()
     assert ended.value.code == 2
-    assert said in captured.err
+    assert message in captured.err
     assert "Traceback" not in captured.err
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--config"], "--config needs a file"),
         (["--config", "nowhere.yaml"], "--config nowhere.yaml: No such file or directory"),
         (["--config", "."], "--config .: Is a directory"),
     ],
 )
-def test_a_file_that_is_missing_is_said(
-    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+def test_a_missing_file_is_reported(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_command(Outer, lambda _: 0, ["--out-dir", "o", *arguments], "verb") == 2
-    assert capsys.readouterr().err == f"unet verb: {said}\n"
+    assert capsys.readouterr().err == f"unet verb: {message}\n"
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--out-dir", "o", "--step", "3"], "--steps"),
         (["--out-dir", "o", "--outt", "3"], "--outt"),
@@ -185,41 +195,41 @@ def test_a_file_that_is_missing_is_said(
     ],
 )
 def test_a_wrong_flag_is_refused_with_the_nearest(
-    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:
         run_command(Outer, lambda _: 0, arguments, "verb")
     assert ended.value.code == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--stepz"], "Unrecognized options: --stepz"),
         (["--config", "nowhere"], "unet verb (rank 1): --config nowhere: No such file"),
         (["--steps", "0"], "steps must be above 0"),
     ],
 )
-def test_other_ranks_leave_it_to_rank_0_and_say_it_only_where_nobody_has_ended_them(
+def test_other_ranks_report_an_error_only_if_rank_0_did_not_end_them(
     arguments: list[str],
-    said: str,
+    message: str,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    heard = []
+    outputs = []
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr(config.time, "sleep", lambda _: heard.append(capfd.readouterr()))
+    monkeypatch.setattr(config.time, "sleep", lambda _: outputs.append(capfd.readouterr()))
     try:
         code = run_command(Outer, lambda _: 0, ["--out-dir", "o", *arguments], "verb")
     except SystemExit as end:
         code = end.code
     assert code == 2
-    assert heard == [("", "")]
-    assert said in capfd.readouterr().err
+    assert outputs == [("", "")]
+    assert message in capfd.readouterr().err
 
 
-def test_help_is_shown_by_one_rank_and_none_waits(
+def test_only_rank_0_prints_help_and_no_rank_waits(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("RANK", "1")
@@ -227,6 +237,156 @@ def test_help_is_shown_by_one_rank_and_none_waits(
         run_command(Outer, lambda _: 0, ["--help"], "verb")
     assert end.value.code == 0
     assert capfd.readouterr() == ("", "")
+
+
+# ---- flat groups
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Size:
+    """Width and height."""
+
+    width: int = 4
+    """A width."""
+    crop: tuple[int, ...] = ()
+    """A list."""
+    fit: bool = False
+    """A switch."""
+
+    def __post_init__(self) -> None:
+        if self.width < 1:
+            raise ValueError(f"--width must be at least 1, got {self.width}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Frame:
+    """Size and colour."""
+
+    size: Flat[Size]
+    colour: str = "red"
+    """A colour."""
+
+    def __post_init__(self) -> None:
+        if self.colour == "none":
+            refuse_unused(self.size, "needs a --colour", "crop", "fit")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Drawing:
+    """Draw."""
+
+    title: str
+    """A title."""
+    frame: Flat[Frame]
+    optim: Inner = field(default_factory=Inner)
+
+
+def draw(*arguments: str) -> Drawing:
+    return parse(Drawing, ["--title", "t", *arguments], "verb")
+
+
+WIDE = Drawing(title="t", frame=Frame(size=Size(width=9, crop=(1, 2), fit=True), colour="blue"))
+WIDE_FLAGS = ("--width", "9", "--crop", "1", "2", "--fit", "--colour", "blue")
+
+
+def test_flags_of_a_group_have_no_prefix() -> None:
+    assert draw() == Drawing(title="t", frame=Frame(size=Size()))
+    assert draw(*WIDE_FLAGS) == WIDE
+    assert [*setting_types(Drawing)] == ["title", "width", "crop", "fit", "colour", "optim"]
+
+
+def test_keys_of_a_group_have_no_prefix(file) -> None:
+    path = file("width: 9\ncrop: [1, 2]\nfit: true\ncolour: blue\noptim: {rate: 0.1}\n")
+    found = draw("--config", path)
+    assert (found.frame, found.optim) == (WIDE.frame, Inner(rate=0.1))
+    assert draw("--config", path, "--no-fit", "--width", "2").frame.size == Size(
+        width=2, crop=(1, 2)
+    )
+
+
+def test_a_configuration_with_groups_is_saved_flat_and_loaded_again(file) -> None:
+    saved = to_plain(WIDE)
+    assert saved == {
+        "title": "t",
+        "width": 9,
+        "crop": [1, 2],
+        "fit": True,
+        "colour": "blue",
+        "optim": {"rate": 0.5, "wide": False},
+    }
+    assert parse(Drawing, ["--config", file(yaml.safe_dump(saved))], "verb") == WIDE
+
+
+def test_a_pack_configuration_is_saved_flat_and_loaded_again(file) -> None:
+    flags = ["--out", "o", "--images", "i", "--masks", "m", "--mask-format", "index"]
+    flags += ["--classes", "a", "b", "--image-range", "5", "900", "--fold", "1/3", "--seed", "7"]
+    original = parse(PackConfig, [*flags, "--skip-unpaired", "--part", "2/4"], "pack")
+    saved = to_plain(original)
+    assert (saved["images"], saved["classes"], saved["part"]) == ("i", ["a", "b"], "2/4")
+    assert not [name for name, value in saved.items() if isinstance(value, dict)]
+    assert parse(PackConfig, ["--config", file(yaml.safe_dump(saved))], "pack") == original
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("widht: 3", "unknown key widht; did you mean width?"),
+        ("frame: {width: 3}", "unknown key frame; known keys: title, width, crop, fit, colour"),
+        ("size: 3", "unknown key size; known keys: title, width, crop"),
+        ("width: {a: 3}", "width must be a value, found {'a': 3}"),
+    ],
+)
+def test_a_wrong_key_gets_the_nearest_of_all_groups(text: str, message: str, file, capsys) -> None:
+    assert run_command(Drawing, lambda _: 0, ["--config", file(text)], "verb") == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--width", "0"], "--width must be at least 1, got 0"),
+        (["--colour", "none", "--width", "3", "--fit"], "--fit needs a --colour"),
+    ],
+)
+def test_checks_within_and_across_groups_end_with_2(arguments, message, capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run_command(Drawing, lambda _: 0, ["--title", "t", *arguments], "verb")
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_help_lists_required_flags_then_titled_groups(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run_command(Drawing, lambda _: 0, ["--help"], "verb")
+    text = capsys.readouterr().out
+    parts = ["Draw.", "--title", " frame options", "Size and colour.", "--colour"]
+    parts += [" size options", "Width and height.", "--width", " optim options", "--optim.rate"]
+    positions = [text.index(part) for part in parts]
+    assert positions == sorted(positions)
+
+
+def test_settings_are_walked_with_their_values() -> None:
+    values = {entry.name: value for entry, value in settings_of(WIDE)}
+    assert [*values] == [*setting_types(Drawing)]
+    assert (values["width"], values["optim"]) == (9, Inner())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Described:
+    """Summary.
+
+    A second paragraph
+    of two lines.
+    """
+
+
+def test_the_description_has_no_stray_indentation(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run_command(Described, lambda _: 0, ["--help"], "verb")
+    assert "\nSummary.\n\nA second paragraph of two lines.\n" in capsys.readouterr().out
+
+
+# ---- failures
 
 
 def raising(error: BaseException):
@@ -237,35 +397,35 @@ def raising(error: BaseException):
 
 
 @pytest.mark.parametrize(
-    ("error", "code", "said"),
+    ("error", "code", "message"),
     [
         (UsageError("wrong flag; use another"), 2, "wrong flag; use another"),
         (DataError("a.png is empty"), 1, "a.png is empty"),
         (config.RunError("it failed"), 1, "it failed"),
         (FileNotFoundError(2, "No such file", "x/y"), 1, "x/y: No such file"),
-        (OSError("odd"), 1, "odd"),
+        (OSError("failed"), 1, "failed"),
         (KeyboardInterrupt(), 130, "stopped; the same command goes on"),
     ],
 )
-def test_every_kind_of_failure_has_its_code_and_one_line(
-    error: BaseException, code: int, said: str, capsys: pytest.CaptureFixture[str]
+def test_every_kind_of_failure_has_its_exit_code_and_one_line(
+    error: BaseException, code: int, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_command(Outer, raising(error), ["--out-dir", "o"], "verb") == code
-    assert capsys.readouterr().err == f"unet verb: {said}\n"
+    assert capsys.readouterr().err == f"unet verb: {message}\n"
 
 
-def test_a_mistake_of_the_program_is_not_hidden() -> None:
+def test_a_bug_is_not_hidden() -> None:
     with pytest.raises(ZeroDivisionError):
         run_command(Outer, raising(ZeroDivisionError()), ["--out-dir", "o"], "verb")
 
 
-def test_a_configuration_survives_being_written_down(file) -> None:
+def test_a_configuration_can_be_saved_and_loaded(file) -> None:
     original = Outer(out_dir=Path("a b"), names=("x", "y"), optim=Inner(rate=1e-5, wide=True))
     written = file(yaml.safe_dump(to_plain(original)))
     assert parse(Outer, ["--config", written], "verb") == original
 
 
-def test_the_positional_of_separate_can_stand_in_a_file(file, call, tmp_path: Path) -> None:
+def test_a_positional_argument_can_be_set_in_a_file(file, call, tmp_path: Path) -> None:
     path = file(f"folder: {tmp_path / 'nowhere'}\nout: {tmp_path / 'out'}\nmask_suffix: _m\n")
     ended = call("separate", "--config", path)
     assert ended.code == 1

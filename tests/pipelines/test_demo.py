@@ -1,4 +1,4 @@
-"""The demo: pictures that are always the same, and every step of the road as users take it."""
+"""The demo: deterministic sample images, and the full workflow as a user would run it."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,15 @@ import pytest
 from PIL import Image
 
 from pipelines.config import RunError
-from pipelines.demo import LABELLED, UNSEEN, DemoConfig, draw_all, draw_cells, launch_command, step
+from pipelines.demo import (
+    LABELLED,
+    UNSEEN,
+    DemoConfig,
+    draw_cells,
+    draw_samples,
+    make_launch_command,
+    run_step,
+)
 from shards.index import read_manifest
 
 
@@ -22,70 +30,70 @@ def test_the_same_seed_draws_the_same_cells() -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_the_mask_is_where_the_cells_are(seed: int) -> None:
-    picture, mask = (np.asarray(image) for image in draw_cells(np.random.default_rng(seed), 128))
-    assert picture.shape == mask.shape == (128, 128)
+    image, mask = (np.asarray(drawn) for drawn in draw_cells(np.random.default_rng(seed), 128))
+    assert image.shape == mask.shape == (128, 128)
     assert set(np.unique(mask)) == {0, 255}
     assert 0.03 < (mask == 255).mean() < 0.7
-    assert picture[mask == 255].mean() > picture[mask == 0].mean() + 25
+    assert image[mask == 255].mean() > image[mask == 0].mean() + 25
 
 
-def test_only_what_is_missing_is_drawn(tmp_path: Path, content) -> None:
+def test_only_missing_images_are_drawn(tmp_path: Path, content) -> None:
     config = DemoConfig(out=tmp_path, size=64)
-    draw_all(tmp_path, config)
+    draw_samples(tmp_path, config)
     files = content(tmp_path)
     assert len(files) == 2 * LABELLED + UNSEEN
-    lost = tmp_path / "images" / "007.png"
-    lost.unlink()
+    removed = tmp_path / "images" / "007.png"
+    removed.unlink()
     before = (tmp_path / "images" / "008.png").stat().st_mtime_ns
-    draw_all(tmp_path, config)
+    draw_samples(tmp_path, config)
     assert content(tmp_path) == files
     assert (tmp_path / "images" / "008.png").stat().st_mtime_ns == before
 
 
-def test_without_a_gpu_two_ranks_are_started_that_know_of_each_other(
+def test_without_a_gpu_two_ranks_join_one_job(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     import torch
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    command, environment, shown = launch_command("pipelines.train")
+    command, environment, shown = make_launch_command("pipelines.train")
     assert environment == {"ACCELERATE_USE_CPU": "true"}
     assert command[-2:] == shown[-2:] == ["-m", "pipelines.train"]
     assert "--multi_gpu" in command
     assert command[command.index("--num_processes") + 1] == "2"
 
 
-def test_a_step_that_fails_is_named_with_its_code(capfd: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(RunError, match="unet pack ended with exit code 2"):
-        step("pack", "--nonsense")
+def test_a_failed_step_is_named_with_its_exit_code(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(RunError, match="unet pack failed with exit code 2"):
+        run_step("pack", "--nonsense")
     captured = capfd.readouterr()
     assert "$ unet pack --nonsense" in captured.out
 
 
-@pytest.mark.parametrize("given", [("--size", 32), ("--steps", 0)])
-def test_sizes_that_make_no_sense_are_refused(given, call, tmp_path: Path) -> None:
-    ended = call("demo", "--out", tmp_path / "demo", *given)
+@pytest.mark.parametrize("arguments", [("--size", 32), ("--steps", 0)])
+def test_invalid_sizes_are_refused(arguments, call, tmp_path: Path) -> None:
+    ended = call("demo", "--out", tmp_path / "demo", *arguments)
     assert ended.code == 2
     assert "--size must be at least 64 and --steps at least 1" in ended.said
     assert not (tmp_path / "demo").exists()
 
 
 @pytest.mark.ranks
-def test_the_whole_road(spawn, tmp_path: Path) -> None:
+def test_the_full_workflow(spawn, tmp_path: Path) -> None:
     out = tmp_path / "demo"
     process = spawn("demo", "--out", out, "--size", 64, "--steps", 4)
-    said, complaint = process.communicate(timeout=600)
-    assert process.returncode == 0, complaint
+    stdout, stderr = process.communicate(timeout=600)
+    assert process.returncode == 0, stderr
     for verb in ("pack", "evaluate", "predict", "report"):
-        assert f"$ unet {verb} " in said
-    assert "accelerate launch" in said
+        assert f"$ unet {verb} " in stdout
+    assert "accelerate launch" in stdout
     scores = json.loads((out / "run" / "scores.json").read_text())
-    assert f"pictures: {scores['classes']['cell']['dice']:.4f}" in said
+    assert f"images: {scores['classes']['cell']['dice']:.4f}" in stdout
     page = (out / "run" / "report.html").read_text()
-    assert "The best checkpoint on all val pictures" in page
+    assert "The best checkpoint on all val images" in page
     assert "From all val pictures" in page
     assert read_manifest(out / "masks").splits["predicted"].samples == UNSEEN
     for kind in ("png", "overlay"):
-        pictures = sorted((out / "masks" / kind).iterdir())
-        assert len(pictures) == UNSEEN
-        assert Image.open(pictures[0]).size == (64, 64)
+        files = sorted((out / "masks" / kind).iterdir())
+        assert len(files) == UNSEEN
+        assert Image.open(files[0]).size == (64, 64)

@@ -1,4 +1,4 @@
-"""Foreign shards: what stock webdataset wrote is trained on as it is, or refused with a reason."""
+"""Foreign shards: indexed for training without rewriting them, or refused with a reason."""
 
 import gzip
 import io
@@ -27,18 +27,18 @@ def encoded(pixels: np.ndarray, form: str = "PNG", **options: Any) -> bytes:
     return out.getvalue()
 
 
-def picture(number: int, size: tuple[int, int] = (12, 16), form: str = "PNG") -> bytes:
+def encode_image(number: int, size: tuple[int, int] = (12, 16), form: str = "PNG") -> bytes:
     rng = np.random.default_rng([7, number])
     return encoded(rng.integers(0, 256, (*size, 3)).astype(np.uint8), form)
 
 
-def mask(number: int, size: tuple[int, int] = (12, 16)) -> bytes:
+def encode_mask(number: int, size: tuple[int, int] = (12, 16)) -> bytes:
     rng = np.random.default_rng([8, number])
     return encoded(np.array([0, 1, 2, 255], np.uint8)[rng.integers(0, 4, size)])
 
 
 def tar(path: Path, members: Members, kind: int = tarfile.PAX_FORMAT) -> Path:
-    """A tar of these members, in their order."""
+    """Write a tar of these members, in their order."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w", format=kind) as out:
         for name, data in members.items():
@@ -52,14 +52,14 @@ def pairs(*keys: str, image: str = "png", drawn: str = "mask.png", first: int = 
     form = "JPEG" if image.endswith("jpg") else "PNG"
     found: dict[str, bytes] = {}
     for number, key in enumerate(keys, first):
-        found[f"{key}.{image}"] = picture(number, form=form)
-        found[f"{key}.{drawn}"] = mask(number)
+        found[f"{key}.{image}"] = encode_image(number, form=form)
+        found[f"{key}.{drawn}"] = encode_mask(number)
     return found
 
 
 @pytest.fixture
 def index(call) -> Callable[..., Any]:
-    """`unet index FOLDER` in this process."""
+    """Runs `unet index FOLDER` in this process."""
 
     def run(folder: Path, *more: object, workers: int = 1) -> Any:
         return call("index", folder, "--workers", workers, *more)
@@ -69,7 +69,7 @@ def index(call) -> Callable[..., Any]:
 
 @pytest.fixture
 def indexed(index) -> Callable[..., Manifest]:
-    """The manifest that `unet index FOLDER` wrote."""
+    """Runs `unet index FOLDER` and reads the manifest."""
 
     def run(folder: Path, *more: object, workers: int = 1) -> Manifest:
         ended = index(folder, *(more or CLASSES), workers=workers)
@@ -81,7 +81,7 @@ def indexed(index) -> Callable[..., Manifest]:
 
 @pytest.fixture
 def refused(index, content) -> Callable[..., str]:
-    """What `unet index FOLDER` says when it refuses; nothing is written."""
+    """Runs `unet index FOLDER`, expects an error and no changes, and returns the message."""
 
     def run(folder: Path, *more: object) -> str:
         before = content(folder)
@@ -95,7 +95,7 @@ def refused(index, content) -> Callable[..., str]:
 
 
 def samples(folder: Path, manifest: Manifest, split: str) -> Iterator[Sample]:
-    """Every sample of a split, decoded as training does."""
+    """Read all samples of a split, decoded as for training."""
     shards = manifest.splits[split].shards
     plan = EvalPlan(tuple(s.samples for s in shards), chunk=1, rank=0, world=1)
     for (raw,) in SampleSource(ShardReader(folder, shards), plan):
@@ -110,7 +110,7 @@ def decoded(data: bytes, mode: str | None = None) -> np.ndarray:
 def assert_holds(
     folder: Path, manifest: Manifest, split: str, members: Members, drawn: str
 ) -> None:
-    """A split holds these pictures and masks, and nothing else."""
+    """Assert that a split contains exactly these images and masks."""
     found = {sample.key: sample for sample in samples(folder, manifest, split)}
     masks = {n.removesuffix(f".{drawn}"): d for n, d in members.items() if n.endswith(drawn)}
     assert found.keys() == masks.keys()
@@ -124,7 +124,7 @@ def assert_holds(
         np.testing.assert_array_equal(sample.mask, decoded(masks[key]))
 
 
-# ---- what others wrote
+# ---- shards from other tools
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def assert_holds(
         ("image.png", "label.png", ("--image-ext", "image.png", "--mask-ext", "label.png")),
     ],
 )
-def test_shards_of_stock_webdataset_are_a_data_set(
+def test_shards_of_stock_webdataset_become_a_data_set(
     image: str, drawn: str, flags: tuple[str, ...], indexed, call, content, tmp_path: Path
 ) -> None:
     folder = tmp_path / "data"
@@ -199,7 +199,9 @@ def test_shards_of_stock_webdataset_are_a_data_set(
     }
 
 
-def test_an_indexed_folder_is_trained_and_scored(indexed, call, tiny, tmp_path: Path) -> None:
+def test_an_indexed_folder_can_be_trained_on_and_evaluated(
+    indexed, call, tiny, tmp_path: Path
+) -> None:
     folder = tmp_path / "data"
     keys = tuple(f"p{i}" for i in range(6))
     tar(folder / "train-0.tar", pairs(*keys, image="jpg"))
@@ -219,7 +221,7 @@ def test_a_dot_in_a_name_belongs_to_the_key(indexed, tmp_path: Path) -> None:
     assert read_offsets(tmp_path / "a.tar")[0].key == "img_0.5um"
 
 
-def test_members_of_a_sample_may_lie_apart(indexed, tmp_path: Path) -> None:
+def test_members_of_a_sample_need_not_be_adjacent(indexed, tmp_path: Path) -> None:
     together = pairs("a", "b", "c")
     drawn = {name: data for name, data in together.items() if name.endswith("mask.png")}
     apart = {n: d for n, d in together.items() if n not in drawn} | dict(reversed(drawn.items()))
@@ -230,32 +232,35 @@ def test_members_of_a_sample_may_lie_apart(indexed, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_every_kind_of_tar_and_long_names(kind: int, indexed, tmp_path: Path) -> None:
+def test_every_tar_format_and_long_names_are_indexed(kind: int, indexed, tmp_path: Path) -> None:
     members = pairs(f"{'folder' * 12}/{'name' * 15}", "./here", f"{'f' * 60}/{'n' * 60}")
     tar(tmp_path / "a.tar", members, kind)
     manifest = indexed(tmp_path)
     assert_holds(tmp_path, manifest, "train", members, "mask.png")
 
 
-def test_extensions_in_capitals(indexed, tmp_path: Path) -> None:
+def test_extensions_are_case_insensitive(indexed, tmp_path: Path) -> None:
     members = pairs("a", image="PNG", drawn="Mask.PNG")
     tar(tmp_path / "a.tar", members)
     assert_holds(tmp_path, indexed(tmp_path), "train", members, "Mask.PNG")
 
 
-def test_masks_with_a_palette_are_read_as_indices(indexed, tmp_path: Path) -> None:
+def test_palette_masks_are_read_as_indices(indexed, tmp_path: Path) -> None:
     image = Image.fromarray(np.full((12, 16), 2, np.uint8))
     image.putpalette([9, 9, 9, 8, 8, 8, 255, 0, 0])
     out = io.BytesIO()
     image.save(out, "PNG")
-    members = {"a.png": picture(0), "a.mask.png": out.getvalue()}
+    members = {"a.png": encode_image(0), "a.mask.png": out.getvalue()}
     tar(tmp_path / "a.tar", members)
     assert_holds(tmp_path, manifest := indexed(tmp_path), "train", members, "mask.png")
     assert manifest.splits["train"].shards[0].pixels == (0, 0, 192, 0)
 
 
-def test_pictures_alone_are_unlabelled(indexed, tmp_path: Path, call, by_hand) -> None:
-    tar(tmp_path / "data" / "train.tar", {"a.jpg": picture(0, form="JPEG"), "b.png": picture(1)})
+def test_images_without_masks_are_unlabelled(indexed, tmp_path: Path, call, by_hand) -> None:
+    tar(
+        tmp_path / "data" / "train.tar",
+        {"a.jpg": encode_image(0, form="JPEG"), "b.png": encode_image(1)},
+    )
     manifest = indexed(tmp_path / "data", "--alpha", "drop")
     (split,) = manifest.splits.items()
     assert (split[0], split[1].samples, split[1].shards[0].pixels) == ("unlabelled", 2, ())
@@ -266,28 +271,33 @@ def test_pictures_alone_are_unlabelled(indexed, tmp_path: Path, call, by_hand) -
     assert (ended := call("predict", *predict, "--workers", 0)).code == 0, ended.err
 
 
-def test_16_bits_by_the_declared_range(indexed, refused, tmp_path: Path) -> None:
+def test_16_bit_images_need_a_range(indexed, refused, tmp_path: Path) -> None:
     deep = np.arange(12 * 16, dtype=np.uint16).reshape(12, 16) * 100
-    tar(tmp_path / "a.tar", {"a.png": encoded(deep), "a.mask.png": mask(0)})
-    said = refused(tmp_path)
-    assert "a.png has more than 8 bits per pixel (mode I;16, values from 0 to 19100)" in said
+    tar(tmp_path / "a.tar", {"a.png": encoded(deep), "a.mask.png": encode_mask(0)})
+    message = refused(tmp_path)
+    assert (
+        "a.png has more than 8 bits per pixel (mode I;16, values from 0 to 19100); choose"
+        in message
+    )
     manifest = indexed(tmp_path, *CLASSES, "--image-percentiles", 0, 100)
     assert manifest.image_format.range == (0, 19100)
     (sample,) = samples(tmp_path, manifest, "train")
     assert (sample.image.shape, sample.image.min(), sample.image.max()) == ((12, 16, 1), 0, 255)
 
 
-def test_a_turned_picture_is_turned_when_it_is_decoded(indexed, refused, tmp_path: Path) -> None:
+def test_an_image_with_an_orientation_is_rotated_when_decoded(
+    indexed, refused, tmp_path: Path
+) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
-    pixels = decoded(picture(0))
-    turned = encoded(pixels, exif=exif)
-    tar(tmp_path / "a.tar", {"a.png": turned, "a.mask.png": mask(0)})
+    pixels = decoded(encode_image(0))
+    rotated = encoded(pixels, exif=exif)
+    tar(tmp_path / "a.tar", {"a.png": rotated, "a.mask.png": encode_mask(0)})
     assert refused(tmp_path).startswith(
-        "a.tar: a.mask.png is 16 x 12, its picture a.png 12 x 16 when it is turned as its EXIF "
-        "orientation says; extract the tar and pack its files"
+        "a.tar: a.mask.png is 16 x 12, its image a.png 12 x 16 after its EXIF "
+        "rotation; extract the tar and pack its files"
     )
-    tar(tmp_path / "a.tar", {"a.png": turned, "a.mask.png": mask(0, (16, 12))})
+    tar(tmp_path / "a.tar", {"a.png": rotated, "a.mask.png": encode_mask(0, (16, 12))})
     (sample,) = samples(tmp_path, indexed(tmp_path), "train")
     np.testing.assert_array_equal(sample.image, np.rot90(pixels, -1))
 
@@ -295,14 +305,14 @@ def test_a_turned_picture_is_turned_when_it_is_decoded(indexed, refused, tmp_pat
 # ---- json and other members
 
 
-def test_other_members_are_passed_over_and_counted(index, tmp_path: Path) -> None:
+def test_other_members_are_ignored_and_counted(index, tmp_path: Path) -> None:
     members = pairs("a", "b")
     extra = {"a.txt": b"x", "b.txt": b"y", "a.cls": b"1", "._a.png": b"mac", "README": b"r"}
     tar(tmp_path / "train-0.tar", {**members, **extra, "lone.json": b"{}"})
     ended = index(tmp_path, *CLASSES)
     assert (ended.code, ended.err) == (0, "")
     assert (
-        "  6 other members are passed over: .txt (2), .cls (1), hidden (1), without extension (1), "
+        "  6 other members are ignored: .txt (2), .cls (1), hidden (1), without extension (1), "
         ".json (1)\n"
     ) in ended.out
     assert (tmp_path / "train-0.idx").read_text().splitlines()[0] == "v1.2 2"
@@ -322,13 +332,13 @@ def test_other_members_are_passed_over_and_counted(index, tmp_path: Path) -> Non
         (b"[" * 100_000, False),
     ],
 )
-def test_a_json_goes_in_where_it_says_nothing_false(
+def test_a_json_is_indexed_if_its_source_fits_the_key(
     info: bytes, taken: bool, index, call, content, tmp_path: Path
 ) -> None:
     tar(tmp_path / "data" / "a.tar", {"d/a.json": info, **pairs("d/a")})
     ended = index(tmp_path / "data", *CLASSES)
     assert ended.code == 0
-    assert ("1 other members are passed over: .json (1)" in ended.out) == (not taken)
+    assert ("1 other members are ignored: .json (1)" in ended.out) == (not taken)
     assert (read_offsets(tmp_path / "data" / "a.tar")[0].info is not None) == taken
     assert call("unpack", "--data", tmp_path / "data", "--out", tmp_path / "out").code == 0
     assert set(content(tmp_path / "out")) == {"images/d/a.png", "masks/d/a.png"}
@@ -351,7 +361,7 @@ def test_a_json_goes_in_where_it_says_nothing_false(
         ("latest-0.tar", "train"),
     ],
 )
-def test_folders_and_names_tell_the_split(
+def test_folders_and_names_decide_the_split(
     name: str, split: str, index, indexed, tmp_path: Path
 ) -> None:
     tar(tmp_path / name, pairs("a"))
@@ -363,15 +373,17 @@ def test_folders_and_names_tell_the_split(
 def test_a_path_that_names_two_splits_is_refused(refused, tmp_path: Path) -> None:
     tar(tmp_path / "train" / "val-0.tar", pairs("a"))
     assert refused(tmp_path) == (
-        "train/val-0.tar names the splits train and val; rename it, or say --split; "
+        "train/val-0.tar names the splits train and val; rename it, or use --split; "
         "nothing was written"
     )
 
 
-# ---- the same again
+# ---- repeatable
 
 
-def test_the_same_for_any_number_of_workers(indexed, content, tmp_path: Path) -> None:
+def test_the_result_does_not_depend_on_the_number_of_workers(
+    indexed, content, tmp_path: Path
+) -> None:
     for number in range(5):
         keys = (f"{number}a", f"{number}b")
         tar(tmp_path / "1" / f"s{number}.tar", pairs(*keys, first=number * 2))
@@ -381,7 +393,9 @@ def test_the_same_for_any_number_of_workers(indexed, content, tmp_path: Path) ->
     assert content(tmp_path / "1") == content(tmp_path / "3")
 
 
-def test_our_own_shards_get_their_manifest_back(indexed, draw, call, content, tmp_path) -> None:
+def test_indexing_packed_shards_restores_the_manifest(
+    indexed, draw, call, content, tmp_path
+) -> None:
     folder = draw(tmp_path / "in", 12, values=(0, 1, 2, 255), name="sub.d/p {}")
     data = tmp_path / "data"
     ended = call(
@@ -402,9 +416,7 @@ def test_our_own_shards_get_their_manifest_back(indexed, draw, call, content, tm
     assert again == files
 
 
-def test_an_idx_of_our_own_is_left_and_written_again_where_it_is_missing(
-    indexed, content, tmp_path: Path
-) -> None:
+def test_a_valid_idx_is_kept_and_a_missing_one_rewritten(indexed, content, tmp_path: Path) -> None:
     for name in "ab":
         tar(tmp_path / f"{name}.tar", pairs(name, first=ord(name)))
     indexed(tmp_path)
@@ -415,45 +427,45 @@ def test_an_idx_of_our_own_is_left_and_written_again_where_it_is_missing(
     assert content(tmp_path) == before
 
 
-def test_equal_pictures_are_told(index, tmp_path: Path) -> None:
-    tar(tmp_path / "0.tar", {"a.png": picture(0), "a.mask.png": mask(0)})
-    tar(tmp_path / "1.tar", {"b.png": picture(0), "b.mask.png": mask(0)})
+def test_identical_images_are_warned_about(index, tmp_path: Path) -> None:
+    tar(tmp_path / "0.tar", {"a.png": encode_image(0), "a.mask.png": encode_mask(0)})
+    tar(tmp_path / "1.tar", {"b.png": encode_image(0), "b.mask.png": encode_mask(0)})
     ended = index(tmp_path, *CLASSES)
-    assert "1 groups of equal pictures, the first: train:a.png = train:b.png" in ended.out
+    assert "1 groups of identical images, the first: train:a.png = train:b.png" in ended.out
     assert read_manifest(tmp_path).duplicates == (("train:a.png", "train:b.png"),)
 
 
-def test_what_may_be_meant_otherwise_is_said(index, tmp_path: Path) -> None:
+def test_unintended_contents_are_warned_about(index, tmp_path: Path) -> None:
     tar(tmp_path / "0.tar", pairs("000"))
     tar(tmp_path / "1.tar", pairs("000", first=1))
     tar(tmp_path / "2.tar", {"notes.txt": b"nothing"})
     ended = index(tmp_path, *CLASSES)
     assert (ended.code, ended.err) == (0, "")
-    said = ended.out.splitlines()
-    assert said[0] == f"{tmp_path}: RGB pictures"
-    assert said[1] == "  train            2 samples, 2 shards; 16 x 12 RGB (2)"
-    assert "  warning: 1 shards without a sample are left out, the first: 2.tar" in said
+    message = ended.out.splitlines()
+    assert message[0] == f"{tmp_path}: RGB images"
+    assert message[1] == "  train            2 samples, 2 shards; 16 x 12 RGB (2)"
+    assert "  warning: 1 shards without samples are ignored, the first: 2.tar" in message
     assert (
         "  warning: 1 names occur in several shards, the first: 000.png; "
-        "training sees all, but unpack and predict give one result a name"
-    ) in said
-    assert "  warning: no shard is for val; let a folder or name of some begin with val" in said
-    assert said[-1] == f"next: unet train --data {tmp_path} --run-dir RUN"
+        "training uses all samples, but unpack and predict write one result per name"
+    ) in message
+    assert "  warning: split val is empty; put `val` into the path of some shards" in message
+    assert message[-1] == f"next: unet train --data {tmp_path} --run-dir RUN"
     assert not (tmp_path / "2.idx").exists()
 
 
-# ---- refusals
+# ---- errors
 
 
-def ends_at(path: Path, members: Members) -> int:
-    """Where the members end and the zeros begin."""
+def end_of_members(path: Path, members: Members) -> int:
+    """Write a tar and return the offset at which its members end."""
     with tarfile.open(tar(path, members)) as archive:
         last = archive.getmembers()[-1]
     return last.offset_data + -(-last.size // 512) * 512
 
 
 @pytest.mark.parametrize(
-    ("cut", "said"),
+    ("cut", "message"),
     [
         (lambda end: end, "is truncated: no end marker after 4 members"),
         (lambda end: end + 100, "is truncated: no end marker after 4 members"),
@@ -463,16 +475,16 @@ def ends_at(path: Path, members: Members) -> int:
         (lambda end: 0, "is truncated or not a tar (empty file)"),
     ],
 )
-def test_a_cut_tar_is_refused(cut, said: str, refused, tmp_path: Path) -> None:
+def test_a_truncated_tar_is_refused(cut, message: str, refused, tmp_path: Path) -> None:
     path = tmp_path / "a.tar"
-    end = ends_at(path, pairs("a", "b"))
+    end = end_of_members(path, pairs("a", "b"))
     path.write_bytes(path.read_bytes()[: cut(end)])
-    assert refused(tmp_path) == f"a.tar {said}; copy or write it again; nothing was written"
+    assert refused(tmp_path) == f"a.tar {message}; copy or write it again; nothing was written"
 
 
-def test_a_tar_cut_in_a_later_header_is_refused(refused, tmp_path: Path) -> None:
+def test_a_tar_truncated_in_a_later_header_is_refused(refused, tmp_path: Path) -> None:
     path = tmp_path / "a.tar"
-    end = ends_at(path, pairs("a"))
+    end = end_of_members(path, pairs("a"))
     tar(path, pairs("a", "b"))
     path.write_bytes(path.read_bytes()[: end + 300])
     assert refused(tmp_path).startswith("a.tar is truncated: no end marker after 2 members; copy")
@@ -480,7 +492,7 @@ def test_a_tar_cut_in_a_later_header_is_refused(refused, tmp_path: Path) -> None
 
 def test_a_damaged_header_is_refused(refused, tmp_path: Path) -> None:
     path = tmp_path / "a.tar"
-    end = ends_at(path, pairs("a"))
+    end = end_of_members(path, pairs("a"))
     data = bytearray(tar(path, pairs("a", "b")).read_bytes())
     data[end] ^= 1
     path.write_bytes(data)
@@ -489,10 +501,10 @@ def test_a_damaged_header_is_refused(refused, tmp_path: Path) -> None:
     )
 
 
-def test_joined_tars_are_refused(refused, tmp_path: Path) -> None:
-    end = ends_at(tmp_path / "a.tar", pairs("a"))
-    whole = (tmp_path / "a.tar").read_bytes()
-    (tmp_path / "a.tar").write_bytes(whole + whole)
+def test_concatenated_tars_are_refused(refused, tmp_path: Path) -> None:
+    end = end_of_members(tmp_path / "a.tar", pairs("a"))
+    data = (tmp_path / "a.tar").read_bytes()
+    (tmp_path / "a.tar").write_bytes(data + data)
     assert refused(tmp_path).startswith(
         f"a.tar has data after its end marker at byte {end:,}, as concatenated tars do; split it"
     )
@@ -510,56 +522,71 @@ SPACE = (
 
 
 @pytest.mark.parametrize(
-    ("members", "said"),
+    ("members", "message"),
     [
-        ({"b.png": picture(1)}, "b.png has no mask; see --image-ext and --mask-ext"),
-        ({"b.mask.png": mask(1)}, "b.mask.png has no picture; see --image-ext and --mask-ext"),
-        ({"./a.png": picture(1)}, "./a.png and a.png are two images of the same key; keep one"),
-        ({"a.jpg": picture(1)}, "a.jpg and a.png are two images of the same key; keep one"),
-        ({"a.MASK.png": mask(1)}, "a.MASK.png and a.mask.png are two masks of the same key; keep"),
-        ({"../b.png": picture(1)}, "'../b.png' would be extracted outside the target folder"),
-        ({"/b.png": picture(1)}, "'/b.png' would be extracted outside the target folder"),
+        ({"b.png": encode_image(1)}, "b.png has no mask; see --image-ext and --mask-ext"),
+        ({"b.mask.png": encode_mask(1)}, "b.mask.png has no image; see --image-ext and --mask-ext"),
+        (
+            {"./a.png": encode_image(1)},
+            "./a.png and a.png are two images of the same key; keep one",
+        ),
+        (
+            {"a.jpg": encode_image(1)},
+            "a.jpg and a.png are two images of the same key; keep one of them",
+        ),
+        (
+            {"a.MASK.png": encode_mask(1)},
+            "a.MASK.png and a.mask.png are two masks of the same key; keep one",
+        ),
+        (
+            {"../b.png": encode_image(1)},
+            "'../b.png' would be extracted outside the target folder; write the tar",
+        ),
+        (
+            {"/b.png": encode_image(1)},
+            "'/b.png' would be extracted outside the target folder; write the tar",
+        ),
         (pairs("b c"), f"'b c.png' {SPACE}"),
         (pairs("b\nc"), f"'b\\nc.png' {SPACE}"),
         (pairs("b\u2028c"), f"'b\\u2028c.png' {SPACE}"),
         (pairs("b\udcffc"), f"'b\\udcffc.png' {SPACE}"),
         (
-            {"b.png": b"nothing", "b.mask.png": mask(1)},
+            {"b.png": b"nothing", "b.mask.png": encode_mask(1)},
             "b.png is not a readable image; repair or remove it",
         ),
         (
-            {"b.png": picture(1)[:200], "b.mask.png": mask(1)},
+            {"b.png": encode_image(1)[:200], "b.mask.png": encode_mask(1)},
             "b.png is damaged",
         ),
         (
-            {"b.png": picture(1), "b.mask.png": mask(1)[:60]},
+            {"b.png": encode_image(1), "b.mask.png": encode_mask(1)[:60]},
             "b.mask.png is damaged",
         ),
         (
-            {"b.png": picture(1), "b.mask.png": mask(1, (12, 15))},
-            f"b.mask.png is 15 x 12, its picture b.png 16 x 12; {REPACK}",
+            {"b.png": encode_image(1), "b.mask.png": encode_mask(1, (12, 15))},
+            f"b.mask.png is 15 x 12, its image b.png 16 x 12; {REPACK}",
         ),
         (
-            {"b.png": picture(1), "b.mask.png": grey(7)},
-            "b.mask.png holds values without a class: 7: 192 px; name all classes with --classes, "
-            f"or {REPACK}",
+            {"b.png": encode_image(1), "b.mask.png": grey(7)},
+            "b.mask.png contains values without a class: 7: 192 px; name all classes with "
+            f"--classes, or {REPACK}",
         ),
         (
-            {"b.png": picture(1), "b.mask.png": grey(0, form="JPEG")},
-            "b.mask.png is JPEG of mode L; masks in shards are PNG of mode P or L whose value is "
-            f"the class: {REPACK}",
+            {"b.png": encode_image(1), "b.mask.png": grey(0, form="JPEG")},
+            "b.mask.png is JPEG of mode L; masks in shards must be PNG of mode P or L whose pixel "
+            f"value is the class index: {REPACK}",
         ),
         (
-            {"b.png": picture(1), "b.mask.png": picture(1)},
-            "b.mask.png is PNG of mode RGB; masks in shards are PNG of mode P or L",
+            {"b.png": encode_image(1), "b.mask.png": encode_image(1)},
+            "b.mask.png is PNG of mode RGB; masks in shards must be PNG of mode P or L",
         ),
         (
-            {"b.png": picture(1), "b.mask.png": encoded(np.ones((12, 16), bool))},
-            "b.mask.png is PNG of mode 1; masks in shards are PNG of mode P or L",
+            {"b.png": encode_image(1), "b.mask.png": encoded(np.ones((12, 16), bool))},
+            "b.mask.png is PNG of mode 1; masks in shards must be PNG of mode P or L",
         ),
         (
-            {"b.png": picture(1), "b.mask.png": encoded(np.ones((12, 16), np.uint16))},
-            "b.mask.png is PNG of mode I;16; masks in shards are PNG of mode P or L",
+            {"b.png": encode_image(1), "b.mask.png": encoded(np.ones((12, 16), np.uint16))},
+            "b.mask.png is PNG of mode I;16; masks in shards must be PNG of mode P or L",
         ),
         (
             {
@@ -569,30 +596,30 @@ SPACE = (
                     save_all=True,
                     append_images=[Image.new("L", (16, 12))],
                 ),
-                "b.mask.png": mask(1),
+                "b.mask.png": encode_mask(1),
             },
-            f"b.tif holds several frames; {REPACK}",
+            f"b.tif contains several frames; {REPACK}",
         ),
         (
             {
                 "b.png": encoded(np.zeros((12, 16, 4), np.uint8)),
-                "b.mask.png": mask(1),
+                "b.mask.png": encode_mask(1),
             },
             "b.png has transparent pixels; flatten it onto a background, or add --alpha drop to "
             "keep them in their colour",
         ),
     ],
 )
-def test_what_cannot_be_trained_on_is_refused(
-    members: Members, said: str, refused, tmp_path: Path
+def test_invalid_samples_are_refused(
+    members: Members, message: str, refused, tmp_path: Path
 ) -> None:
     tar(tmp_path / "sub" / "t.tar", {**pairs("a"), **members})
     tar(tmp_path / "good.tar", pairs("g", first=50))
-    # A name that two members share leaves a second problem where its partner is alone.
-    assert f"sub/t.tar: {said}" in refused(tmp_path)
+    # If two members share a key, the member without a pair is a second problem.
+    assert f"sub/t.tar: {message}" in refused(tmp_path)
 
 
-def test_a_name_that_occurs_twice_is_refused(refused, tmp_path: Path) -> None:
+def test_a_duplicate_name_is_refused(refused, tmp_path: Path) -> None:
     path = tar(tmp_path / "a.tar", pairs("a"))
     with tarfile.open(path, "a") as archive:
         info = tarfile.TarInfo("a.png")
@@ -613,18 +640,18 @@ def test_links_and_devices_are_refused(kind: bytes, refused, tmp_path: Path) -> 
     )
 
 
-def test_folders_in_a_tar_are_no_matter(indexed, tmp_path: Path) -> None:
+def test_folders_in_a_tar_are_ignored(indexed, tmp_path: Path) -> None:
     for part in ("d/a.png", "d/a.mask.png"):
         (tmp_path / "in" / part).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "in" / part).write_bytes(mask(0) if "mask" in part else picture(0))
+        (tmp_path / "in" / part).write_bytes(encode_mask(0) if "mask" in part else encode_image(0))
     with tarfile.open(tmp_path / "a.tar", "w") as archive:
         archive.add(tmp_path / "in", "./")
     assert indexed(tmp_path).splits["train"].samples == 1
 
 
-def test_an_empty_tar_alone_is_refused(refused, tmp_path: Path) -> None:
+def test_an_empty_tar_is_refused(refused, tmp_path: Path) -> None:
     tar(tmp_path / "a.tar", {})
-    assert refused(tmp_path).endswith("holds 1 shards without a picture; see --image-ext")
+    assert refused(tmp_path).endswith("1 shards without an image; see --image-ext")
 
 
 def test_masks_without_classes_are_refused(refused, tmp_path: Path) -> None:
@@ -634,35 +661,40 @@ def test_masks_without_classes_are_refused(refused, tmp_path: Path) -> None:
     )
 
 
-def test_one_picture_in_two_splits_is_refused(refused, tmp_path: Path) -> None:
+def test_one_image_in_two_splits_is_refused(refused, tmp_path: Path) -> None:
     tar(tmp_path / "train.tar", pairs("a"))
     tar(tmp_path / "val.tar", pairs("b"))
     assert refused(tmp_path) == (
-        "train.tar: a.png (train) = val.tar: b.png (val) are the same picture in two splits; "
+        "train.tar: a.png (train) = val.tar: b.png (val) are the same image in two splits; "
         "remove it from one; nothing was written"
     )
 
 
-def test_an_idx_of_somebody_else_is_kept(refused, tmp_path: Path) -> None:
+def test_an_idx_of_another_tool_is_kept(refused, tmp_path: Path) -> None:
     tar(tmp_path / "a.tar", pairs("a"))
     (tmp_path / "a.idx").write_text("v1.1 1\n")
-    assert refused(tmp_path).startswith("a.idx is there and says something else than ours would;")
+    assert refused(tmp_path).startswith("a.idx exists with other content;")
 
 
-def test_all_problems_of_all_shards_are_told_at_once(refused, tmp_path: Path) -> None:
-    tar(tmp_path / "a.tar", {**pairs("a"), "b.png": picture(3), "c.png": picture(4)})
+def test_problems_of_all_shards_are_reported_at_once(refused, tmp_path: Path) -> None:
+    tar(tmp_path / "a.tar", {**pairs("a"), "b.png": encode_image(3), "c.png": encode_image(4)})
     (tmp_path / "b.tar").write_bytes(b"no tar")
     tar(tmp_path / "train" / "val.tar", pairs("v", first=9))
-    said = refused(tmp_path).splitlines()
-    assert said[0] == "4 problems (nothing was written):"
-    assert [line.split()[0] for line in said[1:]] == ["a.tar:", "a.tar:", "b.tar", "train/val.tar"]
+    message = refused(tmp_path).splitlines()
+    assert message[0] == "4 problems (nothing was written):"
+    assert [line.split()[0] for line in message[1:]] == [
+        "a.tar:",
+        "a.tar:",
+        "b.tar",
+        "train/val.tar",
+    ]
 
 
 def test_a_data_set_is_not_indexed_twice(refused, indexed, tmp_path: Path) -> None:
     tar(tmp_path / "a.tar", pairs("a"))
     indexed(tmp_path)
     assert refused(tmp_path).endswith(
-        "is a data set already; remove its index.json to index it anew"
+        "is already a data set; remove its index.json to index it again"
     )
 
 
@@ -676,32 +708,32 @@ def test_compressed_shards_are_refused(name: str, refused, tmp_path: Path) -> No
 
 
 def test_a_folder_without_shards_is_refused(index, refused, tmp_path: Path) -> None:
-    assert refused(tmp_path).endswith("holds no shard (*.tar); pack pictures with unet pack")
+    assert refused(tmp_path).endswith("contains no shards (*.tar); pack images with unet pack")
     ended = index(tmp_path / "nowhere", *CLASSES)
-    assert (ended.code, ended.err) == (1, f"unet index: {tmp_path / 'nowhere'} is no folder\n")
+    assert (ended.code, ended.err) == (1, f"unet index: {tmp_path / 'nowhere'} does not exist\n")
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         (("--classes", "one"), "there must be 2 to 255 classes, got 1"),
-        (("--classes", "a", "a"), "two classes have one name: a a"),
+        (("--classes", "a", "a"), "--classes: duplicate name in a a"),
         (("--split", "val"), "--split needs --classes"),
         ((*CLASSES, "--split", "vall"), "vall"),
-        ((*CLASSES, "--image-ext", "json"), "--image-ext must not hold json or mask.png"),
+        ((*CLASSES, "--image-ext", "json"), "--image-ext must not contain json, mask.png"),
         ((*CLASSES, "--mask-ext", "json"), "--mask-ext must not be json"),
-        ((*CLASSES, "--image-ext", "png", "--mask-ext", "png"), "leaves no extension for pictures"),
-        ((*CLASSES, "--image-range", 9, 3), "--image-range is LOW HIGH within 0 65535"),
+        ((*CLASSES, "--image-ext", "png", "--mask-ext", "png"), "leaves no extension for images"),
+        ((*CLASSES, "--image-range", 9, 3), "--image-range must be LOW HIGH within 0 65535"),
         (
             (*CLASSES, "--image-range", 0, 9, "--image-percentiles", 0, 9),
-            "--image-range and --image-percentiles say the same; give one",
+            "--image-range and --image-percentiles exclude each other",
         ),
-        ((*CLASSES, "--workers", -1), "--workers must not be below 0"),
+        ((*CLASSES, "--workers", -1), "--workers must be >= 0, got -1"),
     ],
 )
 def test_wrong_flags_are_refused(
-    flags: tuple[object, ...], said: str, call, tmp_path: Path
+    flags: tuple[object, ...], message: str, call, tmp_path: Path
 ) -> None:
     ended = call("index", tmp_path, *flags)
     assert ended.code == 2
-    assert said in ended.said
+    assert message in ended.said

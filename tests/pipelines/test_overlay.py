@@ -1,4 +1,4 @@
-"""Holds the overlay's contract: what people see of picture, classes and ignored pixels."""
+"""Overlays and contact sheets: how images, classes and ignored pixels are drawn."""
 
 import numpy as np
 import pytest
@@ -10,9 +10,9 @@ from pipelines.overlay import (
     COLUMNS,
     TINT,
     Cell,
-    contact_sheet,
+    draw_contact_sheet,
     draw_overlay,
-    outline,
+    find_outline,
 )
 
 PALETTE = ((0, 0, 0), (200, 0, 0), (0, 100, 0))
@@ -20,9 +20,9 @@ PALETTE = ((0, 0, 0), (200, 0, 0), (0, 100, 0))
 
 def drawn(mask, image=None):
     image = np.full((*mask.shape, 3), 100, np.uint8) if image is None else image
-    picture = draw_overlay(image, mask, PALETTE)
-    assert (picture.mode, picture.size) == ("RGB", mask.shape[::-1])
-    return np.asarray(picture)
+    overlay = draw_overlay(image, mask, PALETTE)
+    assert (overlay.mode, overlay.size) == ("RGB", mask.shape[::-1])
+    return np.asarray(overlay)
 
 
 def square(value=1, around=0):
@@ -32,7 +32,7 @@ def square(value=1, around=0):
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_background_shows_the_picture_as_it_is(channels):
+def test_background_pixels_are_not_changed(channels):
     image = np.random.default_rng(0).integers(0, 256, (5, 6, channels), dtype=np.uint8)
     result = drawn(np.zeros((5, 6), np.uint8), image)
     assert np.array_equal(result, np.broadcast_to(image, (5, 6, 3)))
@@ -58,7 +58,7 @@ def test_ignored_pixels_turn_grey():
     assert result[2, 2].tolist() == [128, 128, 128]
 
 
-def test_the_inputs_are_left_alone():
+def test_the_inputs_are_not_modified():
     image, mask = np.full((9, 9, 3), 7, np.uint8), square()
     before = image.copy(), mask.copy()
     drawn(mask, image)
@@ -68,11 +68,11 @@ def test_the_inputs_are_left_alone():
 
 def test_an_outline_is_both_sides_of_every_border():
     mask = np.array([[0, 0, 1, 1], [0, 0, 1, 1], [0, 0, 0, 0]], dtype=np.uint8)
-    assert outline(mask).astype(int).tolist() == [[0, 1, 1, 0], [0, 1, 1, 1], [0, 0, 1, 1]]
+    assert find_outline(mask).astype(int).tolist() == [[0, 1, 1, 0], [0, 1, 1, 1], [0, 0, 1, 1]]
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 5), (5, 1)])
-def test_thin_pictures_can_be_drawn(shape):
+def test_thin_images_can_be_drawn(shape):
     assert drawn(np.ones(shape, dtype=np.uint8)).shape == (*shape, 3)
 
 
@@ -84,8 +84,8 @@ def cell(size=(40, 30), grey=100, mask=None, caption="a.png"):
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 6, 7, 30])
-def test_every_picture_of_a_sheet_has_its_place(count):
-    sheet = np.asarray(contact_sheet([cell(grey=200 + i) for i in range(count)], PALETTE, ()))
+def test_every_image_has_its_cell_on_the_sheet(count):
+    sheet = np.asarray(draw_contact_sheet([cell(grey=200 + i) for i in range(count)], PALETTE, ()))
     columns = max(2, min(COLUMNS, count))
     assert sheet.shape[1] == columns * CELL
     for number in range(count):
@@ -93,24 +93,26 @@ def test_every_picture_of_a_sheet_has_its_place(count):
         assert (sheet[top + 2 : top + 32, left + 2 : left + 42] == 200 + number).all()
 
 
-def test_a_sheet_shows_masks_in_their_colours_and_what_these_mean():
+def test_a_sheet_shows_masks_and_a_legend():
     mask = np.zeros((30, 40), np.uint8)
     mask[10:20, 10:20] = 1
-    sheet = np.asarray(contact_sheet([cell(mask=mask)], PALETTE, ("ground", "cell", "rim", "gone")))
+    sheet = np.asarray(
+        draw_contact_sheet([cell(mask=mask)], PALETTE, ("background", "cell", "rim", "ignored"))
+    )
     assert sheet[2 + 10, 2 + 10].tolist() == [200, 0, 0]
     assert sheet[2, 2].tolist() == [100, 100, 100]
     legend = 30 + CAPTION + 4 + CAPTION // 2
     for number, colour in enumerate((*PALETTE, (128, 128, 128))):
         left, top = number % 2 * CELL + 3, legend + number // 2 * CAPTION
         assert sheet[top + 6, left + 6].tolist() == list(colour)
-        # Beside it stands something.
+        # Next to the swatch there is text.
         assert (sheet[top : top + 12, left + 18 : left + 60].max(axis=2) > 200).any()
 
 
 @pytest.mark.parametrize("size", [(400, 300), (300, 400), (5000, 3), (1, 1)])
-def test_pictures_of_any_size_fit_their_place_with_their_masks(size):
+def test_images_of_any_size_fit_their_cell(size):
     mask = np.ones(size[::-1], np.uint8)
-    sheet = np.asarray(contact_sheet([cell(size, mask=mask)], PALETTE, ()))
+    sheet = np.asarray(draw_contact_sheet([cell(size, mask=mask)], PALETTE, ()))
     factor = min(1, (CELL - 4) / max(size))
     width, height = (max(1, round(side * factor)) for side in size)
     assert sheet.shape == (height + CAPTION + 4 + CAPTION // 2, 2 * CELL, 3)
@@ -119,9 +121,9 @@ def test_pictures_of_any_size_fit_their_place_with_their_masks(size):
 
 
 @pytest.mark.parametrize("caption", ["x" * 300, "W" * 300, "\u4e2d\u6587.png", "\udcff.png", ""])
-def test_any_name_can_stand_below_a_picture(caption):
-    sheet = np.asarray(contact_sheet([cell(caption=caption), cell()], PALETTE, (caption,)))
+def test_any_name_can_be_a_caption(caption):
+    sheet = np.asarray(draw_contact_sheet([cell(caption=caption), cell()], PALETTE, (caption,)))
     assert sheet.shape[1] == 2 * CELL
-    # Not beyond its own place: the neighbour's caption begins where it would alone.
-    alone = np.asarray(contact_sheet([cell(caption=""), cell()], PALETTE, ("",)))
+    # The caption is clipped: the cell next to it is unchanged.
+    alone = np.asarray(draw_contact_sheet([cell(caption=""), cell()], PALETTE, ("",)))
     np.testing.assert_array_equal(sheet[:48, CELL:], alone[:48, CELL:])

@@ -1,4 +1,4 @@
-"""Packing: the same bytes for any workers and kills, a true manifest, and refusals that say why."""
+"""Packing: byte-identical for any workers and kills, a correct manifest, one-line errors."""
 
 import hashlib
 import io
@@ -21,16 +21,15 @@ from shards.index import read_manifest, read_offsets
 from shards.masks import default_palette, encode_mask
 from shards.pairs import hash_fraction
 from shards.sample import DataError
-from tests.conftest import flags, levels
-from tests.conftest import solid_image as picture
+from tests.conftest import flags, levels, solid_image
 
 Folder = Path
 
 
-# ---- what a data set holds
+# ---- contents of a data set
 
 
-def test_the_manifest_says_what_is_in_the_shards(shards: Path, cells: Path, call) -> None:
+def test_the_manifest_describes_the_shards(shards: Path, cells: Path, call) -> None:
     manifest = read_manifest(shards)
     assert manifest.classes == ("background", "foreground")
     assert manifest.image_format == ImageFormat("RGB")
@@ -70,9 +69,7 @@ def test_the_manifest_says_what_is_in_the_shards(shards: Path, cells: Path, call
     np.testing.assert_allclose(manifest.std, pixels.std(axis=0), atol=1e-6)
 
 
-def test_a_sample_is_its_pictures_own_bytes_with_a_canonical_mask(
-    shards: Path, cells: Path
-) -> None:
+def test_a_sample_is_the_original_image_with_a_canonical_mask(shards: Path, cells: Path) -> None:
     seen = set()
     for shard in sorted(shards.glob("*.tar")):
         with tarfile.open(shard) as tar:
@@ -97,7 +94,7 @@ def test_a_sample_is_its_pictures_own_bytes_with_a_canonical_mask(
     assert len(seen) == 12
 
 
-def test_the_index_files_point_at_the_members(shards: Path) -> None:
+def test_idx_files_locate_the_members(shards: Path) -> None:
     for shard in sorted(shards.glob("*.tar")):
         data, index = shard.read_bytes(), read_offsets(shard)
         with tarfile.open(shard) as tar:
@@ -118,7 +115,7 @@ def test_stock_webdataset_reads_the_shards(shards: Path) -> None:
     assert all({"png", "mask.png", "json"} <= set(sample) for sample in samples)
 
 
-def test_pictures_without_masks_become_unlabelled_shards(cells: Path, call, tmp_path: Path) -> None:
+def test_images_without_masks_become_unlabelled_shards(cells: Path, call, tmp_path: Path) -> None:
     ended = call("pack", "--images", cells / "images", "--out", tmp_path / "out", "--workers", 1)
     assert ended.code == 0
     manifest = read_manifest(tmp_path / "out")
@@ -128,7 +125,7 @@ def test_pictures_without_masks_become_unlabelled_shards(cells: Path, call, tmp_
         assert not [name for name in tar.getnames() if "mask" in name]
 
 
-def test_a_split_is_decided_by_the_hash_of_the_key(draw, call, tmp_path: Path) -> None:
+def test_the_hash_of_the_key_decides_the_split(draw, call, tmp_path: Path) -> None:
     folder = draw(tmp_path / "in", 40, size=(16, 16))
     ended = call("pack", *flags(folder, tmp_path / "out"), "--val-fraction", 0.3)
     assert ended.code == 0
@@ -155,20 +152,20 @@ def test_a_group_never_spans_two_splits(draw, call, tmp_path: Path) -> None:
     assert {"train", "val"} == {name for names in splits.values() for name in names}
 
 
-def test_an_empty_validation_split_is_said(pair: Path, call) -> None:
+def test_an_empty_val_split_is_warned_about(pair: Path, call) -> None:
     ended = call("pack", *flags(pair, pair / "out", "--val-fraction", 0))
     assert ended.code == 0
-    assert "no sample fell into val" in ended.out
+    assert "split val is empty" in ended.out
 
 
-def test_a_class_that_occurs_nowhere_is_said(pair: Path, call) -> None:
+def test_a_class_without_pixels_is_warned_about(pair: Path, call) -> None:
     more = ("--mask-values", 0, 255, 7, "--classes", "ground", "cell", "ghost")
     ended = call("pack", *flags(pair, pair / "out", *more, mask_format="values"))
     assert ended.code == 0
-    assert "no pixel of the class 'ghost'" in ended.out
+    assert "class 'ghost' has no pixels" in ended.out
 
 
-def test_equal_pictures_are_named(pair: Path, call) -> None:
+def test_identical_images_are_listed(pair: Path, call) -> None:
     for part in ("images", "masks"):
         shutil.copy(pair / part / "a.png", pair / part / "b.png")
     ended = call("pack", *flags(pair, pair / "out", "--val-fraction", 0))
@@ -176,7 +173,7 @@ def test_equal_pictures_are_named(pair: Path, call) -> None:
     assert "train:a.png = train:b.png" in ended.out
 
 
-def test_a_picture_with_an_orientation_is_stored_upright(pair: Path, call) -> None:
+def test_an_image_with_an_orientation_is_stored_upright(pair: Path, call) -> None:
     pixels = np.random.default_rng(0).integers(0, 255, (20, 16, 3)).astype(np.uint8)
     turned = Image.fromarray(pixels)
     exif = turned.getexif()
@@ -184,7 +181,7 @@ def test_a_picture_with_an_orientation_is_stored_upright(pair: Path, call) -> No
     turned.save(pair / "images" / "a.png", exif=exif)
     ended = call("pack", *flags(pair, pair / "out", "--val-fraction", 0))
     assert ended.code == 0
-    assert "1 pictures with an EXIF orientation are stored upright" in ended.out
+    assert "1 images with an EXIF orientation are stored upright" in ended.out
     with tarfile.open(pair / "out" / "train-000000.tar") as tar:
         stored = Image.open(io.BytesIO(tar.extractfile("a.png").read()))  # type: ignore[union-attr]
         info = json.loads(tar.extractfile("a.json").read())  # type: ignore[union-attr]
@@ -193,9 +190,7 @@ def test_a_picture_with_an_orientation_is_stored_upright(pair: Path, call) -> No
     assert (info["width"], info["height"]) == (20, 16)
 
 
-def test_grey_pictures_make_a_grey_data_set_and_one_in_colour_makes_it_rgb(
-    draw, call, tmp_path: Path
-) -> None:
+def test_the_data_set_is_grey_unless_an_image_is_in_colour(draw, call, tmp_path: Path) -> None:
     folder = draw(tmp_path / "in", 4, mode="L")
     assert call("pack", *flags(folder, tmp_path / "grey")).code == 0
     assert read_manifest(tmp_path / "grey").image_format.channels == "L"
@@ -214,14 +209,14 @@ def test_a_shard_is_closed_at_its_size(draw, call, tmp_path: Path) -> None:
     assert sum(shard.samples for shard in shards) == 6
 
 
-def test_what_has_no_partner_is_left_out_on_request(pair: Path, call) -> None:
-    picture().save(pair / "images" / "b.png")
+def test_skip_unpaired_skips_files_without_a_pair(pair: Path, call) -> None:
+    solid_image().save(pair / "images" / "b.png")
     ended = call("pack", *flags(pair, pair / "out", "--skip-unpaired"))
     assert ended.code == 0
     assert sum(split.samples for split in read_manifest(pair / "out").splits.values()) == 1
 
 
-def test_suffixes_tell_pictures_from_masks_in_one_folder(pair: Path, call) -> None:
+def test_suffixes_distinguish_images_and_masks_in_one_folder(pair: Path, call) -> None:
     (pair / "masks" / "a.png").rename(pair / "images" / "a_mask.png")
     (pair / "images" / "a.png").rename(pair / "images" / "a_photo.png")
     folders = ("--images", pair / "images", "--masks", pair / "images", "--mask-format", "binary")
@@ -251,7 +246,7 @@ def paletted(palette: np.ndarray = COLOURS) -> Image.Image:
 
 
 def noisy(values: np.ndarray) -> Image.Image:
-    """Values as a lossy file would hold them."""
+    """Add noise as in a lossy file."""
     noise = np.random.default_rng(0).integers(-6, 7, values.shape)
     return Image.fromarray((values.astype(int) + noise).clip(0, 255).astype(np.uint8))
 
@@ -368,7 +363,7 @@ def test_every_mask_format_becomes_class_indices(name: str, call, samples, tmp_p
         more = ["--colours", table, *more]
     for part in ("images", "masks"):
         (tmp_path / part).mkdir()
-    picture(size=(14, 12)).save(tmp_path / "images" / "a.png")
+    solid_image(size=(14, 12)).save(tmp_path / "images" / "a.png")
     mask.save(tmp_path / "masks" / "a.png")
     ended = call("pack", *flags(tmp_path, tmp_path / "out", *more, mask_format=str(kind)))
     assert ended.code == 0, ended.err
@@ -383,11 +378,13 @@ def test_every_mask_format_becomes_class_indices(name: str, call, samples, tmp_p
 
 
 @pytest.mark.parametrize(("num_classes", "bits"), [(2, 1), (3, 2), (16, 4), (17, 8)])
-def test_few_classes_take_few_bits(num_classes: int, bits: int, call, samples, tmp_path) -> None:
+def test_masks_of_few_classes_take_few_bits(
+    num_classes: int, bits: int, call, samples, tmp_path
+) -> None:
     for part in ("images", "masks"):
         (tmp_path / part).mkdir()
     index = np.arange(20 * 16, dtype=np.int64).reshape(16, 20) % num_classes
-    picture().save(tmp_path / "images" / "a.png")
+    solid_image().save(tmp_path / "images" / "a.png")
     Image.fromarray(index.astype(np.uint8)).save(tmp_path / "masks" / "a.png")
     more = ("--classes", *(f"c{i}" for i in range(num_classes)))
     ended = call("pack", *flags(tmp_path, tmp_path / "out", *more, mask_format="index"))
@@ -397,26 +394,26 @@ def test_few_classes_take_few_bits(num_classes: int, bits: int, call, samples, t
     assert sample.raw.mask[24] == bits  # the bit depth in PNG's header
 
 
-# ---- every way to pair
+# ---- pairing
 
 
 def listed_pairs(name: str, lines: str) -> Callable[[Path], tuple[object, ...]]:
-    def give(folder: Path) -> tuple[object, ...]:
+    def write_list(folder: Path) -> tuple[object, ...]:
         (folder / name).write_text(lines)
         return ("--pairs", folder / name)
 
-    return give
+    return write_list
 
 
 PAIRINGS: dict[str, tuple[dict[str, str], Callable[[Path], tuple[object, ...]]]] = {
     "same names": (
-        {"x/a.jpg": "pictures/x/a.jpg", "x/a.png": "drawn/x/a.png"},
-        lambda f: ("--images", f / "pictures", "--masks", f / "drawn"),
+        {"x/a.jpg": "photos/x/a.jpg", "x/a.png": "drawn/x/a.png"},
+        lambda f: ("--images", f / "photos", "--masks", f / "drawn"),
     ),
     "suffixes": (
-        {"a_rgb.png": "pictures/a_rgb.png", "a_gt.png": "drawn/a_gt.png"},
+        {"a_rgb.png": "photos/a_rgb.png", "a_gt.png": "drawn/a_gt.png"},
         lambda f: (
-            *("--images", f / "pictures", "--masks", f / "drawn"),
+            *("--images", f / "photos", "--masks", f / "drawn"),
             *("--image-suffix", "_rgb", "--mask-suffix", "_gt"),
         ),
     ),
@@ -428,9 +425,9 @@ PAIRINGS: dict[str, tuple[dict[str, str], Callable[[Path], tuple[object, ...]]]]
         ),
     ),
     "a pattern": (
-        {"scan_17_colour.png": "pictures/scan_17_colour.png", "17.png": "drawn/label/17.png"},
+        {"scan_17_colour.png": "photos/scan_17_colour.png", "17.png": "drawn/label/17.png"},
         lambda f: (
-            *("--images", f / "pictures", "--masks", f / "drawn"),
+            *("--images", f / "photos", "--masks", f / "drawn"),
             *("--pair-regex", r"(\d+)"),
         ),
     ),
@@ -444,7 +441,7 @@ PAIRINGS: dict[str, tuple[dict[str, str], Callable[[Path], tuple[object, ...]]]]
     ),
     "a text": (
         {"a.png": "here/a.png", "b.png": "there/b.png"},
-        listed_pairs("pairs.txt", "# picture and mask\n\nhere/a.png there/b.png\n"),
+        listed_pairs("pairs.txt", "# image and mask\n\nhere/a.png there/b.png\n"),
     ),
     "a list below folders": (
         {"a.png": "here/a.png", "b.png": "there/b.png"},
@@ -457,27 +454,27 @@ PAIRINGS: dict[str, tuple[dict[str, str], Callable[[Path], tuple[object, ...]]]]
 
 
 @pytest.mark.parametrize("way", PAIRINGS)
-def test_every_way_to_pair_finds_the_mask(way: str, call, samples, tmp_path: Path) -> None:
-    files, give = PAIRINGS[way]
+def test_every_pairing_finds_the_mask(way: str, call, samples, tmp_path: Path) -> None:
+    files, make_arguments = PAIRINGS[way]
     image, mask = files.values()
     mask_pixels = levels(255, 255, 0, 255)
     for path in (image, mask):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-    picture().save(tmp_path / image)
+    solid_image().save(tmp_path / image)
     Image.fromarray(mask_pixels).save(tmp_path / mask)
-    told = (*give(tmp_path), "--mask-format", "binary", "--workers", 1)
-    ended = call("pack", *told, "--out", tmp_path / "out")
+    arguments = (*make_arguments(tmp_path), "--mask-format", "binary", "--workers", 1)
+    ended = call("pack", *arguments, "--out", tmp_path / "out")
     assert ended.code == 0, ended.err
     ((source, sample),) = samples(tmp_path / "out").items()
     assert image.endswith(source)
     np.testing.assert_array_equal(sample.mask, mask_pixels // 255)
 
 
-# ---- every rule for pictures
+# ---- rules for images
 
 
-def pack_picture(folder: Path, image: Image.Image, call, samples, *more: object, **saved: object):
-    """The manifest, the sample and the words of packing one picture as `b.tif` or `b.png`."""
+def pack_image(folder: Path, image: Image.Image, call, samples, *more: object, **saved: object):
+    """Pack one image as `b.tif` or `b.png`; returns manifest, sample and stdout."""
     name = "b.tif" if image.mode in ("I;16", "CMYK") or "append_images" in saved else "b.png"
     image.save(folder / "images" / name, **saved)
     (folder / "images" / "a.png").unlink()
@@ -492,107 +489,105 @@ def deep() -> np.ndarray:
     return (np.arange(320, dtype=np.uint16) * 200).reshape(16, 20)
 
 
-def test_16_bits_are_scaled_from_the_range_that_was_declared(pair: Path, call, samples) -> None:
+def test_16_bit_values_are_scaled_from_the_declared_range(pair: Path, call, samples) -> None:
     image = Image.fromarray(deep())
     more = ("--image-range", 1000, 50000)
-    manifest, sample, said = pack_picture(pair, image, call, samples, *more)
+    manifest, sample, message = pack_image(pair, image, call, samples, *more)
     assert manifest.image_format == ImageFormat("L", "refuse", (1000, 50000))
     scaled = ((deep().astype(float) - 1000) * (255 / 49000)).clip(0, 255).round()
     np.testing.assert_array_equal(sample.image[..., 0], scaled)
     assert sample.raw.image == (pair / "images" / "b.tif").read_bytes()
     np.testing.assert_allclose(manifest.mean, scaled.mean() / 255, atol=1e-6)
     np.testing.assert_allclose(manifest.std, scaled.std() / 255, atol=1e-6)
-    assert "16-bit values 1000 to 50000 become 0 to 255" in said
+    assert "16-bit values 1000 to 50000 become 0 to 255" in message
 
 
-def test_16_bits_are_scaled_from_percentiles_of_all_pixels(pair: Path, call, samples) -> None:
+def test_16_bit_values_are_scaled_from_percentiles_of_all_pixels(pair: Path, call, samples) -> None:
     image = Image.fromarray(deep())
     more = ("--image-percentiles", 10, 90)
-    manifest, sample, said = pack_picture(pair, image, call, samples, *more)
+    manifest, sample, message = pack_image(pair, image, call, samples, *more)
     low, high = np.sort(deep().ravel())[[320 // 10 - 1, 320 * 9 // 10 - 1]]
     assert manifest.image_format.range == (low, high)
     scaled = ((deep().astype(float) - low) * (255 / (high - low))).clip(0, 255).round()
     np.testing.assert_array_equal(sample.image[..., 0], scaled)
-    assert f"16-bit values {low} to {high} become 0 to 255" in said
+    assert f"16-bit values {low} to {high} become 0 to 255" in message
 
 
-def test_a_range_says_nothing_about_pictures_of_8_bits(pair: Path, call, samples) -> None:
+def test_a_range_does_not_affect_8_bit_images(pair: Path, call, samples) -> None:
     more = ("--image-range", 0, 1000)
-    manifest, sample, said = pack_picture(pair, picture(), call, samples, *more)
+    manifest, sample, message = pack_image(pair, solid_image(), call, samples, *more)
     assert manifest.image_format.range is None
     assert (sample.image == 9).all()
-    assert "16-bit" not in said
+    assert "16-bit" not in message
 
 
-def test_transparent_pixels_are_taken_in_their_colour_on_request(pair, call, samples) -> None:
+def test_alpha_drop_keeps_the_colour_of_transparent_pixels(pair, call, samples) -> None:
     pixels = np.random.default_rng(0).integers(0, 255, (16, 20, 4)).astype(np.uint8)
     image = Image.fromarray(pixels)
-    manifest, sample, said = pack_picture(pair, image, call, samples, "--alpha", "drop")
+    manifest, sample, message = pack_image(pair, image, call, samples, "--alpha", "drop")
     assert manifest.image_format.alpha == "drop"
     np.testing.assert_array_equal(sample.image, pixels[..., :3])
     assert sample.raw.image == (pair / "images" / "b.png").read_bytes()
-    assert "1 pictures have transparent pixels; alpha is kept" in said
+    assert "1 images have transparent pixels; alpha is kept" in message
 
 
 @pytest.mark.parametrize("frame", [0, 1])
-def test_the_frame_that_was_asked_for_is_taken(frame: int, pair: Path, call, samples) -> None:
-    stack = {"save_all": True, "append_images": [picture(99, mode="L")]}
-    image = picture(5, mode="L")
-    _, sample, said = pack_picture(pair, image, call, samples, "--frame", frame, **stack)
+def test_the_chosen_frame_is_packed(frame: int, pair: Path, call, samples) -> None:
+    stack = {"save_all": True, "append_images": [solid_image(99, mode="L")]}
+    image = solid_image(5, mode="L")
+    _, sample, message = pack_image(pair, image, call, samples, "--frame", frame, **stack)
     assert (sample.image == (5, 99)[frame]).all()
     assert sample.raw.extension == "png"
-    assert "1 pictures with several frames are stored as a single frame" in said
+    assert "1 images with several frames are stored as a single frame" in message
 
 
-def test_an_orientation_is_ignored_on_request(pair: Path, call, samples) -> None:
+def test_exif_ignore_keeps_the_pixels_as_stored(pair: Path, call, samples) -> None:
     pixels = np.random.default_rng(0).integers(0, 255, (16, 20, 3)).astype(np.uint8)
     exif = Image.Exif()
     exif[0x0112] = 6
     image = Image.fromarray(pixels)
-    _, sample, said = pack_picture(pair, image, call, samples, "--exif", "ignore", exif=exif)
+    _, sample, message = pack_image(pair, image, call, samples, "--exif", "ignore", exif=exif)
     np.testing.assert_array_equal(sample.image, pixels)
-    assert "are stored unrotated" in said
+    assert "are stored unrotated" in message
 
 
-def test_pictures_are_scaled_down_and_their_masks_follow(pair: Path, call, samples) -> None:
+def test_resize_scales_images_and_masks_down(pair: Path, call, samples) -> None:
     image = Image.fromarray(np.repeat(np.arange(16, dtype=np.uint8)[:, None] * 16, 20, axis=1))
     mask = np.asarray(Image.open(pair / "masks" / "a.png")) // 255
-    manifest, sample, said = pack_picture(pair, image, call, samples, "--resize", 10)
+    manifest, sample, message = pack_image(pair, image, call, samples, "--resize", 10)
     assert sample.image.shape == (8, 10, 1)
     np.testing.assert_array_equal(sample.image[:, 0, 0], np.arange(8) * 32 + 8)
     np.testing.assert_array_equal(sample.mask, mask[1::2, 1::2])
     ((size),) = manifest.splits[sample.split].sizes
     assert (size.width, size.height) == (10, 8)
     assert sample.raw.parse_info()["width"] == 10
-    assert "1 pictures are scaled down" in said
+    assert "1 images are scaled down" in message
 
 
-def test_masks_of_another_size_are_brought_to_their_pictures_on_request(
-    pair: Path, call, samples
-) -> None:
+def test_resize_mask_scales_masks_to_their_images(pair: Path, call, samples) -> None:
     mask = np.zeros((8, 10), np.uint8)
     mask[2:4, 2:4] = 255
     Image.fromarray(mask).save(pair / "masks" / "a.png")
     ended = call("pack", *flags(pair, pair / "out", "--resize-mask"))
     assert ended.code == 0, ended.err
-    assert "  1 pictures have a mask of another size, resized to theirs" in ended.out
+    assert "  1 images have a mask of another size, resized to theirs" in ended.out
     expected = np.repeat(np.repeat(mask // 255, 2, axis=0), 2, axis=1)
     np.testing.assert_array_equal(samples(pair / "out")["a.png"].mask, expected)
 
 
 def test_CMYK_is_kept_and_decoded_as_RGB(pair: Path, call, samples) -> None:  # noqa: N802
     image = Image.new("CMYK", (20, 16), (10, 200, 30, 40))
-    manifest, sample, said = pack_picture(pair, image, call, samples)
+    manifest, sample, message = pack_image(pair, image, call, samples)
     assert manifest.image_format.channels == "RGB"
     np.testing.assert_array_equal(sample.image, np.asarray(image.convert("RGB")))
     assert sample.raw.image == (pair / "images" / "b.tif").read_bytes()
-    assert "are CMYK or YCbCr" in said
+    assert "are CMYK or YCbCr" in message
 
 
 # ---- splits
 
 
-def test_every_sample_is_for_validation_in_one_fold(draw, call, samples, tmp_path: Path) -> None:
+def test_every_sample_is_in_val_in_exactly_one_fold(draw, call, samples, tmp_path: Path) -> None:
     folder = draw(tmp_path / "in", 30, size=(8, 8))
     in_val: list[str] = []
     for fold in (1, 2, 3):
@@ -605,7 +600,9 @@ def test_every_sample_is_for_validation_in_one_fold(draw, call, samples, tmp_pat
     assert sorted(in_val) == [f"p{i:03d}.png" for i in range(30)]
 
 
-def test_the_first_folder_is_the_split_on_request(draw, call, samples, tmp_path: Path) -> None:
+def test_split_folders_takes_the_first_folder_as_the_split(
+    draw, call, samples, tmp_path: Path
+) -> None:
     for number, split in enumerate(("train", "Validation", "test")):
         draw(tmp_path / "in", 2, size=(8, 8), name=f"{split}/{{}}", seed=number)
     ended = call("pack", *flags(tmp_path / "in", tmp_path / "out", "--split-folders"))
@@ -618,7 +615,7 @@ def test_the_first_folder_is_the_split_on_request(draw, call, samples, tmp_path:
     }
 
 
-def test_lists_called_for_their_split_say_it(draw, call, samples, tmp_path: Path) -> None:
+def test_lists_named_after_splits_assign_them(draw, call, samples, tmp_path: Path) -> None:
     folder = draw(tmp_path / "in", 4, size=(8, 8))
     (tmp_path / "train.txt").write_text("# the rest\np000\np003.png\n")
     (tmp_path / "val.txt").write_text("p001.png masks/p001.png\n\np002.png\n")
@@ -631,7 +628,7 @@ def test_lists_called_for_their_split_say_it(draw, call, samples, tmp_path: Path
 
 @pytest.fixture
 def doubled(draw, tmp_path: Path) -> tuple[Path, Path]:
-    """Four pictures of which two are equal, and a split file that parts these two."""
+    """Four images, two of them identical, and a split file with these in different splits."""
     folder = draw(tmp_path / "in", 4, size=(16, 16))
     shutil.copy(folder / "images" / "p001.png", folder / "images" / "p003.png")
     path = tmp_path / "split.csv"
@@ -639,26 +636,26 @@ def doubled(draw, tmp_path: Path) -> tuple[Path, Path]:
     return folder, path
 
 
-def test_one_picture_in_two_splits_is_refused_with_both_names(doubled, call, tmp_path) -> None:
+def test_one_image_in_two_splits_is_refused_with_both_names(doubled, call, tmp_path) -> None:
     folder, path = doubled
     ended = call("pack", *flags(folder, tmp_path / "out", "--split-file", path))
     assert ended.code == 1
-    assert "p001.png (train) = p003.png (val) are the same picture; one picture in two" in ended.err
+    assert "p001.png (train) = p003.png (val) are the same image; one image in two" in ended.err
     assert len(ended.err.splitlines()) == 1
     assert not [*(tmp_path / "out").glob("*.tar")]
 
 
-def test_one_picture_twice_in_a_split_is_only_said(doubled, call, tmp_path: Path) -> None:
+def test_one_image_twice_in_a_split_is_only_warned_about(doubled, call, tmp_path: Path) -> None:
     folder, path = doubled
     path.write_text(path.read_text().replace("p003,val", "p003,train"))
     ended = call("pack", *flags(folder, tmp_path / "out", "--split-file", path))
     assert ended.code == 0, ended.err
-    assert "warning: 1 groups of equal pictures, the first: train:p001.png = train" in ended.out
+    assert "warning: 1 groups of identical images, the first: train:p001.png = train" in ended.out
     manifest = read_manifest(tmp_path / "out")
     assert manifest.duplicates == (("train:p001.png", "train:p003.png"),)
 
 
-def test_pictures_that_agree_in_size_and_middle_are_no_leak(doubled, call, tmp_path) -> None:
+def test_images_equal_in_size_and_middle_are_not_a_leak(doubled, call, tmp_path) -> None:
     folder, path = doubled
     for number in (1, 3):
         pixels = np.zeros((80, 80, 3), np.uint8)
@@ -670,12 +667,12 @@ def test_pictures_that_agree_in_size_and_middle_are_no_leak(doubled, call, tmp_p
     assert ended.code == 0, ended.err
 
 
-# ---- leaving out what is bad
+# ---- skipping bad samples
 
 
 @pytest.fixture(scope="module")
 def flawed(tmp_path_factory: pytest.TempPathFactory, draw) -> Path:
-    """Thirty pictures, six of them bad, and a mask without a picture."""
+    """Thirty images, six of them bad, and a mask without an image."""
     folder = draw(tmp_path_factory.mktemp("flawed"), 30, size=(96, 96))
     for number in (3, 8, 20):
         (folder / "images" / f"p{number:03d}.png").write_bytes(b"")
@@ -690,12 +687,12 @@ FLAWED = ("--samples-per-shard", 2, "--keep-going", "--val-fraction", 0.3)
 
 @pytest.fixture(scope="module")
 def kept(flawed: Path, tmp_path_factory: pytest.TempPathFactory, call) -> tuple[Path, object]:
-    """What --keep-going packs of the flawed folder, and how it ended."""
+    """The flawed folder packed with --keep-going, and the result of the command."""
     out = tmp_path_factory.mktemp("kept") / "out"
     return out, call("pack", *flags(flawed, out, *FLAWED))
 
 
-def test_what_is_good_is_packed_and_the_rest_listed(flawed: Path, kept, samples) -> None:
+def test_keep_going_packs_valid_samples_and_lists_the_others(flawed: Path, kept, samples) -> None:
     out, ended = kept
     assert ended.code == 3
     bad = {3, 8, 11, 12, 13, 20}
@@ -704,19 +701,19 @@ def test_what_is_good_is_packed_and_the_rest_listed(flawed: Path, kept, samples)
     assert sum(split.samples for split in manifest.splits.values()) == 24
     lines = (out / "problems.txt").read_text().splitlines()
     assert len(lines) == 7
-    said = (
+    message = (
         *("p003.png is empty", "p008.png is empty", "p020.png is empty"),
         *("p011.png is not binary", "p012.png is 5 x 5, but its image"),
         *("p013.png has no mask in", "q013.png has no image in"),
     )
-    for words in said:
-        assert len([line for line in lines if words in line]) == 1
-    assert f"7 files were left out: {out / 'problems.txt'}" in ended.out
+    for text in message:
+        assert len([line for line in lines if text in line]) == 1
+    assert f"7 files were skipped: {out / 'problems.txt'}" in ended.out
     assert not (out / ".pack").exists()
 
 
 @pytest.mark.parametrize("workers", [2, 3])
-def test_what_is_left_out_does_not_depend_on_the_workers(
+def test_what_keep_going_skips_does_not_depend_on_the_workers(
     workers: int, flawed: Path, kept, call, content, tmp_path: Path
 ) -> None:
     ended = call("pack", *flags(flawed, tmp_path / "out", *FLAWED, "--workers", workers))
@@ -724,7 +721,7 @@ def test_what_is_left_out_does_not_depend_on_the_workers(
     assert content(tmp_path / "out") == content(kept[0])
 
 
-def test_what_is_left_out_does_not_depend_on_kills(
+def test_what_keep_going_skips_does_not_depend_on_kills(
     flawed: Path, kept, spawn, wait_for, kill, content, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
@@ -732,12 +729,12 @@ def test_what_is_left_out_does_not_depend_on_kills(
     wait_for(lambda: len([*out.glob("*.tar")]) >= 3, "shard 3", 30)
     kill(process)
     process = spawn("pack", *flags(flawed, out, *FLAWED))
-    _, complaint = process.communicate(timeout=200)
-    assert process.returncode == 3, complaint
+    _, stderr = process.communicate(timeout=200)
+    assert process.returncode == 3, stderr
     assert content(out) == content(kept[0])
 
 
-def test_a_shard_of_nothing_but_bad_samples_is_absent(
+def test_a_shard_of_only_bad_samples_is_absent(
     draw, call, content, samples, tmp_path: Path
 ) -> None:
     folder = draw(tmp_path / "in", 3, size=(16, 16))
@@ -753,17 +750,17 @@ def test_a_shard_of_nothing_but_bad_samples_is_absent(
     assert sorted(samples(tmp_path / "out")) == ["p000.png", "p002.png"]
 
 
-def test_nothing_good_at_all_is_no_data_set(draw, call, tmp_path: Path) -> None:
+def test_only_bad_samples_are_refused(draw, call, tmp_path: Path) -> None:
     folder = draw(tmp_path / "in", 2, size=(16, 16))
     for number in range(2):
         (folder / "images" / f"p{number:03d}.png").write_bytes(b"")
     ended = call("pack", *flags(folder, tmp_path / "out", "--keep-going"))
     assert ended.code == 1
-    assert "2 problems (nothing is left to pack)" in ended.err
+    assert "2 problems (nothing to pack)" in ended.err
     assert not (tmp_path / "out" / "index.json").exists()
 
 
-def test_what_was_asked_to_be_left_out_is_no_problem(draw, call, tmp_path: Path) -> None:
+def test_files_that_skip_unpaired_skips_are_not_problems(draw, call, tmp_path: Path) -> None:
     folder = draw(tmp_path / "in", 3, size=(16, 16))
     (folder / "masks" / "p001.png").unlink()
     ended = call("pack", *flags(folder, tmp_path / "out", "--keep-going", "--skip-unpaired"))
@@ -772,7 +769,7 @@ def test_what_was_asked_to_be_left_out_is_no_problem(draw, call, tmp_path: Path)
 
 
 @pytest.mark.parametrize("unpaired", [False, True])
-def test_the_screen_shows_twenty_problems_and_the_file_all(
+def test_stderr_shows_20_problems_and_the_file_all(
     unpaired: bool, draw, call, tmp_path: Path
 ) -> None:
     folder = draw(tmp_path / "in", 27, size=(8, 8))
@@ -783,20 +780,20 @@ def test_the_screen_shows_twenty_problems_and_the_file_all(
             (folder / "images" / f"p{number:03d}.png").write_bytes(b"")
     ended = call("pack", *flags(folder, tmp_path / "out"))
     assert ended.code == 1
-    first, *shown, more, where = ended.err.splitlines()
+    first, *shown, more, last = ended.err.splitlines()
     assert "25 problems (" in first
     assert (len(shown), more.strip()) == (20, "and 5 more")
-    assert where.strip() == f"all of them: {tmp_path / 'out' / 'problems.txt'}"
+    assert last.strip() == f"all problems: {tmp_path / 'out' / 'problems.txt'}"
     lines = (tmp_path / "out" / "problems.txt").read_text().splitlines()
     assert len(lines) == 25
     for number in range(25):
         assert len([line for line in lines if f"p{number:03d}.png" in line]) == 1
 
 
-def test_problems_that_are_solved_are_listed_no_more(draw, call, content, tmp_path) -> None:
+def test_solved_problems_are_no_longer_listed(draw, call, content, tmp_path) -> None:
     folder = draw(tmp_path / "in", 4, size=(16, 16))
     more = ("--val-fraction", 0)
-    assert call("pack", *flags(folder, tmp_path / "whole", *more)).code == 0
+    assert call("pack", *flags(folder, tmp_path / "reference", *more)).code == 0
     good = {n: (folder / "images" / n).read_bytes() for n in ("p001.png", "p002.png")}
     for name in good:
         (folder / "images" / name).write_bytes(b"")
@@ -806,10 +803,10 @@ def test_problems_that_are_solved_are_listed_no_more(draw, call, content, tmp_pa
         (folder / "images" / name).write_bytes(data)
     ended = call("pack", *flags(folder, tmp_path / "out", *more))
     assert ended.code == 0, ended.err
-    assert content(tmp_path / "out") == content(tmp_path / "whole")
+    assert content(tmp_path / "out") == content(tmp_path / "reference")
 
 
-def test_a_link_to_nowhere_is_a_bad_file_like_any_other(draw, call, samples, tmp_path) -> None:
+def test_a_broken_link_is_a_bad_file(draw, call, samples, tmp_path) -> None:
     folder = draw(tmp_path / "in", 4, size=(16, 16))
     for name in ("images/p001.png", "images/p002.png", "masks/p003.png"):
         (folder / name).unlink()
@@ -823,12 +820,12 @@ def test_a_link_to_nowhere_is_a_bad_file_like_any_other(draw, call, samples, tmp
     assert [*samples(tmp_path / "kept")] == ["p000.png"]
 
 
-# ---- believing headers
+# ---- verify headers
 
 
 @pytest.fixture
 def canonical(draw, call, tmp_path: Path) -> Path:
-    """Pictures with masks that are canonical: unpacked shards of indices."""
+    """Images with canonical masks: unpacked shards."""
     folder = draw(tmp_path / "drawn", 6, values=(0, 1, 2))
     ended = call("pack", *flags(folder, tmp_path / "first", *NAMES, mask_format="index"))
     assert ended.code == 0, ended.err
@@ -837,13 +834,13 @@ def canonical(draw, call, tmp_path: Path) -> Path:
     return tmp_path / "in"
 
 
-def test_headers_give_the_same_shards_for_ordinary_data(
+def test_verify_headers_writes_the_same_shards_for_valid_data(
     canonical: Path, call, content, samples, tmp_path: Path
 ) -> None:
     more = (*NAMES, "--samples-per-shard", 2)
     for verify in ("full", "headers"):
-        told = flags(canonical, tmp_path / verify, *more, mask_format="index")
-        ended = call("pack", *told, "--verify", verify)
+        arguments = flags(canonical, tmp_path / verify, *more, mask_format="index")
+        ended = call("pack", *arguments, "--verify", verify)
         assert ended.code == 0, ended.err
         assert ("of pixels" in ended.out) == (verify == "full")
     full, headers = content(tmp_path / "full"), content(tmp_path / "headers")
@@ -853,17 +850,17 @@ def test_headers_give_the_same_shards_for_ordinary_data(
     manifest = read_manifest(tmp_path / "headers")
     assert manifest.verified == "headers"
     assert {shard.pixels for s in manifest.splits.values() for shard in s.shards} == {()}
-    whole = read_manifest(tmp_path / "full")
-    assert (manifest.classes, manifest.image_format) == (whole.classes, whole.image_format)
-    # Few pictures are all decoded, for their mean.
-    assert (manifest.mean, manifest.std) == (whole.mean, whole.std)
+    reference = read_manifest(tmp_path / "full")
+    assert (manifest.classes, manifest.image_format) == (reference.classes, reference.image_format)
+    # A small number of images is decoded completely, to measure their mean.
+    assert (manifest.mean, manifest.std) == (reference.mean, reference.std)
     for source, sample in samples(tmp_path / "headers").items():
         mask = canonical / "masks" / Path(source).with_suffix(".png")
         assert sample.raw.mask == mask.read_bytes()
 
 
-def many_of(folder: Path, count: int = 65) -> None:
-    """So many pictures beside `a.png` that headers are believed of every other."""
+def add_pairs(folder: Path, count: int = 65) -> None:
+    """Add so many pairs that only every other image is decoded with `--verify headers`."""
     rng = np.random.default_rng(0)
     for number in range(count):
         pixels = rng.integers(0, 255, (16, 20, 3)).astype(np.uint8)
@@ -871,22 +868,22 @@ def many_of(folder: Path, count: int = 65) -> None:
         shutil.copy(folder / "masks" / "a.png", folder / "masks" / f"b{number:02d}.png")
 
 
-def second_of(folder: Path, call, *more: object, mask_format: str = "binary") -> str:
-    """The picture whose header is believed: that of the second sample in the first shard."""
+def second_key(folder: Path, call, *more: object, mask_format: str = "binary") -> str:
+    """Key of the second sample in the first shard, of which only the header is read."""
     out = folder / "probe"
-    told = flags(folder, out, "--val-fraction", 0, *more, mask_format=mask_format)
-    assert call("pack", *told).code == 0
+    arguments = flags(folder, out, "--val-fraction", 0, *more, mask_format=mask_format)
+    assert call("pack", *arguments).code == 0
     with tarfile.open(out / "train-000000.tar") as tar:
         return [name for name in tar.getnames() if name.endswith(".json")][1][:-5]
 
 
-def test_damaged_pixels_pass_for_their_header_and_a_cut_file_never_does(pair: Path, call) -> None:
-    many_of(pair)
-    path = pair / "images" / f"{second_of(pair, call)}.png"
-    whole = path.read_bytes()
+def test_verify_headers_misses_damaged_pixels_but_not_truncated_files(pair: Path, call) -> None:
+    add_pairs(pair)
+    path = pair / "images" / f"{second_key(pair, call)}.png"
+    intact = path.read_bytes()
     by_header = ("--val-fraction", 0, "--verify", "headers")
     for form in ("PNG", "JPEG"):
-        picture().save(path, form)
+        solid_image().save(path, form)
         data = path.read_bytes()
         path.write_bytes(data[: len(data) * 3 // 4 if form == "PNG" else -9])
         for verify in ("full", "headers"):
@@ -894,8 +891,8 @@ def test_damaged_pixels_pass_for_their_header_and_a_cut_file_never_does(pair: Pa
             ended = call("pack", *flags(pair, pair / "cut", *more))
             assert ended.code == 1
             assert f"{path.name} is damaged" in ended.err
-    at = whole.index(b"IDAT") + 8
-    damaged = whole[:at] + b"\xff" * 4 + whole[at + 4 :]
+    at = intact.index(b"IDAT") + 8
+    damaged = intact[:at] + b"\xff" * 4 + intact[at + 4 :]
     path.write_bytes(damaged)
     ended = call("pack", *flags(pair, pair / "full", "--val-fraction", 0))
     assert ended.code == 1
@@ -907,25 +904,27 @@ def test_damaged_pixels_pass_for_their_header_and_a_cut_file_never_does(pair: Pa
     assert stored == damaged
 
 
-def test_an_index_that_headers_hid_is_an_error_when_it_is_read(pair: Path, call, samples) -> None:
-    many_of(pair)
+def test_a_class_that_verify_headers_missed_is_an_error_on_reading(
+    pair: Path, call, samples
+) -> None:
+    add_pairs(pair)
     palette = default_palette(BY_NAME)
     for path in (pair / "masks").iterdir():
         path.write_bytes(encode_mask(levels(1, 2), palette))
-    name = second_of(pair, call, *NAMES, mask_format="index")
-    # Two bits a pixel hold one index more than there are classes.
+    name = second_key(pair, call, *NAMES, mask_format="index")
+    # Two bits per pixel can store one index more than there are classes.
     (pair / "masks" / f"{name}.png").write_bytes(encode_mask(levels(1, 2, 3), palette))
-    told = flags(pair, pair / "full", "--val-fraction", 0, *NAMES, mask_format="index")
-    ended = call("pack", *told)
+    arguments = flags(pair, pair / "full", "--val-fraction", 0, *NAMES, mask_format="index")
+    ended = call("pack", *arguments)
     assert (ended.code, "has values without a class: 3: 1 px" in ended.err) == (1, True)
-    told = (*told, "--out", pair / "headers", "--verify", "headers")
-    ended = call("pack", *told)
+    arguments = (*arguments, "--out", pair / "headers", "--verify", "headers")
+    ended = call("pack", *arguments)
     assert ended.code == 0, ended.err
     with pytest.raises(DataError, match=rf"{name} has values without a class: 3: 1 px"):
         samples(pair / "headers")
 
 
-# ---- the same bytes, whatever happens
+# ---- byte-identical
 
 
 @pytest.fixture(scope="module")
@@ -935,7 +934,7 @@ def many(tmp_path_factory: pytest.TempPathFactory, draw) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(many: Path, tmp_path_factory: pytest.TempPathFactory, call, content):
-    """The bytes of a data set of 60 samples in shards of 2, packed by one process in one go."""
+    """Files of 60 samples in shards of 2, packed by one process without interruption."""
     out = tmp_path_factory.mktemp("undisturbed") / "out"
     assert call("pack", *flags(many, out, "--samples-per-shard", 2)).code == 0
     files = content(out)
@@ -945,7 +944,7 @@ def undisturbed(many: Path, tmp_path_factory: pytest.TempPathFactory, call, cont
 
 
 @pytest.mark.parametrize("workers", [2, 7])
-def test_the_bytes_do_not_depend_on_the_number_of_workers(
+def test_bytes_do_not_depend_on_the_number_of_workers(
     workers: int, many: Path, undisturbed: dict[str, bytes], tmp_path: Path, call, content
 ) -> None:
     more = ("--samples-per-shard", 2, "--workers", workers)
@@ -954,7 +953,7 @@ def test_the_bytes_do_not_depend_on_the_number_of_workers(
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_after_any_number_of_kills_the_bytes_are_the_same_and_nothing_is_done_twice(
+def test_after_kills_the_bytes_are_identical_and_no_shard_is_written_twice(
     workers: int, many: Path, undisturbed, tmp_path: Path, spawn, wait_for, kill, content
 ) -> None:
     out = tmp_path / "out"
@@ -973,52 +972,52 @@ def test_after_any_number_of_kills_the_bytes_are_the_same_and_nothing_is_done_tw
             assert finished.setdefault(path, stat) == stat
     assert num_kills >= 2
     process = spawn(*command)
-    said, complaint = process.communicate(timeout=120)
-    assert process.returncode == 0, complaint
-    assert "shards are there already" in said
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+    assert "shards exist already" in stdout
     for path, stat in finished.items():
         assert (path.stat().st_ino, path.stat().st_mtime_ns) == stat
     assert {n: data for n, data in content(out).items() if not n.startswith(".")} == undisturbed
 
 
-def killed_at(number: int, before: bool, arguments: list[str]) -> None:
-    """Packs, and dies by SIGKILL just before or after the link or rename of that number."""
+def run_killed_at(number: int, before: bool, arguments: list[str]) -> None:
+    """Pack, and get SIGKILL just before or after the n-th link or rename."""
     from pipelines import pack
 
     count = 0
 
-    def dying(place: Callable[[object, object], None]) -> Callable[[object, object], None]:
+    def killing(move: Callable[[object, object], None]) -> Callable[[object, object], None]:
         def counting(source: object, target: object) -> None:
             nonlocal count
             count += 1
             if count == number and before:
                 os.kill(os.getpid(), signal.SIGKILL)
-            place(source, target)
+            move(source, target)
             if count == number:
                 os.kill(os.getpid(), signal.SIGKILL)
 
         return counting
 
-    os.link, os.replace = dying(os.link), dying(os.replace)  # type: ignore[assignment]
+    os.link, os.replace = killing(os.link), killing(os.replace)  # type: ignore[assignment]
     os._exit(pack.main(arguments))
 
 
-# Two shards: the plan and its header, then index, report and shard of each, then the manifest.
+# The plan and its header; report, idx and tar of each of two shards; the manifest.
 LAST = 9
 
 
 @pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
 @pytest.mark.parametrize("number", range(1, LAST + 1))
-def test_a_kill_at_any_link_or_rename_leaves_nothing_behind(
+def test_a_kill_at_any_link_or_rename_leaves_no_trace(
     number: int, before: bool, draw, call, content, tmp_path: Path
 ) -> None:
     folder = draw(tmp_path / "in", 4, size=(16, 16))
     more = ("--samples-per-shard", 2, "--val-fraction", 0)
-    assert call("pack", *flags(folder, tmp_path / "whole", *more)).code == 0
+    assert call("pack", *flags(folder, tmp_path / "reference", *more)).code == 0
     out = tmp_path / "out"
     arguments = [str(flag) for flag in flags(folder, out, *more)]
     process = multiprocessing.get_context("fork").Process(
-        target=killed_at, args=(number, before, arguments)
+        target=run_killed_at, args=(number, before, arguments)
     )
     process.start()
     process.join()
@@ -1027,15 +1026,15 @@ def test_a_kill_at_any_link_or_rename_leaves_nothing_behind(
     assert was_finished == (number == LAST and not before)
     ended = call("pack", *arguments)
     assert ended.code == (1 if was_finished else 0), ended.err
-    assert content(out) == content(tmp_path / "whole")
+    assert content(out) == content(tmp_path / "reference")
 
 
-# ---- going on with something else
+# ---- resuming with other input or settings
 
 
 @pytest.fixture
-def begun(draw, call, tmp_path: Path) -> tuple[Path, Path]:
-    """Four pictures, and a folder whose packing stopped before the manifest was written."""
+def interrupted(draw, call, tmp_path: Path) -> tuple[Path, Path]:
+    """Four images, and an output folder without a manifest, since one mask is bad."""
     folder = draw(tmp_path / "in", 4, size=(16, 16))
     (folder / "masks" / "p002.png").write_bytes(b"")
     ended = call("pack", *flags(folder, tmp_path / "out", "--samples-per-shard", 1))
@@ -1044,32 +1043,35 @@ def begun(draw, call, tmp_path: Path) -> tuple[Path, Path]:
     return folder, tmp_path / "out"
 
 
-def test_a_picture_that_has_changed_since_the_plan_is_named(begun, call) -> None:
-    folder, out = begun
-    picture(size=(16, 16)).save(folder / "images" / "p001.png")
+def test_an_image_that_changed_since_the_plan_is_named(interrupted, call) -> None:
+    folder, out = interrupted
+    solid_image(size=(16, 16)).save(folder / "images" / "p001.png")
     ended = call("pack", *flags(folder, out, "--samples-per-shard", 1))
     assert ended.code == 1
-    assert "begun with another plan: 1 pictures or masks have changed, p001.png" in ended.err
+    assert (
+        "started with another plan: 1 images or masks have changed, the first: p001.png"
+        in ended.err
+    )
 
 
-def test_a_picture_that_is_new_or_gone_is_named(begun, draw, call) -> None:
-    folder, out = begun
+def test_an_added_or_removed_image_is_named(interrupted, draw, call) -> None:
+    folder, out = interrupted
     draw(folder, 1, size=(16, 16), name="new{}", seed=9)
     ended = call("pack", *flags(folder, out, "--samples-per-shard", 1))
-    assert (ended.code, "1 pictures are new, new0.png" in ended.err) == (1, True)
+    assert (ended.code, "1 images were added, the first: new0.png" in ended.err) == (1, True)
     for part in ("images", "masks"):
         (folder / part / "new0.png").unlink()
         (folder / part / "p000.png").unlink()
     ended = call("pack", *flags(folder, out, "--samples-per-shard", 1))
-    assert (ended.code, "1 pictures are gone, p000.png" in ended.err) == (1, True)
+    assert (ended.code, "1 images were removed, the first: p000.png" in ended.err) == (1, True)
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (("--invert",), "other settings (mask format)"),
         (("--classes", "soil", "plant"), "other settings (classes)"),
-        (("--resize", 8), "other settings (pictures)"),
+        (("--resize", 8), "other settings (images)"),
         (("--resize-mask",), "other settings (resize mask)"),
         (("--verify", "headers"), "other settings (verify)"),
         (("--val-fraction", 0.9), "other splits, shard sizes or seed"),
@@ -1077,44 +1079,44 @@ def test_a_picture_that_is_new_or_gone_is_named(begun, draw, call) -> None:
         (("--samples-per-shard", 2), "other splits, shard sizes or seed"),
     ],
 )
-def test_settings_that_differ_from_the_plan_are_refused(begun, change, said, call) -> None:
-    folder, out = begun
+def test_settings_that_differ_from_the_plan_are_refused(interrupted, change, message, call) -> None:
+    folder, out = interrupted
     ended = call("pack", *flags(folder, out, "--samples-per-shard", 1, *change))
     assert ended.code == 1
-    assert said in ended.err
+    assert message in ended.err
 
 
-def test_a_finished_data_set_is_left_alone(shards: Path, cells: Path, call, content) -> None:
+def test_a_finished_data_set_is_not_changed(shards: Path, cells: Path, call, content) -> None:
     before = content(shards)
     ended = call("pack", *flags(cells, shards))
     assert ended.code == 1
-    assert "is a finished data set" in ended.err
+    assert "is already a data set" in ended.err
     assert content(shards) == before
 
 
-def test_shards_of_something_else_are_left_alone(pair: Path, call) -> None:
+def test_shards_of_another_data_set_are_not_changed(pair: Path, call) -> None:
     (pair / "out").mkdir()
     (pair / "out" / "other.tar").write_bytes(b"")
     ended = call("pack", *flags(pair, pair / "out"))
     assert ended.code == 1
-    assert "holds shards of something else (other.tar)" in ended.err
+    assert "holds shards of another data set (other.tar)" in ended.err
 
 
-# ---- bad input: each with the message that it gets
+# ---- bad input and its messages
 
 
 def save_mask(pixels: np.ndarray) -> Callable[[Folder], None]:
     return lambda folder: Image.fromarray(pixels).save(folder / "masks" / "a.png")
 
 
-def test_a_refusal_is_one_line(pair: Path, spawn) -> None:
+def test_an_error_is_one_line(pair: Path, spawn) -> None:
     for part in ("images", "masks"):
         shutil.copy(pair / part / "a.png", pair / part / "b.png")
     (pair / "images" / "b.png").write_bytes(b"")
     process = spawn("pack", *flags(pair, pair / "out", "--val-fraction", 0))
-    _, complaint = process.communicate(timeout=200)
+    _, stderr = process.communicate(timeout=200)
     assert process.returncode == 1
-    ((line),) = complaint.splitlines()
+    ((line),) = stderr.splitlines()
     assert line.startswith("unet pack: ")
     assert "b.png is empty" in line
 
@@ -1131,7 +1133,7 @@ def test_all_bad_files_are_named_at_once(draw, call, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("pixels", "more", "said"),
+    ("pixels", "more", "message"),
     [
         (levels(1, 2, 2), ("--classes", "a", "b"), "without a class: 2: 2 px; to ignore these"),
         (levels(1, 5, 6), ("--classes", "a", "b"), "5: 1 px, 6: 1 px; 2 classes allow 0 to 1"),
@@ -1139,25 +1141,25 @@ def test_all_bad_files_are_named_at_once(draw, call, tmp_path: Path) -> None:
     ],
 )
 def test_a_value_without_a_class_is_named_with_its_pixel_count(
-    pixels: np.ndarray, more: tuple[str, ...], said: str, pair: Path, call
+    pixels: np.ndarray, more: tuple[str, ...], message: str, pair: Path, call
 ) -> None:
     save_mask(pixels)(pair)
     ended = call("pack", *flags(pair, pair / "out", *more, mask_format="index"))
     assert ended.code == 1
-    assert said in ended.err
+    assert message in ended.err
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (("--val-fraction", 1.5), "must be between 0 and 1"),
         (("--val-fraction", 0.6, "--test-fraction", 0.4), "leave nothing to train on"),
         (("--samples-per-shard", 0), "must be above 0"),
-        (("--workers", -1), "--workers must not be below 0"),
+        (("--workers", -1), "--workers must be >= 0, got -1"),
         (("--mask-format", "index"), "--mask-format index needs --classes"),
         (("--classes", "a", "b", "c"), "binary masks have 2 classes, got 3 names"),
-        (("--classes", "a", "a"), "two classes have one name: a a"),
-        (("--mask-values", 0, 1), "mask values apply to `values` only; the format is `binary`"),
+        (("--classes", "a", "a"), "--classes: duplicate name in a a"),
+        (("--mask-values", 0, 1), "mask values apply to `values` only"),
         (("--ignore-value", 65536), "mask values must be 0 to 65535, got 65536"),
         (
             ("--mask-format", "values", "--mask-values", 0, 1, "--classes", "a", "b", "c"),
@@ -1175,39 +1177,41 @@ def test_a_value_without_a_class_is_named_with_its_pixel_count(
         (("--mask-format", "palette"), "--mask-format palette needs --classes"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused_before_anything_is_read(
-    change: tuple[object, ...], said: str, call, tmp_path: Path
+def test_invalid_settings_are_refused_before_anything_is_read(
+    change: tuple[object, ...], message: str, call, tmp_path: Path
 ) -> None:
     ended = call("pack", *flags(tmp_path / "in", tmp_path / "out"), *change)
     assert ended.code == 2
-    assert said in ended.said
+    assert message in ended.said
     assert "Traceback" not in ended.err
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("arguments", "message"),
     [
         (("--masks", "m"), "--masks needs --mask-format"),
         (("--mask-format", "binary"), "--mask-format needs --masks"),
         (("--split-file", "s.csv"), "--split-file needs --masks"),
     ],
 )
-def test_masks_and_their_format_go_together(given, said: str, call, tmp_path: Path) -> None:
-    ended = call("pack", "--images", tmp_path, "--out", tmp_path / "out", *given)
+def test_masks_and_mask_format_require_each_other(
+    arguments, message: str, call, tmp_path: Path
+) -> None:
+    ended = call("pack", "--images", tmp_path, "--out", tmp_path / "out", *arguments)
     assert ended.code == 2
-    assert said in ended.said
+    assert message in ended.said
 
 
-def test_classes_of_unlabelled_pictures_do_no_harm(pair: Path, call) -> None:
-    given = ("--images", pair / "images", "--out", pair / "out", "--classes", "ground", "cell")
-    ended = call("pack", *given, "--workers", 1)
+def test_classes_of_unlabelled_images_cause_no_traceback(pair: Path, call) -> None:
+    arguments = ("--images", pair / "images", "--out", pair / "out", "--classes", "ground", "cell")
+    ended = call("pack", *arguments, "--workers", 1)
     assert ended.code in (0, 2)
     assert "Traceback" not in ended.err
 
 
 @pytest.mark.parametrize(
-    ("lines", "said"),
+    ("lines", "message"),
     [
         (b"name,split\na.png,val\n", "must start with the line path,split"),
         (b"path,split\na.png,holdout\n", "line 2: 'holdout' is not one of train, val, test"),
@@ -1218,47 +1222,47 @@ def test_classes_of_unlabelled_pictures_do_no_harm(pair: Path, call) -> None:
         (b"path,split\n\xff\xfe.png,val\n", "split.csv"),
     ],
 )
-def test_a_split_file_names_every_picture_once(
-    lines: bytes | None, said: str, pair: Path, call
+def test_a_split_file_must_list_every_image_once(
+    lines: bytes | None, message: str, pair: Path, call
 ) -> None:
     path = pair / "split.csv"
     if lines is not None:
         path.write_bytes(lines)
     ended = call("pack", *flags(pair, pair / "out", "--split-file", path))
     assert ended.code == 1
-    assert said in ended.err
+    assert message in ended.err
 
 
 @pytest.mark.parametrize(
-    ("expression", "code", "said"),
+    ("expression", "code", "message"),
     [("nobody", 1, "a.png does not match --group-by 'nobody'"), ("(", 2, "--group-by")],
 )
-def test_a_group_expression_must_be_one_and_match(
-    expression: str, code: int, said: str, pair: Path, call
+def test_group_by_must_be_valid_and_match(
+    expression: str, code: int, message: str, pair: Path, call
 ) -> None:
     ended = call("pack", *flags(pair, pair / "out", "--group-by", expression))
     assert ended.code == code
-    assert said in ended.said
+    assert message in ended.said
 
 
-def test_pictures_and_masks_in_one_folder_need_to_be_parted(pair: Path, call) -> None:
+def test_images_and_masks_in_one_folder_must_be_separated(pair: Path, call) -> None:
     folders = ("--images", pair / "images", "--masks", pair / "images", "--out", pair / "out")
     ended = call("pack", *folders, "--mask-format", "binary")
     assert ended.code == 1
     assert "split the folder with unet separate" in ended.err
 
 
-def test_a_file_cannot_be_the_folder_for_the_shards(pair: Path, call) -> None:
+def test_out_must_not_be_a_file(pair: Path, call) -> None:
     (pair / "out").write_text("")
     ended = call("pack", *flags(pair, pair / "out"))
     assert ended.code == 1
     assert "out is a file, not a directory; choose another --out" in ended.err
 
 
-def test_a_name_that_is_not_text_is_packed_and_said(pair: Path, call) -> None:
-    strange = os.fsdecode(b"\xff\xfe.png")
+def test_a_name_that_is_not_valid_text_is_packed(pair: Path, call) -> None:
+    name = os.fsdecode(b"\xff\xfe.png")
     for part in ("images", "masks"):
-        shutil.copy(pair / part / "a.png", pair / part / strange)
+        shutil.copy(pair / part / "a.png", pair / part / name)
     ended = call("pack", *flags(pair, pair / "out", "--val-fraction", 0))
     assert ended.code == 0
     with tarfile.open(pair / "out" / "train-000000.tar") as tar:

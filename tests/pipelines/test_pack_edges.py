@@ -1,4 +1,4 @@
-"""The edges of packing: full disks, odd names and endings, links, doubles; said, never guessed."""
+"""Edge cases of packing: full disks, unusual names and extensions, links, duplicates."""
 
 import errno
 import io
@@ -22,7 +22,7 @@ NAMES = ("ground", "cell", "rim")
 INDEX = np.repeat(np.arange(12)[:, None] // 4, 20, axis=1).astype(np.uint8)
 """Three stripes of 20 x 4: class 0, 1, 2."""
 ROTATED = 6
-"""The EXIF orientation that is put upright by a quarter turn clockwise."""
+"""EXIF orientation of an image that must be rotated by 90 degrees clockwise."""
 
 
 def flags(folder: Path, out: object, *more: object, mask_format: str = "binary") -> list[object]:
@@ -43,7 +43,7 @@ def folders(folder: Path) -> Path:
 
 
 def one_line(ended, verb: str, code: int = 1) -> str:
-    """What a command said as it refused."""
+    """The one line on stderr of a refused command."""
     assert ended.code == code, (ended.out, ended.err)
     assert "Traceback" not in ended.err
     (line,) = ended.err.splitlines()
@@ -52,7 +52,7 @@ def one_line(ended, verb: str, code: int = 1) -> str:
 
 
 def refused(ended) -> str:
-    """What a command said as it refused, by a line or by tyro's box."""
+    """The message of a refused command, in one line or in tyro's box."""
     assert ended.code in (1, 2), (ended.out, ended.err)
     assert "Traceback" not in ended.err
     if ended.code == 1:
@@ -67,8 +67,8 @@ def rotated() -> Image.Exif:
 
 
 def with_late_exif(data: bytes) -> bytes:
-    """A PNG whose orientation follows its pixels."""
-    content = rotated().tobytes().removeprefix(b"Exif\0\0")
+    """Add an EXIF orientation after the pixels of a PNG."""
+    content = rotated().tobytes().removeprefix(b"ExifPolicy\0\0")
     chunk = struct.pack(">I", len(content)) + b"eXIf" + content
     chunk += struct.pack(">I", zlib.crc32(chunk[4:]))
     assert data[-8:-4] == b"IEND"
@@ -82,23 +82,23 @@ def as_png(image: Image.Image, **options: object) -> bytes:
 
 
 def our_mask(index: np.ndarray) -> Image.Image:
-    """A mask in the colours that packing gives to its classes."""
+    """A mask with the palette that packing gives to its classes."""
     image = Image.fromarray(index, "P")
     image.putpalette(palette_bytes(default_palette(NAMES))[: 3 * 4])
     return image
 
 
-# ---- a disk that is full
+# ---- a full disk
 
 
 @pytest.mark.parametrize("keep_going", [False, True])
 @pytest.mark.parametrize("number", [1, 2, 3, 5])
-def test_a_shard_that_cannot_be_written_is_no_fault_of_its_samples(
+def test_a_full_disk_is_not_blamed_on_samples(
     number: int, keep_going: bool, draw, call, content, monkeypatch, tmp_path: Path
 ) -> None:
     folder, out = draw(tmp_path / "in", 4, size=(16, 16)), tmp_path / "out"
     more = ("--samples-per-shard", 2, *(["--keep-going"] if keep_going else []))
-    assert call("pack", *flags(folder, tmp_path / "whole", *more)).code == 0
+    assert call("pack", *flags(folder, tmp_path / "reference", *more)).code == 0
     count, write = 0, HashingStream.write
 
     def failing(stream: HashingStream, data: bytes) -> None:
@@ -121,13 +121,13 @@ def test_a_shard_that_cannot_be_written_is_no_fault_of_its_samples(
         assert not [name for name in os.listdir(folder / "images") if name in listed]
     ended = call("pack", *flags(folder, out, *more))
     assert ended.code == 0, ended.err
-    assert content(out) == content(tmp_path / "whole")
+    assert content(out) == content(tmp_path / "reference")
 
 
 # ---- groups and folds
 
 
-def test_a_group_is_what_any_of_the_patterns_groups_found(draw, call, samples, tmp_path) -> None:
+def test_any_group_of_the_pattern_can_match(draw, call, samples, tmp_path) -> None:
     for number, patient in enumerate(f"{letter}{n}" for letter in "PQ" for n in range(8)):
         draw(tmp_path / "in", 3, size=(8, 8), name=f"{patient}_{{}}", seed=number)
     more = ("--group-by", r"^(P\d)_|^(Q\d)_", "--val-fraction", 0.5)
@@ -146,21 +146,21 @@ def test_a_group_is_what_any_of_the_patterns_groups_found(draw, call, samples, t
 
 
 @pytest.mark.parametrize("flag", ["--fold", "--part"])
-def test_a_number_in_superscript_is_refused_as_what_it_is(flag, draw, call, tmp_path) -> None:
-    given = ("--images", tmp_path, "--masks", tmp_path, "--mask-format", "binary")
-    ended = call("pack", *given, "--out", tmp_path / "out", flag, "²/5")
+def test_superscript_digits_are_refused(flag, draw, call, tmp_path) -> None:
+    arguments = ("--images", tmp_path, "--masks", tmp_path, "--mask-format", "binary")
+    ended = call("pack", *arguments, "--out", tmp_path / "out", flag, "²/5")
     assert ended.code == 2
     assert "Traceback" not in ended.err
-    assert f"{flag} is i/n, such as 2/5, got '²/5'" in ended.said
+    assert f"{flag} must be i/n, such as 2/5, got '²/5'" in ended.said
     assert "invalid literal" not in ended.said
 
 
-# ---- masks that are ours but for something
+# ---- almost canonical masks
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["before the pixels", "after the pixels"])
 @pytest.mark.parametrize("rule", ["upright", "ignore"])
-def test_a_canonical_mask_with_an_orientation_is_stored_without_it(
+def test_a_canonical_mask_is_stored_without_its_orientation(
     rule: str, late: bool, call, samples, tmp_path: Path
 ) -> None:
     folder = folders(tmp_path / "in")
@@ -182,18 +182,18 @@ def test_a_canonical_mask_with_an_orientation_is_stored_without_it(
         assert b"eXIf" not in data
 
 
-def test_of_an_animated_canonical_mask_one_frame_is_stored(call, samples, tmp_path: Path) -> None:
+def test_one_frame_of_an_animated_canonical_mask_is_stored(call, samples, tmp_path: Path) -> None:
     folder = folders(tmp_path / "in")
     Image.fromarray(noise(0)).save(folder / "images" / "a.png")
     path = folder / "masks" / "a.png"
     our_mask(INDEX).save(path, save_all=True, append_images=[our_mask(INDEX[::-1].copy())])
     with Image.open(path) as animated:
         assert (animated.n_frames, animated.mode) == (2, "P")
-    told = flags(folder, tmp_path / "out", "--classes", *NAMES, mask_format="index")
-    ended = call("pack", *told)
+    arguments = flags(folder, tmp_path / "out", "--classes", *NAMES, mask_format="index")
+    ended = call("pack", *arguments)
     assert ended.code == 1
     assert "masks/a.png has 2 frames" in ended.err
-    ended = call("pack", *told, "--frame", 0)
+    ended = call("pack", *arguments, "--frame", 0)
     assert ended.code == 0, ended.err
     sample = samples(tmp_path / "out")["a.png"]
     np.testing.assert_array_equal(sample.mask, INDEX)
@@ -201,12 +201,12 @@ def test_of_an_animated_canonical_mask_one_frame_is_stored(call, samples, tmp_pa
 
 
 @pytest.mark.parametrize("turned", [("images",), ("images", "masks")])
-def test_an_orientation_after_the_pixels_is_seen_when_headers_are_believed(
+def test_verify_headers_finds_an_orientation_after_the_pixels(
     turned: tuple[str, ...], call, content, samples, tmp_path: Path
 ) -> None:
     folder = folders(tmp_path / "in")
     palette = default_palette(NAMES)
-    # More than are decoded whatever their headers say.
+    # More than `--verify headers` decodes completely.
     for number in range(40):
         data = {
             "images": as_png(Image.fromarray(noise(number))),
@@ -219,7 +219,7 @@ def test_an_orientation_after_the_pixels_is_seen_when_headers_are_believed(
         more = ("--classes", *NAMES, "--verify", verify)
         ended = call("pack", *flags(folder, tmp_path / verify, *more, mask_format="index"))
         assert ended.code == 0, ended.err
-        assert "40 pictures with an EXIF orientation are stored upright" in ended.out
+        assert "40 images with an EXIF orientation are stored upright" in ended.out
     full, headers = content(tmp_path / "full"), content(tmp_path / "headers")
     assert headers["train-000000.tar"] == full["train-000000.tar"]
     for source, sample in samples(tmp_path / "headers").items():
@@ -232,33 +232,33 @@ def test_an_orientation_after_the_pixels_is_seen_when_headers_are_believed(
 
 
 @pytest.mark.parametrize("name", ["a", "a.v 2"])
-def test_a_listed_file_without_a_pictures_ending_is_refused(name: str, call, tmp_path) -> None:
+def test_a_listed_file_without_an_image_extension_is_refused(name: str, call, tmp_path) -> None:
     Image.fromarray(noise(0)).save(tmp_path / name, "PNG")
     our_mask(INDEX).save(tmp_path / "mask.png")
     (tmp_path / "pairs.csv").write_text(f"image,mask\n{name},mask.png\n")
-    told = ("--pairs", tmp_path / "pairs.csv", "--mask-format", "index", "--classes", *NAMES)
-    ended = call("pack", *told, "--workers", 1, "--out", tmp_path / "out")
+    arguments = ("--pairs", tmp_path / "pairs.csv", "--mask-format", "index", "--classes", *NAMES)
+    ended = call("pack", *arguments, "--workers", 1, "--out", tmp_path / "out")
     assert f"{tmp_path / name} does not have an image extension" in one_line(ended, "pack")
     assert not (tmp_path / "out" / "index.json").exists()
 
 
-def test_one_mask_listed_for_two_pictures_is_refused_with_both(call, tmp_path: Path) -> None:
+def test_one_mask_listed_for_two_images_is_refused_with_both(call, tmp_path: Path) -> None:
     for number, name in enumerate(("one.png", "two.png")):
         Image.fromarray(noise(number)).save(tmp_path / name)
     our_mask(INDEX).save(tmp_path / "mask.png")
     (tmp_path / "pairs.txt").write_text("one.png mask.png\ntwo.png mask.png\n")
-    told = ("--pairs", tmp_path / "pairs.txt", "--mask-format", "index", "--classes", *NAMES)
-    line = one_line(call("pack", *told, "--workers", 1, "--out", tmp_path / "out"), "pack")
+    arguments = ("--pairs", tmp_path / "pairs.txt", "--mask-format", "index", "--classes", *NAMES)
+    line = one_line(call("pack", *arguments, "--workers", 1, "--out", tmp_path / "out"), "pack")
     assert "mask.png" in line
     assert "one.png" in line
     assert "two.png" in line
     assert not (tmp_path / "out" / "index.json").exists()
 
 
-# ---- endings
+# ---- extensions
 
 
-def test_every_ending_of_JPEG_is_packed_and_comes_back(  # noqa: N802
+def test_every_JPEG_extension_is_packed_and_unpacked(  # noqa: N802
     call, content, samples, tmp_path: Path
 ) -> None:
     folder = folders(tmp_path / "in")
@@ -281,7 +281,7 @@ def test_every_ending_of_JPEG_is_packed_and_comes_back(  # noqa: N802
 
 
 @pytest.mark.parametrize("extension", ["ppm", "tga", "psd", "PPM"])
-def test_pictures_of_kinds_that_are_not_read_are_refused_by_name(
+def test_images_in_unsupported_formats_are_refused_by_name(
     extension: str, draw, call, tmp_path: Path
 ) -> None:
     folder = draw(tmp_path / "in", 2, size=(12, 20))
@@ -290,8 +290,8 @@ def test_pictures_of_kinds_that_are_not_read_are_refused_by_name(
         path.write_bytes(b"8BPS" + bytes(40))
     else:
         Image.fromarray(noise(0)).save(path)
-    for given in (flags(folder, tmp_path / "out"), ("--images", folder / "images")):
-        ended = call("pack", *given, "--out", tmp_path / "out", "--workers", 1)
+    for arguments in (flags(folder, tmp_path / "out"), ("--images", folder / "images")):
+        ended = call("pack", *arguments, "--out", tmp_path / "out", "--workers", 1)
         assert f"images/other.{extension} is an image in an unsupported format" in one_line(
             ended, "pack"
         )
@@ -303,7 +303,7 @@ def test_pictures_of_kinds_that_are_not_read_are_refused_by_name(
 
 @pytest.fixture
 def linked(draw, tmp_path: Path) -> Path:
-    """`one` and `two` are links to one folder, in pictures and in masks."""
+    """`one` and `two` are links to the same folder, for images and for masks."""
     real, folder = draw(tmp_path / "real", 2, size=(8, 8)), folders(tmp_path / "in")
     for part in ("images", "masks"):
         for name in ("one", "two"):
@@ -322,7 +322,7 @@ def test_two_links_to_one_folder_are_both_followed(linked: Path, call, samples, 
     )
 
 
-def test_what_two_links_show_is_not_parted_by_a_split(linked: Path, call, tmp_path: Path) -> None:
+def test_one_image_behind_two_links_is_not_split(linked: Path, call, tmp_path: Path) -> None:
     lines = [f"{name}/p00{n}.png" for name in ("one", "two") for n in range(2)]
     for name, listed in (("train", lines[:2]), ("val", lines[2:])):
         (tmp_path / f"{name}.txt").write_text("\n".join(listed) + "\n")
@@ -331,10 +331,12 @@ def test_what_two_links_show_is_not_parted_by_a_split(linked: Path, call, tmp_pa
     assert ended.code == 1
     for number in range(2):
         both = f"one/p00{number}.png (train) = two/p00{number}.png (val)"
-        assert f"{both} are the same picture" in ended.err
+        assert f"{both} are the same image" in ended.err
 
 
-def test_a_link_to_a_folder_above_ends(draw, call, samples, tmp_path: Path) -> None:
+def test_a_link_to_a_parent_folder_is_not_followed_forever(
+    draw, call, samples, tmp_path: Path
+) -> None:
     folder = draw(tmp_path / "in", 2, size=(8, 8), name="sub/{}")
     for part in ("images", "masks"):
         (folder / part / "up").symlink_to(folder / part)
@@ -345,10 +347,10 @@ def test_a_link_to_a_folder_above_ends(draw, call, samples, tmp_path: Path) -> N
     assert sorted(samples(tmp_path / "out")) == ["sub/0.png", "sub/1.png"]
 
 
-# ---- keys that stand twice
+# ---- duplicate keys
 
 
-DOUBLE_TABLES = {
+DUPLICATE_TABLES = {
     "yaml": "ground: [0, 0, 0]\ncell: [200, 0, 0]\ncell: [0, 0, 200]\n",
     "json": '{"ground": [0, 0, 0], "cell": [200, 0, 0], "cell": [0, 0, 200]}',
     "csv": "ground,0,0,0\ncell,200,0,0\ncell,0,0,200\n",
@@ -357,7 +359,7 @@ DOUBLE_TABLES = {
 
 @pytest.fixture
 def coloured(tmp_path: Path) -> Path:
-    """One picture with a mask in black and red."""
+    """One image with a mask in black and red."""
     folder = folders(tmp_path / "in")
     Image.fromarray(noise(0)).save(folder / "images" / "a.png")
     colours = np.array([(0, 0, 0), (200, 0, 0)], np.uint8)
@@ -365,12 +367,12 @@ def coloured(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("kind", DOUBLE_TABLES)
-def test_a_colour_that_is_named_twice_is_refused(kind: str, coloured, call, tmp_path) -> None:
+@pytest.mark.parametrize("kind", DUPLICATE_TABLES)
+def test_a_duplicate_colour_name_is_refused(kind: str, coloured, call, tmp_path) -> None:
     table = tmp_path / f"colours.{kind}"
-    table.write_text(DOUBLE_TABLES[kind])
-    told = flags(coloured, tmp_path / "out", "--colours", table, mask_format="rgb")
-    ended = call("pack", *told)
+    table.write_text(DUPLICATE_TABLES[kind])
+    arguments = flags(coloured, tmp_path / "out", "--colours", table, mask_format="rgb")
+    ended = call("pack", *arguments)
     assert ended.code == 2, ended.err
     assert "Traceback" not in ended.err
     assert "cell" in ended.said
@@ -385,7 +387,7 @@ def test_a_colour_that_is_named_twice_is_refused(kind: str, coloured, call, tmp_
     ],
     ids=["at the top", "below a key"],
 )
-def test_a_setting_that_stands_twice_is_refused(
+def test_a_duplicate_setting_is_refused(
     verb: str, text: str, key: str, coloured: Path, call, tmp_path: Path
 ) -> None:
     (tmp_path / "config.yaml").write_text(text)
@@ -412,29 +414,29 @@ def test_a_class_called_no_is_not_False(coloured, call, tmp_path: Path) -> None:
             assert read_manifest(out).classes == ("no", "yes")
 
 
-# ---- going on, and being refused
+# ---- resuming and refusing
 
 
-def test_a_pack_that_stopped_at_a_bad_file_goes_on_without_it(
+def test_a_pack_that_failed_at_a_bad_file_resumes_with_keep_going(
     draw, call, content, tmp_path: Path
 ) -> None:
     folder, out = draw(tmp_path / "in", 6, size=(16, 16)), tmp_path / "out"
     (folder / "images" / "p002.png").write_bytes(b"")
-    told = ("--samples-per-shard", 2)
-    whole = call("pack", *flags(folder, tmp_path / "whole", *told, "--keep-going"))
-    assert whole.code == 3, whole.err
-    assert call("pack", *flags(folder, out, *told)).code == 1
+    arguments = ("--samples-per-shard", 2)
+    reference = call("pack", *flags(folder, tmp_path / "reference", *arguments, "--keep-going"))
+    assert reference.code == 3, reference.err
+    assert call("pack", *flags(folder, out, *arguments)).code == 1
     finished = {path: path.stat().st_ino for path in out.glob("*.tar")}
     assert len(finished) == 2
-    ended = call("pack", *flags(folder, out, *told, "--keep-going"))
+    ended = call("pack", *flags(folder, out, *arguments, "--keep-going"))
     assert ended.code == 3, ended.err
-    assert "2 of 3 shards are there already" in ended.out
+    assert "2 of 3 shards exist already" in ended.out
     assert {path: path.stat().st_ino for path in finished} == finished
-    assert content(out) == content(tmp_path / "whole")
+    assert content(out) == content(tmp_path / "reference")
 
 
 @pytest.mark.parametrize("keep_going", [False, True])
-def test_what_is_refused_leaves_a_finished_data_set_as_it_is(
+def test_a_refused_pack_does_not_change_a_finished_data_set(
     keep_going: bool, draw, call, content, tmp_path: Path
 ) -> None:
     folder, out = draw(tmp_path / "in", 4, size=(8, 8)), tmp_path / "out"
@@ -443,61 +445,60 @@ def test_what_is_refused_leaves_a_finished_data_set_as_it_is(
     for number in range(2):
         (folder / "masks" / f"p00{number}.png").unlink()
     more = ["--keep-going"] if keep_going else []
-    assert "is a finished data set" in one_line(call("pack", *flags(folder, out, *more)), "pack")
+    assert "is already a data set" in one_line(call("pack", *flags(folder, out, *more)), "pack")
     assert content(out) == before
     assert not (out / "problems.txt").exists()
 
 
 @pytest.mark.parametrize("masks", [False, True])
-def test_a_check_whose_results_lie_among_the_pictures_says_the_same_again(
+def test_a_check_that_writes_among_the_images_is_repeatable(
     masks: bool, draw, call, content, tmp_path: Path
 ) -> None:
     folder = draw(tmp_path / "in", 3, size=(16, 16))
     out = folder / "images" / "check"
-    told = flags(folder, out) if masks else ("--images", folder / "images", "--out", out)
+    arguments = flags(folder, out) if masks else ("--images", folder / "images", "--out", out)
     before = content(folder)
-    first, second = (call("check", *told, "--workers", 1) for _ in range(2))
+    first, second = (call("check", *arguments, "--workers", 1) for _ in range(2))
     assert second == first
-    if first.code:  # refused, so that no result is taken for a picture
+    if first.code:  # refused, so that no result is read as an image
         assert first.code == 2
         assert "choose another --out" in first.said
         assert content(folder) == before
 
 
-# ---- names that are no text
+# ---- names that are not valid text
 
 
 @pytest.mark.parametrize("leak", [False, True])
 @pytest.mark.parametrize("verb", ["check", "pack"])
-def test_a_name_that_is_not_text_is_said_on_a_strict_terminal(
+def test_a_name_that_is_not_valid_text_is_printed_on_a_strict_terminal(
     verb: str, leak: bool, spawn, tmp_path: Path
 ) -> None:
     folder = folders(tmp_path / "in")
-    strange = os.fsdecode(b"caf\xe9.png")
-    for name in ("a.png", strange):
+    invalid = os.fsdecode(b"caf\xe9.png")
+    for name in ("a.png", invalid):
         Image.fromarray(noise(0)).save(folder / "images" / name)
         our_mask(INDEX).save(folder / "masks" / name)
-    told = flags(folder, tmp_path / "out", "--classes", *NAMES, mask_format="index")
+    arguments = flags(folder, tmp_path / "out", "--classes", *NAMES, mask_format="index")
     if leak:
-        for name, listed in (("train", "a.png"), ("val", strange)):
+        for name, listed in (("train", "a.png"), ("val", invalid)):
             (tmp_path / name).mkdir()
             for part in ("images", "masks"):
                 (folder / part / name).mkdir()
                 (folder / part / listed).rename(folder / part / name / listed)
-        told += ["--val-fraction", 0.1, "--split-folders"]
-    process: subprocess.Popen[str] = spawn(verb, *told, PYTHONIOENCODING="utf-8:strict")
+        arguments += ["--val-fraction", 0.1, "--split-folders"]
+    process: subprocess.Popen[str] = spawn(verb, *arguments, PYTHONIOENCODING="utf-8:strict")
     for stream in (process.stdout, process.stderr):
         stream.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
-    said, complaint = process.communicate(timeout=200)
-    assert "Traceback" not in complaint
-    assert process.returncode == int(leak), complaint
-    told_of = complaint if leak else said
-    assert "equal pictures" in said or "are the same picture" in complaint
-    assert "caf" in told_of
+    stdout, stderr = process.communicate(timeout=200)
+    assert "Traceback" not in stderr
+    assert process.returncode == int(leak), stderr
+    assert "identical images" in stdout or "are the same image" in stderr
+    assert "caf" in (stderr if leak else stdout)
 
 
-def data_of(folder: Path, call, key: str, members: dict[str, bytes]) -> Path:
-    """A data set of one unlabelled sample that was not made by packing."""
+def make_data_set(folder: Path, call, key: str, members: dict[str, bytes]) -> Path:
+    """Make a data set of one unlabelled sample, not written by `pack`."""
     (folder / "images").mkdir()
     Image.fromarray(noise(0)).save(folder / "images" / "a.png")
     data = folder / "data"
@@ -512,9 +513,9 @@ def data_of(folder: Path, call, key: str, members: dict[str, bytes]) -> Path:
     return data
 
 
-def test_a_source_that_no_file_can_have_is_refused(call, tmp_path: Path) -> None:
+def test_a_source_that_is_not_a_valid_file_name_is_refused(call, tmp_path: Path) -> None:
     info = json.dumps({"source": "a\ud800.png"}).encode()
-    data = data_of(tmp_path, call, "k", {"json": info})
+    data = make_data_set(tmp_path, call, "k", {"json": info})
     ended = call("unpack", "--data", data, "--out", tmp_path / "out")
     line = one_line(ended, "unpack")
     assert line.isprintable()
@@ -522,7 +523,7 @@ def test_a_source_that_no_file_can_have_is_refused(call, tmp_path: Path) -> None
     assert not (tmp_path / "out").exists()
 
 
-# ---- unpacking what others packed
+# ---- unpacking foreign shards
 
 
 def foreign(path: Path, members: dict[str, bytes]) -> None:
@@ -533,44 +534,40 @@ def foreign(path: Path, members: dict[str, bytes]) -> None:
             out.addfile(info, io.BytesIO(data))
 
 
-def test_masks_that_would_be_one_file_are_not_unpacked(call, tmp_path: Path) -> None:
+def test_masks_with_the_same_file_name_are_not_unpacked(call, tmp_path: Path) -> None:
     data = tmp_path / "data"
     data.mkdir()
     for number, (extension, form) in enumerate((("jpg", "JPEG"), ("png", "PNG"))):
-        picture = io.BytesIO()
-        Image.fromarray(noise(number)).save(picture, form)
+        image = io.BytesIO()
+        Image.fromarray(noise(number)).save(image, form)
         mask = as_png(Image.fromarray(np.roll(INDEX, number)))
-        members = {f"a.{extension}": picture.getvalue(), "a.mask.png": mask}
+        members = {f"a.{extension}": image.getvalue(), "a.mask.png": mask}
         foreign(data / f"train-{number:06d}.tar", members)
     ended = call("index", data, "--workers", 1, "--classes", *NAMES)
     assert ended.code == 0, ended.err
     ended = call("unpack", "--data", data, "--out", tmp_path / "out")
     line = one_line(ended, "unpack")
     assert "train-000001.tar" in line
-    assert "was unpacked before" in line
+    assert "another sample is named a too" in line
 
 
-# ---- addresses that are no folder
+# ---- URLs where a folder is expected
 
 
-# A bucket is what `pack` alone writes to: test_pack_remote.py.
+# Only `pack` writes to a bucket: see test_pack_remote.py.
 @pytest.mark.parametrize(
-    ("verb", "place"),
+    ("verb", "url"),
     [
-        *(
-            (verb, place)
-            for verb in ("pack", "check", "unpack")
-            for place in ("S3://b/x", "s3:/b/y")
-        ),
+        *((verb, url) for verb in ("pack", "check", "unpack") for url in ("S3://b/x", "s3:/b/y")),
         *(("check", "s3://b/x"), ("unpack", "s3://b/x")),
     ],
 )
-def test_an_address_is_not_made_a_folder(
-    verb: str, place: str, shards: Path, cells: Path, call, monkeypatch, tmp_path: Path
+def test_a_url_is_not_created_as_a_folder(
+    verb: str, url: str, shards: Path, cells: Path, call, monkeypatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    told = ["--data", shards, "--out", place] if verb == "unpack" else flags(cells, place)
-    said = refused(call(verb, *told))
-    # As it was given, or as a path, whose slashes are one.
-    assert place in said or place.replace("//", "/") in said
+    arguments = ["--data", shards, "--out", url] if verb == "unpack" else flags(cells, url)
+    message = refused(call(verb, *arguments))
+    # As given, or as a path, in which two slashes become one.
+    assert url in message or url.replace("//", "/") in message
     assert not [*tmp_path.iterdir()]

@@ -1,4 +1,4 @@
-"""Packing and reading is the identity: names, pictures and masks come back as they went in."""
+"""Packing and reading is lossless for any names, images and masks (property-based)."""
 
 import string
 import tempfile
@@ -37,8 +37,8 @@ samples = st.dictionaries(
 )
 
 
-def tree(drawn: dict[str, object]) -> bool:
-    """Whether the names can stand in one folder: none is another's folder or its own twin."""
+def is_valid_tree(drawn: dict[str, object]) -> bool:
+    """Whether the names can exist in one folder: no duplicates, and no file that is a folder."""
     lower = [stem.lower() for stem in drawn]
     return len(set(lower)) == len(lower) and not any(
         one != other and other.startswith(f"{one}/") for one in lower for other in lower
@@ -46,7 +46,7 @@ def tree(drawn: dict[str, object]) -> bool:
 
 
 def draw(mode: str, height: int, width: int, seed: int) -> tuple[Image.Image, np.ndarray]:
-    """A picture, and what decoding it in RGB must give with the range 0 to 65535."""
+    """Make an image, and the RGB pixels expected on decoding with the range 0 to 65535."""
     rng = np.random.default_rng(seed)
     if mode == "RGB":
         pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
@@ -69,8 +69,8 @@ def draw(mode: str, height: int, width: int, seed: int) -> tuple[Image.Image, np
     database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-@given(samples.filter(tree), st.integers(1, 3))
-def test_what_is_packed_is_what_is_read(call, drawn, most) -> None:
+@given(samples.filter(is_valid_tree), st.integers(1, 3))
+def test_packed_samples_are_read_unchanged(call, drawn, max_samples) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         expected = {}
@@ -79,7 +79,7 @@ def test_what_is_packed_is_what_is_read(call, drawn, most) -> None:
             mask = np.random.default_rng(seed + 1).integers(0, len(VALUES), (height, width))
             for part, ending in (("images", extension), ("masks", ".png")):
                 (folder / part / (stem + ending)).parent.mkdir(parents=True, exist_ok=True)
-            # A lossy picture would not come back as it was drawn.
+            # Lossy files would not decode to the same pixels.
             options = {"lossless": True, "exact": True} if extension == ".webp" else {}
             image.save(folder / "images" / (stem + extension), **options)
             values = np.array(VALUES, dtype=np.uint8)[mask]
@@ -89,7 +89,7 @@ def test_what_is_packed_is_what_is_read(call, drawn, most) -> None:
             "pack",
             *("--images", folder / "images", "--masks", folder / "masks", "--out", folder / "out"),
             *("--mask-format", "values", "--mask-values", *VALUES[:3], "--ignore-value", 255),
-            *("--image-range", 0, 65535, "--samples-per-shard", most, "--workers", 1),
+            *("--image-range", 0, 65535, "--samples-per-shard", max_samples, "--workers", 1),
         )
         assert ended.code == 0, ended.err
         manifest = read_manifest(folder / "out")

@@ -1,4 +1,4 @@
-"""Work side by side: nobody works on for a command that was killed."""
+"""Parallel tasks: workers exit when their command is killed."""
 
 import os
 import select
@@ -10,14 +10,14 @@ import pytest
 
 SLEEPERS = """
 from pipelines.parallel import run_all
-# `up` and a line's end in one write: two processes share the pipe.
-piece = "import os, time; os.write(1, bytes([117, 112, 10])); time.sleep(600)"
-list(run_all(exec, [piece] * 2, 2, remote={remote}))
+# One write for `up` and newline, since two processes share the pipe.
+task = "import os, time; os.write(1, bytes([117, 112, 10])); time.sleep(600)"
+list(run_all(exec, [task] * 2, 2, remote={remote}))
 """
 
 
 @pytest.mark.parametrize("remote", [False, True], ids=["fork", "forkserver"])
-def test_workers_end_with_a_parent_that_was_killed_and_that_nobody_waits_for(remote: bool) -> None:
+def test_workers_exit_with_a_killed_parent_that_is_not_reaped(remote: bool) -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", SLEEPERS.format(remote=remote)],
         stdout=subprocess.PIPE,
@@ -26,10 +26,10 @@ def test_workers_end_with_a_parent_that_was_killed_and_that_nobody_waits_for(rem
     assert process.stdout is not None
     try:
         assert [process.stdout.readline() for _ in range(2)] == [b"up\n"] * 2
-        # Not reaped: it stays as a zombie that has a process number.
+        # Not reaped, so that it stays a zombie with a process id.
         os.kill(process.pid, signal.SIGKILL)
-        # Readable at its end, when the last process that could write has gone.
-        assert select.select([process.stdout], [], [], 20)[0], "the workers live on"
+        # At end of file once the last process that can write has exited.
+        assert select.select([process.stdout], [], [], 20)[0], "the workers are still running"
         assert process.stdout.read() == b""
     finally:
         os.killpg(process.pid, signal.SIGKILL)

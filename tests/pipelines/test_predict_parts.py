@@ -163,9 +163,9 @@ def test_a_part_with_other_settings_is_refused(told, call, content, tmp_path: Pa
 @pytest.mark.parametrize(
     ("part", "said"),
     [
-        ("4/3", "--part counts from 1 to n, got '4/3'"),
-        ("0/3", "--part counts from 1 to n, got '0/3'"),
-        ("3", "--part is i/n, such as 2/5, got '3'"),
+        ("4/3", "--part must be i/n with i from 1 to n, got '4/3'"),
+        ("0/3", "--part must be i/n with i from 1 to n, got '0/3'"),
+        ("3", "--part must be i/n, such as 2/5, got '3'"),
     ],
 )
 def test_parts_that_make_no_sense_are_refused(

@@ -1,4 +1,4 @@
-"""What a log file holds of work that takes its time."""
+"""Progress in log files: periodic lines."""
 
 import re
 
@@ -9,14 +9,16 @@ from pipelines import progress
 
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize(("verb", "unit"), [("check", "pair"), ("pack", "sample")])
-def test_without_a_terminal_there_is_a_line_now_and_then(
+def test_without_a_terminal_periodic_lines_are_printed(
     verb: str, unit: str, workers: int, draw, call, monkeypatch, tmp_path
 ) -> None:
     folder = draw(tmp_path / "in", 12, size=(8, 8))
-    told = ("--images", folder / "images", "--masks", folder / "masks", "--mask-format", "binary")
-    told = (*told, "--workers", workers, "--val-fraction", 0)
-    monkeypatch.setattr(progress, "EVERY", 1e-9)
-    ended = call(verb, *told, "--out", tmp_path / "out")
+    arguments = (
+        *("--images", folder / "images", "--masks", folder / "masks", "--mask-format", "binary"),
+        *("--workers", workers, "--val-fraction", 0),
+    )
+    monkeypatch.setattr(progress, "LINE_INTERVAL", 1e-9)
+    ended = call(verb, *arguments, "--out", tmp_path / "out")
     assert ended.code == 0, ended.err
     assert "\r" not in ended.err
     lines = [line for line in ended.err.splitlines() if line.startswith(f"{verb}: ")]
@@ -24,11 +26,11 @@ def test_without_a_terminal_there_is_a_line_now_and_then(
     for line in lines:
         assert re.fullmatch(rf"{verb}: \d+ of 12 {unit}s, [\d.,]+/s, \d\d:\d\d left", line)
     monkeypatch.undo()
-    assert call(verb, *told, "--out", tmp_path / "again").err == ""
+    assert call(verb, *arguments, "--out", tmp_path / "again").err == ""
 
 
-def test_numbers_can_be_read(monkeypatch, capsys) -> None:
-    monkeypatch.setattr(progress, "EVERY", 1e-9)
+def test_large_numbers_have_separators(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(progress, "LINE_INTERVAL", 1e-9)
     with progress.progress(total=400_000, desc="pack", unit="sample") as bar:
         bar.start_t -= 10
         bar.last_print_t -= 10

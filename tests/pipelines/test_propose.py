@@ -1,4 +1,4 @@
-"""`--mask-format auto`: a look at every mask, a command that reads them all, and nothing packed."""
+"""`--mask-format auto`: all masks are surveyed, a command is proposed, nothing is packed."""
 
 import re
 import shlex
@@ -50,7 +50,7 @@ MASKS: dict[str, tuple[Image.Image, str, np.ndarray]] = {
 
 @pytest.fixture
 def folder(draw, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Six pictures in a folder with a space in its name, and a place to work in."""
+    """Six images in a folder with a space in its name; the test runs in its parent."""
     monkeypatch.chdir(tmp_path)
     return draw(tmp_path / "my data", 6, size=(24, 30))
 
@@ -62,14 +62,14 @@ def auto(folder: Path, *more: object) -> list[object]:
     ]
 
 
-def proposed(said: str) -> list[str]:
-    """The words of the command that was proposed."""
-    ((line),) = [line for line in said.splitlines() if line.startswith("unet ")]
+def proposed(message: str) -> list[str]:
+    """Words of the proposed command."""
+    ((line),) = [line for line in message.splitlines() if line.startswith("unet ")]
     return shlex.split(line)
 
 
 @pytest.mark.parametrize("kind", MASKS)
-def test_the_command_that_is_proposed_packs_the_masks(
+def test_the_proposed_command_packs_the_masks(
     kind: str, folder: Path, call, content, samples, tmp_path: Path
 ) -> None:
     mask, flags, expected = MASKS[kind]
@@ -86,7 +86,7 @@ def test_the_command_that_is_proposed_packs_the_masks(
         (tmp_path / "colours.yaml").write_text(table.group(1))
     assert bool(table) == (kind == "rgb")
     if kind == "palette":
-        # Index or palette read it alike; which of them is the proposal's own affair.
+        # Either format reads these masks correctly.
         assert words[words.index("--mask-format") + 1] in ("index", "palette")
     else:
         assert shlex.join(words).endswith(flags)
@@ -98,7 +98,7 @@ def test_the_command_that_is_proposed_packs_the_masks(
         np.testing.assert_array_equal(sample.mask, expected)
 
 
-def test_the_flags_that_were_given_are_kept(folder: Path, call, tmp_path: Path) -> None:
+def test_the_proposed_command_keeps_the_given_flags(folder: Path, call, tmp_path: Path) -> None:
     more = ("--test-fraction", 0.25, "--skip-unpaired", "--image-range", 5, 900, "--frame", 0)
     ended = call("check", *auto(folder, *more, "--out", tmp_path / "a look"))
     assert ended.code == 1
@@ -120,7 +120,7 @@ def test_the_flags_that_were_given_are_kept(folder: Path, call, tmp_path: Path) 
     assert not (tmp_path / "a look").exists()
 
 
-def test_what_the_masks_hold_is_told(folder: Path, call) -> None:
+def test_the_contents_of_the_masks_are_printed(folder: Path, call) -> None:
     ended = call("pack", *auto(folder, "--out", "out"))
     pixels = [np.asarray(Image.open(path)) for path in (folder / "masks").iterdir()]
     foreground = sum(int((mask == 255).sum()) for mask in pixels)

@@ -1,4 +1,4 @@
-"""Parting a mixed folder: every file to its side, whole, once, and nothing lost."""
+"""Splitting a mixed folder: every file is placed once, atomically, and none is lost."""
 
 import multiprocessing
 import os
@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 FILES = {
-    "a.bmp": b"picture a",
+    "a.bmp": b"image a",
     "a.png": b"mask a",
-    "deep/b.BMP": b"picture b",
+    "deep/b.BMP": b"image b",
     "deep/b.png": b"mask b",
 }
 BY_EXTENSION = ("--image-ext", ".bmp", "--mask-ext", "png")
@@ -25,8 +25,8 @@ def mixed(tmp_path: Path) -> Path:
     return tmp_path / "mixed"
 
 
-def killed_after(files: int, arguments: list[str]) -> None:
-    """Parts a folder, and dies by SIGKILL when so many files are in place."""
+def run_killed_after(files: int, arguments: list[str]) -> None:
+    """Split a folder, and get SIGKILL after a number of files."""
     from pipelines import separate
 
     replace, count = Path.replace, 0
@@ -48,8 +48,8 @@ def test_by_extension(mode: str, mixed: Path, call, content, tmp_path: Path) -> 
     assert ended.code == 0, ended.err
     assert "2 pairs" in ended.out
     assert content(tmp_path / "out") == {
-        "images/a.bmp": b"picture a",
-        "images/deep/b.BMP": b"picture b",
+        "images/a.bmp": b"image a",
+        "images/deep/b.BMP": b"image b",
         "masks/a.png": b"mask a",
         "masks/deep/b.png": b"mask b",
     }
@@ -57,7 +57,7 @@ def test_by_extension(mode: str, mixed: Path, call, content, tmp_path: Path) -> 
     assert (tmp_path / "out" / "images" / "a.bmp").is_symlink() == (mode == "link")
 
 
-def test_by_suffix_which_the_masks_lose(call, content, tmp_path: Path) -> None:
+def test_by_suffix_which_is_removed_from_masks(call, content, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     for name in ("a.jpg", "a_mask.png", "b_1.png", "b_1_mask.png"):
         (tmp_path / "in" / name).write_bytes(name.encode())
@@ -72,7 +72,7 @@ def test_by_suffix_which_the_masks_lose(call, content, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("pattern", [r"_(?:seg|gt)$", r"^(.*)_(?:seg|gt)$"], ids=["left", "groups"])
-def test_by_pattern_which_says_what_a_mask_is_called(
+def test_by_pattern_which_decides_the_names_of_masks(
     pattern: str, call, content, tmp_path: Path
 ) -> None:
     for name in ("a.jpg", "a_seg.png", "deep/b.png", "deep/b_gt.png"):
@@ -91,11 +91,11 @@ def test_by_pattern_which_says_what_a_mask_is_called(
 
 
 @pytest.mark.parametrize(
-    ("pattern", "said"),
+    ("pattern", "message"),
     [("_mask$", "a.png has no mask"), ("^(a)(?:_seg)?$", "a.png and a_seg.png have the same name")],
 )
-def test_a_pattern_that_parts_wrongly_is_refused(
-    pattern: str, said: str, call, content, tmp_path: Path
+def test_a_pattern_that_does_not_fit_is_refused(
+    pattern: str, message: str, call, content, tmp_path: Path
 ) -> None:
     (tmp_path / "in").mkdir()
     for name in ("a.png", "a_seg.png"):
@@ -103,34 +103,34 @@ def test_a_pattern_that_parts_wrongly_is_refused(
     before = content(tmp_path / "in")
     ended = call("separate", tmp_path / "in", "--out", tmp_path / "out", "--mask-pattern", pattern)
     assert ended.code == 1
-    assert said in ended.err
+    assert message in ended.err
     assert not (tmp_path / "out").exists()
     assert content(tmp_path / "in") == before
 
 
-def test_a_dry_run_says_everything_and_does_nothing(
+def test_a_dry_run_prints_everything_and_writes_nothing(
     mixed: Path, call, content, tmp_path: Path
 ) -> None:
     ended = call("separate", mixed, "--out", tmp_path / "out", *BY_EXTENSION, "--dry-run")
     assert ended.code == 0
     assert f"{mixed / 'a.png'} -> {tmp_path / 'out' / 'masks' / 'a.png'}" in ended.out
     assert len(ended.out.splitlines()) == 5
-    assert "nothing was done" in ended.out
+    assert "nothing was written" in ended.out
     assert not (tmp_path / "out").exists()
     assert content(mixed) == FILES
 
 
 @pytest.mark.parametrize("mode", ["copy", "link"])
-def test_given_again_it_changes_nothing(mode: str, mixed, call, content, tmp_path: Path) -> None:
-    given = (mixed, "--out", tmp_path / "out", *BY_EXTENSION, "--mode", mode)
-    assert call("separate", *given).code == 0
+def test_a_rerun_changes_nothing(mode: str, mixed, call, content, tmp_path: Path) -> None:
+    arguments = (mixed, "--out", tmp_path / "out", *BY_EXTENSION, "--mode", mode)
+    assert call("separate", *arguments).code == 0
     before = {path: os.lstat(path).st_mtime_ns for path in (tmp_path / "out").rglob("*.*")}
-    assert call("separate", *given).code == 0
+    assert call("separate", *arguments).code == 0
     assert {path: os.lstat(path).st_mtime_ns for path in before} == before
 
 
-def test_a_move_that_was_stopped_halfway_goes_on(mixed, call, content, tmp_path: Path) -> None:
-    # Copied but not yet taken away, and a temporary file that was cut.
+def test_a_move_interrupted_within_a_file_resumes(mixed, call, content, tmp_path: Path) -> None:
+    # A copy whose source still exists, and an incomplete temporary file.
     (tmp_path / "out" / "masks").mkdir(parents=True)
     (tmp_path / "out" / "masks" / "a.png").write_bytes(FILES["a.png"])
     (tmp_path / "out" / "masks" / ".a.png.tmp").write_bytes(b"ma")
@@ -141,17 +141,15 @@ def test_a_move_that_was_stopped_halfway_goes_on(mixed, call, content, tmp_path:
 
 
 @pytest.mark.parametrize("moved", range(1, 4))
-def test_a_move_that_was_killed_between_two_files_goes_on(
-    moved: int, call, content, tmp_path: Path
-) -> None:
+def test_a_move_killed_between_two_files_resumes(moved: int, call, content, tmp_path: Path) -> None:
     names = ("a.png", "a_seg.png", "b.png", "b_seg.png")
-    given = ("--out", tmp_path / "out", "--mask-pattern", "_seg$", "--mode", "move")
+    arguments = ("--out", tmp_path / "out", "--mask-pattern", "_seg$", "--mode", "move")
     (tmp_path / "in").mkdir()
     for name in names:
         (tmp_path / "in" / name).write_bytes(name.encode())
-    arguments = [str(word) for word in (tmp_path / "in", *given)]
+    arguments = [str(word) for word in (tmp_path / "in", *arguments)]
     process = multiprocessing.get_context("fork").Process(
-        target=killed_after, args=(moved, arguments)
+        target=run_killed_after, args=(moved, arguments)
     )
     process.start()
     process.join()
@@ -180,7 +178,7 @@ def test_a_target_that_differs_is_not_overwritten(mixed, call, content, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("name", "rule", "said"),
+    ("name", "rule", "message"),
     [
         ("c.bmp", BY_EXTENSION, "c.bmp has no mask"),
         ("c.png", BY_EXTENSION, "c.png has no image"),
@@ -188,40 +186,40 @@ def test_a_target_that_differs_is_not_overwritten(mixed, call, content, tmp_path
         ("a.bmp", ("--mask-suffix", "_mask"), "a.bmp and a.png have the same name"),
     ],
 )
-def test_what_fits_no_rule_is_named_and_nothing_is_done(
-    name: str, rule: tuple[str, ...], said: str, mixed: Path, call, tmp_path: Path
+def test_a_file_that_fits_no_rule_is_named_and_nothing_is_written(
+    name: str, rule: tuple[str, ...], message: str, mixed: Path, call, tmp_path: Path
 ) -> None:
     (mixed / name).write_bytes(b"")
     ended = call("separate", mixed, "--out", tmp_path / "out", *rule)
     assert ended.code == 1
-    assert said in ended.err
+    assert message in ended.err
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
-    ("rule", "said"),
+    ("rule", "message"),
     [
-        ((), "give --mask-suffix, or --mask-pattern, or --image-ext together with"),
+        ((), "use --mask-suffix, or --mask-pattern, or --image-ext together with"),
         (("--image-ext", ".bmp"), "or --mask-pattern, or --image-ext together with"),
-        ((*BY_EXTENSION, "--mask-suffix", "_m"), "give --mask-suffix, or --mask-pattern, or"),
-        (("--mask-pattern", "_m$", "--mask-suffix", "_m"), "give --mask-suffix, or --mask-pattern"),
+        ((*BY_EXTENSION, "--mask-suffix", "_m"), "use --mask-suffix, or --mask-pattern, or"),
+        (("--mask-pattern", "_m$", "--mask-suffix", "_m"), "use --mask-suffix, or --mask-pattern"),
         (("--mask-pattern", "("), "--mask-pattern '(' is not a regular expression: "),
         (("--mask-suffix", ""), "--mask-suffix must not be empty"),
-        (("--image-ext", "PNG", "--mask-ext", ".png"), "must differ; else use --mask-suffix"),
+        (("--image-ext", "PNG", "--mask-ext", ".png"), "must differ; otherwise use --mask-suffix"),
         ((*BY_EXTENSION, "--mode", "burn"), "burn"),
     ],
 )
-def test_a_rule_that_makes_no_sense_is_refused(
-    rule: tuple[str, ...], said: str, mixed: Path, call, tmp_path: Path
+def test_an_invalid_rule_is_refused(
+    rule: tuple[str, ...], message: str, mixed: Path, call, tmp_path: Path
 ) -> None:
     ended = call("separate", mixed, "--out", tmp_path / "out", *rule)
     assert ended.code == 2
-    assert said in ended.said
+    assert message in ended.said
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("there", [False, True])
-def test_a_folder_without_pictures_is_refused(there: bool, call, tmp_path: Path) -> None:
+def test_a_folder_without_images_is_refused(there: bool, call, tmp_path: Path) -> None:
     if there:
         (tmp_path / "in").mkdir()
     ended = call("separate", tmp_path / "in", "--out", tmp_path / "out", *BY_EXTENSION)

@@ -1,4 +1,4 @@
-"""Unpacking: what went in comes out, byte for byte and value for value, and never elsewhere."""
+"""Unpacking restores images and mask values exactly, and writes nowhere else."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from shards.writer import ShardWriter
 
 
 def round_trip(folder: Path, out: Path, call, *rule: object) -> Path:
-    """Packs a folder of pictures and masks, unpacks it, and returns where to."""
+    """Pack a folder of images and masks, unpack it, and return the new folder."""
     folders = ("--images", folder / "images", "--masks", folder / "masks", "--workers", 1)
     ended = call("pack", *folders, *rule, "--val-fraction", 0.3, "--out", out / "shards")
     assert ended.code == 0, ended.err
@@ -44,7 +44,7 @@ RULES = {
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_pictures_and_mask_values_are_what_they_were(
+def test_images_and_mask_values_are_restored(
     rule: str, draw, call, content, tmp_path: Path
 ) -> None:
     values, flags = RULES[rule]
@@ -102,7 +102,7 @@ PAINTED = {
 
 
 @pytest.mark.parametrize("kind", PAINTED)
-def test_masks_of_every_kind_come_back_as_they_were(kind: str, draw, call, tmp_path: Path) -> None:
+def test_masks_of_every_kind_are_restored(kind: str, draw, call, tmp_path: Path) -> None:
     paint, flags, mode = PAINTED[kind]
     if mode.startswith("RGB"):
         (tmp_path / "colours.yaml").write_text(flags[0])
@@ -122,7 +122,7 @@ def test_masks_of_every_kind_come_back_as_they_were(kind: str, draw, call, tmp_p
             )
 
 
-def test_pixels_that_count_nowhere_come_back_as_no_class(draw, call, tmp_path: Path) -> None:
+def test_ignored_pixels_are_unpacked_as_no_class(draw, call, tmp_path: Path) -> None:
     folder = draw(tmp_path / "in", 4, values=(0, 9, 255))
     flags = ("--mask-format", "values", "--mask-values", 0, 255, "--unknown", "ignore")
     out = round_trip(folder, tmp_path, call, *flags)
@@ -133,7 +133,7 @@ def test_pixels_that_count_nowhere_come_back_as_no_class(draw, call, tmp_path: P
         np.testing.assert_array_equal(found[was != 9], was[was != 9])
 
 
-def test_what_was_changed_by_packing_comes_back_changed_as_PNG(  # noqa: N802
+def test_images_changed_by_packing_are_unpacked_as_PNG(  # noqa: N802
     draw, call, tmp_path: Path
 ) -> None:
     folder = draw(tmp_path / "in", 4, size=(40, 60))
@@ -154,14 +154,14 @@ def test_what_was_changed_by_packing_comes_back_changed_as_PNG(  # noqa: N802
         assert Image.open(out / "masks" / f"{name}.png").size == (30, 20)
 
 
-def test_packing_what_was_unpacked_gives_the_same_shards(draw, call, content, tmp_path) -> None:
+def test_packing_unpacked_files_writes_the_same_shards(draw, call, content, tmp_path) -> None:
     folder = draw(tmp_path / "in", 6)
     out = round_trip(folder, tmp_path / "1", call, "--mask-format", "binary")
     round_trip(out, tmp_path / "2", call, "--mask-format", "binary")
     assert content(tmp_path / "1" / "shards") == content(tmp_path / "2" / "shards")
 
 
-def test_every_kind_of_picture_keeps_its_own_bytes(call, content, tmp_path: Path) -> None:
+def test_every_image_format_keeps_its_bytes(call, content, tmp_path: Path) -> None:
     folder = tmp_path / "in"
     for part in ("images", "masks"):
         (folder / part).mkdir(parents=True)
@@ -179,19 +179,19 @@ def test_overlays_show_the_mask_in_its_colour(draw, call, tmp_path: Path) -> Non
     overlays = sorted((out / "overlay").iterdir())
     assert len(overlays) == 6
     for path in overlays:
-        picture = np.asarray(Image.open(folder / "images" / path.name)).astype(int)
+        original = np.asarray(Image.open(folder / "images" / path.name)).astype(int)
         drawn = np.asarray(Image.open(path)).astype(int)
         mask = np.asarray(Image.open(folder / "masks" / path.name)) == 255
-        assert (drawn[mask] != picture[mask]).any()
+        assert (drawn[mask] != original[mask]).any()
         far = ~mask
         far[1:] &= ~mask[:-1]
         far[:-1] &= ~mask[1:]
         far[:, 1:] &= ~mask[:, :-1]
         far[:, :-1] &= ~mask[:, 1:]
-        np.testing.assert_array_equal(drawn[far], picture[far])
+        np.testing.assert_array_equal(drawn[far], original[far])
 
 
-def test_one_split_alone(shards: Path, call, tmp_path: Path) -> None:
+def test_a_single_split_can_be_unpacked(shards: Path, call, tmp_path: Path) -> None:
     ended = call("unpack", "--data", shards, "--out", tmp_path, "--split", "val")
     assert ended.code == 0
     assert f"4 samples in {tmp_path}" in ended.out
@@ -201,7 +201,7 @@ def test_one_split_alone(shards: Path, call, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "said"),
+    ("spoil", "message"),
     [
         (
             lambda data: "--split=test",
@@ -233,8 +233,8 @@ def test_one_split_alone(shards: Path, call, tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_is_no_data_set_is_refused_in_one_line(
-    spoil, said: str, shards: Path, call, tmp_path: Path
+def test_an_invalid_data_set_is_refused_in_one_line(
+    spoil, message: str, shards: Path, call, tmp_path: Path
 ) -> None:
     import shutil
 
@@ -243,12 +243,12 @@ def test_what_is_no_data_set_is_refused_in_one_line(
     more = (flag,) if isinstance(flag, str) else ()
     ended = call("unpack", "--data", tmp_path / "data", "--out", tmp_path / "out", *more)
     assert ended.code == 1
-    assert said in ended.err
+    assert message in ended.err
     assert len(ended.err.splitlines()) == 1
 
 
 def hostile(tmp_path: Path, draw, call, key: str, members: dict[str, bytes]) -> Path:
-    """A data set of one sample that was not made by packing."""
+    """Make a data set of one sample, not written by `pack`."""
     folder = draw(tmp_path / "in", 1, size=(16, 16))
     data = tmp_path / "data"
     packed = ("--images", folder / "images", "--out", data, "--workers", 1)
@@ -274,7 +274,7 @@ def test_a_source_that_leaves_the_folder_is_refused(
     data = hostile(tmp_path, draw, call, "k", {"png": b"", "json": info})
     ended = call("unpack", "--data", data, "--out", tmp_path / "deep" / "er" / "out")
     assert ended.code == 1
-    assert "as its source, a path that leaves the folder" in ended.err
+    assert "is not a relative path inside the folder" in ended.err
     assert not [*tmp_path.rglob("*escaped*")]
     assert not (tmp_path / "deep").exists()
 
@@ -290,7 +290,7 @@ def test_an_extension_that_is_a_path_is_refused(extension: str, draw, call, tmp_
 
 
 @pytest.mark.parametrize("info", [b"[]", b"{", b"\xff"])
-def test_a_description_that_is_none_is_refused(info: bytes, draw, call, tmp_path: Path) -> None:
+def test_an_invalid_description_is_refused(info: bytes, draw, call, tmp_path: Path) -> None:
     data = hostile(tmp_path, draw, call, "k", {"png": b"", "json": info})
     ended = call("unpack", "--data", data, "--out", tmp_path / "out")
     assert ended.code == 1
