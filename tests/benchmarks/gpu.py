@@ -92,7 +92,7 @@ def step_row(step: str, name: str, limit: float, expected: str = "", **settings:
 
 FASTEST = {"channels_last": True, "compiled": True}
 ROWS = (
-    Row("limits", "card", 60, "gpu_steps:card"),
+    Row("limits", "card", 120, "gpu_steps:card"),
     Row("limits", "compiler", 90, "gpu_steps:compiler"),
     Row("limits", "packages", 60, "gpu_steps:packages"),
     step_row("step", "eager", 60, "160 ms"),
