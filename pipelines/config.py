@@ -73,37 +73,21 @@ def run_command(
     try:
         return run(parse(config_class, argv, verb))
     except UsageError as error:
-        return report_error(verb, error, USAGE)
+        code = report_error(verb, error, USAGE)
     except (DataError, RunError) as error:
-        return report_error(verb, original_message(error), REFUSED)
+        code = report_error(verb, original_message(error), REFUSED)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        return report_error(verb, f"{where}{error.strerror or error}", REFUSED)
+        code = report_error(verb, f"{where}{error.strerror or error}", REFUSED)
     except RuntimeError as error:
         line = failures.describe(error)
         if line is None:
             raise
-        what = " ".join(str(error).split())[:200]
-        late = ", or is late by more than --rank-timeout" if "timed out" in what.lower() else ""
-        return report_error(
-            verb,
-            f"another rank has ended, or cannot be reached{late} ({what}): what it said last is "
-            "the cause; then give the same command again",
-            REFUSED,
-        )
+        code = report_error(verb, line, REFUSED)
     except KeyboardInterrupt:
-        return report_error(verb, "stopped; the same command goes on", 130)
-
-
-def is_lost_rank(error: RuntimeError) -> bool:
-    """Whether a collective failed because another rank has ended or cannot be reached.
-
-    The store and NCCL's own calls raise torch's DistError; Gloo, inside autograd, a plain
-    RuntimeError. NCCL's watchdog raises nothing: it aborts the process.
-    """
-    distributed = sys.modules.get("torch.distributed")
-    lost = distributed is not None and isinstance(error, distributed.DistError)
-    return lost or "gloo" in str(error)
+        code = report_error(verb, "stopped; rerun the same command to resume", 130)
+    failures.leave_process_group(code)
+    return code
 
 
 def original_message(error: Exception) -> str:

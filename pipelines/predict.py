@@ -193,9 +193,8 @@ def run(config: PredictConfig) -> int:
             if not out_of_memory(error):
                 raise
             raise RunError(
-                f"the memory of this GPU ({accelerator.device}) does not suffice "
-                f"({summary(error)}); lower --batch-size or --tile, into another --out, for they "
-                "make other masks"
+                f"the GPU ({accelerator.device}) is out of memory ({summary(error)}); lower "
+                "--batch-size or --tile, into another --out, since they change the masks"
             ) from error
         # The rank that ends last has something to say.
         speaks = finish_job(config, store, loaded.spec, cutting.num_shards)

@@ -404,7 +404,7 @@ def raising(error: BaseException):
         (config.RunError("it failed"), 1, "it failed"),
         (FileNotFoundError(2, "No such file", "x/y"), 1, "x/y: No such file"),
         (OSError("failed"), 1, "failed"),
-        (KeyboardInterrupt(), 130, "stopped; the same command goes on"),
+        (KeyboardInterrupt(), 130, "stopped; rerun the same command to resume"),
     ],
 )
 def test_every_kind_of_failure_has_its_exit_code_and_one_line(

@@ -184,11 +184,12 @@ def test_switches_of_speed_run_on_the_card(
 
 @both
 def test_a_compiled_run_with_an_average_resumes_and_leaves_no_trace_of_it(
-    device, shards: Path, tiny, call, metrics, monkeypatch, record_property, tmp_path: Path
+    device, shards: Path, tiny, call, metrics, monkeypatch, record_property, request, tmp_path: Path
 ) -> None:
     if device.type == "cpu":
         # That code is generated is tested elsewhere; here it would take half a minute.
-        monkeypatch.setattr("torch._dynamo.config.disable", True)
+        eager = torch.compiler.set_stance("force_eager")
+        request.addfinalizer(lambda: eager.__exit__(None, None, None))
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     plain, compiled = tmp_path / "plain", tmp_path / "compiled"
     told = ("--data", shards, *tiny, *CONSTANT)

@@ -1,4 +1,4 @@
-"""A GPU whose memory does not suffice: smaller batches and tiles, the same masks, said once."""
+"""A GPU out of memory: smaller batches and tiles, the same masks, reported once."""
 
 import weakref
 from contextlib import nullcontext
@@ -193,8 +193,7 @@ def test_memory_that_runs_out_elsewhere_is_said_in_a_line(
     assert ended.code == 1
     ((line,),) = (ended.err.splitlines(),)
     assert line.startswith(
-        f"unet {verb}: the memory of this GPU (cpu) does not suffice ({message}); lower "
-        "--batch-size or --tile"
+        f"unet {verb}: the GPU (cpu) is out of memory ({message}); lower --batch-size or --tile"
     )
     assert ("into another --out" in line) == (verb == "predict")
 
