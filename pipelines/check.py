@@ -10,28 +10,26 @@ from typing import Any
 
 from PIL import Image
 
-from pipelines.config import REFUSED, Flat, describe_read_error, refuse_url, run_command
-from pipelines.overlay import Cell, draw_contact_sheet
-from pipelines.parallel import chunks, num_workers, refuse_negative_workers, run_all
-from pipelines.progress import progress
-from pipelines.propose import format_command, propose_format
-from pipelines.source import SourceOptions, save_problems
-from shards.images import NOTES, ImageFormat, to_array
-from shards.pairs import MAX_LISTED, AggregateDataError, Pair, Pairing, SplitRule
-from shards.sample import DataError
+from pipelines.drawing.contact_sheet import Cell, draw_contact_sheet
+from pipelines.packing.inspection import PairReport, inspect_pairs, list_leaks, read_pair
+from pipelines.packing.options import SourceOptions
+from pipelines.packing.problems import save_problems
+from pipelines.packing.propose import format_command, propose_format
+from pipelines.runtime.command import run_command
+from pipelines.runtime.errors import REFUSED, refuse_url
+from pipelines.runtime.processes import chunks, num_workers, refuse_negative_workers, run_all
+from pipelines.runtime.progress import progress
+from pipelines.runtime.yaml_flags import Flat
+from shards.folders.pairs import Pairing
+from shards.folders.splits import SplitRule
+from shards.images.files import NOTES, ImageFormat
+from shards.images.pixels import to_array
+from shards.sample import MAX_LISTED, AggregateDataError, DataError
+from shards.statistics import SampleRule, SampleStatistics, compute_mean_std, find_duplicates
 from shards.store import Store
-from shards.tally import (
-    SampleRule,
-    SampleStatistics,
-    StoredSample,
-    compute_mean_std,
-    find_duplicates,
-    read_sample,
-)
 
 SHEET_CELLS = 30
 """Images on the contact sheet, spread evenly over the data set."""
-
 REPORT_NAME = "check.json"
 SHEET_NAME = "sheet.png"
 
@@ -59,20 +57,6 @@ class CheckConfig:
                     f"--out {self.out} is inside {folder}, so its files would be read as images; "
                     "choose another --out"
                 )
-
-
-@dataclass(slots=True)
-class PairReport:
-    """Contents and problems of some pairs."""
-
-    tally: SampleStatistics
-    sources: list[str]
-    """Sources of the pairs, in the order of the tally's digests."""
-    problems: list[str]
-    empty: list[str]
-    """Sources of images whose mask contains only class 0 and ignored pixels."""
-    bad: set[str]
-    """Sources of pairs with a problem."""
 
 
 def run(config: CheckConfig) -> int:
@@ -147,39 +131,6 @@ def inspect_all(pairing: Pairing, rule: SampleRule, workers: int, report: PairRe
             bar.update(len(chunk))
 
 
-def inspect_pairs(pairs: Sequence[Pair], images: str, masks: str, rule: SampleRule) -> PairReport:
-    """Read some pairs; problems are listed, not raised."""
-    report = PairReport(SampleStatistics(), [pair.source for pair in pairs], [], [], set())
-    for pair in pairs:
-        try:
-            sample = read_pair(pair, images, masks, rule)
-        except (DataError, OSError) as error:
-            text = str(error)
-            if isinstance(error, OSError):
-                text = f"{describe_read_error(error)}; repair it"
-            report.problems.append(text)
-            report.bad.add(pair.source)
-            report.tally.add_omitted()
-            continue
-        report.tally.add(sample)
-        classes = sample.mask.class_map if sample.mask is not None else None
-        if classes is not None and not classes.pixels[1:255].any():
-            report.empty.append(pair.source)
-    return report
-
-
-def read_pair(pair: Pair, images: str, masks: str, rule: SampleRule) -> StoredSample:
-    """Read and check an image and its mask. Raises DataError or OSError."""
-    image_path, mask_path = f"{images}/{pair.source}", f"{masks}/{pair.mask}"
-    with open(image_path, "rb") as file:
-        image = file.read()
-    mask = None
-    if pair.mask is not None:
-        with open(mask_path, "rb") as file:
-            mask = file.read()
-    return read_sample(image, mask, rule, image_path, mask_path)
-
-
 def assign_splits(rule: SplitRule, pairing: Pairing, report: PairReport) -> dict[str, str]:
     """Return {source: split} of all pairs; problems with the splits are added to the report."""
     if pairing.masks is None:
@@ -193,19 +144,6 @@ def assign_splits(rule: SplitRule, pairing: Pairing, report: PairReport) -> dict
         report.problems.append(str(error))
         return {}
     return {pair.source: split for pair, split in zip(pairing.pairs, splits, strict=True)}
-
-
-def list_leaks(report: PairReport, splits: dict[str, str]) -> list[str]:
-    """Describe identical images in different splits, one line each."""
-    problems = []
-    for names in find_duplicates(report.tally.digests, report.sources).values():
-        if len({splits.get(name) for name in names}) > 1:
-            named = " = ".join(f"{name} ({splits[name]})" for name in sorted(names)[:5])
-            problems.append(
-                f"{named} are the same image in two splits; remove one, or put both into one "
-                "split with --split-file"
-            )
-    return problems
 
 
 def make_report(

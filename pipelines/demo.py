@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
-from pipelines.config import RunError, run_command
-from shards.images import encode_png
-from shards.index import MANIFEST
+from pipelines.runtime.command import run_command
+from pipelines.runtime.errors import RunError
+from shards.images.files import encode_png
+from shards.manifest import MANIFEST
 from shards.writer import write_atomically
 
 CPU_RANKS = 2

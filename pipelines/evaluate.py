@@ -12,23 +12,25 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from pipelines import scoring
-from pipelines.checkpoint import LoadedModel, find_checkpoint, load_model
-from pipelines.config import RunError, UsageError, run_command
-from pipelines.counting import count_split
-from pipelines.dataset import DataConfig, DataSet, open_data, split_in_use
-from pipelines.devices import choose_batch_size, start
-from pipelines.failures import out_of_memory, summary
-from pipelines.gallery import Example, draw_panels, predict_examples, side_by_side
-from pipelines.per_image import SCORES_CSV, Floats, ImageCounts, lowest, write_scores
-from pipelines.predictions import open_predictions
-from shards.images import encode_png
-from shards.index import Manifest, read_manifest
+from pipelines.drawing.panels import Example, draw_panels, side_by_side
+from pipelines.evaluation import score, table
+from pipelines.evaluation.examples import predict_examples
+from pipelines.evaluation.per_image import SCORES_CSV, Floats, ImageCounts, lowest, write_scores
+from pipelines.evaluation.score import count_split
+from pipelines.evaluation.stored_predictions import open_predictions
+from pipelines.loading.dataset import DataConfig, DataSet, open_data, split_in_use
+from pipelines.model.load import LoadedModel, find_checkpoint, load_model
+from pipelines.runtime.command import run_command
+from pipelines.runtime.devices import choose_batch_size, start
+from pipelines.runtime.errors import RunError, UsageError
+from pipelines.runtime.failures import out_of_memory, summary
+from shards.images.files import encode_png
+from shards.manifest import Manifest, read_manifest
 from shards.sample import DataError, Palette
 from shards.store import is_url
 from shards.writer import write_atomically, write_json
 from unet import DataSpec, Empty, Scores, SurfaceScores, TileConfig
-from unet.model import counted_classes
+from unet.spec import counted_classes
 
 TILES = ("tile", "overlap", "tta")
 """Settings of prediction that scores.json records."""
@@ -125,15 +127,15 @@ def run(config: EvaluateConfig) -> int:
     if rows is not None:
         out.mkdir(parents=True, exist_ok=True)
         # Written last, so that the files beside it always belong to it.
-        (out / scoring.SCORES).unlink(missing_ok=True)
+        (out / table.SCORES).unlink(missing_ok=True)
         dice = write_scores(
             out / SCORES_CSV, rows, data, config.split, manifest.classes, counted, config.empty
         )
         about = {"split": config.split, "manifest": manifest.digest, **scored.about}
-        plain = {**about, **scoring.to_plain(scored.scores, surface_scores)}
-        write_json(out / scoring.SCORES, plain)
-        print(scoring.table(scored.scores, surface_scores))
-        where = f"{out / scoring.SCORES}, {SCORES_CSV}"
+        plain = {**about, **table.to_plain(scored.scores, surface_scores)}
+        write_json(out / table.SCORES, plain)
+        print(table.table(scored.scores, surface_scores))
+        where = f"{out / table.SCORES}, {SCORES_CSV}"
         print(f"{scored.scores.num_images} images of {config.split}: {where}")
         draw_worst(out / WORST, config.worst, scored.load_examples, manifest.palette, dice)
     accelerator.end_training()
@@ -179,7 +181,7 @@ def score_model(
     model = loaded.model.to(accelerator.device)
     counting = {"empty": config.empty, "surface": surface, "images": images}
     try:
-        scores = scoring.score(model, accelerator, data, config.split, config, **counting)
+        scores = score.score(model, accelerator, data, config.split, config, **counting)
     except RuntimeError as error:
         if not out_of_memory(error):
             raise

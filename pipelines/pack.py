@@ -6,58 +6,39 @@ and kills. Until the manifest is written, OUT/.pack holds the plan and a report 
 shard.
 """
 
-import json
 import re
 import sys
-import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
-from pipelines.config import (
-    INCOMPLETE,
-    Flat,
-    RunError,
-    describe_read_error,
-    refuse_unused,
-    refuse_url,
-    run_command,
-)
-from pipelines.manifest import make_manifest, summarise
-from pipelines.parallel import num_workers, refuse_negative_workers, run_all
-from pipelines.plan import (
+from pipelines.packing.manifest import make_manifest, summarise
+from pipelines.packing.options import SourceOptions
+from pipelines.packing.plan import (
     WORK_DIR,
-    PlannedSample,
     PlannedShard,
     ShardRule,
     fix_plan,
     list_sources,
     make_plan,
-    read_planned_file,
 )
-from pipelines.progress import progress
-from pipelines.propose import format_command, propose_format
-from pipelines.source import PROBLEMS, SourceOptions, parse_part, save_problems
-from shards.border import NEEDS_SCIPY, BorderRule, has_scipy
-from shards.index import MANIFEST, Manifest, ShardInfo, write_manifest
-from shards.pairs import AggregateDataError, Pairing
-from shards.sample import BORDER_EXTENSION, INFO_EXTENSION, MASK_EXTENSION, DataError
+from pipelines.packing.problems import PROBLEMS, save_problems
+from pipelines.packing.propose import format_command, propose_format
+from pipelines.packing.shard_job import EMPTY_SUFFIX, PackRule, pack_shard, read_shard_report
+from pipelines.runtime.command import run_command
+from pipelines.runtime.errors import INCOMPLETE, RunError, parse_part, refuse_url
+from pipelines.runtime.processes import num_workers, refuse_negative_workers, run_all
+from pipelines.runtime.progress import progress
+from pipelines.runtime.yaml_flags import Flat, refuse_unused
+from shards.folders.pairs import Pairing
+from shards.manifest import MANIFEST, Manifest, ShardInfo, write_manifest
+from shards.masks.borders import NEEDS_SCIPY, BorderRule, has_scipy
+from shards.sample import AggregateDataError, DataError
+from shards.statistics import SampleStatistics, find_duplicates, merge_statistics
 from shards.store import Store, is_url
-from shards.tally import (
-    SampleRule,
-    SampleStatistics,
-    StoredSample,
-    find_duplicates,
-    merge_statistics,
-    read_sample,
-)
-from shards.writer import ShardFile, ShardWriter
 
-REPORT_SUFFIX, EMPTY_SUFFIX = ".json", ".none.json"
-"""File name suffixes of reports: of a shard, and of a shard without a valid sample."""
 NUM_MEASURED = 32
 """Images that `--verify headers` decodes nevertheless, to measure mean and standard deviation."""
 
@@ -186,61 +167,6 @@ class PackConfig:
             self.border.make_rule(self.source.mask.class_names())
 
 
-@dataclass(frozen=True, slots=True)
-class PackRule:
-    """What a worker needs to know besides its shard."""
-
-    store: Store
-    images: Path
-    masks: Path | None
-    sample: SampleRule
-    stride: int
-    """Every n-th sample of a shard is decoded completely; the others as `--verify` says."""
-    keep_going: bool
-    plan: str
-    """sha256 of the plan that the shard belongs to."""
-
-
-@dataclass(frozen=True, slots=True)
-class ShardReport:
-    """Contents and problems of one written shard."""
-
-    split: str
-    plan: str
-    """sha256 of the plan."""
-    file: ShardFile | None
-    """None if no sample was valid."""
-    tally: SampleStatistics
-    problems: list[str]
-    """Why samples were skipped, with --keep-going."""
-
-    def info(self, num_classes: int) -> ShardInfo:
-        """Entry of the shard in the manifest; `num_classes` 0: without pixel counts."""
-        assert self.file is not None
-        pixels = self.tally.class_pixels(num_classes) if num_classes else ()
-        return ShardInfo(**asdict(self.file), pixels=pixels)
-
-    def to_json(self) -> bytes:
-        """Serialise the report."""
-        plain = {
-            "split": self.split,
-            "plan": self.plan,
-            "file": None if self.file is None else asdict(self.file),
-            "tally": self.tally.to_plain(),
-            "problems": self.problems,
-        }
-        return json.dumps(plain).encode()
-
-    @classmethod
-    def from_json(cls, data: bytes) -> Self:
-        """Parse what `to_json` returned."""
-        plain = json.loads(data)
-        file = None if plain["file"] is None else ShardFile(**plain["file"])
-        return cls(
-            **{**plain, "file": file, "tally": SampleStatistics.from_plain(plain["tally"])},
-        )
-
-
 def run(config: PackConfig) -> int:
     """Plan, write the missing shards, then the manifest."""
     if config.source.mask.mask_format == "auto":
@@ -367,152 +293,6 @@ def pack_shards(shards: Sequence[PlannedShard], rule: PackRule, config: PackConf
             sorted(problems), "their shards were not written; --keep-going skips these files"
         )
     return len(problems)
-
-
-class ShardRefusedError(Exception):
-    """A shard has bad samples and must not be written."""
-
-
-def pack_shard(
-    planned: PlannedShard, rule: PackRule, advance: Callable[[int], object] | None = None
-) -> list[str]:
-    """Write one shard and its report.
-
-    Args:
-        planned: the shard.
-        rule: how samples are read and stored.
-        advance: called with 1 after each sample.
-
-    Returns:
-        The problems of bad samples, one line each. Without `rule.keep_going`, a shard with a bad
-        sample is not written.
-
-    Raises:
-        RunError: the shard cannot be written.
-        DataError: another process is writing the shard, or the store refuses it.
-    """
-    if rule.sample.border is not None and not has_scipy():
-        raise RunError(f"a worker of the cluster cannot make border maps: {NEEDS_SCIPY}")
-    problems: list[str] = []
-    tally = SampleStatistics()
-    try:
-        with rule.store.staging() as folder:
-            with ShardWriter(folder / planned.name) as writer:
-                problems = add_samples(planned, rule, writer, tally, advance)
-                if len(problems) == len(planned.samples) or (problems and not rule.keep_going):
-                    raise ShardRefusedError
-                # Before the rename at the end of this block: a shard that exists has its report.
-                report = ShardReport(planned.split, rule.plan, writer.seal(), tally, problems)
-                rule.store.write(f"{WORK_DIR}/{planned.name}{REPORT_SUFFIX}", report.to_json())
-            for name in (Path(planned.name).with_suffix(".idx").name, planned.name):
-                rule.store.upload(folder / name, name)
-    except ShardRefusedError:
-        if rule.keep_going:
-            report = ShardReport(planned.split, rule.plan, None, tally, problems)
-            rule.store.write(f"{WORK_DIR}/{planned.name}{EMPTY_SUFFIX}", report.to_json())
-    except OSError as error:
-        raise RunError(
-            f"{rule.store.path(planned.name)} cannot be written: {error.strerror or error}; "
-            "rerun the same command to resume"
-        ) from error
-    return problems
-
-
-def add_samples(
-    planned: PlannedShard,
-    rule: PackRule,
-    writer: ShardWriter,
-    tally: SampleStatistics,
-    advance: Callable[[int], object] | None,
-) -> list[str]:
-    """Read all samples of a shard and add them; returns the problems of bad ones."""
-    problems: list[str] = []
-    for row, sample in enumerate(planned.samples):
-        try:
-            read = read_planned_pair(sample, rule, pixels=row % rule.stride == 0)
-            members = encode_members(sample, read, rule)
-        except (DataError, OSError) as error:
-            problems.append(describe_problem(error))
-            tally.add_omitted()
-        else:
-            writer.add(sample.key, members)
-            tally.add(read)
-        if advance is not None:
-            advance(1)
-    return problems
-
-
-def describe_problem(error: DataError | OSError) -> str:
-    """Describe a problem with a file in one line."""
-    return describe_read_error(error) if isinstance(error, OSError) else str(error)
-
-
-def read_planned_pair(sample: PlannedSample, rule: PackRule, *, pixels: bool) -> StoredSample:
-    """Read and check a planned pair; `pixels`: decode it whatever `--verify` says.
-
-    Raises DataError if the pair cannot be trained on, OSError if a file cannot be read.
-    """
-    image_path = f"{rule.images}/{sample.source}"
-    image = read_planned_file(image_path, sample.image)
-    mask_path, mask = "", None
-    if sample.mask is not None and sample.mask_stat is not None:
-        mask_path = f"{rule.masks}/{sample.mask}"
-        mask = read_planned_file(mask_path, sample.mask_stat)
-    return read_sample(
-        image, mask, rule.sample, image_path, mask_path, pixels=pixels, unique=sample.unique
-    )
-
-
-def encode_members(sample: PlannedSample, read: StoredSample, rule: PackRule) -> dict[str, bytes]:
-    """Encode a sample as {extension: bytes}. Raises DataError if its key is too long."""
-    width, height = read.image.size
-    info: dict[str, Any] = {
-        "source": sample.source,
-        "width": width,
-        "height": height,
-        "group": sample.group,
-    }
-    extension = read.image.extension or sample.source.rpartition(".")[2].lower()
-    members = {extension: read.image.data, INFO_EXTENSION: json.dumps(info).encode()}
-    if read.mask is not None:
-        members[MASK_EXTENSION] = read.mask.encode(rule.sample.palette)
-        if rule.sample.border is not None:
-            refuse_long_key(sample, rule)
-            assert read.mask.class_map is not None
-            members[BORDER_EXTENSION] = rule.sample.border.encode(read.mask.class_map.index)
-    return members
-
-
-def refuse_long_key(sample: PlannedSample, rule: PackRule) -> None:
-    """Raise DataError if the name of a border map would exceed the limit of tar headers."""
-    max_length = tarfile.LENGTH_NAME - len(f".{BORDER_EXTENSION}")
-    if len(sample.key) > max_length:
-        raise DataError(
-            f"{rule.images}/{sample.source} has a key of {len(sample.key)} bytes; the limit with "
-            f"border maps is {max_length}: shorten its name"
-        )
-
-
-def read_shard_report(store: Store, planned: PlannedShard, plan: str) -> ShardReport:
-    """Read the report on a finished shard.
-
-    Raises DataError if it is missing or belongs to another plan than `plan`, a sha256.
-    """
-    exists = store.exists(planned.name)
-    try:
-        data = store.read(f"{WORK_DIR}/{planned.name}{REPORT_SUFFIX if exists else EMPTY_SUFFIX}")
-    except FileNotFoundError as error:
-        raise DataError(
-            f"{store.path(planned.name)} has no report in {WORK_DIR}: did another command pack "
-            "here? Remove the shard and rerun"
-        ) from error
-    report = ShardReport.from_json(data)
-    if report.plan != plan:
-        raise DataError(
-            f"{store.path(planned.name)} belongs to another plan that started at the same time; "
-            "remove it and rerun its part"
-        )
-    return report
 
 
 def finish_data_set(

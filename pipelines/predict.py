@@ -14,148 +14,47 @@ works at one batch while the results of the one before are on their way back.
 """
 
 import json
-import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields, replace
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from itertools import groupby
-from typing import Any
 
 import torch
-import tyro
 from accelerate import Accelerator
-from torch import Tensor
-from tqdm import tqdm
 
-from pipelines.checkpoint import LoadedModel, load_model
-from pipelines.compiled import CompiledForward, first_tile
-from pipelines.config import INCOMPLETE, RunError, UsageError, refuse_url, run_command
-from pipelines.dataset import MOST_WORKERS, rank_cpus
-from pipelines.decoding import Cutting, Decoded, Decoder
-from pipelines.devices import choose_batch_size, choose_channels_last, start
-from pipelines.engine import (
-    Predict,
-    Waiting,
-    held_by,
-    launch,
-    load,
-    one_behind,
-    pass_on,
-    threads,
-    threads_for,
-)
-from pipelines.failures import out_of_memory, summary
-from pipelines.inputs import find_inputs
-from pipelines.progress import progress
-from pipelines.readers import Inputs
-from pipelines.results import (
+from pipelines.inference.decoding import Cutting, Decoded, Decoder
+from pipelines.inference.encode import Encoder, Found
+from pipelines.inference.engine import Waiting, held_by, launch, load, one_behind, pass_on, threads
+from pipelines.inference.input_readers import Inputs
+from pipelines.inference.inputs import find_inputs
+from pipelines.inference.job import (
     ERRORS,
-    JOB,
     STATE,
-    WORK_DIR,
-    Encoder,
-    Found,
-    ResultConfig,
+    begin_job,
     errors_name,
     finish_job,
-    to_json,
+    read_job,
     write_shard,
 )
-from pipelines.scoring import TileTooLargeError, make_forward
-from pipelines.source import parse_part
-from pipelines.specks import NEEDS_SCIPY
-from shards.border import has_scipy
-from shards.index import MANIFEST
+from pipelines.inference.options import WORK_DIR, PredictConfig
+from pipelines.inference.specks import NEEDS_SCIPY
+from pipelines.inference.tiles import predictor
+from pipelines.loading.dataset import MOST_WORKERS, rank_cpus
+from pipelines.model.load import LoadedModel, load_model
+from pipelines.runtime.command import run_command
+from pipelines.runtime.devices import start
+from pipelines.runtime.errors import INCOMPLETE, RunError, UsageError
+from pipelines.runtime.failures import out_of_memory, summary
+from pipelines.runtime.progress import progress
+from shards.manifest import MANIFEST
+from shards.masks.borders import has_scipy
 from shards.sample import DataError
-from shards.store import Store, is_url
-from unet import MaskRule, PredictedMasks, TileConfig, halve_tile, predict_masks
+from shards.store import Store
 
 MOST_WAITING = 512 * 2**20
 """Bytes of results that wait to be encoded and written before the model waits for them."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PredictConfig(TileConfig, ResultConfig):
-    """Predict masks for pictures and write them as shards.
-
-    Given again after a kill, also on another number of GPUs, it makes what is missing.
-    """
-
-    checkpoint: str
-    """Run folder (its best, else last, checkpoint), checkpoint folder or hub id."""
-    input: str
-    """A picture, a folder (searched recursively), a pattern, a list file (.txt) or shards, here or
-    at a URL such as s3://bucket/folder."""
-    out: str
-    """Folder for the results, or a URL."""
-    fail_fast: bool = False
-    """The first input that cannot be read ends the job with exit code 1. Else it is listed in
-    OUT/errors.jsonl, the job goes on, and ends with 3."""
-    part: str | None = None
-    """i/n: make only every n-th shard, from the i-th, as one of n jobs; the last one to end writes
-    the manifest. The same command without it makes what is missing."""
-    workers: int | None = None
-    """Decoding processes of each rank; left out: its share of the CPUs, at most 8."""
-    compile: bool = False
-    """Compile the network (torch.compile): a minute at the start, faster on GPUs. Only full batches
-    of tiles as large as those of the first image are compiled, so that the masks do not depend on
-    ranks and interruptions."""
-    channels_last: tyro.conf.DisallowNone[bool | None] = None
-    """Keep maps as [B, H, W, C] in memory, as the matrix units of GPUs want them in bf16. Left out:
-    with --compile on a CUDA GPU."""
-
-    def __post_init__(self) -> None:
-        TileConfig.__post_init__(self)
-        ResultConfig.__post_init__(self)
-        if not is_url(self.out):
-            refuse_url("--out", self.out)
-        elif re.search(r"://$|[?*\[\]]", self.out):
-            raise ValueError(f"--out {self.out}: a URL names a bucket, without ? * [ ]")
-        if self.workers is not None and self.workers < 0:
-            raise ValueError("workers must not be below 0")
-        if self.part is not None:
-            parse_part("--part", self.part)
-
-    def shards_of(self, num_shards: int, rank: int, world: int) -> range:
-        """The shards that a rank makes: its share of those of this part."""
-        number, count = (1, 1) if self.part is None else parse_part("--part", self.part)
-        return range(number - 1, num_shards, count)[rank::world]
-
-    def settings(self) -> dict[str, Any]:
-        """What decides the bytes of the results, by name."""
-        names = [field.name for group in (TileConfig, ResultConfig) for field in fields(group)]
-        return {name: getattr(self, name) for name in (*names, "compile", "channels_last")}
-
-    def settle(self, begun: Mapping[str, Any], device: torch.device) -> "PredictConfig":
-        """The same with what was left out: as the job was begun, else as the device wants it."""
-        size, last = self.batch_size, self.channels_last
-        if size is None and isinstance(before := begun.get("batch_size"), int) and before > 0:
-            size = before
-        if last is None and isinstance(before := begun.get("channels_last"), bool):
-            last = before
-        return replace(
-            self,
-            batch_size=choose_batch_size(size, device),
-            channels_last=choose_channels_last(last, device, compiled=self.compile),
-        )
-
-    @property
-    def tiles(self) -> TileConfig:
-        """How images are cut."""
-        return TileConfig(**{field.name: getattr(self, field.name) for field in fields(TileConfig)})
-
-    def mask_rule(self) -> MaskRule:
-        """What is made of class probabilities."""
-        kept = {"none": None, "png": torch.uint16, "float16": torch.float16}
-        return MaskRule(
-            threshold=self.threshold,
-            min_confidence=self.min_confidence,
-            keep=kept[self.probabilities],
-            # Else they are counted when the specks are gone.
-            count=self.min_area <= 1,
-        )
 
 
 def run(config: PredictConfig) -> int:
@@ -204,65 +103,6 @@ def run(config: PredictConfig) -> int:
     accelerator.end_training()
     part = [config.shard_name(number) for number in config.shards_of(cutting.num_shards, 0, 1)]
     return conclude(config, store, part, alone=accelerator.num_processes == 1, speaks=speaks)
-
-
-def read_job(store: Store) -> dict[str, Any] | None:
-    """What the job in a folder was begun with; None where none was.
-
-    Raises DataError where that is damaged.
-    """
-    if not store.exists(JOB):
-        return None
-    try:
-        begun = json.loads(store.read(JOB))
-    except ValueError:
-        begun = None
-    if not isinstance(begun, dict):
-        raise DataError(f"{store.path(JOB)} is damaged; predict into another --out")
-    return begun
-
-
-def begin_job(
-    config: PredictConfig,
-    store: Store,
-    begun: Mapping[str, Any] | None,
-    inputs: Inputs,
-    loaded: LoadedModel,
-    precision: str,
-) -> None:
-    """Write down what decides the bytes of the results, or check that it is what was begun.
-
-    Raises UsageError naming the difference.
-    """
-    job = {
-        "checkpoint": loaded.digest,
-        "precision": precision,
-        "inputs": {"count": len(inputs), "sha256": inputs.digest()},
-        **config.settings(),
-    }
-    if begun is not None:
-        refuse_other_job(store, begun, job)
-        return
-    if any(name.endswith(".tar") for name in store.names()):
-        raise UsageError(f"{store} holds shards of something else; predict into another --out")
-    if store.local is not None:
-        (store.local / WORK_DIR).mkdir(exist_ok=True)
-    store.write(JOB, to_json(job), WORK_DIR)
-
-
-def refuse_other_job(store: Store, begun: Mapping[str, Any], job: Mapping[str, Any]) -> None:
-    """Raise UsageError, naming a setting, where a job is not the one that was begun."""
-    for name, value in job.items():
-        if name not in begun:
-            raise UsageError(
-                f"{store} was begun by a version of this program that did not know {name}; predict "
-                "into another --out"
-            )
-        if begun[name] != value:
-            raise UsageError(
-                f"{store} was begun with {name} = {begun[name]}, now it is {value}; keep it, or "
-                "predict into another --out"
-            )
 
 
 @torch.inference_mode()
@@ -322,73 +162,6 @@ def num_encoders(cpus: int) -> int:
     PNGs of masks take little; overlays, figures and probabilities take zlib, in several threads.
     """
     return max(2, cpus // 4)
-
-
-@contextmanager
-def predictor(
-    config: PredictConfig, loaded: LoadedModel, accelerator: Accelerator, decode: Decoder
-) -> Iterator[Predict]:
-    """What predicts images of one size, while the block lasts."""
-    model, compiled = loaded.model.to(accelerator.device).eval(), None
-    if config.channels_last:
-        # Which torch's stubs leave out.
-        model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    if config.compile and (sides := first_tile(decode, config.tiles, model)) is not None:
-        compiled = CompiledForward(model.forward, (config.tiles.num_together, *sides))
-        model.forward = compiled
-    with threads_for(make_forward(model, accelerator), accelerator.device) as forward:
-        yield make_predict(config, forward, loaded, accelerator.device)
-    if compiled is not None:
-        compiled.report()
-
-
-def make_predict(
-    config: PredictConfig,
-    forward: Callable[[Tensor], Tensor],
-    loaded: LoadedModel,
-    device: torch.device,
-) -> Predict:
-    """What predicts images of one size, in smaller tiles where these give the same result.
-
-    Raises RunError where a tile does not fit into the memory of a GPU.
-    """
-    network, rule, tiles = loaded.model.config, config.mask_rule(), config.tiles
-    said = False
-
-    def predict(images: Sequence[Tensor]) -> PredictedMasks:
-        nonlocal tiles, said
-        before = tiles
-        while True:
-            try:
-                masks = predict_masks(forward, images, tiles, network, rule)
-                break
-            except TileTooLargeError as error:
-                smaller = halve_tile(tiles, error.height, error.width, network)
-                if smaller is None:
-                    raise RunError(too_large(error, network.margin)) from error
-            tiles = smaller
-        if tiles != before and not said:
-            said = True
-            tqdm.write(
-                f"tiles of {before.tile} do not fit into the memory of this GPU "
-                f"({device}): going on with {tiles.tile}, one at a time, as --tile "
-                f"{tiles.tile} --batch-size 1 would have from the start; the masks are the same",
-                file=sys.stderr,
-            )
-        return masks
-
-    return predict
-
-
-def too_large(error: TileTooLargeError, margin: int) -> str:
-    """What to do about a tile that does not fit, in a network with such a margin."""
-    if margin:
-        return (
-            f"the smallest tile of this network, {error.height} x {error.width} pixels, does not "
-            f"fit into the memory of this GPU ({error.reason}); end what else it is used for, or "
-            "use a larger one"
-        )
-    return f"{error}, and give another --out, since other tiles make other masks"
 
 
 class Speaker:

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipelines.config import run_command
-from pipelines.devices import start
-from pipelines.summary import write_report
+from pipelines.reporting.compose import write_report
+from pipelines.runtime.command import run_command
+from pipelines.runtime.devices import start
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -11,9 +11,10 @@ from typing import Literal
 
 import tyro
 
-from pipelines.config import run_command
-from pipelines.progress import progress
-from shards.pairs import FileMove, normalise_extension, plan_separation, validate_regex
+from pipelines.runtime.command import run_command
+from pipelines.runtime.progress import progress
+from shards.folders.pairs import normalise_extension, validate_regex
+from shards.folders.separation import FileMove, plan_separation
 from shards.sample import DataError
 
 

@@ -8,180 +8,57 @@ Devices, process count and precision are the launcher's; everything else is a Tr
 
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
-from datetime import timedelta
+from dataclasses import replace
 from functools import partial
 from math import inf
-from pathlib import Path
-from typing import Any, Literal
 
 import torch
-import tyro
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from pipelines import scoring
-from pipelines.augment import Augment, AugmentConfig
-from pipelines.batches import Batch, train_batches
-from pipelines.budget import Budget, Limits, NotFinite
-from pipelines.checkpoint import Checkpoints, RunLock, TrainState, require_spec
-from pipelines.config import INTERRUPTED, RunError, UsageError, run_command, to_plain
-from pipelines.dataset import DataConfig, DataSet, open_data, train_in_use
-from pipelines.devices import choose_batch_size, choose_channels_last, start, use_deterministic
-from pipelines.flops import count_flops
-from pipelines.memory_probe import Probe, describe_passes
-from pipelines.meter import Meter
-from pipelines.network import (
-    ModelConfig,
-    begin_with,
-    build_loss,
-    build_model,
-    choose_crop_size,
-    refuse_missing,
+from pipelines.evaluation import score, table
+from pipelines.evaluation.examples import draw_batch, draw_validation
+from pipelines.loading.augment import Augment
+from pipelines.loading.dataset import open_data, train_in_use
+from pipelines.model.build import build_loss
+from pipelines.model.load import require_spec
+from pipelines.reporting.compose import close_run
+from pipelines.runtime.command import run_command
+from pipelines.runtime.devices import (
+    choose_batch_size,
+    choose_channels_last,
+    start,
+    use_deterministic,
 )
-from pipelines.optim import Learner, OptimConfig, build_learner, learning_rate, set_learning_rate
-from pipelines.passes import TrainingPass
-from pipelines.pictures import draw_batch, draw_validation
-from pipelines.record import write_environment
-from pipelines.summary import close_run
-from pipelines.tracking import Tracker, TrackingConfig
-from shards.index import Manifest, read_manifest
-from shards.order import LANES, ORDER_VERSION, WINDOW, Order, TrainPlan
+from pipelines.runtime.environment import write_environment
+from pipelines.runtime.errors import INTERRUPTED, RunError
+from pipelines.runtime.run_folder import RunLock
+from pipelines.runtime.yaml_flags import to_plain
+from pipelines.training.budget import Budget, NotFinite
+from pipelines.training.checkpoints import Checkpoints, TrainState
+from pipelines.training.flops import count_flops
+from pipelines.training.meter import Meter, Progress
+from pipelines.training.optim import Learner, build_learner, learning_rate, set_learning_rate
+from pipelines.training.options import TrainConfig
+from pipelines.training.passes import TrainingPass
+from pipelines.training.setup import (
+    find_passes,
+    fixed_settings,
+    open_batches,
+    prepare_model,
+    rank_batch_size,
+    refuse_batch_norm,
+    resolve,
+)
+from pipelines.training.tracking import Tracker
+from shards.manifest import Manifest, read_manifest
+from shards.order import Order, TrainPlan
 from shards.reader import ShardReader
 from shards.writer import write_json
-from unet import LossConfig, Scores, TileConfig, UNet
-
-DEFAULT_STEPS = 10_000
-GLOBAL_BATCH_SIZE = {"modern": 8, "paper": 1, "small": 2}
-"""Default of each preset. Where a step takes long, more and smaller steps learn faster."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig(DataConfig):
-    """Train a U-Net on shards. The same command, given again, goes on where it was interrupted.
-
-    --steps, --epochs and --minutes bound the run, whichever is reached first; the learning rate
-    falls to 0 just then (--optim.schedule). Without any of them it makes 10,000 steps.
-    """
-
-    run_dir: Path
-    """Folder of this run: config.yaml, metrics.jsonl, checkpoints."""
-    steps: int | None = None
-    """Optimizer steps of the whole run."""
-    epochs: float | None = None
-    """Passes over the training split."""
-    minutes: float | None = None
-    """Wall-clock minutes of training, validation included, added up over resumes."""
-    global_batch_size: int | None = None
-    """Samples of one optimizer step, over all ranks. It belongs to the run, not to the machine.
-    Left out: 8 (2 with the preset small, 1 with paper)."""
-    accumulate: int | Literal["auto"] = 1
-    """Forward passes that a rank splits its part of a step into. auto: the fewest that fit into the
-    memory of every GPU, found by trying at the start, also of a resume; 1 without a GPU."""
-    compile: bool = False
-    """Compile the network for training (torch.compile): a minute at the start, faster steps.
-    Validation runs it uncompiled, since every size of image would be compiled anew."""
-    channels_last: tyro.conf.DisallowNone[bool | None] = None
-    """Keep maps as [B, H, W, C] in memory, as the matrix units of GPUs want them in bf16. Left out:
-    on a GPU with --compile; without that, instance norm would copy every map back."""
-    gradient_checkpointing: bool = False
-    """Keep fewer maps and compute the others twice: a third slower, for larger crops or batches."""
-    deterministic: bool = False
-    """Take only algorithms that give the same bits every time on the same kind of GPU, so that a
-    resumed run equals one that was never interrupted; slower. CPUs do so anyway."""
-    crop_size: int | None = None
-    """Side of the square training crops; left out: what most pictures hold, at most 512 pixels
-    (256 with the preset small). With the preset paper it includes the margin: 572 show 388."""
-    bad_samples: Literal["raise", "skip"] = "raise"
-    """A training sample that cannot be decoded ends the run, or another one takes its place."""
-    max_bad_share: float = 0.01
-    """With `skip`: the share of the samples drawn (of one epoch, before that is over) that may be
-    replaced before the run ends all the same."""
-    log_every: int = 20
-    """Steps between lines of metrics.jsonl."""
-    eval_every: int = 500
-    """Steps between validations, each followed by a checkpoint; one always ends the run."""
-    save_every: int | None = None
-    """Steps between further checkpoints, without a validation."""
-    keep_checkpoints: int = 2
-    """Newest checkpoints to keep besides the best."""
-    keep_every: int | None = None
-    """Checkpoints of steps that this divides are kept for good."""
-    best_by: scoring.MeanName = "dice"
-    """The score that decides which checkpoint is the best: the mean over classes of Dice or IoU
-    over all pixels, or of those of single pictures."""
-    patience: int | None = None
-    """Validations in a row without a better score after which the run ends."""
-    init_from: str | None = None
-    """A run folder, checkpoint folder or hub id whose weights a new run begins with; the last layer
-    begins afresh where the classes are others."""
-    seed: int = 0
-    """Seed of weights, order, crops and augmentation."""
-    lanes: int = LANES
-    """Lanes of the sample order; ranks read apart from each other where they divide it."""
-    window: int = WINDOW
-    """Samples that are shuffled together within a lane."""
-    model: ModelConfig = field(default_factory=ModelConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
-    augment: AugmentConfig = field(default_factory=AugmentConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    tiles: TileConfig = field(default_factory=TileConfig)
-    tracking: TrackingConfig = field(default_factory=TrackingConfig)
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "epochs", "minutes", "crop_size", "global_batch_size"):
-            if (value := getattr(self, name)) is not None and value <= 0:
-                raise ValueError(f"{name} must be above 0, got {value}")
-        for name in (
-            "accumulate",
-            "log_every",
-            "eval_every",
-            "save_every",
-            "keep_checkpoints",
-            "keep_every",
-            "patience",
-            "lanes",
-            "window",
-        ):
-            if isinstance(value := getattr(self, name), int) and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if self.seed < 0:
-            raise ValueError("seed must not be below 0")
-        if not 0 <= self.max_bad_share <= 1:
-            raise ValueError(f"max_bad_share is a share, 0 to 1, got {self.max_bad_share}")
-        if self.gradient_checkpointing and self.model.network().norm == "batch":
-            raise ValueError(
-                "--gradient-checkpointing would count every batch twice in the averages of "
-                "--model.norm batch; take instance or group"
-            )
-        DataConfig.__post_init__(self)
-
-    def limits(self, num_samples: int) -> Limits:
-        """What ends the run, in steps and minutes."""
-        steps = [] if self.steps is None else [self.steps]
-        if self.epochs is not None:
-            steps.append(max(1, round(self.epochs * num_samples / self.step_samples())))
-        if not steps and self.minutes is None:
-            steps = [DEFAULT_STEPS]
-        return Limits(min(steps) if steps else None, self.minutes)
-
-    @property
-    def passes(self) -> int:
-        """Forward passes of a step on each rank; 1 as long as that is left to be found."""
-        return 1 if self.accumulate == "auto" else self.accumulate
-
-    def saves(self, step: int) -> bool:
-        """Whether weights are scored or saved after a step, not counting the last."""
-        often = (self.eval_every, *([self.save_every] if self.save_every else []))
-        return any(step % every == 0 for every in often)
-
-    def step_samples(self) -> int:
-        """Samples of one optimizer step, over all ranks."""
-        return self.global_batch_size or GLOBAL_BATCH_SIZE[self.model.preset]
+from unet import Scores, metrics
 
 
 def run(config: TrainConfig) -> int:
@@ -270,10 +147,10 @@ def train(config: TrainConfig, checkpoints: Checkpoints) -> int:
         checkpoints.raise_failure()
         if validation_due(config, budget, state):
             with uncompiled(config):
-                scores = scoring.score(learner.scored, accelerator, data, "val", config.tiles)
-            tracker.log(budget.step, scoring.named(scores, "val"))
-            progress.say(f"step {budget.step}: {scoring.headline(scores, 'val')}")
-            state = judge(state, scoring.mean_of(scores, config.best_by) or 0.0)
+                scores = score.score(learner.scored, accelerator, data, "val", config.tiles)
+            tracker.log(budget.step, table.named(scores, "val"))
+            progress.say(f"step {budget.step}: {table.headline(scores, 'val')}")
+            state = judge(state, metrics.mean_of(scores, config.best_by) or 0.0)
             save(checkpoints, state, learner, accelerator, is_best=state.stale == 0)
             drawn = partial(draw_validation, learner.scored, accelerator, data, config.tiles)
             with uncompiled(config):
@@ -363,178 +240,14 @@ def validation_due(config: TrainConfig, budget: Budget, state: TrainState) -> bo
     return budget.spent or budget.step % config.eval_every == 0
 
 
-def resolve(config: TrainConfig, manifest: Manifest) -> tuple[TrainConfig, Order]:
-    """What the data set decides. Raises DataError or UsageError before any device is touched."""
-    train_split = manifest.split("train", config.data)
-    manifest.split("val", config.data)
-    config = replace(config, global_batch_size=config.step_samples())
-    config = replace(config, crop_size=choose_crop_size(config.model, config.crop_size, manifest))
-    refuse_missing(config.loss, manifest, config.data)
-    sizes = tuple(shard.samples for shard in train_split.shards)
-    return config, Order(sizes, config.seed, config.lanes, config.window)
-
-
 def uncompiled(config: TrainConfig) -> AbstractContextManager[None]:
     """Run a compiled network eagerly: every size of validation image would be another graph."""
     return torch.compiler.set_stance("force_eager") if config.compile else nullcontext()
 
 
-def rank_batch_size(config: TrainConfig, world: int) -> int:
-    """Samples of one forward pass of one rank. Raises UsageError where the step does not divide."""
-    samples = config.step_samples()
-    size, rest = divmod(samples, world * config.passes)
-    if rest or not size:
-        passes = world * config.passes
-        below = samples // passes * passes
-        fitting = [str(number) for number in (below, below + passes) if number]
-        raise UsageError(
-            f"--global-batch-size {samples} does not divide among {world} ranks x "
-            f"{config.passes} accumulated passes; {' or '.join(fitting)} would"
-        )
-    return size
-
-
-def find_passes(
-    config: TrainConfig, manifest: Manifest, accelerator: Accelerator, learner: Learner
-) -> TrainConfig:
-    """The configuration with `accumulate` found by trying; Accelerate counts by it from here on."""
-    assert config.crop_size is not None
-    criterion = build_loss(config.loss, manifest).to(accelerator.device)
-    augment, border = Augment(config.augment, config.seed), config.loss.border_weight > 0
-    probe = Probe(
-        *(accelerator, learner, criterion, augment, config.crop_size, border),
-        benchmark=not config.deterministic,
-    )
-    samples = rank_batch_size(config, accelerator.num_processes)
-    config = replace(config, accumulate=probe.choose_passes(samples))
-    accelerator.gradient_accumulation_steps = config.passes
-    if accelerator.is_main_process:
-        print(describe_passes(accelerator.device, config.passes, samples), file=sys.stderr)
-    return config
-
-
-def refuse_batch_norm(config: TrainConfig, accelerator: Accelerator, batch_size: int) -> None:
-    """Raise UsageError where batch norm would have nothing to norm, or not all of it."""
-    network = config.model.network()
-    if network.norm != "batch":
-        return
-    if accelerator.num_processes > 1 and accelerator.device.type != "cuda":
-        raise UsageError(
-            "--model.norm batch is over all ranks on GPUs only; on CPUs take instance or group"
-        )
-    assert config.crop_size is not None
-    if batch_size * (config.crop_size // 2**network.depth) < 2:
-        raise UsageError(
-            f"--model.norm batch sees one value of each channel in crops of {config.crop_size} "
-            "pixels, one a pass; raise --crop-size or --global-batch-size"
-        )
-
-
-def prepare_model(
-    config: TrainConfig, manifest: Manifest, accelerator: Accelerator, init_from: str | None
-) -> UNet:
-    """A fresh model on its device, as the run wants it there; `init_from`: with these weights."""
-    assert config.crop_size is not None
-    model = build_model(config.model, manifest, config.crop_size)
-    if init_from is not None:
-        begin_with(model, init_from)
-    model = model.to(accelerator.device)
-    if config.channels_last:
-        # Which torch's stubs leave out.
-        model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
-        # In place; on CPUs there is no such norm.
-        nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    model.gradient_checkpointing = config.gradient_checkpointing
-    return model
-
-
 def seed_dropout(seed: int, position: Tensor) -> None:
     """What is dropped belongs to the samples: after a resume it is the same."""
     torch.manual_seed((seed * 2**40 + int(position[0])) % 2**63)
-
-
-def fixed_settings(config: TrainConfig, manifest: Manifest) -> dict[str, Any]:
-    """What must not change on resume, by the name of its flag."""
-    plain = to_plain(config)
-    names = (
-        "seed",
-        "lanes",
-        "window",
-        "global_batch_size",
-        "crop_size",
-        "init_from",
-        "model",
-        "loss",
-        "optim",
-        "augment",
-    )
-    groups = {name: plain[name] for name in names}
-    flat = {
-        f"{name}.{key}" if key else name: value
-        for name, group in groups.items()
-        for key, value in (group.items() if isinstance(group, dict) else [("", group)])
-    }
-    return {**flat, "order_version": ORDER_VERSION, "manifest": manifest.digest}
-
-
-def open_batches(
-    config: TrainConfig, data: DataSet, plan: TrainPlan, accelerator: Accelerator
-) -> Iterator[Batch]:
-    """This rank's endless batches."""
-    assert config.crop_size is not None
-    return train_batches(
-        data,
-        plan,
-        crop_size=config.crop_size,
-        augment=config.augment,
-        seed=config.seed,
-        margin=config.model.network().margin,
-        border=config.loss.border_weight > 0,
-        skip=config.bad_samples == "skip",
-        pin=accelerator.device.type == "cuda",
-    )
-
-
-class Progress:
-    """What a person sees while a run goes on: a bar on a terminal, else a line now and then."""
-
-    def __init__(self, accelerator: Accelerator, budget: Budget) -> None:
-        self.speaks, self.budget = accelerator.is_main_process, budget
-        self.terminal = sys.stderr.isatty()
-        self.dice: float | None = None
-        """Of the last validation."""
-        self.bar = tqdm(
-            total=1000,
-            initial=round(1000 * budget.progress),
-            desc="train",
-            bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
-            disable=not (self.speaks and self.terminal),
-        )
-
-    def show(self, values: dict[str, float]) -> None:
-        """The latest numbers."""
-        text = (
-            f"step {self.budget.step}, loss {values['train/loss']:.4f}, "
-            f"{values['train/samples_per_second']:.1f} samples/s, "
-            f"waited {values['train/data_wait']:.0%}"
-        )
-        if self.dice is not None:
-            text += f", dice {self.dice:.4f}"
-        self.bar.set_postfix_str(text, refresh=False)
-        self.bar.update(round(1000 * self.budget.progress) - self.bar.n)
-        if not self.terminal:
-            left = self.budget.seconds * (1 / max(self.budget.progress, 1e-9) - 1)
-            self.say(f"{self.budget.progress:4.0%}  {text}, {timedelta(seconds=round(left))} left")
-
-    def say(self, line: str) -> None:
-        """A line that stays."""
-        if self.speaks:
-            tqdm.write(line, file=sys.stderr)
-
-    def close(self) -> None:
-        """Leave the terminal as it was."""
-        self.bar.close()
 
 
 def save(
@@ -615,7 +328,7 @@ def conclude(
         else:
             why = f", no better for {state.stale} validations" if given_up(config, state) else ""
             print(f"finished at step {state.step}, {state.seconds:.0f} s{why}")
-            print(scoring.table(scores))
+            print(table.table(scores))
             print(close_run(config.run_dir, accelerator))
         if finished:
             checkpoint = f"--checkpoint {config.run_dir}"

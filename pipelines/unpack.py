@@ -8,14 +8,17 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from PIL import Image
 
-from pipelines.config import refuse_url, run_command
-from pipelines.overlay import draw_overlay
-from pipelines.progress import progress
-from shards.images import IMAGE_EXTENSIONS, decode_image, encode_png
-from shards.index import Manifest, read_manifest
-from shards.masks import decode_mask
+from pipelines.drawing.overlay import draw_overlay
+from pipelines.runtime.command import run_command
+from pipelines.runtime.errors import refuse_url
+from pipelines.runtime.progress import progress
+from shards.images.files import IMAGE_EXTENSIONS, encode_png
+from shards.images.pixels import decode_image
+from shards.manifest import Manifest, read_manifest
+from shards.masks.png import decode_mask
 from shards.order import EvalPlan
-from shards.reader import RawSample, SampleSource, ShardReader
+from shards.raw import RawSample
+from shards.reader import SampleSource, ShardReader
 from shards.sample import IGNORE, DataError, Uint8, is_safe_path
 from shards.writer import write_atomically
 

@@ -4,10 +4,10 @@
 imports webdataset, and with it torch, and is therefore imported only by code that reads shards.
 """
 
-from shards.images import ImageFormat
-from shards.index import Manifest, ShardInfo, read_manifest
-from shards.masks import MaskFormat
-from shards.pairs import Pair, find_pairs
+from shards.folders.pairs import Pair, find_pairs
+from shards.images.files import ImageFormat
+from shards.manifest import Manifest, ShardInfo, read_manifest
+from shards.masks.formats import MaskFormat
 from shards.sample import IGNORE, DataError, Sample
 
 __all__ = [

@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
 
-from shards.index import ShardInfo
+from shards.manifest import ShardInfo
 from shards.sample import DataError
 from shards.store import ByteRange, Store
 from shards.writer import try_lock_file

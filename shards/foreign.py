@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, Literal
 
-from shards.index import MemberRange
+from shards.offsets import MemberRange
 from shards.sample import (
     BORDER_EXTENSION,
     INFO_EXTENSION,

@@ -1,12 +1,10 @@
 """Samples by byte offset: the source stage of a webdataset pipeline."""
 
-import json
 import os
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from io import FileIO
 from itertools import chain, islice, repeat
 from pathlib import Path, PurePosixPath
@@ -15,98 +13,22 @@ from typing import Any, NamedTuple, Protocol, cast
 from torch.utils.data import IterableDataset, get_worker_info
 from webdataset.pipeline import DataPipeline
 
-from shards.border import decode_border
 from shards.cache import ShardCache, ShardPrefetcher, mark_read
-from shards.images import DecodedImage, ImageFormat, decode_unconverted
-from shards.index import MemberRange, SampleRange, ShardInfo, ShardOffsets, read_offsets
-from shards.masks import decode_mask
+from shards.manifest import ShardInfo
+from shards.offsets import MemberRange, SampleRange, ShardOffsets, read_offsets
 from shards.order import Address
-from shards.sample import BORDER_EXTENSION, DataError, Sample, Uint8
+from shards.raw import RawSample
+from shards.sample import DataError
 from shards.store import ByteRange, Store
 
 MAX_OPEN_SHARDS = 128
 """Shards that one process keeps open: more than a stream has lanes."""
-
 BATCHES_PER_REQUEST = 4
 """Batches of remote samples that are requested at once."""
-
 MAX_OFFSETS_BYTES = 128 * 2**20
 """Memory for offsets per process: a million remote samples, or 32 million local ones."""
-
 MAX_GAP_BYTES = 2**16
 """Bytes between the members of a sample that are read as well rather than skipped."""
-
-
-@dataclass(frozen=True, slots=True)
-class RawSample:
-    """The encoded members of a sample."""
-
-    key: str
-    position: int
-    """Its position in the stream or split that it was read for."""
-    image: bytes
-    extension: str
-    """Extension of the image, in lower case: `jpg`, `png`, ..."""
-    is_mask: bool
-    """The sample has no image, as in predictions without images: `image` is the mask."""
-    mask: bytes | None
-    info: bytes | None
-    """The member `json`; None in shards written by other programs."""
-    where: str
-    """Shard and key, for error messages."""
-    border: bytes | None = None
-    """The member `border.png`; None if no border maps were packed."""
-
-    def decode(self, image_format: ImageFormat, num_classes: int) -> Sample:
-        """Decode image and mask. Raises DataError naming shard and key."""
-        image, mask = self.decode_unconverted(image_format, num_classes)
-        return Sample(self.key, image.crop(0, 0, *image.size), mask)
-
-    def decode_unconverted(
-        self, image_format: ImageFormat, num_classes: int
-    ) -> tuple[DecodedImage, Uint8 | None]:
-        """Decode image and mask without converting the image: only a crop may be needed.
-
-        Returns the image and class indices [H, W], None if unlabelled. Raises DataError naming
-        shard and key.
-        """
-        image = decode_unconverted(self.image, image_format, self.where)
-        if self.mask is None:
-            return image, None
-        mask = decode_mask(self.mask, num_classes, self.where)
-        (width, height), (rows, columns) = image.size, mask.shape
-        if (rows, columns) != (height, width):
-            raise DataError(
-                f"{self.where}: the mask is {columns} x {rows}, but the image is {width} x "
-                f"{height}; pack the data set again"
-            )
-        return image, mask
-
-    def decode_border(self, size: tuple[int, int]) -> Uint8 | None:
-        """Decode the border map to uint8 [H, W]; None if the sample has none.
-
-        Raises DataError if it is damaged or not of the image's `size` (width, height).
-        """
-        if self.border is None:
-            return None
-        return decode_border(self.border, size, f"{self.where}.{BORDER_EXTENSION}")
-
-    def parse_info(self) -> dict[str, Any]:
-        """Parse `KEY.json`; without one, return the name of the image member as `source`.
-
-        Raises DataError if the member is not a JSON object.
-        """
-        if self.info is None:
-            return {"source": f"{self.key}.{self.extension}"}
-        try:
-            info = json.loads(self.info)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{self.where}.json is not valid JSON; pack it again") from error
-        if not isinstance(info, dict):
-            raise DataError(f"{self.where}.json is not a JSON object; pack it again")
-        return info
-
-
 Stage = Callable[[Iterator[Any]], Iterator[Any]]
 """A later stage of a pipeline."""
 

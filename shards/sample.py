@@ -2,9 +2,10 @@
 
 import hashlib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Literal
+from typing import Any, Literal
 from urllib.parse import quote
 
 import numpy as np
@@ -14,20 +15,15 @@ Channels = Literal["L", "RGB"]
 Colour = tuple[int, int, int]
 Palette = tuple[Colour, ...]
 Uint8 = NDArray[np.uint8]
-
 IGNORE = 255
 """Mask value of pixels that are excluded from losses and metrics."""
-
 MAX_KEY_BYTES = 90
 """A key and the longest extension must fit into the 100 bytes of a USTAR name."""
-
 PLAIN_SOURCE = re.compile(r"(?:[A-Za-z0-9_-]+/)*[A-Za-z0-9_-]+\.[A-Za-z0-9]+")
 """The common case: a path whose key is the path itself without its extension."""
-
 MASK_EXTENSION = "mask.png"
 BORDER_EXTENSION = "border.png"
 INFO_EXTENSION = "json"
-
 PROBABILITY_MEMBER = re.compile(r".+\.probability-\d+\.png", re.DOTALL)
 """Names of the probability maps that `unet predict` adds on request: not images of a sample."""
 
@@ -77,3 +73,26 @@ def is_safe_path(path: str) -> bool:
         and ".." not in pure.parts
         and not re.search(r"[\x00\\]", path)
     )
+
+
+MAX_LISTED = 20
+"""Problems listed in one message; the others are only counted."""
+
+
+class AggregateDataError(DataError):
+    """Several problems with the same remedy. The message lists the first 20, `problems` all."""
+
+    def __init__(self, problems: Sequence[str], remedy: str) -> None:
+        super().__init__(format_problems(problems, remedy))
+        self.problems, self.remedy = list(problems), remedy
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return AggregateDataError, (self.problems, self.remedy)
+
+
+def format_problems(problems: Sequence[str], remedy: str) -> str:
+    """Format one problem as one line, several as a list of the first 20 below the remedy."""
+    if len(problems) == 1:
+        return f"{problems[0]}; {remedy}"
+    more = [f"and {len(problems) - MAX_LISTED} more"] if len(problems) > MAX_LISTED else []
+    return "\n  ".join([f"{len(problems)} problems ({remedy}):", *problems[:MAX_LISTED], *more])

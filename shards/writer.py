@@ -198,3 +198,9 @@ def write_atomically(
 def write_json(path: Path, plain: Any, within: Path | None = None) -> None:
     """Write indented JSON atomically; equal content gives equal bytes."""
     write_atomically(path, (json.dumps(plain, indent=1) + "\n").encode(), within=within)
+
+
+def flush_to_disk(file: Path) -> None:
+    """Return when a file's bytes would survive a power cut."""
+    with file.open("rb") as handle:
+        os.fsync(handle.fileno())

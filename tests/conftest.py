@@ -29,7 +29,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from pipelines import progress
+from pipelines.runtime import progress
 
 # Before torch is imported, and inherited by every process that a test starts.
 os.environ.update(
@@ -347,7 +347,7 @@ class Packed:
 @pytest.fixture(scope="session")
 def samples() -> Callable[[Path], dict[str, Packed]]:
     """Reads {source: sample} of all splits of a data set."""
-    from shards.index import read_manifest
+    from shards.manifest import read_manifest
     from shards.order import EvalPlan
     from shards.reader import SampleSource, ShardReader
 

@@ -19,7 +19,19 @@ TOP_LEVEL = {
     *("accelerate_config.yaml", "Dockerfile", "pyproject.toml"),
     *("README.md", "LICENSE", "CHANGELOG.md"),
 }
-LIGHT = ("check", "pack", "index", "separate", "unpack", "config", "cli", "demo")
+LIGHT = ("check", "pack", "index", "separate", "unpack", "runtime.command", "cli", "demo")
+STAGES: dict[str, set[str]] = {
+    "runtime": set(),
+    "drawing": set(),
+    "packing": {"runtime"},
+    "loading": {"runtime"},
+    "model": {"runtime"},
+    "training": {"runtime", "loading", "model"},
+    "inference": {"runtime", "drawing", "model"},
+    "evaluation": {"runtime", "drawing", "loading", "model", "inference"},
+    "reporting": {"runtime", "drawing", "loading", "model", "evaluation"},
+}
+"""The sub-packages of pipelines and those that each may import: a DAG, listed bottom up."""
 
 
 def list_files(*options: str) -> list[str]:
@@ -153,6 +165,38 @@ def test_imports_are_acyclic() -> None:
     assert sorted(order) == sorted(modules)
 
 
+def stage_of(module: str) -> str | None:
+    """Return the sub-package of pipelines that a module belongs to; None for verbs and others."""
+    parts = module.split(".")
+    return parts[1] if parts[0] == "pipelines" and len(parts) > 2 else None
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if stage_of(name)])
+def test_sub_packages_import_only_what_is_below_them(module: str) -> None:
+    stage = stage_of(module)
+    assert stage in STAGES, f"{stage} is not listed in STAGES"
+    modules = {name for name in imported(MODULES[module]) if name in MODULES}
+    used = {stage_of(name) for name in modules} - {stage, None}
+    assert used <= STAGES[stage]
+
+
+def test_stages_are_listed_bottom_up() -> None:
+    names = list(STAGES)
+    for position, stage in enumerate(names):
+        assert STAGES[stage] <= set(names[:position])
+    folders = {
+        path.name for path in (REPO / "pipelines").iterdir() if (path / "__init__.py").exists()
+    }
+    assert folders == set(names)
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if "." in name])
+def test_no_module_has_more_than_400_lines(module: str) -> None:
+    file = REPO / Path(*module.split("."))
+    file = file / "__init__.py" if file.is_dir() else file.with_suffix(".py")
+    assert len(file.read_text().splitlines()) <= 400
+
+
 @pytest.mark.parametrize("module", LIGHT)
 def test_modules_without_a_device_do_not_import_accelerate(module: str) -> None:
     assert "accelerate" not in roots(closure(f"pipelines.{module}"))
@@ -193,8 +237,8 @@ CONFIGS = [
 
 
 def test_every_verb_has_a_config() -> None:
-    names = {(module, node.name) for module, node in CONFIGS}
-    assert {(f"pipelines.{verb}", f"{verb.capitalize()}Config") for verb in VERBS} <= names
+    names = {node.name for _, node in CONFIGS}
+    assert {f"{verb.capitalize()}Config" for verb in VERBS} <= names
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,12 @@ import torch
 from PIL import Image
 
 import unet.weights
-from shards.images import ImageFormat, ImageRule, decode_image, load_pixels, open_image
-from shards.index import ShardInfo, read_manifest
-from shards.masks import MaskFormat, encode_mask, read_mask
+from shards.images.files import ImageFormat, ImageRule, load_pixels, open_image
+from shards.images.pixels import decode_image
+from shards.manifest import ShardInfo, read_manifest
+from shards.masks.canonical import read_mask
+from shards.masks.formats import MaskFormat
+from shards.masks.png import encode_mask
 from shards.order import Address
 from shards.reader import ShardReader
 from shards.sample import DataError

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.cli import VERBS
-from pipelines.config import parse
+from pipelines.runtime.command import parse
 
 REPO = Path(__file__).resolve().parents[1]
 MEASURED = "tests/benchmarks/README.md"

@@ -13,7 +13,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from pipelines.config import parse
+from pipelines.runtime.command import parse
 
 REPO = Path(__file__).resolve().parents[1]
 

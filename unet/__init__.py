@@ -6,7 +6,8 @@ Nothing here opens a file but weights, asks for a rank, or knows what a shard is
 from unet.losses import LossConfig, SegmentationLoss, inverse_frequency
 from unet.masks import MaskRule, PredictedMasks, predict_mask, predict_masks
 from unet.metrics import Empty, Scores, SegmentationScores, confusion_per_image
-from unet.model import PRESETS, DataSpec, UNet, UNetConfig, valid_input
+from unet.model import PRESETS, UNet, UNetConfig, valid_input
+from unet.spec import DataSpec
 from unet.surface import Surface, SurfaceScores
 from unet.tiling import Block, NetworkGeometry, TileConfig, halve_tile, predict_blocks
 

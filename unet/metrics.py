@@ -26,10 +26,8 @@ from unet.losses import IGNORE
 Empty = Literal["skip", "one", "zero"]
 """Dice and IoU of a class that is neither in the mask nor in the prediction."""
 EMPTY_SCORES: dict[Empty, float | None] = {"skip": None, "one": 1.0, "zero": 0.0}
-
 PIXELS = 2**22
 """Pixels counted at a time, so that memory does not grow with the size of the images."""
-
 FIXED_POINT = 2**32
 """Per-image scores are summed as multiples of 2^-32: exact in any order of summation."""
 
@@ -275,3 +273,13 @@ def mean(values: list[float | None]) -> float | None:
     """Average the values that are not None; returns None if all are."""
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
+
+
+MeanName = Literal["dice", "iou", "image_dice", "image_iou"]
+"""Means over the classes that count: over all pixels, or over those of single pictures."""
+
+
+def mean_of(scores: Scores, name: MeanName) -> float | None:
+    """One of the mean scores."""
+    means = scores.per_image if name.startswith("image_") else scores.macro
+    return means.iou if name.endswith("iou") else means.dice

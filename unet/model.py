@@ -1,9 +1,8 @@
 """The U-Net, its presets, and the description of the data it was trained on."""
 
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
@@ -11,17 +10,9 @@ from huggingface_hub import ModelHubMixin
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from unet import weights
-from unet.blocks import (
-    Activation,
-    ConvConfig,
-    DoubleConv,
-    Down,
-    Norm,
-    Padding,
-    Up,
-    Upsampling,
-)
+from unet import milesial, weights
+from unet.blocks import Activation, ConvConfig, DoubleConv, Down, Norm, Padding, Up, Upsampling
+from unet.spec import DataSpec
 
 MAX_CHANNELS = 16_384
 """Limit for the bottom level, so that an untrusted config.json cannot exhaust memory."""
@@ -114,63 +105,6 @@ PRESETS: dict[str, UNetConfig] = {
     "small": UNetConfig(base_channels=16),
 }
 """`modern`: 31 M parameters, padded, normalised. `paper`: as of 2015. `small`: for laptops."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DataSpec:
-    """Description of the training data, saved with the weights."""
-
-    classes: tuple[str, ...]
-    """Class names by index."""
-    palette: tuple[tuple[int, int, int], ...]
-    """RGB colour of each class, 0-255."""
-    channels: Literal["L", "RGB"]
-    """Pillow mode to which images are converted before normalisation."""
-    mean: tuple[float, ...]
-    """Mean of each channel over the training images, pixels in 0-1."""
-    std: tuple[float, ...]
-    """Standard deviation of each channel, pixels in 0-1."""
-    crop_size: int
-    """Side of the square training crops, in pixels."""
-    image_range: tuple[int, int] | None = None
-    """Values of 16-bit images that are mapped to 0 and 255; None: 8-bit images only."""
-    alpha: Literal["refuse", "drop"] = "refuse"
-    """Images with transparent pixels are refused, or used without their alpha channel."""
-
-    @property
-    def counted(self) -> tuple[int, ...]:
-        """Indices of the classes that enter losses and mean scores: all except `background`."""
-        return counted_classes(self.classes)
-
-    def normalise(self, image: Tensor) -> Tensor:
-        """Normalise uint8 [B, C, H, W] to float32, mean 0 and deviation 1 over the data set."""
-        # A traced graph owns its constants, and fake tensors of tracing must not be cached.
-        build = make_pixel_scale if torch.compiler.is_compiling() else pixel_scale
-        mean, std = build(self.mean, self.std, image.device)
-        # In place: on a CPU, allocating memory takes longer than arithmetic.
-        pixels = image.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-        return pixels.sub_(mean).div_(std)
-
-
-def make_pixel_scale(
-    mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Convert mean and deviation to pixels in 0-255: float32 [1, C, 1, 1] each, on a device."""
-    # Tensors created in inference mode could not be used in training.
-    with torch.inference_mode(False):
-        shift, scale = (
-            torch.tensor(values, device=device).view(1, -1, 1, 1) * 255 for values in (mean, std)
-        )
-        return shift, scale.clamp(min=1e-3)
-
-
-pixel_scale = lru_cache(maxsize=64)(make_pixel_scale)
-"""Cached `make_pixel_scale`: a copy per batch would make the host wait for the GPU."""
-
-
-def counted_classes(classes: tuple[str, ...]) -> tuple[int, ...]:
-    """Return the indices of the classes that enter losses and mean scores: not `background`."""
-    return tuple(i for i, name in enumerate(classes) if name.lower() != "background")
 
 
 def valid_input(output: int, depth: int) -> int:
@@ -307,7 +241,7 @@ class UNet(nn.Module, ModelHubMixin):
         and std 1. Raises FileNotFoundError if the file does not exist, ValueError if it is not such
         a checkpoint.
         """
-        tensors = weights.read_milesial(Path(path))
+        tensors = milesial.read_milesial(Path(path))
         base_channels, in_channels = tensors["downs.0.conv.0.weight"].shape[:2]
         config = UNetConfig(
             in_channels=in_channels,

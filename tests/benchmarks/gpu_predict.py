@@ -15,8 +15,9 @@ from network import seconds
 from PIL import Image
 from predicting import SIDE, SPEC, Job, measure_codec, prepare, save_model, steady_rate
 
-from shards.images import ImageFormat, decode_image
-from shards.masks import encode_mask
+from shards.images.files import ImageFormat
+from shards.images.pixels import decode_image
+from shards.masks.png import encode_mask
 from shards.writer import ShardWriter
 from unet import TileConfig, UNet, predict_mask
 

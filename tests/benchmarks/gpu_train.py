@@ -16,7 +16,7 @@ from gpu_process import LAUNCH, Process, observe_verb, run, verb
 from packing import prepare
 from PIL import Image
 
-from shards.index import MANIFEST
+from shards.manifest import MANIFEST
 
 RATE = "train/samples_per_second"
 MEASURED = (

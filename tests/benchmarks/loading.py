@@ -8,7 +8,8 @@ The pairs are those of packing.py: 512 x 512, JPEG images and canonical PNG mask
 yields decoded batches of 16, uint8, with two worker processes:
 
     limit        two processes that only decode bytes in memory, with Pillow; no batches
-    ours         pipelines.batches.train_batches on shards of `unet pack`, decoding with Pillow
+    ours         pipelines.loading.batches.train_batches on shards of `unet pack`, decoding with
+    Pillow
     ours-turbo   `ours`, decoding with simplejpeg
     webdataset   WebDataset(shardshuffle=100).shuffle(1000) and WebLoader on the same shards, with
                  torch's collate function, which is faster than its own
@@ -55,7 +56,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 if TYPE_CHECKING:
     from packing import Data
 
-    from shards.reader import RawSample
+    from shards.raw import RawSample
 
 SIDE = 512
 WORKERS = 2
@@ -130,10 +131,10 @@ def decode(image: bytes, mask: bytes) -> Arrays:
 
 
 def load_ours(folder: Path) -> Iterator[Arrays]:
-    from pipelines.augment import AugmentConfig
-    from pipelines.batches import train_batches
-    from pipelines.dataset import DataSet
-    from shards.index import read_manifest
+    from pipelines.loading.augment import AugmentConfig
+    from pipelines.loading.batches import train_batches
+    from pipelines.loading.dataset import DataSet
+    from shards.manifest import read_manifest
     from shards.order import Order, TrainPlan
     from shards.store import Store
 
@@ -190,7 +191,7 @@ def load_folder(folder: Path) -> Iterable[Arrays]:
     return DataLoader(Folder(folder), batch_size=BATCH, shuffle=True, num_workers=WORKERS)
 
 
-OURS = ("pipelines.batches",)
+OURS = ("pipelines.loading.batches",)
 CONTENDERS = {
     "limit": Contender("shards", (), None),
     "ours": Contender("shards", OURS, load_ours),
@@ -241,7 +242,7 @@ def decode_only(raws: "Sequence[RawSample]") -> None:
 
 
 def measure_limit(folder: Path, pairs: int) -> Measured:
-    from shards.index import read_manifest
+    from shards.manifest import read_manifest
     from shards.order import Address
     from shards.reader import ShardReader
 

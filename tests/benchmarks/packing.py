@@ -46,7 +46,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from shards.masks import default_palette, encode_mask
+from shards.masks.palettes import default_palette
+from shards.masks.png import encode_mask
 
 SIDE = 512
 WORKERS = 2

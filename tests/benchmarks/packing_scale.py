@@ -26,8 +26,8 @@ import numpy as np
 from tqdm import tqdm
 
 if TYPE_CHECKING:
-    from pipelines.pack import PackRule
-    from pipelines.plan import PlannedShard
+    from pipelines.packing.plan import PlannedShard
+    from pipelines.packing.shard_job import PackRule
 
 SIDE = 8
 FOLDER = 1000
@@ -68,8 +68,9 @@ def png(pixels: bytes) -> bytes:
 
 def simulate(shards: "Sequence[PlannedShard]", rule: "PackRule", _: object) -> None:
     """Write what packing leaves behind: an empty shard and its report."""
-    from pipelines.pack import REPORT, WORK_DIR, ShardReport
-    from shards.tally import SampleStatistics
+    from pipelines.packing.plan import WORK_DIR
+    from pipelines.packing.shard_job import REPORT_SUFFIX, ShardReport
+    from shards.statistics import SampleStatistics
     from shards.writer import ShardFile
 
     for planned in shards:
@@ -82,7 +83,7 @@ def simulate(shards: "Sequence[PlannedShard]", rule: "PackRule", _: object) -> N
         tally.pixels[0] = count * SIDE * SIDE
         file = ShardFile(planned.name, count, 3584 * count, "0" * 64)
         report = ShardReport(planned.split, rule.plan, file, tally, [])
-        rule.store.write(f"{WORK_DIR}/{planned.name}{REPORT}", report.to_json())
+        rule.store.write(f"{WORK_DIR}/{planned.name}{REPORT_SUFFIX}", report.to_json())
         rule.store.write(planned.name, b"")
 
 
@@ -104,8 +105,8 @@ def pack(work: Path, out: Path, write_shards: bool) -> None:
         setattr(verb, name, call)
 
     if not write_shards:
-        verb.write_shards = simulate
-    for name in ("fix_plan", "finish"):
+        verb.pack_shards = simulate
+    for name in ("fix_plan", "finish_data_set"):
         timed(name)
     start = time.monotonic()
     code = verb.main(
@@ -120,7 +121,7 @@ def pack(work: Path, out: Path, write_shards: bool) -> None:
     manifest = (out / "index.json").stat().st_size
     print(
         f"planned in {marks['fix_plan ends'] - start:.1f} s, manifest in "
-        f"{marks['finish ends'] - marks['finish starts']:.1f} s, total "
+        f"{marks['finish_data_set ends'] - marks['finish_data_set starts']:.1f} s, total "
         f"{time.monotonic() - start:.1f} s; peak memory {memory:,.0f} MiB; "
         f"manifest {manifest / 1e6:.2f} MB",
         flush=True,

@@ -76,10 +76,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from pipelines.checkpoint import LoadedModel
-from pipelines.devices import hold_memory
-from shards.images import ImageFormat, decode_image
-from shards.masks import encode_mask
+from pipelines.model.load import LoadedModel
+from pipelines.runtime.devices import hold_memory
+from shards.images.files import ImageFormat
+from shards.images.pixels import decode_image
+from shards.masks.png import encode_mask
 from unet import DataSpec, PredictedMasks, UNet
 from unet.tiling import stack_tiles
 

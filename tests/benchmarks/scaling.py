@@ -26,8 +26,8 @@ from pathlib import Path
 import torch
 from packing import row
 
-from pipelines.checkpoint import Checkpoints, TrainState
-from pipelines.optim import OptimConfig, build_learner
+from pipelines.training.checkpoints import Checkpoints, TrainState
+from pipelines.training.optim import OptimConfig, build_learner
 from unet import DataSpec, UNet
 
 WORLDS = (8, 64, 512)

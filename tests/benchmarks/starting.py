@@ -33,9 +33,10 @@ from packing import row
 from PIL import Image
 from tqdm import tqdm
 
-from shards.images import ImageFormat, encode_png
-from shards.index import Manifest, ShardInfo, SizeCount, SplitInfo, write_manifest
-from shards.masks import default_palette, encode_mask
+from shards.images.files import ImageFormat, encode_png
+from shards.manifest import Manifest, ShardInfo, SizeCount, SplitInfo, write_manifest
+from shards.masks.palettes import default_palette
+from shards.masks.png import encode_mask
 from shards.store import Store
 from shards.writer import ShardWriter
 
@@ -104,10 +105,10 @@ def set_up_process() -> None:
 
 def measure(folder: Path, workers: int, start: int) -> tuple[float, float, float]:
     """Measure the seconds to the first batch, MB then, and MB after `LATER` batches."""
-    from pipelines.augment import AugmentConfig
-    from pipelines.batches import train_batches
-    from pipelines.dataset import DataSet
-    from shards.index import read_manifest
+    from pipelines.loading.augment import AugmentConfig
+    from pipelines.loading.batches import train_batches
+    from pipelines.loading.dataset import DataSet
+    from shards.manifest import read_manifest
     from shards.order import Order, TrainPlan
 
     imports, clock = memory(), time.perf_counter()

@@ -14,7 +14,7 @@ from pathlib import Path
 import gpu
 import psutil
 
-from pipelines.predict import PredictConfig
+from pipelines.inference.options import PredictConfig
 
 REPO = Path(__file__).resolve().parents[2]
 SCRIPT = REPO / "tests" / "benchmarks" / "gpu.sh"

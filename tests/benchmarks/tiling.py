@@ -49,7 +49,7 @@ import torch
 from packing import row
 from torch import Tensor
 
-from pipelines.devices import hold_memory
+from pipelines.runtime.devices import hold_memory
 from unet import DataSpec, TileConfig, UNet, UNetConfig, predict_mask
 
 TILE, OVERLAP = 512, 0.25

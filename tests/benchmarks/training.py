@@ -52,9 +52,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipelines import pack, train
-from pipelines.batches import Batch
-from pipelines.devices import hold_memory
-from shards.index import MANIFEST
+from pipelines.loading.stages import Batch
+from pipelines.runtime.devices import hold_memory
+from pipelines.training import setup
+from shards.manifest import MANIFEST
 from unet import LossConfig, SegmentationLoss, UNet
 
 PAIRS = 64
@@ -175,7 +176,7 @@ def memory(arguments: argparse.Namespace) -> tuple[float, float]:
     image, mask = make_batch(arguments)
     image, mask = (image.pin_memory(), mask.pin_memory()) if GPU else (image, mask)
     batch = Batch(image, mask, torch.arange(arguments.batch))
-    train.open_batches = lambda *_: repeat(batch)
+    setup.open_batches = lambda *_: repeat(batch)
     return in_this_process(arguments)
 
 

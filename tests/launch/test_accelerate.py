@@ -14,8 +14,8 @@ import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
-from pipelines.config import parse
-from pipelines.train import TrainConfig
+from pipelines.runtime.command import parse
+from pipelines.training.options import TrainConfig
 
 REPO = Path(__file__).resolve().parents[2]
 CPU, ONE_GPU, TWO_MACHINES = (

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import yaml
 
-from pipelines.config import parse
+from pipelines.runtime.command import parse
 
 validate = pytest.importorskip("kubernetes_validate")
 trainer_api = pytest.importorskip("kubeflow_trainer_api.models")

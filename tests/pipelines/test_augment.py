@@ -12,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipelines.augment import Augment, AugmentConfig, Cropper, Purpose, clipped, uniform
-from shards.images import DecodedImage, ImageFormat
+from pipelines.loading.augment import Augment, AugmentConfig, Purpose, uniform
+from pipelines.loading.crop import Cropper, clipped
+from shards.images.files import ImageFormat
+from shards.images.pixels import DecodedImage
 
 PLAIN: dict[str, Any] = {"contrast": 1.0, "brightness": 0.0, "saturation": 1.0}
 """The colours stay as they are."""

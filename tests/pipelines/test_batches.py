@@ -14,24 +14,18 @@ import pytest
 import torch
 from PIL import Image
 
-from pipelines.augment import AugmentConfig, Cropper
-from pipelines.batches import (
-    Batch,
-    CropStage,
-    WholeStage,
-    ahead,
-    common_side,
-    eval_batches,
-    rare_classes,
-    train_batches,
-)
-from pipelines.buffers import PLACES, Buffers
-from pipelines.dataset import DataSet
-from shards.images import ImageFormat
-from shards.index import Manifest, ShardInfo, SizeCount, SplitInfo
-from shards.masks import default_palette, encode_mask
+from pipelines.loading.augment import AugmentConfig
+from pipelines.loading.batches import ahead, eval_batches, train_batches
+from pipelines.loading.crop import Cropper
+from pipelines.loading.dataset import DataSet
+from pipelines.loading.stages import Batch, CropStage, WholeStage
+from pipelines.runtime.shared_memory import PLACES, Buffers
+from shards.images.files import ImageFormat
+from shards.manifest import Manifest, ShardInfo, SizeCount, SplitInfo, common_side, rare_classes
+from shards.masks.palettes import default_palette
+from shards.masks.png import encode_mask
 from shards.order import Order, TrainPlan
-from shards.reader import RawSample
+from shards.raw import RawSample
 from shards.sample import DataError
 from shards.store import Store
 from shards.writer import ShardWriter

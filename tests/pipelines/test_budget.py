@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from pipelines import budget as module
-from pipelines.budget import Budget, Limits, NotFinite
+from pipelines.training import budget
+from pipelines.training.budget import Budget, Limits, NotFinite
 
 
 class Ranks:
@@ -30,7 +30,7 @@ class Ranks:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     now = SimpleNamespace(seconds=1000.0)
-    monkeypatch.setattr(module.time, "monotonic", lambda: now.seconds)
+    monkeypatch.setattr(budget.time, "monotonic", lambda: now.seconds)
     return now
 
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shards.index import read_manifest
-from shards.pairs import MAX_LISTED
+from shards.manifest import read_manifest
+from shards.sample import MAX_LISTED
 from tests.conftest import flags, levels, solid_image
 
 Folder = Path

@@ -12,16 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipelines.checkpoint import (
-    Checkpoints,
-    RunLock,
-    TrainState,
-    find_checkpoint,
-    load_model,
-    point,
-)
-from pipelines.config import RunError, UsageError
-from pipelines.optim import Learner, OptimConfig, build_learner
+from pipelines.model.load import find_checkpoint, load_model
+from pipelines.runtime.errors import RunError, UsageError
+from pipelines.runtime.run_folder import RunLock
+from pipelines.training.checkpoints import Checkpoints, TrainState, point
+from pipelines.training.optim import Learner, OptimConfig, build_learner
 from shards.sample import DataError
 from unet import UNet, UNetConfig, weights
 
@@ -251,7 +246,7 @@ def test_a_run_that_has_saved_nothing_yet_is_said(tmp_path: Path) -> None:
 
 def test_a_run_folder_is_for_one_process_and_free_when_it_ends(tmp_path: Path, wait_for) -> None:
     code = (
-        "import sys; from pathlib import Path; from pipelines.checkpoint import RunLock\n"
+        "import sys; from pathlib import Path; from pipelines.training.checkpoints import RunLock\n"
         "lock = RunLock(Path(sys.argv[1])); print('mine', flush=True); sys.stdin.read()"
     )
     holder = subprocess.Popen(

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from pipelines import cli
-from pipelines.config import plain_type, setting_types
+from pipelines.runtime.yaml_flags import plain_type, setting_types
 
 SCRIPT = Path(sys.executable).parent / "unet"
 

@@ -7,18 +7,11 @@ from typing import Any, Literal
 import pytest
 import yaml
 
-from pipelines import config
-from pipelines.config import (
-    Flat,
-    UsageError,
-    parse,
-    refuse_unused,
-    run_command,
-    setting_types,
-    settings_of,
-    to_plain,
-)
 from pipelines.pack import PackConfig
+from pipelines.runtime import command, errors
+from pipelines.runtime.command import parse, run_command
+from pipelines.runtime.errors import UsageError
+from pipelines.runtime.yaml_flags import Flat, refuse_unused, setting_types, settings_of, to_plain
 from shards.sample import DataError
 
 
@@ -219,7 +212,7 @@ def test_other_ranks_report_an_error_only_if_rank_0_did_not_end_them(
 ) -> None:
     outputs = []
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr(config.time, "sleep", lambda _: outputs.append(capfd.readouterr()))
+    monkeypatch.setattr(command.time, "sleep", lambda _: outputs.append(capfd.readouterr()))
     try:
         code = run_command(Outer, lambda _: 0, ["--out-dir", "o", *arguments], "verb")
     except SystemExit as end:
@@ -401,7 +394,7 @@ def raising(error: BaseException):
     [
         (UsageError("wrong flag; use another"), 2, "wrong flag; use another"),
         (DataError("a.png is empty"), 1, "a.png is empty"),
-        (config.RunError("it failed"), 1, "it failed"),
+        (errors.RunError("it failed"), 1, "it failed"),
         (FileNotFoundError(2, "No such file", "x/y"), 1, "x/y: No such file"),
         (OSError("failed"), 1, "failed"),
         (KeyboardInterrupt(), 130, "stopped; rerun the same command to resume"),

@@ -4,8 +4,8 @@ import gc
 
 import torch
 
-from pipelines.buffers import PLACES, Buffers
-from pipelines.decoding import Decoded, Lent, lend, restore
+from pipelines.inference.decoding import Decoded, Lent, lend, restore
+from pipelines.runtime.shared_memory import PLACES, Buffers
 
 
 def pictures(*shapes: tuple[int, int, int] | None) -> list[Decoded]:

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.config import RunError
 from pipelines.demo import (
     LABELLED,
     UNSEEN,
@@ -17,7 +16,8 @@ from pipelines.demo import (
     make_launch_command,
     run_step,
 )
-from shards.index import read_manifest
+from pipelines.runtime.errors import RunError
+from shards.manifest import read_manifest
 
 
 def test_the_same_seed_draws_the_same_cells() -> None:

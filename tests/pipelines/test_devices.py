@@ -14,13 +14,15 @@ import pytest
 import torch
 from accelerate import DistributedDataParallelKwargs
 
-from pipelines import devices, passes, train
-from pipelines.config import UsageError
-from pipelines.devices import start
+from pipelines import train
+from pipelines.runtime import devices
+from pipelines.runtime.devices import start
+from pipelines.runtime.errors import UsageError
+from pipelines.training import passes
 
 FAULTS = """
 import resource, torch
-from pipelines.devices import hold_memory
+from pipelines.runtime.devices import hold_memory
 hold_memory()
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -55,7 +57,7 @@ def test_gradients_of_several_ranks_lie_in_the_buckets_that_they_exchange(
 
 TIMEOUT = """
 import sys, torch
-from pipelines.devices import start
+from pipelines.runtime.devices import start
 start(rank_timeout=float(sys.argv[1]))
 group = torch.distributed.group.WORLD._get_backend(torch.device("cpu"))
 print(group.options._timeout.total_seconds())

@@ -12,11 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
-from pipelines import evaluate, per_image
-from pipelines.checkpoint import load_model
-from pipelines.gallery import GAP, IGNORED, WRONG
-from pipelines.per_image import Coming, ImageCounts
-from shards.index import read_offsets
+from pipelines import evaluate
+from pipelines.drawing.panels import GAP, IGNORED, WRONG
+from pipelines.evaluation import per_image
+from pipelines.evaluation.per_image import Coming, ImageCounts
+from pipelines.model.load import load_model
+from shards.offsets import read_offsets
 from unet import confusion_per_image
 
 

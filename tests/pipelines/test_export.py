@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from pipelines import export
-from pipelines.checkpoint import load_model
-from pipelines.config import RunError
+from pipelines.model import export_file
+from pipelines.model.load import load_model
+from pipelines.runtime.errors import RunError
 from unet import DataSpec, UNet, UNetConfig
 
 REPO = Path(__file__).resolve().parents[2]
@@ -187,7 +188,7 @@ def changed(checkpoint: Path) -> Callable[..., float]:
             logits = loaded.model(loaded.spec.normalise(image))
             return change(tuple(image.shape[-2:]), logits)
 
-        return export.compare_logits(loaded, run_file)
+        return export_file.compare_logits(loaded, run_file)
 
     return check
 
@@ -228,13 +229,13 @@ def test_the_check_finds_any_difference(changed, change, said: str) -> None:
 def test_a_file_with_other_logits_is_not_left_behind(
     checkpoint: Path, call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read_torch = export.read_torch
+    read_torch = export_file.read_torch
 
     def read_changed(file: Path) -> Callable[[Tensor], Tensor]:
         run_file = read_torch(file)
         return lambda image: run_file(image) * 1.001
 
-    monkeypatch.setattr(export, "read_torch", read_changed)
+    monkeypatch.setattr(export_file, "read_torch", read_changed)
     out = tmp_path / "model.pt2"
     out.write_bytes(b"an older one")
     ended = call("export", "--checkpoint", checkpoint, "--format", "torch", "--out", out)
@@ -250,10 +251,10 @@ def test_a_file_with_other_logits_is_not_left_behind(
 def test_a_graph_that_torch_cannot_export_is_refused_in_one_line(
     checkpoint: Path, call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd
 ) -> None:
-    def branch(self: export.Exported, image: Tensor) -> Tensor:
+    def branch(self: export_file.Exported, image: Tensor) -> Tensor:
         return self.model(image) if image.sum() > 0 else image
 
-    monkeypatch.setattr(export.Exported, "forward", branch)
+    monkeypatch.setattr(export_file.Exported, "forward", branch)
     out = tmp_path / "model.pt2"
     ended = call("export", "--checkpoint", checkpoint, "--format", "torch", "--out", out)
     assert (ended.code, ended.out) == (1, "")

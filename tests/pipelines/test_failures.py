@@ -14,9 +14,10 @@ import torch
 from torch._C import _DistBackendError, _DistStoreError
 from torch._dynamo.exc import TorchDynamoException
 
-from pipelines import failures
-from pipelines.config import REFUSED, RunError, run_command
-from pipelines.failures import describe, leave_process_group, out_of_memory, summary
+from pipelines.runtime import failures
+from pipelines.runtime.command import run_command
+from pipelines.runtime.errors import REFUSED, RunError
+from pipelines.runtime.failures import describe, leave_process_group, out_of_memory, summary
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -284,8 +285,8 @@ FAILING_RANK = """
 import sys, time
 from dataclasses import dataclass
 import torch
-from pipelines.config import RunError, run_command
-from pipelines.devices import start
+from pipelines.runtime.command import RunError, run_command
+from pipelines.runtime.devices import start
 
 @dataclass(frozen=True)
 class Nothing:

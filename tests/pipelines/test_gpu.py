@@ -20,12 +20,12 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pipelines.augment import Augment, AugmentConfig
-from pipelines.batches import ahead, train_batches
-from pipelines.dataset import DataSet
-from pipelines.devices import start
-from pipelines.optim import OptimConfig, build_learner
-from shards.index import read_manifest
+from pipelines.loading.augment import Augment, AugmentConfig
+from pipelines.loading.batches import ahead, train_batches
+from pipelines.loading.dataset import DataSet
+from pipelines.runtime.devices import start
+from pipelines.training.optim import OptimConfig, build_learner
+from shards.manifest import read_manifest
 from shards.order import Order, TrainPlan
 from shards.store import Store
 from unet import DataSpec, LossConfig, SegmentationLoss, UNet

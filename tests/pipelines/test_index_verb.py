@@ -12,7 +12,8 @@ import pytest
 import webdataset
 from PIL import Image
 
-from shards.index import Manifest, read_manifest, read_offsets
+from shards.manifest import Manifest, read_manifest
+from shards.offsets import read_offsets
 from shards.order import EvalPlan
 from shards.reader import SampleSource, ShardReader
 from shards.sample import Sample

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.config import UsageError
-from pipelines.inputs import find_inputs
-from pipelines.readers import Names
-from shards.images import ImageFormat, decode_image
-from shards.index import Manifest, ShardInfo, SplitInfo, write_manifest
-from shards.pairs import AggregateDataError
-from shards.sample import DataError, encode_key
+from pipelines.inference.input_readers import Names
+from pipelines.inference.inputs import find_inputs
+from pipelines.runtime.errors import UsageError
+from shards.images.files import ImageFormat
+from shards.images.pixels import decode_image
+from shards.manifest import Manifest, ShardInfo, SplitInfo, write_manifest
+from shards.sample import AggregateDataError, DataError, encode_key
 from shards.store import Store
 from shards.writer import ShardWriter
 

@@ -11,9 +11,8 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 import shards.store
-from pipelines.inputs import find_inputs
-from shards.pairs import AggregateDataError
-from shards.sample import DataError, encode_key
+from pipelines.inference.inputs import find_inputs
+from shards.sample import AggregateDataError, DataError, encode_key
 
 
 def tar(members, *, end: bool = True) -> bytes:

@@ -12,13 +12,13 @@ import torch
 import yaml
 from torch import Tensor
 
-from pipelines import memory_probe
-from pipelines.augment import Augment, AugmentConfig
-from pipelines.config import RunError
-from pipelines.devices import start
-from pipelines.failures import out_of_memory
-from pipelines.memory_probe import MARGIN, Probe, num_moments, reserve_memory
-from pipelines.optim import Learner, OptimConfig, build_learner
+from pipelines.loading.augment import Augment, AugmentConfig
+from pipelines.runtime.devices import start
+from pipelines.runtime.errors import RunError
+from pipelines.runtime.failures import out_of_memory
+from pipelines.training import memory_probe
+from pipelines.training.memory_probe import MARGIN, Probe, num_moments, reserve_memory
+from pipelines.training.optim import Learner, OptimConfig, build_learner
 from unet import DataSpec, LossConfig, SegmentationLoss, UNet, UNetConfig
 
 REPO = Path(__file__).resolve().parents[2]

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from pipelines import meter
-from pipelines.flops import PEAKS, count_flops, peak_tflops
-from pipelines.meter import Meter, PeakMemory
+from pipelines.training import meter
+from pipelines.training.flops import PEAKS, count_flops, peak_tflops
+from pipelines.training.meter import Meter, PeakMemory
 from unet import PRESETS, UNet, UNetConfig
 
 TINY = UNetConfig(base_channels=2, depth=1, norm="none")

@@ -5,7 +5,7 @@ from math import cos, pi
 import pytest
 import torch
 
-from pipelines.optim import (
+from pipelines.training.optim import (
     Average,
     OptimConfig,
     build_learner,

@@ -4,16 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.overlay import (
-    CAPTION,
-    CELL,
-    COLUMNS,
-    TINT,
-    Cell,
-    draw_contact_sheet,
-    draw_overlay,
-    find_outline,
-)
+from pipelines.drawing.contact_sheet import CAPTION, CELL, COLUMNS, Cell, draw_contact_sheet
+from pipelines.drawing.overlay import TINT, draw_overlay, find_outline
 
 PALETTE = ((0, 0, 0), (200, 0, 0), (0, 100, 0))
 

@@ -16,10 +16,12 @@ import pytest
 import webdataset
 from PIL import Image
 
-from shards.images import ImageFormat
-from shards.index import read_manifest, read_offsets
-from shards.masks import default_palette, encode_mask
-from shards.pairs import hash_fraction
+from shards.folders.splits import hash_fraction
+from shards.images.files import ImageFormat
+from shards.manifest import read_manifest
+from shards.masks.palettes import default_palette
+from shards.masks.png import encode_mask
+from shards.offsets import read_offsets
 from shards.sample import DataError
 from tests.conftest import flags, levels, solid_image
 

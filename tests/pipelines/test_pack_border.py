@@ -12,11 +12,13 @@ import webdataset
 from PIL import Image
 
 from pipelines import pack
-from pipelines.config import RunError
 from pipelines.pack import BorderOptions, PackConfig
-from pipelines.source import MaskOptions, PairingOptions, SourceOptions
-from shards.border import compute_border_map
-from shards.index import read_manifest, read_offsets
+from pipelines.packing import shard_job
+from pipelines.packing.options import MaskOptions, PairingOptions, SourceOptions
+from pipelines.runtime.errors import RunError
+from shards.manifest import read_manifest
+from shards.masks.borders import compute_border_map
+from shards.offsets import read_offsets
 from tests.conftest import flags
 
 SIGMA = ("--border-sigma", 5)
@@ -269,8 +271,8 @@ def test_a_worker_without_scipy_is_reported(dots: Path, tmp_path: Path, monkeypa
         calls.append(arguments)
         return pack_shard(*arguments, **options)
 
-    pack_shard = pack.pack_shard
-    monkeypatch.setattr(pack, "pack_shard", without_scipy)
+    pack_shard = shard_job.pack_shard
+    monkeypatch.setattr(shard_job, "pack_shard", without_scipy)
     config = PackConfig(
         out=str(tmp_path / "out"),
         workers=1,

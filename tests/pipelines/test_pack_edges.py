@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shards.index import read_manifest
-from shards.masks import default_palette, encode_mask, palette_bytes
+from shards.manifest import read_manifest
+from shards.masks.palettes import default_palette, palette_bytes
+from shards.masks.png import encode_mask
 from shards.writer import HashingStream, ShardWriter
 
 NAMES = ("ground", "cell", "rim")

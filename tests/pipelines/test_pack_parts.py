@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from shards.index import read_manifest
+from shards.manifest import read_manifest
 
 REPO = Path(__file__).resolve().parents[2]
 

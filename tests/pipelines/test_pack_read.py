@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from shards.index import read_manifest
+from shards.manifest import read_manifest
 from shards.order import EvalPlan
 from shards.reader import SampleSource, ShardReader
 

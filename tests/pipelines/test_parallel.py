@@ -9,7 +9,7 @@ import sys
 import pytest
 
 SLEEPERS = """
-from pipelines.parallel import run_all
+from pipelines.runtime.processes import run_all
 # One write for `up` and newline, since two processes share the pipe.
 task = "import os, time; os.write(1, bytes([117, 112, 10])); time.sleep(600)"
 list(run_all(exec, [task] * 2, 2, remote={remote}))

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipelines.config import RunError
-from pipelines.passes import TrainingPass
+from pipelines.runtime.errors import RunError
+from pipelines.training.passes import TrainingPass
 from unet import UNet
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from pipelines import predict
-from shards.index import read_manifest
+from shards.manifest import read_manifest
 from shards.order import Address
 from shards.reader import ShardReader
 from unet import UNet

@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
-from pipelines.scoring import make_forward
+from pipelines.model.forward import make_forward
 from unet import UNet
 
 MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
@@ -185,7 +185,7 @@ def test_memory_that_runs_out_elsewhere_is_said_in_a_line(
         raise RuntimeError(message)
 
     monkeypatch.setattr("pipelines.predict.predict_masks", fail)
-    monkeypatch.setattr("pipelines.scoring.predict_mask", fail)
+    monkeypatch.setattr("pipelines.evaluation.table.predict_mask", fail)
     given = told(bright, pictures, tmp_path)
     if verb == "evaluate":
         given = ["--checkpoint", bright, "--data", shards, "--out", tmp_path, "--workers", 0]

@@ -7,7 +7,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from shards.index import read_manifest
+from shards.manifest import read_manifest
 
 s3fs = pytest.importorskip("s3fs")
 pytestmark = pytest.mark.usefixtures("s3")

@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 import shards.store
-from pipelines.config import UsageError
-from pipelines.inputs import find_inputs
-from pipelines.readers import EncodedImage
+from pipelines.inference.input_readers import EncodedImage
+from pipelines.inference.inputs import find_inputs
+from pipelines.runtime.errors import UsageError
 from shards.sample import DataError
 
 s3fs = pytest.importorskip("s3fs")

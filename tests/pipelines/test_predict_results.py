@@ -14,10 +14,12 @@ import torch
 import webdataset as wds
 from PIL import Image
 
-from pipelines import engine, predict, progress, results, specks
-from pipelines.checkpoint import load_model
-from pipelines.decoding import Chunk, Decoded
-from shards.index import read_manifest
+from pipelines import predict
+from pipelines.inference import encode, engine, job, specks
+from pipelines.inference.decoding import Chunk, Decoded
+from pipelines.model.load import load_model
+from pipelines.runtime import progress
+from shards.manifest import read_manifest
 from shards.order import Address
 from shards.reader import ShardReader
 from shards.store import Store
@@ -389,10 +391,10 @@ def test_pictures_of_one_size_that_follow_each_other_go_together(bright: Path) -
 
 
 def test_a_shard_that_is_given_up_leaves_nothing(bright: Path, tmp_path: Path) -> None:
-    writing = results.write_shard(Store(tmp_path), "a.tar", load_model(str(bright)).spec)
+    writing = job.write_shard(Store(tmp_path), "a.tar", load_model(str(bright)).spec)
     next(writing)
     member = {"mask.png": b"m", "json": b"{}"}
-    writing.send(results.Prediction("k", member, {}, 1, 1, (1, 0, 0)))
+    writing.send(encode.Prediction("k", member, {}, 1, 1, (1, 0, 0)))
     assert [*tmp_path.iterdir()]
     writing.close()
     assert not [*tmp_path.iterdir()]

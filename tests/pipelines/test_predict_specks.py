@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines import specks
-from pipelines.specks import count_values, remove_specks
+from pipelines.inference import specks
+from pipelines.inference.specks import count_values, remove_specks
 
 MASKS = st.integers(1, 9).flatmap(
     lambda width: st.lists(

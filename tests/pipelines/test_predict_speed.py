@@ -10,10 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
-from pipelines import devices, engine, predict
-from pipelines.compiled import CompiledForward, first_tile
-from pipelines.config import RunError
-from pipelines.decoding import Decoded
+from pipelines import predict
+from pipelines.inference import engine, options
+from pipelines.inference.compiled import CompiledForward, first_tile
+from pipelines.inference.decoding import Decoded
+from pipelines.runtime import devices
+from pipelines.runtime.errors import RunError
 from unet import TileConfig, UNet
 
 
@@ -180,7 +182,7 @@ def test_a_rerun_takes_the_batch_size_that_the_job_was_begun_with(
     ended = call("predict", *given, "--compile")
     assert (ended.code, "begun with compile = False, now it is True" in ended.err) == (2, True)
     assert job(tmp_path)["batch_size"] == 4
-    config = predict.PredictConfig(checkpoint="", input="", out="o")
+    config = options.PredictConfig(checkpoint="", input="", out="o")
     settled = config.settle(job(tmp_path), torch.device("cuda"))
     assert (settled.batch_size, settled.channels_last) == (4, False)
     assert config.settle({}, torch.device("cpu")).batch_size == 7

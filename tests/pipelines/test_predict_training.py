@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shards.index import read_manifest
+from shards.manifest import read_manifest
 
 
 @pytest.fixture(scope="module")

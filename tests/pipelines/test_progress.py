@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from pipelines import progress
+from pipelines.runtime import progress
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shards.index import read_offsets
+from shards.offsets import read_offsets
 
 pytestmark = pytest.mark.ranks
 

@@ -20,11 +20,13 @@ from hypothesis import strategies as st
 
 import shards.order
 import shards.store
-from pipelines.augment import AugmentConfig
-from pipelines.batches import Batch, train_batches
-from pipelines.dataset import DataConfig, DataSet, choose_cache, open_data
+from pipelines.loading.augment import AugmentConfig
+from pipelines.loading.batches import train_batches
+from pipelines.loading.dataset import DataConfig, DataSet, choose_cache, open_data
+from pipelines.loading.stages import Batch
 from shards.cache import ShardCache
-from shards.index import ShardOffsets, read_manifest
+from shards.manifest import read_manifest
+from shards.offsets import ShardOffsets
 from shards.order import Order, TrainPlan
 from shards.reader import SampleSource, list_sample_members, plan_reads
 from shards.store import Store

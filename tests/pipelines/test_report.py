@@ -17,15 +17,16 @@ import pytest
 import yaml
 from PIL import Image
 
-from pipelines import findings, page, record, summary
-from pipelines.config import parse
 from pipelines.evaluate import EvaluateConfig
 from pipelines.export import ExportConfig
-from pipelines.page import Chart, Series, draw_chart, label, step_axis, value_axis
-from pipelines.predict import PredictConfig
-from pipelines.record import MIN_POINTS, Thinner, read_metrics
-from pipelines.train import TrainConfig
-from shards.index import read_manifest
+from pipelines.inference.options import PredictConfig
+from pipelines.reporting import checkpoint_results, compose, page, run_record
+from pipelines.reporting.charts import Chart, Series, draw_chart, label, step_axis, value_axis
+from pipelines.reporting.run_record import MIN_POINTS, Thinner, read_metrics
+from pipelines.runtime import environment
+from pipelines.runtime.command import parse
+from pipelines.training.options import TrainConfig
+from shards.manifest import read_manifest
 from tests.conftest import REPO
 
 VOID = {"meta", "img"}
@@ -220,7 +221,7 @@ def test_scores_of_evaluate_are_taken_where_they_are_of_this_checkpoint(
     alone = report()
     assert call("evaluate", "--checkpoint", run_dir, "--data", shards, "--workers", 0).code == 0
     # It is not scored again.
-    monkeypatch.setattr(findings, "score_sample", None)
+    monkeypatch.setattr(checkpoint_results, "score_sample", None)
     made = report()
     # And that is the page which was made without them.
     assert made.text == alone.text
@@ -242,7 +243,7 @@ def test_scores_of_mirrored_pictures_are_said_to_be(
     said = "on all val images, with test-time augmentation (--tta)."
     assert f"The best checkpoint {said}" in made.text
     assert f"macro {scores['macro']['dice']:.4f} {scores['macro']['iou']:.4f}" in made.text
-    read = findings.read_tiles(record.read_record(run_dir), scores)
+    read = checkpoint_results.read_tiles(run_record.read_record(run_dir), scores)
     assert (read.tile, read.overlap, read.tta) == (32, 0.25, True)
 
 
@@ -261,7 +262,7 @@ def test_scores_that_are_damaged_are_left_out(damage: bytes, report, call, run_d
 def test_of_many_pictures_some_are_scored_and_that_is_said(
     report, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(findings, "MAX_SCORED", 3)
+    monkeypatch.setattr(checkpoint_results, "MAX_SCORED", 3)
     made = report()
     assert "The best checkpoint on 3 of 4 val images, evenly spread." in made.text
     assert made.pictures == 3 * 4
@@ -564,7 +565,7 @@ def test_a_chart_draws_each_point_where_it_belongs() -> None:
 def test_a_matrix_of_very_many_classes_is_not_drawn(
     report, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(summary, "MOST_CLASSES", 1)
+    monkeypatch.setattr(compose, "MOST_CLASSES", 1)
     made = report()
     assert "A confusion matrix of 2 classes is not drawn." in made.text
     assert "Per cent of the pixels" not in made.text
@@ -598,8 +599,8 @@ class Alone:
 
 
 def test_at_the_end_of_a_run_the_main_process_reports_alone(run_dir: Path) -> None:
-    record.write_environment(run_dir, Alone())
-    line = summary.close_run(run_dir, Alone())
+    environment.write_environment(run_dir, Alone())
+    line = compose.close_run(run_dir, Alone())
     assert line == f"report: {run_dir / 'report.html'}"
     made = Page((run_dir / "report.html").read_text())
     assert made.pictures == 16
@@ -629,8 +630,8 @@ def test_a_report_that_fails_does_not_fail_the_run(
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("out of\nmemory")
 
-    monkeypatch.setattr(summary, "load_results", fail)
-    line = summary.close_run(run_dir, Alone())
+    monkeypatch.setattr(compose, "load_results", fail)
+    line = compose.close_run(run_dir, Alone())
     assert line == f"no report (out of memory); again: unet report --run-dir {run_dir}"
     assert not (run_dir / "report.html").exists()
 
@@ -643,6 +644,6 @@ def test_the_template_is_installed_with_the_code() -> None:
 
 def test_the_processor_is_named_as_linux_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = ["processor\t: 0\n", "model name\t: Some CPU @ 3GHz\n", "model name\t: other\n"]
-    assert record.cpu_name(lines) == "Some CPU @ 3GHz"
-    monkeypatch.setattr(record, "platform", SimpleNamespace(machine=lambda: "arm64"))
-    assert record.cpu_name([]) == "arm64"
+    assert environment.cpu_name(lines) == "Some CPU @ 3GHz"
+    monkeypatch.setattr(run_record, "platform", SimpleNamespace(machine=lambda: "arm64"))
+    assert environment.cpu_name([]) == "arm64"

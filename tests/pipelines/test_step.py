@@ -13,16 +13,16 @@ import torch
 from torch import nn
 
 from pipelines import train
-from pipelines.augment import Augment, AugmentConfig
-from pipelines.batches import Batch
-from pipelines.budget import Budget, Limits
-from pipelines.devices import choose_channels_last
-from pipelines.meter import Meter
-from pipelines.optim import Learner, OptimConfig, build_learner
+from pipelines.loading.augment import Augment, AugmentConfig
+from pipelines.loading.stages import Batch
+from pipelines.runtime.devices import choose_channels_last
 from pipelines.train import clip_gradients
+from pipelines.training.budget import Budget, Limits
+from pipelines.training.meter import Meter
+from pipelines.training.optim import Learner, OptimConfig, build_learner
 from unet import DataSpec, LossConfig, SegmentationLoss, UNet, UNetConfig
 from unet.losses import LOSSES
-from unet.model import pixel_scale
+from unet.spec import pixel_scale
 
 WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "unique")
 """Operators whose result decides what the host does next: on a GPU it waits for all before."""

@@ -15,12 +15,14 @@ import pytest
 from PIL import Image
 
 import shards.order
-from pipelines.augment import AugmentConfig
-from pipelines.batches import Batch, eval_batches, train_batches
-from pipelines.dataset import DataSet
-from shards.images import ImageFormat
-from shards.index import Manifest, ShardInfo, SizeCount, SplitInfo
-from shards.masks import default_palette, encode_mask
+from pipelines.loading.augment import AugmentConfig
+from pipelines.loading.batches import eval_batches, train_batches
+from pipelines.loading.dataset import DataSet
+from pipelines.loading.stages import Batch
+from shards.images.files import ImageFormat
+from shards.manifest import Manifest, ShardInfo, SizeCount, SplitInfo
+from shards.masks.palettes import default_palette
+from shards.masks.png import encode_mask
 from shards.order import Order, TrainPlan
 from shards.sample import DataError
 from shards.store import Store

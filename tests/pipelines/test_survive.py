@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from pipelines import tracking
+from pipelines.training import tracking
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -55,7 +55,9 @@ def losses(lines: list[dict[str, Any]]) -> list[tuple[int, float]]:
 
 def killed_at(moment: int, arguments: list[str]) -> None:
     """Trains, and dies by SIGKILL at that call of what a checkpoint is written with."""
-    from pipelines import checkpoint, train
+    from pipelines import train
+    from pipelines.training import checkpoints
+    from shards import writer
 
     count = 0
 
@@ -70,10 +72,10 @@ def killed_at(moment: int, arguments: list[str]) -> None:
         return counting
 
     torch.save = deadly(torch.save)
-    checkpoint.flush_to_disk = deadly(checkpoint.flush_to_disk)
-    checkpoint.write_json = deadly(checkpoint.write_json)
-    checkpoint.point = deadly(checkpoint.point)
-    checkpoint.shutil.rmtree = deadly(checkpoint.shutil.rmtree)
+    writer.flush_to_disk = deadly(writer.flush_to_disk)
+    checkpoints.write_json = deadly(checkpoints.write_json)
+    checkpoints.point = deadly(checkpoints.point)
+    checkpoints.shutil.rmtree = deadly(checkpoints.shutil.rmtree)
     Path.rename = deadly(Path.rename)  # type: ignore[method-assign]
     Path.replace = deadly(Path.replace)  # type: ignore[method-assign]
     os._exit(train.main(arguments))

@@ -12,8 +12,8 @@ from accelerate import Accelerator
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from pipelines import tracking
-from pipelines.tracking import forget_after, has_wandb_key
+from pipelines.training import tracking
+from pipelines.training.tracking import forget_after, has_wandb_key
 
 WANDB = Path(sys.executable).parent / "wandb"
 

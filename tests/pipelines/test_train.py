@@ -17,11 +17,13 @@ import pytest
 import torch
 import yaml
 
-from pipelines import budget, scoring
-from pipelines.budget import Budget
-from pipelines.config import parse
-from pipelines.flops import count_flops
-from shards.index import read_manifest, read_offsets
+from pipelines.evaluation import score
+from pipelines.runtime.command import parse
+from pipelines.training import budget
+from pipelines.training.budget import Budget
+from pipelines.training.flops import count_flops
+from shards.manifest import read_manifest
+from shards.offsets import read_offsets
 from shards.reader import ShardReader
 from unet import SegmentationLoss, UNet
 
@@ -179,14 +181,14 @@ def test_old_checkpoints_go_and_the_best_stays(
     shards: Path, tiny, call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     dice = iter([0.1, 0.9, 0.3, 0.4, 0.5])
-    score = scoring.score
+    score_split = score.score
 
     def graded(*arguments: Any, **named: Any) -> Any:
-        scores = score(*arguments, **named)
+        scores = score_split(*arguments, **named)
         object.__setattr__(scores.macro, "dice", next(dice))
         return scores
 
-    monkeypatch.setattr(scoring, "score", graded)
+    monkeypatch.setattr(score, "score", graded)
     more = ("--steps", 5, "--eval-every", 1, "--keep-checkpoints", 2)
     assert call("train", *told(shards, tmp_path, tiny, *more)).code == 0
     folder = tmp_path / "checkpoints"
@@ -279,7 +281,7 @@ def test_what_was_consumed_is_not_read_again(
         positions.extend(address.position for address in addresses)
         return read_all(self, addresses)
 
-    monkeypatch.setattr(scoring, "score", lambda *_, **__: pytest.fail("nothing is scored here"))
+    monkeypatch.setattr(score, "score", lambda *_, **__: pytest.fail("nothing is scored here"))
     monkeypatch.setattr(ShardReader, "read_all", noting)
     interrupt(3)
     more = ("--steps", 100, "--eval-every", 1000)

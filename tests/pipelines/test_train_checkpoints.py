@@ -9,8 +9,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 
-from pipelines import scoring
-from unet import UNet
+from pipelines.evaluation import score
+from unet import UNet, metrics
 
 
 def told(data: Path, run_dir: Path, tiny: tuple[str, ...], *more: object) -> list[object]:
@@ -27,7 +27,7 @@ def judged(monkeypatch: pytest.MonkeyPatch):
 
     def as_told(*values: float) -> None:
         coming = iter(values)
-        monkeypatch.setattr(scoring, "mean_of", lambda scores, name: next(coming))
+        monkeypatch.setattr(metrics, "mean_of", lambda scores, name: next(coming))
 
     return as_told
 
@@ -57,13 +57,13 @@ def test_the_best_checkpoint_is_the_best_by_the_declared_score(
     name: str, shards: Path, tiny, call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     seen = []
-    score = scoring.score
+    score_split = score.score
 
     def noting(*arguments: Any, **named: Any) -> Any:
-        seen.append(score(*arguments, **named))
+        seen.append(score_split(*arguments, **named))
         return seen[-1]
 
-    monkeypatch.setattr(scoring, "score", noting)
+    monkeypatch.setattr(score, "score", noting)
     more = ("--steps", 4, "--eval-every", 2, "--best-by", name)
     assert call("train", *told(shards, tmp_path, tiny, *more)).code == 0
     means = [s.per_image if name.startswith("image") else s.macro for s in seen]

@@ -11,9 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from pipelines.budget import Budget
-from pipelines.network import build_loss, class_pixels
-from shards.index import read_manifest
+from pipelines.model.build import build_loss, class_pixels
+from pipelines.training.budget import Budget
+from shards.manifest import read_manifest
 from shards.reader import ShardReader
 from unet import LossConfig, UNet
 

@@ -11,9 +11,10 @@ import pytest
 from hypothesis import settings
 from PIL import Image
 
-from shards.images import ImageFormat
-from shards.index import Manifest, ShardInfo, SizeCount, SplitInfo
-from shards.masks import default_palette, encode_mask
+from shards.images.files import ImageFormat
+from shards.manifest import Manifest, ShardInfo, SizeCount, SplitInfo
+from shards.masks.palettes import default_palette
+from shards.masks.png import encode_mask
 from shards.writer import ShardWriter
 
 # Deterministic examples without a deadline, and no database of failed ones.

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from shards.border import BorderRule, compute_border_map, decode_border
+from shards.masks.borders import BorderRule, compute_border_map, decode_border
 from shards.sample import DataError
 
 
@@ -180,6 +180,6 @@ def test_an_image_of_another_mode_is_not_a_border_map(mode, to_bytes):
 
 
 def test_scipy_is_imported_only_to_compute_border_maps():
-    code = "import sys, pipelines.pack, shards.border; print('scipy' in sys.modules)"
+    code = "import sys, pipelines.pack, shards.masks.borders; print('scipy' in sys.modules)"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ended.stdout.split() == ["False"]

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from shards.headers import ImageHeader, read_image_header
-from shards.masks import default_palette, encode_mask, palette_bytes
+from shards.images.headers import ImageHeader, read_image_header
+from shards.masks.palettes import default_palette, palette_bytes
+from shards.masks.png import encode_mask
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB"])

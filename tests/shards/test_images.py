@@ -10,21 +10,20 @@ from hypothesis import strategies as st
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from shards.images import (
+from shards.images.files import (
     IMAGE_EXTENSIONS,
     NOTES,
     UNSUPPORTED_EXTENSIONS,
     ImageFormat,
     ImageRule,
-    build_scale_table,
     compute_scaled_size,
-    decode_image,
     encode_png,
     load_pixels,
     open_image,
     read_image,
     read_orientation,
 )
+from shards.images.pixels import build_scale_table, decode_image
 from shards.sample import DataError
 
 # Pillow warns about the damaged directory of a TIFF before it raises.

@@ -8,20 +8,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import shards.index
-from shards.images import ImageFormat
-from shards.index import (
+import shards.manifest
+from shards.images.files import ImageFormat
+from shards.manifest import (
     MAX_SIZES,
     Manifest,
-    MemberRange,
     ShardInfo,
     SizeCount,
     SplitInfo,
     merge_size_counts,
     read_manifest,
-    read_offsets,
     write_manifest,
 )
+from shards.offsets import MemberRange, read_offsets
 from shards.sample import DataError
 from shards.store import Store
 
@@ -191,7 +190,7 @@ sizes = st.builds(
 @given(st.lists(sizes, max_size=60), st.integers(4, 20))
 def test_rounding_sizes_down_keeps_every_image(counts, max_sizes):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shards.index, "MAX_SIZES", max_sizes)
+        patch.setattr(shards.manifest, "MAX_SIZES", max_sizes)
         merged = merge_size_counts(counts)
     assert len(merged) <= max_sizes
     for mode in ("L", "RGB"):

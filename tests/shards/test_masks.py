@@ -13,19 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-import shards.masks
-from shards.images import ImageRule
-from shards.masks import (
-    MaskFormat,
-    decode_mask,
-    default_palette,
-    encode_mask,
-    format_colour,
-    palette_bytes,
-    read_mask,
-    read_palette,
-    unpack_mask,
-)
+import shards.masks.canonical
+from shards.images.files import ImageRule
+from shards.masks.canonical import read_mask
+from shards.masks.formats import MaskFormat
+from shards.masks.palettes import default_palette, format_colour, palette_bytes, read_palette
+from shards.masks.png import decode_mask, encode_mask, unpack_mask
 from shards.sample import DataError
 
 TWO = ("background", "cell")
@@ -858,7 +851,7 @@ def decoded(data, *, by_pillow=False):
     """Return the pixels of a mask, or the error message; `by_pillow`: without the fast path."""
     with pytest.MonkeyPatch.context() as patch:
         if by_pillow:
-            patch.setattr(shards.masks, "unpack_mask", lambda _: None)
+            patch.setattr(shards.masks.canonical, "unpack_mask", lambda _: None)
         try:
             return decode_mask(data, 255, "x").tolist()
         except DataError as error:

@@ -8,19 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shards.pairs import (
-    SPLITS,
-    Pair,
-    PairRule,
-    SplitRule,
-    find_pairs,
-    format_problems,
-    hash_fraction,
-    list_images,
-    plan_separation,
-    read_pair_lists,
-)
-from shards.sample import DataError
+from shards.folders.pairs import Pair, PairRule, find_pairs, read_pair_lists
+from shards.folders.separation import plan_separation
+from shards.folders.splits import SPLITS, SplitRule, hash_fraction
+from shards.folders.walk import list_images
+from shards.sample import DataError, format_problems
 
 PLAIN = PairRule()
 

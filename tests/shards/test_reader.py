@@ -21,9 +21,12 @@ from webdataset.filters import map as map_samples
 from webdataset.pipeline import DataPipeline
 
 import shards.reader
-from shards.images import ImageFormat, decode_image
-from shards.index import MemberRange, ShardInfo
-from shards.masks import decode_mask, default_palette, encode_mask
+from shards.images.files import ImageFormat
+from shards.images.pixels import decode_image
+from shards.manifest import ShardInfo
+from shards.masks.palettes import default_palette
+from shards.masks.png import decode_mask, encode_mask
+from shards.offsets import MemberRange
 from shards.order import MAX_FULL_SHUFFLE, Address, EvalPlan, Order, TrainPlan
 from shards.reader import (
     MAX_GAP_BYTES,

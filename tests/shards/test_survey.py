@@ -13,10 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from shards.images import ImageRule
-from shards.masks import MaskFormat, default_palette, read_mask, read_palette
+from shards.images.files import ImageRule
+from shards.masks.canonical import read_mask
+from shards.masks.formats import MaskFormat
+from shards.masks.palettes import default_palette, read_palette
+from shards.masks.survey import MAX_COLOURS, MaskSurvey, Proposal, propose_flags, survey_mask
 from shards.sample import IGNORE, DataError
-from shards.survey import MAX_COLOURS, MaskSurvey, Proposal, propose_flags, survey_mask
 
 RULE = ImageRule()
 RED, GREEN, BLUE, BLACK, WHITE = (

@@ -12,11 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from shards.images import ImageFormat, ImageRule, decode_image
-from shards.index import SizeCount
-from shards.masks import MaskFormat, decode_mask, default_palette, encode_mask
+from shards.images.files import ImageFormat, ImageRule
+from shards.images.pixels import decode_image
+from shards.manifest import SizeCount
+from shards.masks.formats import MaskFormat
+from shards.masks.palettes import default_palette
+from shards.masks.png import decode_mask, encode_mask
 from shards.sample import DataError
-from shards.tally import (
+from shards.statistics import (
     SampleRule,
     SampleStatistics,
     compute_mean_std,

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from shards.index import ShardInfo, read_offsets
+from shards.manifest import ShardInfo
+from shards.offsets import read_offsets
 from shards.order import Address
 from shards.reader import ShardReader
 from shards.sample import DataError, encode_key

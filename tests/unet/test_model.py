@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from unet import PRESETS, DataSpec, UNet, UNetConfig, valid_input
 from unet.blocks import make_norm
-from unet.model import pixel_scale
+from unet.spec import pixel_scale
 
 SPEC = DataSpec(
     classes=("background", "cell"),

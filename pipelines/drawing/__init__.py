@@ -1,0 +1,1 @@
+"""Images for people: arrays in, PIL images out; no files, no model."""

@@ -1,0 +1,1 @@
+"""Predictions against masks, exact for any number of ranks."""

@@ -1,0 +1,213 @@
+"""What `unet predict` writes: members of shards, pictures for people, and what ends a job.
+
+Everything goes to a folder or a URL in the same order: a shard's errors and report before the
+shard, which is there whole or not at all; the manifest last.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipelines.inference.decoding import Decoded
+from pipelines.inference.encode import Prediction
+from pipelines.inference.input_readers import Inputs
+from pipelines.inference.options import WORK_DIR, PredictConfig, ResultConfig
+from pipelines.model.load import LoadedModel
+from pipelines.runtime.errors import UsageError
+from shards.images.files import ImageFormat
+from shards.manifest import (
+    MANIFEST,
+    Manifest,
+    ShardInfo,
+    SizeCount,
+    SplitInfo,
+    merge_size_counts,
+    write_manifest,
+)
+from shards.sample import IGNORE, DataError
+from shards.store import ByteRange, Store
+from shards.writer import ShardWriter
+from unet import DataSpec
+
+JOB = "job.json"
+"""What decides the bytes of the results."""
+STATE = "state.json"
+ERRORS = "errors.jsonl"
+
+
+def write_shard(
+    store: Store, name: str, spec: DataSpec
+) -> Generator[None, Prediction | Decoded | None, None]:
+    """Write one shard of the results that are sent, in their order; None ends it.
+
+    Before the shard is there, what goes with it is: its errors and its report. Closed before its
+    end, it leaves nothing behind.
+    """
+    pixels = np.zeros(len(spec.classes) + 1, dtype=np.int64)
+    sizes: Counter[tuple[int, int]] = Counter()
+    errors: list[str] = []
+    with store.staging() as folder:
+        with ShardWriter(folder / name) as writer:
+            while (result := (yield)) is not None:
+                if isinstance(result, Decoded):
+                    line = {"input": result.source, "error": result.error}
+                    errors.append(json.dumps(line) + "\n")
+                    continue
+                writer.add(result.key, result.members, result.probabilities)
+                pixels += result.pixels
+                sizes[result.width, result.height] += 1
+            file = writer.seal()
+            if errors:
+                store.write(errors_name(name), "".join(errors).encode(), WORK_DIR)
+            info = ShardInfo(**asdict(file), pixels=tuple(pixels.tolist()))
+            counts = [SizeCount(w, h, spec.channels, n) for (w, h), n in sorted(sizes.items())]
+            report = {
+                "shard": asdict(info),
+                "sizes": [asdict(c) for c in counts],
+                "errors": len(errors),
+            }
+            store.write(report_name(name), to_json(report))
+        for part in (str(Path(name).with_suffix(".idx")), name):
+            store.upload(folder / part, part)
+
+
+def errors_name(shard: str) -> str:
+    """Where the errors of a shard lie."""
+    return f"{shard.removesuffix('.tar')}.{ERRORS}"
+
+
+def report_name(shard: str) -> str:
+    """Where the report of a shard lies."""
+    return f"{WORK_DIR}/{shard}.json"
+
+
+def to_json(plain: Any) -> bytes:
+    """JSON for people and machines, the same bytes for the same content."""
+    return (json.dumps(plain, indent=1) + "\n").encode()
+
+
+def finish_job(config: ResultConfig, store: Store, spec: DataSpec, num_shards: int) -> bool:
+    """If all shards are there, write errors.jsonl, state.json and last the manifest.
+
+    Every rank that finds them all does this, with the same bytes. Returns whether they were.
+    """
+    names = [config.shard_name(number) for number in range(num_shards)]
+    present = {*store.names()}
+    if not present.issuperset(names):
+        return False
+    try:
+        reports = [json.loads(data) for data in read_files(store, [*map(report_name, names)])]
+        parts = [part for part in map(errors_name, names) if part in present]
+        errors = b"".join(read_files(store, parts))
+        if errors:
+            store.write(ERRORS, errors, WORK_DIR)
+        samples = sum(report["shard"]["samples"] for report in reports)
+        num_errors = sum(report["errors"] for report in reports)
+        state = {"finished": True, "images": samples, "errors": num_errors}
+        store.write(STATE, to_json(state), WORK_DIR)
+        write_manifest(store, predicted_manifest(config.split, spec, reports), within=WORK_DIR)
+    except (FileNotFoundError, DataError) as error:
+        if store.exists(MANIFEST):
+            return False  # another rank was quicker and has cleared up
+        if isinstance(error, FileNotFoundError):
+            raise DataError(
+                f"{store} has shards without reports: was its {MANIFEST} removed? Predict into "
+                "another --out"
+            ) from error
+        raise
+    store.remove(WORK_DIR)
+    return True
+
+
+def read_files(store: Store, names: Sequence[str]) -> list[bytes]:
+    """Small files; remote ones are asked for together."""
+    if store.local is not None:
+        return [store.read(name) for name in names]
+    return store.read_ranges([ByteRange(name) for name in names]) if names else []
+
+
+def predicted_manifest(split: str, spec: DataSpec, reports: Sequence[dict[str, Any]]) -> Manifest:
+    """The manifest of the results: a data set like any other."""
+    num_classes = len(spec.classes)
+    shards = tuple(
+        ShardInfo(**{**r["shard"], "pixels": tuple(r["shard"]["pixels"])}) for r in reports
+    )
+    sizes = merge_size_counts([SizeCount(**size) for report in reports for size in report["sizes"]])
+    return Manifest(
+        classes=spec.classes,
+        palette=spec.palette,
+        image_format=ImageFormat(spec.channels, spec.alpha, spec.image_range),
+        mask_format={
+            "kind": "index",
+            "num_classes": num_classes,
+            "ignore_value": IGNORE,
+            "source_values": [*range(num_classes)],
+        },
+        mean=spec.mean,
+        std=spec.std,
+        splits={split: SplitInfo(shards, sizes)},
+    )
+
+
+def read_job(store: Store) -> dict[str, Any] | None:
+    """What the job in a folder was begun with; None where none was.
+
+    Raises DataError where that is damaged.
+    """
+    if not store.exists(JOB):
+        return None
+    try:
+        begun = json.loads(store.read(JOB))
+    except ValueError:
+        begun = None
+    if not isinstance(begun, dict):
+        raise DataError(f"{store.path(JOB)} is damaged; predict into another --out")
+    return begun
+
+
+def begin_job(
+    config: PredictConfig,
+    store: Store,
+    begun: Mapping[str, Any] | None,
+    inputs: Inputs,
+    loaded: LoadedModel,
+    precision: str,
+) -> None:
+    """Write down what decides the bytes of the results, or check that it is what was begun.
+
+    Raises UsageError naming the difference.
+    """
+    job = {
+        "checkpoint": loaded.digest,
+        "precision": precision,
+        "inputs": {"count": len(inputs), "sha256": inputs.digest()},
+        **config.settings(),
+    }
+    if begun is not None:
+        refuse_other_job(store, begun, job)
+        return
+    if any(name.endswith(".tar") for name in store.names()):
+        raise UsageError(f"{store} holds shards of something else; predict into another --out")
+    if store.local is not None:
+        (store.local / WORK_DIR).mkdir(exist_ok=True)
+    store.write(JOB, to_json(job), WORK_DIR)
+
+
+def refuse_other_job(store: Store, begun: Mapping[str, Any], job: Mapping[str, Any]) -> None:
+    """Raise UsageError, naming a setting, where a job is not the one that was begun."""
+    for name, value in job.items():
+        if name not in begun:
+            raise UsageError(
+                f"{store} was begun by a version of this program that did not know {name}; predict "
+                "into another --out"
+            )
+        if begun[name] != value:
+            raise UsageError(
+                f"{store} was begun with {name} = {begun[name]}, now it is {value}; keep it, or "
+                "predict into another --out"
+            )

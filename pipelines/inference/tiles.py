@@ -1,0 +1,86 @@
+"""Tiled prediction that halves its tiles where memory runs out."""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm import tqdm
+
+from pipelines.inference.compiled import CompiledForward, first_tile
+from pipelines.inference.decoding import Decoder
+from pipelines.inference.engine import Predict, threads_for
+from pipelines.inference.options import PredictConfig
+from pipelines.model.forward import TileTooLargeError, make_forward
+from pipelines.model.load import LoadedModel
+from pipelines.runtime.errors import RunError
+from unet import PredictedMasks, halve_tile, predict_masks
+
+
+@contextmanager
+def predictor(
+    config: PredictConfig, loaded: LoadedModel, accelerator: Accelerator, decode: Decoder
+) -> Iterator[Predict]:
+    """What predicts images of one size, while the block lasts."""
+    model, compiled = loaded.model.to(accelerator.device).eval(), None
+    if config.channels_last:
+        # Which torch's stubs leave out.
+        model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    if config.compile and (sides := first_tile(decode, config.tiles, model)) is not None:
+        compiled = CompiledForward(model.forward, (config.tiles.num_together, *sides))
+        model.forward = compiled
+    with threads_for(make_forward(model, accelerator), accelerator.device) as forward:
+        yield make_predict(config, forward, loaded, accelerator.device)
+    if compiled is not None:
+        compiled.report()
+
+
+def make_predict(
+    config: PredictConfig,
+    forward: Callable[[Tensor], Tensor],
+    loaded: LoadedModel,
+    device: torch.device,
+) -> Predict:
+    """What predicts images of one size, in smaller tiles where these give the same result.
+
+    Raises RunError where a tile does not fit into the memory of a GPU.
+    """
+    network, rule, tiles = loaded.model.config, config.mask_rule(), config.tiles
+    said = False
+
+    def predict(images: Sequence[Tensor]) -> PredictedMasks:
+        nonlocal tiles, said
+        before = tiles
+        while True:
+            try:
+                masks = predict_masks(forward, images, tiles, network, rule)
+                break
+            except TileTooLargeError as error:
+                smaller = halve_tile(tiles, error.height, error.width, network)
+                if smaller is None:
+                    raise RunError(too_large(error, network.margin)) from error
+            tiles = smaller
+        if tiles != before and not said:
+            said = True
+            tqdm.write(
+                f"tiles of {before.tile} do not fit into the memory of this GPU "
+                f"({device}): going on with {tiles.tile}, one at a time, as --tile "
+                f"{tiles.tile} --batch-size 1 would have from the start; the masks are the same",
+                file=sys.stderr,
+            )
+        return masks
+
+    return predict
+
+
+def too_large(error: TileTooLargeError, margin: int) -> str:
+    """What to do about a tile that does not fit, in a network with such a margin."""
+    if margin:
+        return (
+            f"the smallest tile of this network, {error.height} x {error.width} pixels, does not "
+            f"fit into the memory of this GPU ({error.reason}); end what else it is used for, or "
+            "use a larger one"
+        )
+    return f"{error}, and give another --out, since other tiles make other masks"

@@ -1,0 +1,193 @@
+"""An opened data set: where its shards lie, what they hold, and how they are read."""
+
+import hashlib
+import os
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import chain
+from math import inf
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from pipelines.runtime.processes import num_workers
+from pipelines.runtime.progress import progress
+from shards.cache import ShardCache, download_chunks, refuse_changed_shard
+from shards.manifest import Manifest, ShardInfo
+from shards.order import EvalPlan, Order
+from shards.reader import ShardReader, open_shard
+from shards.store import Store, is_url
+
+MOST_WORKERS = 8
+"""Decoding processes of a rank unless said otherwise; a GPU's training step needs no more."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where samples come from; what `unet train` and `unet evaluate` have in common."""
+
+    data: str
+    """Folder of shards, or a URL such as s3://bucket/folder."""
+    workers: int | None = None
+    """Decoding processes of each rank; left out: its share of the CPUs, at most 8."""
+    cache_dir: Path | None = None
+    """Local folder that keeps whole shards of a URL, shared by all processes of a machine."""
+    cache_bytes: int = 100_000_000_000
+    """Most bytes in the cache folder."""
+    verify_shards: bool = False
+    """Read every shard once before anything else, and compare its sha256 with the manifest's."""
+    rank_timeout: float = 10
+    """Minutes that a rank waits for the others before it takes them for lost and ends: longer than
+    the start, a checkpoint, or the uneven part of a validation takes."""
+
+    def __post_init__(self) -> None:
+        if self.workers is not None and self.workers < 0:
+            raise ValueError(f"workers must not be below 0, got {self.workers}")
+        if self.cache_bytes < 1:
+            raise ValueError(f"cache_bytes must be above 0, got {self.cache_bytes}")
+        if not 0 < self.rank_timeout < inf:
+            raise ValueError(f"rank_timeout must be a number above 0, got {self.rank_timeout}")
+        if self.cache_dir is not None and not is_url(self.data):
+            raise ValueError(f"--cache-dir is for data at a URL; {self.data} is a folder")
+
+
+@dataclass(frozen=True, slots=True)
+class DataSet:
+    """A manifest and the way to its shards. Picklable."""
+
+    store: Store
+    manifest: Manifest
+    cache: ShardCache | None
+    """Keeps whole remote shards; None: they are read by range requests, or are local."""
+    workers: int
+    """Processes of each rank that read and decode."""
+
+    def reader(self, split: str, *, borders: bool = False) -> ShardReader:
+        """A reader of the shards of a split, perhaps with its border maps.
+
+        Raises DataError where it has no samples.
+        """
+        shards = self.manifest.split(split, self.store).shards
+        return ShardReader(self.store, shards, self.cache, borders=borders)
+
+
+def open_data(
+    config: DataConfig,
+    manifest: Manifest,
+    splits: Sequence[str],
+    accelerator: Accelerator,
+    in_use: int,
+    remedy: str,
+) -> DataSet:
+    """The data set as this rank is to read it, its shards verified if that was asked for.
+
+    Args:
+        config: where it is.
+        manifest: what it holds.
+        splits: those that will be read.
+        accelerator: tells rank and world.
+        in_use: bytes of shards that the ranks of this machine read from at one time; a cache that
+            does not hold them would fetch them again and again, and is left alone.
+        remedy: what to do about a cache that is too small.
+
+    Raises DataError naming a shard that is not what the manifest says.
+    """
+    workers = default_workers(accelerator) if config.workers is None else config.workers
+    cache, word = None, ""
+    if is_url(config.data):
+        cache, word = choose_cache(config, in_use, remedy)
+    if word and accelerator.is_main_process:
+        print(word, file=sys.stderr)
+    data = DataSet(Store(config.data), manifest, cache, workers)
+    if config.verify_shards:
+        verify(data, splits, accelerator)
+    return data
+
+
+def choose_cache(config: DataConfig, in_use: int, remedy: str) -> tuple[ShardCache | None, str]:
+    """The cache of remote data, if it is of use; where it is not, a line that says why."""
+    ranges = f"{config.data} is read by range requests"
+    if config.cache_dir is None:
+        return None, f"{ranges}; --cache-dir DIR keeps shards here ({in_use:,} bytes at a time)"
+    if config.cache_bytes < in_use:
+        return None, (
+            f"{ranges}: --cache-bytes {config.cache_bytes} is less than the {in_use:,} bytes of "
+            f"shards that are read at a time; {remedy}"
+        )
+    return ShardCache(config.cache_dir, config.cache_bytes), ""
+
+
+def train_in_use(order: Order, manifest: Manifest, accelerator: Accelerator, chunk: int) -> int:
+    """Bytes of shards that training and validation use at one time on this machine.
+
+    `chunk`: pictures that validation gives to a rank together.
+    """
+    weights = [shard.bytes for shard in manifest.splits["train"].shards]
+    local, world = local_ranks(), accelerator.num_processes
+    first = accelerator.process_index // local * local
+    ranks = range(first, min(first + local, world))
+    shards = manifest.splits["val"].shards
+    plans = [EvalPlan(tuple(s.samples for s in shards), chunk, rank, world) for rank in ranks]
+    validation = {
+        shard for plan in plans for shard in plan.upcoming_shards(plan.chunk_bounds()[0] * chunk)
+    }
+    validated = sum(shards[shard].bytes for shard in validation)
+    return order.max_weight_in_use(weights, ranks, world) + validated
+
+
+def split_in_use(manifest: Manifest, split: str) -> int:
+    """Bytes of shards that going through a split in order uses at one time on this machine."""
+    sizes = [shard.bytes for shard in manifest.splits[split].shards]
+    # A rank's workers are at most at a border between two shards.
+    return min(sum(sizes), 2 * local_ranks() * max(sizes))
+
+
+def verify(data: DataSet, splits: Sequence[str], accelerator: Accelerator) -> None:
+    """Compare the sha256 of all shards with the manifest's, each on one rank.
+
+    Raises DataError naming the first that differs.
+    """
+    shards = list(chain.from_iterable(data.manifest.splits[name].shards for name in splits))
+    mine = shards[accelerator.process_index :: accelerator.num_processes]
+    total = sum(shard.bytes for shard in mine)
+    with (
+        ThreadPoolExecutor(max(1, data.workers)) as threads,
+        progress(
+            total=total, desc="verify shards", unit="byte", disable=not accelerator.is_main_process
+        ) as bar,
+    ):
+        for shard in threads.map(lambda shard: verify_shard(data.store, shard), mine):
+            bar.update(shard.bytes)
+
+
+def verify_shard(store: Store, shard: ShardInfo) -> ShardInfo:
+    """Raise DataError unless a shard has the bytes that were packed."""
+    if store.local is not None:
+        with open_shard(store.local / shard.name, shard) as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+    else:
+        digest = hashlib.sha256()
+        for data in download_chunks(shard, store):
+            digest.update(data)
+        found = digest.hexdigest()
+    refuse_changed_shard(found, shard, store)
+    return shard
+
+
+def default_workers(accelerator: Accelerator) -> int:
+    """Decoding processes for one rank: its share of the CPUs, one where the CPU also computes."""
+    if accelerator.device.type == "cpu":
+        return 1
+    return min(MOST_WORKERS, rank_cpus())
+
+
+def rank_cpus() -> int:
+    """The share of one rank of the CPUs that this process may use; at least 1."""
+    return max(1, num_workers(0, sys.maxsize) // local_ranks())
+
+
+def local_ranks() -> int:
+    """Ranks on this machine, as the launcher says."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -1,0 +1,1 @@
+"""Folders and foreign tars -> checked samples -> shards."""

@@ -1,0 +1,75 @@
+"""One pair of image and mask, inspected."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pipelines.runtime.errors import describe_read_error
+from shards.folders.pairs import Pair
+from shards.sample import DataError
+from shards.statistics import (
+    SampleRule,
+    SampleStatistics,
+    StoredSample,
+    find_duplicates,
+    read_sample,
+)
+
+
+@dataclass(slots=True)
+class PairReport:
+    """Contents and problems of some pairs."""
+
+    tally: SampleStatistics
+    sources: list[str]
+    """Sources of the pairs, in the order of the tally's digests."""
+    problems: list[str]
+    empty: list[str]
+    """Sources of images whose mask contains only class 0 and ignored pixels."""
+    bad: set[str]
+    """Sources of pairs with a problem."""
+
+
+def inspect_pairs(pairs: Sequence[Pair], images: str, masks: str, rule: SampleRule) -> PairReport:
+    """Read some pairs; problems are listed, not raised."""
+    report = PairReport(SampleStatistics(), [pair.source for pair in pairs], [], [], set())
+    for pair in pairs:
+        try:
+            sample = read_pair(pair, images, masks, rule)
+        except (DataError, OSError) as error:
+            text = str(error)
+            if isinstance(error, OSError):
+                text = f"{describe_read_error(error)}; repair it"
+            report.problems.append(text)
+            report.bad.add(pair.source)
+            report.tally.add_omitted()
+            continue
+        report.tally.add(sample)
+        classes = sample.mask.class_map if sample.mask is not None else None
+        if classes is not None and not classes.pixels[1:255].any():
+            report.empty.append(pair.source)
+    return report
+
+
+def read_pair(pair: Pair, images: str, masks: str, rule: SampleRule) -> StoredSample:
+    """Read and check an image and its mask. Raises DataError or OSError."""
+    image_path, mask_path = f"{images}/{pair.source}", f"{masks}/{pair.mask}"
+    with open(image_path, "rb") as file:
+        image = file.read()
+    mask = None
+    if pair.mask is not None:
+        with open(mask_path, "rb") as file:
+            mask = file.read()
+    return read_sample(image, mask, rule, image_path, mask_path)
+
+
+def list_leaks(report: PairReport, splits: dict[str, str]) -> list[str]:
+    """Describe identical images in different splits, one line each."""
+    problems = []
+    for names in find_duplicates(report.tally.digests, report.sources).values():
+        if len({splits.get(name) for name in names}) > 1:
+            named = " = ".join(f"{name} ({splits[name]})" for name in sorted(names)[:5])
+            problems.append(
+                f"{named} are the same image in two splits; remove one, or put both into one "
+                "split with --split-file"
+            )
+    return problems

@@ -1,0 +1,79 @@
+"""`--mask-format auto`: survey all masks, propose the flags that read them, and stop."""
+
+import shlex
+import sys
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from pipelines.packing.options import SourceOptions
+from pipelines.runtime.errors import REFUSED, describe_read_error
+from pipelines.runtime.processes import chunks, num_workers, run_all
+from pipelines.runtime.progress import progress
+from pipelines.runtime.yaml_flags import settings_of
+from shards.images.files import ImageRule
+from shards.masks.survey import MaskSurvey, propose_flags, survey_mask
+from shards.sample import DataError
+
+MAX_SHOWN = 20
+"""Unreadable masks that are printed."""
+PROPOSED = frozenset(
+    {
+        *("mask_format", "mask_values", "mask_threshold", "invert", "ignore_value", "colours"),
+        *("unknown", "tolerance", "classes"),
+    }
+)
+"""Settings that a proposal replaces."""
+
+
+def propose_format(source: SourceOptions, workers: int, command: str) -> int:
+    """Survey all masks and print `command` with the flags that read them.
+
+    Nothing is packed: returns exit code 1.
+    """
+    pairing = source.pairing.find_pairs()
+    masks = [f"{pairing.masks}/{pair.mask}" for pair in pairing.pairs]
+    workers = num_workers(workers, len(masks))
+    survey = MaskSurvey()
+    problems: list[str] = []
+    with progress(total=len(masks), desc="survey", unit="mask") as bar:
+        survey_chunk = partial(survey_masks, rule=source.image_rule())
+        for chunk, (partial_survey, unreadable) in run_all(
+            survey_chunk, chunks(masks, workers), workers
+        ):
+            survey.merge(partial_survey)
+            problems += unreadable
+            bar.update(len(chunk))
+    for problem in sorted(problems)[:MAX_SHOWN]:
+        print(problem, file=sys.stderr)
+    print(propose_flags(survey).text(command))
+    return REFUSED
+
+
+def survey_masks(paths: Sequence[str], rule: ImageRule) -> tuple[MaskSurvey, list[str]]:
+    """Survey some masks; also lists those that cannot be read."""
+    survey = MaskSurvey()
+    problems = []
+    for path in paths:
+        try:
+            with open(path, "rb") as file:
+                survey.merge(survey_mask(file.read(), path, rule))
+        except DataError as error:
+            problems.append(str(error))
+        except OSError as error:
+            problems.append(describe_read_error(error, path))
+    return survey, problems
+
+
+def format_command(config: Any, verb: str) -> str:
+    """Format the command line that gives `config`, without the settings that are proposed."""
+    words = ["unet", verb]
+    for field, value in settings_of(config):
+        if field.name in PROPOSED or value == field.default:
+            continue
+        flag = "--" + field.name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(flag)
+        else:
+            words += [flag, *map(str, value if isinstance(value, tuple) else (value,))]
+    return shlex.join(words)

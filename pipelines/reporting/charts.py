@@ -1,0 +1,205 @@
+"""Charts of the report, as SVG."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil, floor, log10
+from statistics import median
+
+from markupsafe import Markup
+
+WIDTH, HEIGHT = 420, 240
+"""Of a chart, in units of its text's size / 11."""
+LEFT, RIGHT, TOP, BOTTOM = 46, 12, 8, 36
+SPARK_WIDTH, SPARK_HEIGHT = 96, 20
+MOST_DOTS = 60
+"""Points of a curve that are drawn as dots, each with its numbers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """A curve and its name."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+
+
+@dataclass(frozen=True, slots=True)
+class Chart:
+    """Curves over the steps of a run."""
+
+    title: str
+    series: tuple[Series, ...]
+    """At least one, each with a point; the first is the one to be seen first."""
+    last: float
+    """Step at which the axis ends; it begins at 0."""
+    best: tuple[float, float] | None = None
+    """A point of the first curve to mark."""
+    from_zero: bool = True
+    """Whether the axis of the values begins at 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """Numbers -> places on a line of some length."""
+
+    low: float
+    high: float
+    ticks: tuple[float, ...]
+    log: bool = False
+
+    def share(self, value: float) -> float:
+        """0 at the low end, 1 at the high one; never beyond."""
+        low, high = self.low, self.high
+        if self.log:
+            low, high, value = log10(low), log10(high), log10(max(value, low))
+        return min(1.0, max(0.0, (value - low) / (high - low)))
+
+
+def nice_step(span: float, about: int) -> float:
+    """1, 2 or 5 times a power of ten, of which about so many fit."""
+    rough = span / about
+    power = 10.0 ** floor(log10(rough))
+    return next(m * power for m in (1.0, 2.0, 5.0, 10.0) if m * power >= rough * 0.999)
+
+
+def value_axis(values: Sequence[float], *, from_zero: bool = False) -> Axis:
+    """An axis that shows all values; by powers of ten where one is 30 times the median."""
+    low, high = min(values), max(values)
+    if low > 0 and high > 30 * median(values):
+        first, last = floor(log10(low)), ceil(log10(high))
+        return Axis(10.0**first, 10.0**last, tuple(10.0**p for p in range(first, last + 1)), True)
+    if from_zero:
+        low, high = min(0.0, low), max(0.0, high)
+    if low == high:
+        low, high = low - (abs(low) or 1) / 10, high + (abs(high) or 1) / 10
+    step = nice_step(high - low, 5)
+    first, last = floor(low / step + 1e-9), ceil(high / step - 1e-9)
+    ticks = tuple(n * step for n in range(first, last + 1))
+    return Axis(ticks[0], ticks[-1], ticks)
+
+
+def step_axis(last: float) -> Axis:
+    """An axis from 0 to the last step, which need not be round."""
+    last = max(1.0, last)
+    step = max(1.0, nice_step(last, 5))
+    return Axis(0.0, last, tuple(n * step for n in range(floor(last / step) + 1)))
+
+
+def label(value: float, *, whole: bool = False) -> str:
+    """A number on an axis, short."""
+    if value == 0:
+        return "0"
+    if whole:
+        for size, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+            if abs(value) >= size:
+                return f"{value / (1e3 if letter == 'k' else size):g}{letter}"
+        return f"{value:,.0f}"
+    return f"{value:.6g}"
+
+
+def draw_chart(chart: Chart) -> Markup:
+    """An SVG with axes, ticks and labels; the template writes title and legend."""
+    across = step_axis(chart.last)
+    values = [y for series in chart.series for y in series.y]
+    up = value_axis(values, from_zero=chart.from_zero)
+
+    def left(x: float) -> float:
+        return LEFT + across.share(x) * (WIDTH - LEFT - RIGHT)
+
+    def top(y: float) -> float:
+        return HEIGHT - BOTTOM - up.share(y) * (HEIGHT - TOP - BOTTOM)
+
+    parts = [
+        Markup('<line class="grid" x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"/>').format(
+            LEFT, WIDTH - RIGHT, top(y), top(y)
+        )
+        + Markup('<text class="up" x="{}" y="{:.1f}">{}</text>').format(
+            LEFT - 6, top(y) + 3.5, label(y)
+        )
+        for y in up.ticks
+    ]
+    for x in across.ticks:
+        text = label(x, whole=True)
+        parts.append(
+            Markup('<line class="tick" x1="{:.1f}" x2="{:.1f}" y1="{}" y2="{}"/>').format(
+                left(x), left(x), HEIGHT - BOTTOM, HEIGHT - BOTTOM + 4
+            )
+            + Markup('<text class="across" x="{:.1f}" y="{}">{}</text>').format(
+                min(left(x), WIDTH - 3.4 * len(text)), HEIGHT - BOTTOM + 15, text
+            )
+        )
+    parts.append(
+        Markup('<text class="up" x="{}" y="{}">step</text>').format(WIDTH - RIGHT, HEIGHT - 4)
+    )
+    # The first on top of the others.
+    for number, series in reversed([*enumerate(chart.series)]):
+        points = [(left(x), top(y)) for x, y in zip(series.x, series.y, strict=True)]
+        parts.append(Markup('<path class="s{}" d="{}"/>').format(number, path(points)))
+        if len(points) <= MOST_DOTS:
+            parts += [
+                Markup(
+                    '<circle class="s{}" cx="{:.1f}" cy="{:.1f}" r="{}"><title>'
+                    "{}, step {:,.0f}: {:.6g}</title></circle>"
+                ).format(number, *point, 1.8, series.name, x, y)
+                for point, x, y in zip(points, series.x, series.y, strict=True)
+            ]
+    if chart.best is not None:
+        x, y = chart.best
+        parts.append(
+            Markup(
+                '<circle class="best" cx="{:.1f}" cy="{:.1f}" r="4.5"><title>best, step '
+                "{:,.0f}: {:.6g}</title></circle>"
+            ).format(left(x), top(y), x, y)
+        )
+    head = Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">').format(
+        WIDTH, HEIGHT, chart.title
+    )
+    return head + Markup("").join(parts) + Markup("</svg>")
+
+
+def path(points: Sequence[tuple[float, float]]) -> str:
+    """A line through points, as SVG writes it."""
+    return "M" + " ".join(f"{x:.1f} {y:.1f}" for x, y in points)
+
+
+def draw_spark(series: Series) -> Markup:
+    """A score over the steps as a small line between 0 and 1."""
+    first, last = series.x[0], series.x[-1]
+    width, height = SPARK_WIDTH - 4, SPARK_HEIGHT - 4
+    points = [
+        (2 + (x - first) / ((last - first) or 1) * width, 2 + (1 - min(1.0, max(0.0, y))) * height)
+        for x, y in zip(series.x, series.y, strict=True)
+    ]
+    end = points[-1]
+    return Markup(
+        '<svg class="spark" viewBox="0 0 {} {}" role="img" aria-label="{}">'
+        '<path d="{}"/><circle cx="{:.1f}" cy="{:.1f}" r="1.8"/></svg>'
+    ).format(SPARK_WIDTH, SPARK_HEIGHT, series.name, path(points), *end)
+
+
+def draw_confusion(classes: Sequence[str], confusion: Sequence[Sequence[int]]) -> Markup:
+    """A table of the share of each true class's pixels that went to each class."""
+    head = Markup("").join(
+        Markup('<th scope="col"><span>{}</span></th>').format(name) for name in classes
+    )
+    body = []
+    for name, row in zip(classes, confusion, strict=True):
+        total = sum(row)
+        cells = [Markup('<th scope="row">{}</th>').format(name)]
+        for other, pixels in zip(classes, row, strict=True):
+            share = pixels / total if total else 0.0
+            shown = f"{100 * share:.0f}" if share >= 0.005 else "·" if pixels else ""
+            cells.append(
+                Markup('<td class="{}" style="--share:{:.3f}" title="{}">{}</td>').format(
+                    "strong" if share > 0.5 else "",
+                    share,
+                    f"true {name}, predicted {other}: {pixels:,} pixels ({share:.2%})",
+                    shown,
+                )
+            )
+        body.append(Markup("<tr>{}</tr>").format(Markup("").join(cells)))
+    dense = " dense" if len(classes) > 20 else ""
+    return Markup(
+        '<table class="confusion{}"><thead><tr><td></td>{}</tr></thead><tbody>{}</tbody></table>'
+    ).format(dense, head, Markup("").join(body))

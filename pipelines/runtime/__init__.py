@@ -1,0 +1,1 @@
+"""What every command runs on: flags, exit codes, processes, devices."""

@@ -1,0 +1,129 @@
+"""Command lines -> frozen dataclasses; errors -> one line and an exit code."""
+
+import inspect
+import io
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import TypeVar
+
+import tyro
+
+from pipelines.runtime import failures
+from pipelines.runtime.errors import REFUSED, USAGE, RunError, UsageError
+from pipelines.runtime.yaml_flags import yaml_flags
+from shards.sample import DataError
+
+RANK_0_TIMEOUT = 20.0
+"""Seconds that the other ranks give rank 0 to report an error that all share and end the job."""
+T = TypeVar("T")
+
+
+def launched_rank() -> int:
+    """Rank that the launcher assigned to this process, else 0. Only decides who prints."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def run_command(
+    config_class: type[T], run: Callable[[T], int], argv: Sequence[str] | None, verb: str
+) -> int:
+    """Parse the flags, run the verb and return the exit code.
+
+    Bad input and failed runs end in one line on stderr.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # File names may not be valid text.
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        return run(parse(config_class, argv, verb))
+    except UsageError as error:
+        code = report_error(verb, error, USAGE)
+    except (DataError, RunError) as error:
+        code = report_error(verb, original_message(error), REFUSED)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        code = report_error(verb, f"{where}{error.strerror or error}", REFUSED)
+    except RuntimeError as error:
+        line = failures.describe(error)
+        if line is None:
+            raise
+        code = report_error(verb, line, REFUSED)
+    except KeyboardInterrupt:
+        code = report_error(verb, "stopped; rerun the same command to resume", 130)
+    failures.leave_process_group(code)
+    return code
+
+
+def original_message(error: Exception) -> str:
+    """The error's message, without the traceback that a DataLoader adds to a worker's error."""
+    text = str(error)
+    name = f"{type(error).__name__}: "
+    return text.rpartition(name)[2].strip() if text.startswith("Caught ") and name in text else text
+
+
+def report_error(verb: str, error: object, code: int) -> int:
+    """Print the error and return `code`; an error that all ranks share is printed once."""
+    accelerate = sys.modules.get("accelerate.state")
+    alone = code != USAGE and accelerate is not None and accelerate.is_initialized()
+    if not alone and code in (USAGE, REFUSED):
+        wait_for_rank_0()
+    rank = f" (rank {launched_rank()})" if launched_rank() else ""
+    print(f"unet {verb}{rank}: {error}", file=sys.stderr, flush=True)
+    return code
+
+
+def wait_for_rank_0() -> None:
+    """On other ranks, sleep: if rank 0 fails too, the launcher ends them before they print.
+
+    If this returns, rank 0 did not fail, or reported its error on another host.
+    """
+    if launched_rank():
+        time.sleep(RANK_0_TIMEOUT)
+
+
+def parse(config_class: type[T], argv: Sequence[str], verb: str) -> T:
+    """Parse the arguments; exits with 2 and a message if they are wrong."""
+    files, flags = take_config_files(argv)
+    from_files = [flag for file in files for flag in yaml_flags(config_class, file)]
+    description = inspect.cleandoc(config_class.__doc__ or "")
+    description += (
+        "\n\n--config FILE.yaml (repeatable, later wins) sets any of these; flags override files."
+    )
+    held = io.StringIO() if launched_rank() else None
+    try:
+        with redirect_stderr(held or sys.stderr), redirect_stdout(held or sys.stdout):
+            return tyro.cli(
+                config_class,
+                args=[*from_files, *flags],
+                prog=f"unet {verb}",
+                description=description,
+            )
+    except SystemExit as end:
+        # With --help, all ranks exit 0.
+        if held is not None and end.code:
+            wait_for_rank_0()
+            print(held.getvalue(), file=sys.stderr, end="", flush=True)
+        raise
+
+
+def take_config_files(argv: Sequence[str]) -> tuple[list[Path], list[str]]:
+    """Separate `--config FILE` and `--config=FILE` from the other arguments."""
+    files: list[Path] = []
+    rest: list[str] = []
+    remaining = iter(argv)
+    for argument in remaining:
+        if argument == "--config":
+            file = next(remaining, None)
+            if file is None:
+                raise UsageError("--config needs a file")
+            files.append(Path(file))
+        elif argument.startswith("--config="):
+            files.append(Path(argument.removeprefix("--config=")))
+        else:
+            rest.append(argument)
+    return files, rest

@@ -1,0 +1,42 @@
+"""Exit codes and the errors that end a command in one line."""
+
+import re
+from pathlib import Path
+
+REFUSED = 1
+"""Exit code: refused data or a failed run."""
+USAGE = 2
+"""Exit code: wrong command or configuration."""
+INCOMPLETE = 3
+"""Exit code: the job finished but skipped some inputs."""
+INTERRUPTED = 75
+"""Exit code: interrupted; rerun to resume (EX_TEMPFAIL)."""
+
+
+class UsageError(Exception):
+    """A wrong command or configuration; the message is one line: what, where, remedy."""
+
+
+class RunError(Exception):
+    """A failed run; the message is one line: what, where, remedy."""
+
+
+def refuse_url(flag: str, path: Path | str) -> None:
+    """Raise ValueError if `path` is a URL."""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):
+        raise ValueError(f"{flag} {path} is a URL; use a local folder")
+
+
+def describe_read_error(error: OSError, path: object = None) -> str:
+    """Describe a failed read in one line; `path` defaults to the file that the error names."""
+    return f"{path or error.filename} cannot be read: {error.strerror or error}"
+
+
+def parse_part(flag: str, text: str) -> tuple[int, int]:
+    """Parse `2/5` into (2, 5). Raises ValueError for anything else."""
+    number, slash, count = text.partition("/")
+    if not slash or not re.fullmatch("[0-9]+/[0-9]+", text):
+        raise ValueError(f"{flag} must be i/n, such as 2/5, got {text!r}")
+    if not 1 <= int(number) <= int(count):
+        raise ValueError(f"{flag} must be i/n with i from 1 to n, got {text!r}")
+    return int(number), int(count)

@@ -1,0 +1,119 @@
+"""Run independent tasks in this process, in a process pool, or on a Dask cluster."""
+
+import multiprocessing
+import os
+import re
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError, Executor, Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from typing import TypeVar
+
+from pipelines.runtime.errors import RunError, UsageError
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def num_workers(wanted: int, num_tasks: int) -> int:
+    """Number of processes for `num_tasks` tasks; `wanted` 0: one per CPU."""
+    if not wanted:
+        # macOS has no CPU affinity.
+        has_affinity = hasattr(os, "sched_getaffinity")
+        wanted = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    return max(1, min(wanted, num_tasks))
+
+
+def refuse_negative_workers(workers: int) -> None:
+    """Raise ValueError if `workers` is negative."""
+    if workers < 0:
+        raise ValueError(f"--workers must be >= 0, got {workers}")
+
+
+def follow_parent() -> None:
+    """Exit this process when its parent is killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        # It waits on a pipe, which closes even if nobody reaps the parent, also under forkserver.
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def chunks(items: Sequence[T], workers: int, max_size: int = 64) -> list[Sequence[T]]:
+    """Cut items into chunks small enough that all processes finish at about the same time."""
+    size = max(1, min(max_size, len(items) // (8 * max(1, workers))))
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def run_all(
+    function: Callable[[T], R],
+    tasks: Sequence[T],
+    workers: int,
+    *,
+    scheduler: str | None = None,
+    remote: bool = False,
+) -> Iterator[tuple[T, R]]:
+    """Yield (task, result) as tasks finish, in no particular order.
+
+    Args:
+        function: called with each task; picklable, as are tasks and results.
+        tasks: arguments of the calls.
+        workers: processes; 1: run in this process.
+        scheduler: address of a Dask scheduler whose workers run the tasks instead.
+        remote: `function` uses a remote store, whose client threads do not survive a fork.
+
+    Raises:
+        UsageError: the scheduler is unreachable, or Dask is not installed.
+        RunError: a worker process or the scheduler died.
+    """
+    if workers <= 1 and scheduler is None:
+        for task in tasks:
+            yield task, function(task)
+        return
+    with open_executor(workers, scheduler, remote) as executor:
+        futures: dict[Future[R], T] = {executor.submit(function, task): task for task in tasks}
+        try:
+            for future in as_completed(futures):
+                yield futures.pop(future), future.result()
+        except CancelledError as error:
+            raise RunError(
+                "lost the Dask scheduler or its workers; rerun the same command to resume"
+            ) from error
+        except BrokenProcessPool as error:
+            raise RunError(
+                "a worker process was killed (out of memory?); rerun the same command to resume"
+            ) from error
+        finally:
+            for future in futures:
+                future.cancel()
+
+
+@contextmanager
+def open_executor(workers: int, scheduler: str | None, remote: bool) -> Iterator[Executor]:
+    """Open a process pool, or connect to a Dask cluster. Raises UsageError if it cannot."""
+    if scheduler is None:
+        method = "fork" if sys.platform == "linux" and not remote else "forkserver"
+        context = multiprocessing.get_context(method)
+        with ProcessPoolExecutor(workers, context, follow_parent) as pool:
+            yield pool
+        return
+    if not re.fullmatch(r"[a-z]+://.+:[0-9]+", scheduler):
+        raise UsageError(f"--scheduler {scheduler} is not an address such as tcp://host:8786")
+    try:
+        from distributed import Client
+    except ImportError as error:
+        raise UsageError("--scheduler needs Dask: pip install 'unet-shards[dask]'") from error
+    try:
+        client = Client(scheduler, timeout=20, set_as_default=False)
+    except (OSError, TimeoutError, ValueError) as error:
+        raise UsageError(
+            f"--scheduler {scheduler}: no answer; is the scheduler running?"
+        ) from error
+    with client:
+        yield client.get_executor(pure=False)

@@ -1,0 +1,59 @@
+"""What surrounds a forward and backward pass of training on a device."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from pipelines.runtime.errors import RunError
+from pipelines.runtime.failures import out_of_memory, summary
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingPass:
+    """A context for each pass: the fastest convolutions, and an error that says what to do."""
+
+    device: torch.device
+    batch_size: int
+    """Samples of the pass on this rank."""
+    crop_size: int | None
+    """Side of the square crops, in pixels."""
+    gradient_checkpointing: bool
+    """Whether it is on already."""
+    benchmark: bool
+    """Let cuDNN time its algorithms for each new shape and keep the fastest. It is off outside of
+    the passes: crops have one shape, while the images of a validation have many."""
+
+    @contextmanager
+    def __call__(self, step: int) -> Iterator[None]:
+        """Surround a pass of optimizer step `step`, counted from 1.
+
+        Raises RunError, naming the flags that help, where the memory of the device runs out.
+        """
+        torch.backends.cudnn.benchmark = self.benchmark and self.device.type == "cuda"
+        try:
+            yield
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            raise RunError(self.describe(step, summary(error))) from error
+        finally:
+            torch.backends.cudnn.benchmark = False
+
+    def describe(self, step: int, reason: str) -> str:
+        """One line: what does not fit, how much was in use, and which flags make it smaller."""
+        peak = ""
+        if self.device.type == "cuda":
+            used = torch.cuda.max_memory_allocated(self.device) / 2**30
+            peak = f", at a peak of {used:.1f} GiB"
+        remedies = ["lower --crop-size"]
+        if not self.gradient_checkpointing:
+            remedies.insert(0, "add --gradient-checkpointing")
+        if self.batch_size > 1:
+            remedies.insert(0, "raise --accumulate (--accumulate auto finds what fits)")
+        return (
+            f"step {step}: a pass over {self.batch_size} crops of {self.crop_size} x "
+            f"{self.crop_size} pixels does not fit into the memory of the GPU{peak} ({reason}); "
+            f"{', '.join(remedies[:-1])}{' or ' if remedies[1:] else ''}{remedies[-1]}"
+        )

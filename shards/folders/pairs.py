@@ -1,0 +1,274 @@
+"""Pairs of images and masks, their splits, and the separation of a folder that mixes both."""
+
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from shards.folders.walk import (
+    find_common_root,
+    list_images,
+    read_lines,
+    relative_path,
+    split_columns,
+)
+from shards.images.files import IMAGE_EXTENSIONS
+from shards.sample import DataError, encode_key
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """An image and its mask, if it has one. Small: a million pairs fit into memory."""
+
+    source: str
+    """Path of the image relative to the image folder, with extension and `/` as separator."""
+    mask: str | None
+    """Path of the mask relative to the mask folder."""
+
+    @property
+    def key(self) -> str:
+        """Key of the sample in a shard."""
+        return encode_key(self.source)
+
+
+@dataclass(frozen=True, slots=True)
+class Pairing:
+    """The pairs of two folders, and the files that are not in a pair."""
+
+    images: Path
+    """Folder of the images."""
+    masks: Path | None
+    """Folder of the masks."""
+    pairs: list[Pair]
+    """Sorted by path."""
+    unpaired: list[str]
+    """Images without a mask and masks without an image, one message each."""
+    refused: list[str]
+    """Files whose names collide and files in unsupported formats, one message each."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PairRule:
+    """How the mask of an image is found: by default, by its path without extension.
+
+    Raises ValueError if `regex` is not a valid regular expression.
+    """
+
+    image_suffix: str = ""
+    """End of an image's name, before the extension, that the name of its mask does not have."""
+    mask_suffix: str = ""
+    """End of a mask's name, before the extension, that the name of its image does not have."""
+    image_ext: str | None = None
+    """Only files with this extension are images."""
+    mask_ext: str | None = None
+    """Only files with this extension are masks."""
+    regex: str | None = None
+    """Files are paired if its match (its groups, if it has any) is equal in both paths."""
+
+    def __post_init__(self) -> None:
+        if self.regex is not None:
+            validate_regex("--pair-regex", self.regex)
+
+    @property
+    def distinguishes_masks(self) -> bool:
+        """Whether the rule can distinguish images from masks in one folder."""
+        return self.image_suffix != self.mask_suffix or normalise_extension(
+            self.image_ext
+        ) != normalise_extension(self.mask_ext)
+
+    def pairing_stem(self, name: str, *, mask: bool) -> str | None:
+        """Return the text that an image and its mask have in common.
+
+        Returns None if `name` does not match the rule for masks (`mask=True`) or images.
+        """
+        stem, file_ext = os.path.splitext(name)
+        ext = normalise_extension(self.mask_ext if mask else self.image_ext)
+        suffix = self.mask_suffix if mask else self.image_suffix
+        if not stem.endswith(suffix) or (ext is not None and file_ext.lower() != ext):
+            return None
+        if self.regex is None:
+            return stem.removesuffix(suffix)
+        match = re.search(self.regex, name)
+        if match is None:
+            return None
+        return "\0".join(match.groups("")) if match.re.groups else match.group()
+
+
+def validate_regex(flag: str, expression: str) -> None:
+    """Raise ValueError naming the flag if a regular expression is invalid."""
+    try:
+        re.compile(expression)
+    except re.error as error:
+        raise ValueError(f"{flag} {expression!r} is not a regular expression: {error}") from error
+
+
+def normalise_extension(extension: str | None) -> str | None:
+    """Convert `PNG`, `png` and `.png` to `.png`."""
+    return None if extension is None else "." + extension.lower().lstrip(".")
+
+
+def find_pairs(images: Path, masks: Path | None, rule: PairRule) -> Pairing:
+    """Pair the files of two folders, searched recursively; both may be the same folder.
+
+    Raises DataError if a folder is missing or has no images, or if no image has a mask.
+    """
+    refused: list[str] = []
+    names = list_images(images, refused)
+    if masks is None:
+        image_names, _ = group_by_stem(names, rule, images, refused, mask=False)
+        pairs = [Pair(name, None) for name in image_names.values()]
+        return Pairing(images, None, drop_key_collisions(pairs, images, refused), [], refused)
+    unpaired: list[str] = []
+    if masks.resolve() == images.resolve():
+        if not rule.distinguishes_masks:
+            raise DataError(
+                f"images and masks share the folder {images}; distinguish them with --mask-suffix "
+                "or --image-ext and --mask-ext, or split the folder with unet separate"
+            )
+        # The side with the narrower rule chooses first, the other one gets what is left.
+        masks_first = bool(rule.mask_suffix or rule.mask_ext)
+        one, others = group_by_stem(names, rule, images, refused, mask=masks_first)
+        other, rest = group_by_stem(others, rule, images, refused, mask=not masks_first)
+        mask_names, image_names = (one, other) if masks_first else (other, one)
+        unpaired += [
+            f"{images / name} matches neither the rule for images nor that for masks"
+            for name in rest
+        ]
+    else:
+        image_names, rest = group_by_stem(names, rule, images, refused, mask=False)
+        unpaired += [f"{images / name} does not match the rule for images" for name in rest]
+        names = list_images(masks, refused)
+        mask_names, rest = group_by_stem(names, rule, masks, refused, mask=True)
+        unpaired += [f"{masks / name} does not match the rule for masks" for name in rest]
+    unpaired += [
+        f"{images / image_names[stem]} has no mask in {masks}"
+        for stem in sorted(image_names.keys() - mask_names.keys())
+    ]
+    unpaired += [
+        f"{masks / mask_names[stem]} has no image in {images}"
+        for stem in sorted(mask_names.keys() - image_names.keys())
+    ]
+    common = image_names.keys() & mask_names.keys()
+    if not common and not refused:
+        raise DataError(
+            f"no image in {images} has a mask of the same name in {masks} (for example: "
+            f"{first_name(image_names)} and {first_name(mask_names)}); "
+            "see --mask-suffix, --pair-regex and --pairs"
+        )
+    pairs = [Pair(image_names[stem], mask_names[stem]) for stem in common]
+    return Pairing(images, masks, drop_key_collisions(pairs, images, refused), unpaired, refused)
+
+
+def first_name(names: dict[str, str]) -> str:
+    """Return the first of some names, as an example in a message."""
+    return min(names.values(), default="nothing")
+
+
+def drop_key_collisions(pairs: Iterable[Pair], images: Path, refused: list[str]) -> list[Pair]:
+    """Sort pairs, without those that would share a key in the shards (`a.png`, `a.jpg`).
+
+    These are reported in `refused`.
+    """
+    by_stem: dict[str, Pair] = {}
+    collisions = set()
+    for pair in sorted(pairs, key=lambda p: p.source):
+        stem = os.path.splitext(pair.source)[0]
+        if stem in by_stem:
+            refused.append(f"{images / by_stem[stem].source} and {pair.source} have the same name")
+            collisions.add(stem)
+        by_stem[stem] = pair
+    return [pair for stem, pair in by_stem.items() if stem not in collisions]
+
+
+def group_by_stem(
+    names: Iterable[str], rule: PairRule, folder: Path, refused: list[str], *, mask: bool
+) -> tuple[dict[str, str], list[str]]:
+    """Group names by what pairs them.
+
+    Returns {pairing stem: name} of images or masks, and the names that do not match their rule.
+    Names with the same stem are left out and reported in `refused`.
+    """
+    stems: dict[str, str] = {}
+    others: list[str] = []
+    collisions: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        stem = rule.pairing_stem(name, mask=mask)
+        if stem is None:
+            others.append(name)
+        elif stem in stems:
+            collisions[stem].append(name)
+        else:
+            stems[stem] = name
+    for stem, more in sorted(collisions.items()):
+        refused.append(f"{folder / stems.pop(stem)} and {', '.join(more)} have the same name")
+    return stems, others
+
+
+def read_pair_lists(files: Sequence[Path], images: Path | None, masks: Path | None) -> Pairing:
+    """Read pairs from files with an image and its mask on each line.
+
+    `.csv` and `.tsv` are split at commas and tabs, all others at white space. Empty lines, lines
+    that start with # and a first line `image,mask` are skipped. Paths are relative to `images` and
+    `masks`, or to the folder of the list if these are None. Raises DataError for a line that is not
+    a pair.
+    """
+    image_paths, mask_paths = [], []
+    for file in files:
+        here = file.parent.resolve()
+        for image, mask in read_pair_columns(file):
+            image_paths.append(os.path.normpath((images or here).resolve() / image))
+            mask_paths.append(os.path.normpath((masks or here).resolve() / mask))
+    if not image_paths:
+        raise DataError(f"{files[0]} lists no pairs; write an image and its mask on each line")
+    image_root, mask_root = (
+        find_common_root(image_paths, images or files[0].parent),
+        find_common_root(mask_paths, masks or files[0].parent),
+    )
+    refused: list[str] = []
+    partner: dict[str, str] = {}
+    pairs = []
+    for image, mask in zip(image_paths, mask_paths, strict=True):
+        wrong = [problem for path in (image, mask) if (problem := explain_unusable_path(path))]
+        if image in partner:
+            wrong.append(f"{image} is listed twice")
+        elif mask in partner:
+            wrong.append(f"{mask} is listed for {partner[mask]} and for {image}")
+        refused += wrong
+        if not wrong:
+            partner |= {image: mask, mask: image}
+            pairs.append(Pair(relative_path(image, image_root), relative_path(mask, mask_root)))
+    pairs = drop_key_collisions(pairs, image_root, refused)
+    return Pairing(image_root, mask_root, pairs, [], refused)
+
+
+def explain_unusable_path(path: str) -> str | None:
+    """Return what is wrong with a path in a list of pairs; None if it can be used."""
+    if not os.path.isfile(path):
+        return f"{path} is listed but does not exist"
+    if os.path.splitext(path)[1].lower() not in IMAGE_EXTENSIONS:
+        return f"{path} does not have an image extension ({' '.join(sorted(IMAGE_EXTENSIONS))})"
+    return None
+
+
+def read_pair_columns(file: Path) -> Iterator[tuple[str, str]]:
+    """Yield the two columns of a list of pairs. Raises DataError for a line without exactly two."""
+    delimiter = {".csv": ",", ".tsv": "\t"}.get(file.suffix.lower())
+    for number, line in enumerate(read_lines(file), 1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        words = [word.strip() for word in split_columns(line, delimiter)]
+        if number == 1 and [word.lower() for word in words] == ["image", "mask"]:
+            continue
+        if len(words) != 2 or not all(words):
+            raise DataError(
+                f"{file}, line {number}: expected 2 names, an image and its mask, got "
+                f"{len(words)}; "
+                + (
+                    "names with spaces need a .csv or .tsv"
+                    if delimiter is None
+                    else f"separate them with {'a comma' if delimiter == ',' else 'a tab'}"
+                )
+            )
+        yield words[0], words[1]

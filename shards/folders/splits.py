@@ -1,0 +1,213 @@
+"""Train, val or test: by list, by folder, by hash."""
+
+import hashlib
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from shards.folders.pairs import Pair, validate_regex
+from shards.folders.walk import read_lines, split_columns
+from shards.sample import AggregateDataError, DataError
+
+Split = Literal["train", "val", "test"]
+SPLITS: tuple[Split, ...] = ("train", "val", "test")
+SPLIT_NAMES: dict[str, Split] = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "test": "test",
+    "testing": "test",
+}
+"""Accepted names of split folders and split lists."""
+DEFAULT_VAL_FRACTION = 0.1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SplitRule:
+    """How pairs are assigned to splits: by files, by folders, or by a hash.
+
+    Raises ValueError for contradictory settings.
+    """
+
+    val_fraction: float = DEFAULT_VAL_FRACTION
+    """Fraction of samples in val."""
+    test_fraction: float = 0.0
+    """Fraction of samples in test."""
+    group_by: str | None = None
+    """Regular expression; images with the same match in their path stay in the same split."""
+    fold: tuple[int, int] | None = None
+    """(i, k): fold i of k, counted from 1, is val."""
+    files: tuple[Path, ...] = ()
+    """A CSV `path,split`, or lists named after their split, such as val.txt."""
+    by_folder: bool = False
+    """The first folder of a path is its split: `train`, `val`, `test`."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.val_fraction <= 1 or not 0 <= self.test_fraction <= 1:
+            raise ValueError("--val-fraction and --test-fraction must be between 0 and 1")
+        if (self.val_fraction if self.fold is None else 0) + self.test_fraction >= 1:
+            raise ValueError("--val-fraction and --test-fraction leave nothing to train on")
+        if self.group_by is not None:
+            validate_regex("--group-by", self.group_by)
+        if self.fold is not None and not (1 <= self.fold[0] <= self.fold[1] >= 2):
+            raise ValueError("--fold must be i/k: fold i, from 1 to k, of k >= 2 folds")
+        sources = {
+            "--fold": self.fold is not None,
+            "--split-file": bool(self.files),
+            "--split-folders": self.by_folder,
+        }
+        flags = [flag for flag, used in sources.items() if used]
+        if len(flags) > 1:
+            raise ValueError(f"{' and '.join(flags)} both define the splits; use one of them")
+        if flags and self.val_fraction != DEFAULT_VAL_FRACTION:
+            raise ValueError(f"--val-fraction has no effect with {flags[0]}; remove one of them")
+        if flags and self.fold is None and self.test_fraction:
+            raise ValueError(f"--test-fraction has no effect with {flags[0]}; remove one of them")
+
+    def assign_splits(self, pairs: Sequence[Pair]) -> tuple[list[Split], list[str | None]]:
+        """Return the split and the group of each pair. Raises DataError for a pair without one."""
+        groups = [extract_group(p.source, self.group_by) for p in pairs]
+        if self.files or self.by_folder:
+            splits = (
+                read_split_files(self.files, pairs) if self.files else read_split_folders(pairs)
+            )
+            refuse_divided_groups(groups, splits)
+            return splits, groups
+        names = [p.key if group is None else group for p, group in zip(pairs, groups, strict=True)]
+        return [self.hash_split(name) for name in names], groups
+
+    def hash_split(self, name: str) -> Split:
+        """Return the split of a key or group by its hash, so that adding data never changes it."""
+        fraction = hash_fraction(name)
+        if self.fold is None:
+            if fraction < self.val_fraction:
+                return "val"
+            return "test" if fraction < self.val_fraction + self.test_fraction else "train"
+        number, count = self.fold
+        if fraction >= 1 - self.test_fraction:
+            return "test"
+        return "val" if int(fraction / (1 - self.test_fraction) * count) == number - 1 else "train"
+
+
+def extract_group(source: str, expression: str | None) -> str | None:
+    """Return the match of `expression` in a path, None without an expression.
+
+    Raises DataError if it does not match.
+    """
+    if expression is None:
+        return None
+    match = re.search(expression, source)
+    if match is None:
+        raise DataError(f"{source} does not match --group-by {expression!r}; widen the pattern")
+    group = "\0".join(match.groups("")) if match.re.groups else match.group()
+    return group.strip("\0").replace("\0", "/")
+
+
+def refuse_divided_groups(groups: Sequence[str | None], splits: Sequence[Split]) -> None:
+    """Raise DataError if a group is in two splits."""
+    splits_of: dict[str | None, set[Split]] = defaultdict(set)
+    for group, split in zip(groups, splits, strict=True):
+        splits_of[group].add(split)
+    problems = [
+        f"the group {group!r} is in {' and '.join(sorted(splits_of[group]))}"
+        for group in sorted(group for group in splits_of if group is not None)
+        if len(splits_of[group]) > 1
+    ]
+    if problems:
+        raise AggregateDataError(problems, "correct the splits, or remove --group-by")
+
+
+def hash_fraction(name: str) -> float:
+    """Return the first 8 bytes of the sha256 of a name as a fraction of 2^64."""
+    digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def read_split_folders(pairs: Sequence[Pair]) -> list[Split]:
+    """Return the split named by the first folder of each path. Raises DataError if none is."""
+    splits: list[Split] = []
+    problems = []
+    for pair in pairs:
+        split = SPLIT_NAMES.get(pair.source.partition("/")[0].lower())
+        if split is None or "/" not in pair.source:
+            problems.append(f"{pair.source} is not in a folder named train, val or test")
+        else:
+            splits.append(split)
+    if problems:
+        raise AggregateDataError(problems, "--split-folders needs them at the top of --images")
+    return splits
+
+
+def read_split_files(files: Sequence[Path], pairs: Sequence[Pair]) -> list[Split]:
+    """Read the split of each pair from a CSV `path,split`, or from lists named after their split.
+
+    Paths are those of the images, relative, with or without extension. Raises DataError for images
+    that no file lists, unknown paths, duplicates and unknown splits.
+    """
+    sources = {os.path.splitext(p.source)[0]: p.source for p in pairs}
+    sources |= {p.source: p.source for p in pairs}
+    listed: dict[str, tuple[Split, str]] = {}
+    problems = []
+    for file in files:
+        for number, name, split in parse_split_file(file, sources):
+            source = sources.get(name)
+            where = f"{file}, line {number}"
+            if source is None:
+                problems.append(f"{where} lists {name}, which is not one of the images")
+            elif source in listed:
+                was, before = listed[source]
+                problems.append(
+                    f"{where}: {name} is listed twice"
+                    + (f", in {was} ({before}) and in {split}" if was != split else f" ({before})")
+                )
+            else:
+                listed[source] = split, where
+    what = " or ".join(map(str, files))
+    problems += [f"{p.source} is not in {what}" for p in pairs if p.source not in listed]
+    if problems:
+        raise AggregateDataError(problems, "list every image exactly once")
+    return [listed[p.source][0] for p in pairs]
+
+
+def parse_split_file(file: Path, known: dict[str, str]) -> Iterator[tuple[int, str, Split]]:
+    """Yield (line number, path, split) of a CSV `path,split` or of a list named after its split.
+
+    `known`: paths of images, which may contain spaces. Raises DataError for a malformed file.
+    """
+    lines = read_lines(file)
+    header = [word.strip() for word in split_columns(lines[0], ",")] if lines else []
+    if {"path", "split"} <= set(header):
+        for number, line in enumerate(lines[1:], 2):
+            row = split_columns(line, ",") if line.strip() else [""] * len(header)
+            if len(row) != len(header):
+                raise DataError(
+                    f"{file}, line {number} is not of the form {','.join(header)}: {line!r}; "
+                    "correct it"
+                )
+            name, word = (row[header.index(column)].strip() for column in ("path", "split"))
+            split: Split | None = next((s for s in SPLITS if s == word), None)
+            if split is None and (name or word):
+                raise DataError(
+                    f"{file}, line {number}: {word!r} is not one of {', '.join(SPLITS)}; correct it"
+                )
+            if split is not None:
+                yield number, name, split
+        return
+    split = SPLIT_NAMES.get(file.stem.lower())
+    if split is None:
+        raise DataError(
+            f"{file} must start with the line path,split or be named train.txt, val.txt or "
+            "test.txt; rename it or add that line"
+        )
+    for number, line in enumerate(lines, 1):
+        text = line.strip()
+        if text and not text.startswith("#"):
+            # In a list of pairs, the mask follows the image; names may contain spaces too.
+            words = text.replace(",", " ").split()
+            yield number, text if text in known or not words else words[0], split

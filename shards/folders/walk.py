@@ -1,0 +1,81 @@
+"""Files below a folder, and the lines of lists."""
+
+import csv
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from shards.images.files import IMAGE_EXTENSIONS, UNSUPPORTED_EXTENSIONS
+from shards.sample import DataError
+
+
+def split_columns(line: str, delimiter: str | None) -> list[str]:
+    """Split a line at a delimiter, or at white space if it is None; [] if it is not valid CSV."""
+    try:
+        return line.split() if delimiter is None else next(csv.reader([line], delimiter=delimiter))
+    except csv.Error:
+        return []
+
+
+def read_lines(file: Path) -> list[str]:
+    """Read the lines of a text file. Raises DataError if it is not UTF-8."""
+    try:
+        return file.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file} is not UTF-8 text; save it as UTF-8") from error
+
+
+def find_common_root(paths: Sequence[str], preferred: Path) -> Path:
+    """Return `preferred` if it contains all paths, else the deepest folder that does."""
+    root = str(preferred.resolve())
+    common = os.path.commonpath([os.path.dirname(path) for path in paths])
+    return Path(root if os.path.commonpath([common, root]) == root else common)
+
+
+def relative_path(path: str, root: Path) -> str:
+    """Return a path relative to `root`, with `/` as separator."""
+    return os.path.relpath(path, root).replace(os.sep, "/")
+
+
+def list_images(folder: Path, refused: list[str] | None = None) -> list[str]:
+    """List the relative paths of all images below a folder, without hidden files, sorted.
+
+    Files in unsupported image formats are reported in `refused`, if it is given. Raises DataError
+    if the folder is missing or has neither.
+    """
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not a directory")
+    names = []
+    for name in walk_files(str(folder)):
+        lower = name.lower()
+        if os.path.splitext(lower)[1] in IMAGE_EXTENSIONS:
+            names.append(name)
+        elif refused is not None:
+            problem = next(
+                (p for ext, p in UNSUPPORTED_EXTENSIONS.items() if lower.endswith(ext)), None
+            )
+            if problem is not None:
+                refused.append(f"{folder / name} is {problem}")
+    if not names and not refused:
+        raise DataError(f"{folder} contains no images ({' '.join(sorted(IMAGE_EXTENSIONS))})")
+    return sorted(names)
+
+
+def walk_files(folder: str) -> Iterator[str]:
+    """Yield the relative path of every file that is not hidden; follows links but not cycles."""
+    todo: list[tuple[str, frozenset[tuple[int, int]]]] = [("", frozenset())]
+    while todo:
+        below, ancestors = todo.pop()
+        path = f"{folder}/{below}"
+        stat = os.stat(path)
+        here = (stat.st_dev, stat.st_ino)
+        if here in ancestors:
+            continue
+        with os.scandir(path) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir():
+                    todo.append((f"{below}{entry.name}/", ancestors | {here}))
+                else:
+                    yield below + entry.name

@@ -1,0 +1,1 @@
+"""Image files: validated on open, decoded to arrays."""

@@ -1,0 +1,398 @@
+"""Image files: validated on open, stored losslessly as they are, decoded deterministically."""
+
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image, ImageOps, TiffImagePlugin
+
+from shards.images.headers import read_image_header
+from shards.sample import Channels, DataError
+
+IMAGE_EXTENSIONS = frozenset(
+    {
+        *(".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"),
+    }
+)
+"""Extensions, in lower case, of files that are read as images or masks."""
+VOLUME = "a volume; export each slice as a PNG of 8 or 16 bits"
+SLIDE = "a microscope or slide scanner container; export its images as TIFF or PNG"
+UNSUPPORTED = "an image in an unsupported format; convert it to PNG or TIFF"
+UNSUPPORTED_EXTENSIONS = {
+    **dict.fromkeys((".dcm", ".dicom", ".mha", ".mhd", ".nii", ".nii.gz", ".nrrd"), VOLUME),
+    **dict.fromkeys((".czi", ".lif", ".nd2", ".ndpi", ".oib", ".svs", ".vsi"), SLIDE),
+    **dict.fromkeys(
+        (".avif", ".dng", ".exr", ".heic", ".heif", ".jp2", ".npy", ".npz"), UNSUPPORTED
+    ),
+    **dict.fromkeys((".pbm", ".pgm", ".pnm", ".ppm", ".psd", ".ras", ".tga", ".xcf"), UNSUPPORTED),
+}
+"""Extensions of files that hold images but cannot be read: refused by name, not skipped."""
+PILLOW_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
+"""The only Pillow decoders that see a file: hostile data cannot choose a more obscure one."""
+MAX_PIXELS = 1_000_000_000
+"""Images with more pixels are refused before they are decoded: a small file can claim any size."""
+GREY16_MODES = ("I;16", "I;16B", "I;16L", "I")
+"""Pillow's modes of grey images with more than 8 bits."""
+EXIF_ORIENTATION = 0x0112
+BITS_PER_SAMPLE = 258
+PHOTOMETRIC, WHITE_IS_ZERO = 262, 0
+ORIENTATION_KEYS = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}
+"""Keys of `Image.info` whose values may hold an orientation."""
+SAMPLES_PER_PIXEL = 277
+GEO_TAGS = (33550, 33922, 34264, 34735)
+"""ModelPixelScale, ModelTiepoint, ModelTransformation, GeoKeyDirectory (GeoTIFF 1.1, section 7)."""
+UNDO_ORIENTATION = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+"""The transposition that undoes each EXIF orientation."""
+AlphaPolicy = Literal["refuse", "drop"]
+ExifPolicy = Literal["upright", "ignore"]
+
+# MAX_PIXELS is checked for every image, with its name; Pillow's limit would only warn.
+Image.MAX_IMAGE_PIXELS = None
+
+
+@dataclass(frozen=True, slots=True)
+class ImageFormat:
+    """How image files are converted to arrays. Stored in the manifest and in every checkpoint."""
+
+    channels: Channels
+    """Channels that every image is converted to."""
+    alpha: AlphaPolicy = "refuse"
+    """Transparent pixels: refused, or kept in their colour."""
+    range: tuple[int, int] | None = None
+    """16-bit values that become 0 and 255; None: 16-bit images are refused."""
+    max_pixels: int = MAX_PIXELS
+    """Images that declare more pixels are refused."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImageRule:
+    """Which images may be packed, and how they are changed."""
+
+    alpha: AlphaPolicy = "refuse"
+    """Images with transparent pixels: refused, or stored with alpha and decoded without it."""
+    allow_16_bit: bool = False
+    """Whether a rule for 16-bit images was declared."""
+    exif: ExifPolicy = "upright"
+    """Images with an EXIF orientation: rotated upright, or stored unrotated."""
+    frame: int | None = None
+    """Index of the frame to take from files with several; None: such files are refused."""
+    resize: int | None = None
+    """Pixels that the longer side is scaled down to."""
+    max_pixels: int = MAX_PIXELS
+    """Images that declare more pixels are refused."""
+
+    def __post_init__(self) -> None:
+        if self.frame is not None and self.frame < 0:
+            raise ValueError(f"--frame must be >= 0, got {self.frame}")
+        if self.resize is not None and self.resize < 1:
+            raise ValueError(f"--resize must be >= 1 pixel, got {self.resize}")
+        if self.max_pixels < 1:
+            raise ValueError(f"--max-pixels must be >= 1, got {self.max_pixels}")
+
+
+@dataclass(frozen=True, slots=True)
+class StoredImage:
+    """An image in the form in which it is written to a shard."""
+
+    data: bytes
+    extension: str | None
+    """Extension that `data` needs, in lower case; None: that of the file."""
+    image: Image.Image | None
+    """Decoded, upright and at its final size; None if only the header was read."""
+    size: tuple[int, int]
+    """(width, height)."""
+    full_size: tuple[int, int]
+    """(width, height) before it was scaled down."""
+    mode: str
+    """Pillow's mode."""
+    channels: Channels
+    notes: tuple[str, ...] = ()
+    """What packing changed or decoding will change: keys of NOTES."""
+
+
+NOTES = {
+    "turned": "with an EXIF orientation are stored upright, as PNG",
+    "unturned": "with an EXIF orientation are stored unrotated, as PNG without it",
+    "frame": "with several frames are stored as a single frame, as PNG",
+    "resized": "are scaled down and stored as PNG",
+    "mask": "have a mask of another size, resized to theirs by nearest neighbour",
+    "alpha": "have transparent pixels; alpha is kept in the shard and dropped when decoding",
+    "colour": "are CMYK or YCbCr; kept in the shard and converted to RGB when decoding",
+    "deep": "have 16 bits; kept in the shard and scaled to 8 bits when decoding",
+}
+
+
+def open_image(data: bytes, where: str, rule: ImageRule) -> Image.Image:
+    """Open an image or mask and select its frame, without decoding it.
+
+    Raises DataError if it is not an image, has too many pixels, several frames, unsupported bands
+    or a georeference; `where` names the file in the message.
+    """
+    try:
+        image = Image.open(io.BytesIO(data), formats=PILLOW_FORMATS)
+        num_frames = getattr(image, "n_frames", 1)
+        tags = read_tiff_tags(image)
+    except Exception as error:  # Pillow's decoders raise whatever the bytes provoke
+        raise DataError(f"{where} {explain_unreadable(data)}") from error
+    refuse_image_size(image, rule, where)
+    # The further frames of a camera's MPO are previews and depth maps of the first.
+    several = num_frames > 1 and image.format != "MPO"
+    if several and rule.frame is not None:
+        if rule.frame >= num_frames:
+            raise DataError(
+                f"{where} has {num_frames} frames, but --frame is {rule.frame} (counted from 0); "
+                "lower it"
+            )
+        try:
+            image.seek(rule.frame)
+            tags = read_tiff_tags(image)
+        except Exception as error:  # seeking decodes the frames before
+            raise DataError(f"{where} is damaged ({error}); repair or remove it") from error
+        refuse_image_size(image, rule, where)
+    refuse_tiff_tags(tags, len(image.getbands()), where)
+    if several and rule.frame is None:
+        raise DataError(
+            f"{where} has {num_frames} frames; add --frame 0 to use the first frame of each file"
+        )
+    if image.format == "PNG" and image.mode == "P" and image.palette is None:
+        raise DataError(f"{where} has lost its palette; repair or remove it")
+    if image.mode in GREY16_MODES and tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:
+        raise DataError(f"{where} is 16-bit with white as 0; save it with black as 0")
+    if image.mode not in GREY16_MODES and is_truncated_to_8_bits(image, tags):
+        raise DataError(
+            f"{where} has 16 bits per colour channel, of which 8 would be lost silently; "
+            "convert it to 8 bits per channel, or to 16-bit grey"
+        )
+    return image
+
+
+def read_tiff_tags(image: Image.Image) -> Any:
+    """Return the tags of the current frame of a TIFF; an empty dict for other formats."""
+    return image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
+
+
+def refuse_image_size(image: Image.Image, rule: ImageRule, where: str) -> None:
+    """Raise DataError if an image declares too many pixels."""
+    if image.width * image.height > rule.max_pixels:
+        raise DataError(
+            f"{where} declares {image.width} x {image.height} pixels, more than the limit of "
+            f"{rule.max_pixels:,}; split it into smaller images, or raise --max-pixels"
+        )
+
+
+def refuse_tiff_tags(tags: Any, num_bands: int, where: str) -> None:
+    """Raise DataError for TIFF bands that Pillow would ignore or a georeference that would be lost.
+
+    Args:
+        tags: of the frame.
+        num_bands: bands that Pillow reads.
+        where: name of the file in the message.
+    """
+    samples = int(tags.get(SAMPLES_PER_PIXEL, num_bands))
+    if samples > max(num_bands, 1):
+        raise DataError(
+            f"{where} has {samples} bands; images have 1 (grey) or 3 (RGB), and optionally an "
+            "alpha channel: export the bands that you need to a file of their own"
+        )
+    if any(tag in tags for tag in GEO_TAGS):
+        raise DataError(
+            f"{where} has a georeference (GeoTIFF), which would be lost; "
+            "export it as plain TIFF or PNG"
+        )
+
+
+def explain_unreadable(data: bytes) -> str:
+    """Return the problem and the remedy for bytes that Pillow cannot open."""
+    if not data:
+        return "is empty; repair or remove it"
+    if data[128:132] == b"DICM" or data[344:347] in (b"n+1", b"ni1"):
+        return "is a medical volume (DICOM, NIfTI); export its slices as 8-bit or 16-bit PNG"
+    if data[:4] in (b"II*\0", b"MM\0*"):
+        try:
+            tags = TiffImagePlugin.ImageFileDirectory_v2(data[:8])
+            file = io.BytesIO(data)
+            file.seek(tags.next)
+            tags.load(file)
+            refuse_tiff_tags(tags, 1 if tags.get(PHOTOMETRIC) in (0, 1) else 4, "")
+            bits = max_bits_per_sample(tags)
+        except DataError as error:
+            return str(error).strip()
+        except Exception:  # an unreadable directory gives no reason
+            bits = 0
+        if bits > 8:
+            return f"is a {bits}-bit TIFF that cannot be decoded; convert it to 8 bits or PNG"
+    return "is not a readable image; repair or remove it"
+
+
+def max_bits_per_sample(tags: Any) -> int:
+    """Return the largest number of bits of any channel in the tags of a TIFF."""
+    return int(np.ravel(tags.get(BITS_PER_SAMPLE, 8)).max())
+
+
+def is_truncated_to_8_bits(image: Image.Image, tags: Any) -> bool:
+    """Return whether Pillow truncates 16-bit channels to 8, by the tags or the codec's raw mode."""
+    if tags and max_bits_per_sample(tags) > 8 and image.mode != "F":
+        return True
+    tiles = getattr(image, "tile", [])
+    return any(";16" in word for tile in tiles for word in iter_strings(tile[3]))
+
+
+def iter_strings(arguments: object) -> Iterator[str]:
+    """Yield the strings among the arguments of a codec."""
+    if isinstance(arguments, str):
+        yield arguments
+    elif isinstance(arguments, tuple):
+        yield from (item for item in arguments if isinstance(item, str))
+
+
+def read_orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation of an image, 1 if it has none or an invalid one."""
+    # Pillow takes as long to parse nothing as to open the image.
+    if image.format != "TIFF" and not image.info.keys() & ORIENTATION_KEYS:
+        return 1
+    value = image.getexif().get(EXIF_ORIENTATION, 1)
+    return value if value in UNDO_ORIENTATION else 1
+
+
+def load_pixels(
+    image: Image.Image, where: str, exif: ExifPolicy = "upright"
+) -> tuple[Image.Image, bool]:
+    """Decode all pixels, rotated upright or as stored.
+
+    Returns the image and whether it has an EXIF orientation other than upright. Raises DataError
+    if the file is damaged.
+    """
+    try:
+        # A PNG's orientation may follow its pixels; load() applies that of a TIFF and drops it.
+        before = 1 if image.format == "PNG" else read_orientation(image)
+        image.load()
+        after = read_orientation(image)
+        if exif == "upright":
+            loaded = ImageOps.exif_transpose(image) if after != 1 else image
+        else:
+            loaded = image.transpose(UNDO_ORIENTATION[before]) if before != after == 1 else image
+        return loaded, before != 1 or after != 1
+    except Exception as error:  # Pillow's decoders raise whatever the bytes provoke
+        raise DataError(f"{where} is damaged ({error}); repair or remove it") from error
+
+
+def read_image(data: bytes, rule: ImageRule, where: str, *, pixels: bool = True) -> StoredImage:
+    """Check an image file and return it as it is stored: with its original bytes where possible.
+
+    Args:
+        data: the file's bytes.
+        rule: which images are accepted and how they are changed.
+        where: name of the file in error messages.
+        pixels: False trusts the header of an ordinary JPEG or PNG and decodes all other files.
+
+    Raises DataError for anything that `rule` does not cover.
+    """
+    if not pixels and rule.resize is None and (header := read_image_header(data)) is not None:
+        size = header.size
+        if header.mode != "P" and size[0] * size[1] <= rule.max_pixels:
+            return StoredImage(data, None, None, size, size, header.mode, header.mode)
+    opened = open_image(data, where, rule)
+    several = getattr(opened, "n_frames", 1) > 1 and opened.format != "MPO"
+    image, oriented = load_pixels(opened, where, rule.exif)
+    full_size = image.size
+    channels, notes = inspect_image(image, rule.alpha, rule.allow_16_bit, where)
+    if oriented:
+        notes.append("turned" if rule.exif == "upright" else "unturned")
+    if several:
+        notes.append("frame")
+    if rule.resize is not None and max(image.size) > rule.resize:
+        image = downscale_image(image, rule.resize, channels)
+        notes.append("resized")
+    extension = None
+    if {"turned", "unturned", "frame", "resized"} & set(notes):
+        if image.mode in ("CMYK", "YCbCr"):
+            image = image.convert("RGB")
+        data, extension = encode_png(image), "png"
+    return StoredImage(
+        data, extension, image, image.size, full_size, image.mode, channels, tuple(notes)
+    )
+
+
+def inspect_image(
+    image: Image.Image, alpha: AlphaPolicy, allow_16_bit: bool, where: str
+) -> tuple[Channels, list[str]]:
+    """Return the channels of a decoded image and its notes (keys of NOTES).
+
+    Raises DataError for an image of which something would be lost silently.
+    """
+    notes = []
+    if image.mode in GREY16_MODES:
+        pixels = np.asarray(image)
+        values = f"values from {pixels.min()} to {pixels.max()}"
+        if pixels.min() < 0 or pixels.max() > 65535:
+            raise DataError(f"{where} has {values}; convert it to 16-bit grey")
+        if not allow_16_bit:
+            raise DataError(
+                f"{where} has more than 8 bits per pixel (mode {image.mode}, {values}); choose "
+                "which values become black and white: --image-range 0 65535, or "
+                "--image-percentiles 0.5 99.5"
+            )
+        if alpha == "refuse" and "transparency" in image.info:
+            raise DataError(
+                f"{where} has a transparent grey value; add --alpha drop to keep it as opaque"
+            )
+        return "L", ["deep"]
+    if image.mode in ("CMYK", "YCbCr"):
+        return "RGB", ["colour"]
+    if image.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA"):
+        wanted = "8- or 16-bit grey" if image.mode == "F" else "RGB"
+        raise DataError(
+            f"{where} has mode {image.mode}, which is not supported; convert it to {wanted}"
+        )
+    if image.has_transparency_data:
+        min_alpha, _ = image.convert("RGBA").getchannel("A").getextrema()
+        if min_alpha != 255:
+            if alpha == "refuse":
+                raise DataError(
+                    f"{where} has transparent pixels; flatten it onto a background, or add "
+                    "--alpha drop to keep them in their colour"
+                )
+            notes.append("alpha")
+    if image.mode in ("P", "PA"):
+        colours = np.asarray(image.convert("RGB"))
+        return "L" if (colours == colours[..., :1]).all() else "RGB", notes
+    return "RGB" if image.mode in ("RGB", "RGBA") else "L", notes
+
+
+def downscale_image(image: Image.Image, longest: int, channels: Channels) -> Image.Image:
+    """Scale an image down to `longest` pixels on its longer side, by area averaging."""
+    size = compute_scaled_size(image.size, longest)
+    if image.mode in GREY16_MODES:
+        scaled = Image.fromarray(np.asarray(image).astype(np.float32)).resize(
+            size, Image.Resampling.BOX
+        )
+        return Image.fromarray(np.asarray(scaled).round().astype(np.uint16))
+    return image.convert(channels).resize(size, Image.Resampling.BOX)
+
+
+def compute_scaled_size(size: tuple[int, int], longest: int) -> tuple[int, int]:
+    """Return (width, height) scaled down so that the longer side is at most `longest`."""
+    factor = min(1.0, longest / max(size))
+    return max(1, round(size[0] * factor)), max(1, round(size[1] * factor))
+
+
+def encode_png(image: Image.Image) -> bytes:
+    """Encode an image as PNG without metadata, so that an applied orientation is not kept."""
+    if image.mode in GREY16_MODES:
+        image = Image.fromarray(np.asarray(image).astype(np.uint16))
+    # PNG does not support a palette with an alpha channel.
+    clean = image.convert("RGBA") if image.mode == "PA" else image.copy()
+    clean.info.clear()
+    out = io.BytesIO()
+    clean.save(out, "PNG", exif=b"")
+    return out.getvalue()

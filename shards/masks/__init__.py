@@ -1,0 +1,1 @@
+"""Mask files: declared formats in, class indices out."""

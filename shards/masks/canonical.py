@@ -1,0 +1,125 @@
+"""A mask file -> the canonical mask of the shard format."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from shards.images.files import ImageRule, load_pixels, open_image
+from shards.images.headers import read_image_header
+from shards.masks.counts import count_pixel_values
+from shards.masks.formats import ClassMap, MaskFormat, read_stored_values
+from shards.masks.palettes import palette_bytes, read_header_palette, read_palette
+from shards.masks.png import CANONICAL_RULE, encode_mask
+from shards.sample import IGNORE, DataError, Palette
+
+LOSSY_FORMATS = ("JPEG", "MPO")
+"""File formats whose pixel values are only close to those that were saved."""
+
+
+@dataclass(frozen=True, slots=True)
+class CanonicalMask:
+    """A mask in the form in which it is written to a shard."""
+
+    size: tuple[int, int]
+    """(width, height)."""
+    mode: str
+    """Pillow's mode of the file."""
+    original: bytes | None
+    """The file's bytes if they are already canonical, else None."""
+    class_map: ClassMap | None
+    """None if only the header was read."""
+
+    def resize(self, size: tuple[int, int]) -> "CanonicalMask":
+        """Resize to (width, height) by nearest neighbour."""
+        assert self.class_map is not None
+        index = np.asarray(
+            Image.fromarray(self.class_map.index).resize(size, Image.Resampling.NEAREST)
+        )
+        class_map = ClassMap(index, count_pixel_values(index), self.class_map.values)
+        return CanonicalMask(size, self.mode, None, class_map)
+
+    def encode(self, palette: Palette) -> bytes:
+        """Encode as PNG of mode P; canonical bytes are returned unchanged."""
+        if self.original is not None:
+            return self.original
+        assert self.class_map is not None
+        return encode_mask(self.class_map.index, palette)
+
+
+def read_mask(
+    data: bytes,
+    mask_format: MaskFormat,
+    palette: Palette,
+    where: str,
+    *,
+    rule: ImageRule = CANONICAL_RULE,
+    pixels: bool = True,
+) -> CanonicalMask:
+    """Convert a mask file to canonical form; a canonical file keeps its bytes.
+
+    Args:
+        data: the file's bytes.
+        mask_format: the declared mask format.
+        palette: the manifest's.
+        where: name of the file in error messages.
+        rule: the rule for images: frame, EXIF orientation and maximum number of pixels.
+        pixels: False trusts a header equal to that of a canonical mask.
+
+    Raises DataError for anything that the declared format does not cover.
+    """
+    if not pixels and (header := read_image_header(data)) is not None:
+        ours = header.mode == "P" and palette_bytes(palette).startswith(header.palette)
+        plain = mask_format.kind in ("index", "palette") and mask_format.ignore_value in (
+            None,
+            IGNORE,
+        )
+        if ours and plain and header.size[0] * header.size[1] <= rule.max_pixels:
+            return CanonicalMask(header.size, "P", data, None)
+    opened = open_image(data, where, rule)
+    file_palette = read_header_palette(opened) if opened.format == "PNG" else b""
+    looks_canonical = bool(file_palette) and palette_bytes(palette).startswith(file_palette)
+    if opened.format in LOSSY_FORMATS:
+        refuse_exact_format(mask_format, where)
+    mode = opened.mode
+    image, oriented = load_pixels(opened, where, rule.exif)
+    class_map = mask_format.map_classes(image, where)
+    if mask_format.kind == "binary" and mode == "P" and not mask_format.invert:
+        refuse_inverted_palette(image, class_map.values, where)
+    same = class_map.values == tuple(np.flatnonzero(class_map.pixels).tolist())
+    canonical = (
+        looks_canonical
+        and not oriented
+        and getattr(opened, "n_frames", 1) == 1
+        and same
+        and mask_format.kind != "rgb"
+        and max(class_map.values) < len(file_palette) // 3
+        and np.array_equal(class_map.index, read_stored_values(image, where))
+    )
+    return CanonicalMask(image.size, mode, data if canonical else None, class_map)
+
+
+def refuse_exact_format(mask_format: MaskFormat, where: str) -> None:
+    """Raise DataError if a format needs exact values, which a lossy file does not have."""
+    if mask_format.tolerance == 0 and mask_format.threshold is None:
+        remedies = {"binary": "--mask-threshold 128", "rgb": "--tolerance 30"}
+        remedy = remedies.get(mask_format.kind, "--mask-format values and --tolerance 10")
+        raise DataError(
+            f"{where} is a JPEG, whose values are not exact; save masks as PNG, or add {remedy}"
+        )
+
+
+def refuse_inverted_palette(image: Image.Image, values: tuple[int, ...], where: str) -> None:
+    """Raise DataError if a black and white palette has white at index 0.
+
+    Programs that save a black and white image as GIF may number the colours in this order, so that
+    reading the indices would swap foreground and background.
+    """
+    colours = read_palette(image)
+    foreground = max(values)
+    foreground_colour = colours[foreground] if foreground < len(colours) else None
+    if foreground and colours[:1] == ((255, 255, 255),) and foreground_colour == (0, 0, 0):
+        raise DataError(
+            f"{where} has white at palette index 0, so background and foreground may be swapped; "
+            "add --invert if white is the foreground, else save it without a palette"
+        )
