@@ -12,7 +12,8 @@ from pipelines.runtime.processes import chunks, num_workers, run_all
 from pipelines.runtime.progress import progress
 from pipelines.runtime.yaml_flags import settings_of
 from shards.images.files import ImageRule
-from shards.masks.survey import MaskSurvey, propose_flags, survey_mask
+from shards.masks.proposal import propose_flags
+from shards.masks.survey import MaskSurvey, survey_mask
 from shards.sample import DataError
 
 MAX_SHOWN = 20

@@ -4,13 +4,14 @@ import difflib
 from collections.abc import Iterator
 from dataclasses import Field, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 import yaml
 
-from pipelines.runtime.command import T
 from pipelines.runtime.errors import UsageError
+
+T = TypeVar("T")
 
 Flat = Annotated[tyro.conf.OmitArgPrefixes[T], tyro.conf.arg(prefix_name=False)]
 """A group of settings: a dataclass whose fields are flags and YAML keys under their own names.

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-import shards.masks.canonical
+import shards.masks.png
 from shards.images.files import ImageRule
 from shards.masks.canonical import read_mask
 from shards.masks.formats import MaskFormat
@@ -851,7 +851,7 @@ def decoded(data, *, by_pillow=False):
     """Return the pixels of a mask, or the error message; `by_pillow`: without the fast path."""
     with pytest.MonkeyPatch.context() as patch:
         if by_pillow:
-            patch.setattr(shards.masks.canonical, "unpack_mask", lambda _: None)
+            patch.setattr(shards.masks.png, "unpack_mask", lambda _: None)
         try:
             return decode_mask(data, 255, "x").tolist()
         except DataError as error:

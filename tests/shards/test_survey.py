@@ -17,7 +17,8 @@ from shards.images.files import ImageRule
 from shards.masks.canonical import read_mask
 from shards.masks.formats import MaskFormat
 from shards.masks.palettes import default_palette, read_palette
-from shards.masks.survey import MAX_COLOURS, MaskSurvey, Proposal, propose_flags, survey_mask
+from shards.masks.proposal import Proposal, propose_flags
+from shards.masks.survey import MAX_COLOURS, MaskSurvey, survey_mask
 from shards.sample import IGNORE, DataError
 
 RULE = ImageRule()

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-import shards.images.files
+import shards.images.pixels
 from shards.images.files import ImageFormat
 from shards.images.pixels import DecodedImage, decode_image, decode_unconverted, to_array
 from shards.sample import DataError
@@ -36,7 +36,7 @@ def jpeg(height=33, width=17, mode="RGB", **options):
 def pillow(data, image_format, where="s.tar: k"):
     """Decode a file with Pillow only; returns its pixels or the error message."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shards.images.files, "simplejpeg", None)
+        patch.setattr(shards.images.pixels, "simplejpeg", None)
         return outcome(data, image_format, where)
 
 
@@ -157,7 +157,7 @@ def test_cmyk_and_other_formats_are_left_to_pillow(image_format, decoded_by):
 
 
 def test_without_simplejpeg_everything_is_decoded_by_pillow(monkeypatch):
-    monkeypatch.setattr(shards.images.files, "simplejpeg", None)
+    monkeypatch.setattr(shards.images.pixels, "simplejpeg", None)
     data = jpeg()
     expected = np.asarray(Image.open(io.BytesIO(data)))
     assert np.array_equal(decode_image(data, RGB, "x"), expected)
@@ -221,7 +221,7 @@ def test_a_crop_is_a_slice_of_the_image_and_nothing_else_is_converted(
         sizes.append(crop.size)
         return to_array(crop, image_format)
 
-    monkeypatch.setattr(shards.images.files, "to_array", logged_to_array)
+    monkeypatch.setattr(shards.images.pixels, "to_array", logged_to_array)
     boxes = [(0, 0, 1, 1), (3, 4, 17, 19), (29, 0, 30, 20), (0, 0, 30, 20), (10, 10, 30, 20)]
     for left, top, right, bottom in boxes:
         crop = decoded.crop(left, top, right, bottom)
