@@ -6,6 +6,7 @@ import subprocess
 from importlib import import_module
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from pipelines.cli import VERBS
@@ -14,7 +15,7 @@ from pipelines.runtime.command import parse
 REPO = Path(__file__).resolve().parents[1]
 MEASURED = "tests/benchmarks/README.md"
 """Its commands are in fenced blocks; inline code is the name of a contender."""
-PAGES = ("README.md", "launch/README.md", MEASURED)
+PAGES = ("README.md", "pipelines/README.md", "launch/README.md", MEASURED)
 FENCE = re.compile(r"^```[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 SCRIPTS = {
     "./launch/hosts.sh": ("train", 2),
@@ -67,6 +68,7 @@ def test_every_command_parses(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("run.yaml").write_text("data: SHARDS\nrun_dir: RUN\n")
+    Path("table.yaml").write_text("road: [9, 9, 9]\nsky: [0, 0, 255]\n")
     config = getattr(import_module(f"pipelines.{verb}"), f"{verb.capitalize()}Config")
     if arguments[-1:] == ["..."]:
         # A command whose flags are elided.
@@ -88,7 +90,7 @@ def test_the_benchmarks_have_the_documented_flags() -> None:
 def test_accelerate_accepts_its_documented_flags() -> None:
     from accelerate.commands.launch import launch_command_parser
 
-    text = (REPO / "README.md").read_text()
+    text = "\n".join((REPO / page).read_text() for page in ("README.md", "pipelines/README.md"))
     lines = re.sub(r"\\\n\s*", " ", "\n".join(FENCE.findall(text))).splitlines()
     launches = [line for line in lines if "accelerate launch" in line]
     assert len(launches) >= 3
@@ -121,12 +123,26 @@ def test_no_page_has_a_placeholder_or_an_empty_section() -> None:
         assert not [end for end in ends if len(end[1]) <= len(end[0])], f"{page}: an empty section"
 
 
-def test_the_python_example_runs(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
+def test_the_front_page_is_short_and_every_link_leads_somewhere() -> None:
+    assert len((REPO / "README.md").read_text().splitlines()) <= 150
+    for page in PAGES:
+        text = (REPO / page).read_text()
+        anchors = {
+            re.sub(r"[^a-z0-9 -]", "", heading.lower()).replace(" ", "-")
+            for heading in re.findall(r"^#+ (.*)$", FENCE.sub("", text), re.MULTILINE)
+        }
+        for target in re.findall(r"\]\(([^)]+)\)", text):
+            if target.startswith("#"):
+                assert target[1:] in anchors, f"{page}: {target}"
+            else:
+                assert ((REPO / page).parent / target).exists(), f"{page}: {target}"
 
+
+def test_the_python_example_runs(trained: Path) -> None:
     text = (REPO / "README.md").read_text()
     (example,) = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     example = example.replace("RUN/", f"{trained}/")
-    names = {"image": torch.zeros(2, 3, 20, 30, dtype=torch.uint8)}
+    names = {"image": np.zeros((20, 30, 3), dtype=np.uint8)}
     exec(example, names)
-    assert names["logits"].shape == (2, 2, 20, 30)
+    mask = names["mask"]
+    assert (mask.shape, mask.dtype) == ((20, 30), np.uint8)

@@ -4,15 +4,20 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from huggingface_hub import ModelHubMixin
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from unet import milesial, weights
 from unet.blocks import Activation, ConvConfig, DoubleConv, Down, Norm, Padding, Up, Upsampling
+from unet.masks import predict_mask
+from unet.pixels import AnyImage, to_pixels
 from unet.spec import DataSpec
+from unet.tiling import TileConfig
 
 MAX_CHANNELS = 16_384
 """Limit for the bottom level, so that an untrusted config.json cannot exhaust memory."""
@@ -253,6 +258,43 @@ class UNet(nn.Module, ModelHubMixin):
         model = cls(config, spec)
         weights.load_tensors(model, tensors, Path(path))
         return model.eval()
+
+    @torch.inference_mode()
+    def predict(
+        self,
+        image: AnyImage,
+        tiles: TileConfig = TileConfig(),  # noqa: B008 (it is frozen)
+    ) -> NDArray[np.uint8]:
+        """Predict the mask of one image, in tiles if it is larger than `tiles.tile`.
+
+        The model may be on any device and in training mode. `unet predict` gives the same classes
+        for the same file, device and precision; `torch.autocast` around the call applies.
+
+        Args:
+            image: a PIL image, an array or a tensor, as `unet.pixels.to_pixels` takes it.
+            tiles: tile size, overlap, batch size and test-time augmentation.
+
+        Returns:
+            Class indices, uint8 [H, W].
+
+        Raises:
+            ValueError: for an image that the training data rules out, or a model without a spec.
+        """
+        spec = self.spec
+        if spec is None:
+            raise ValueError(
+                "the model has no data spec; pass spec=DataSpec(...) to its constructor"
+            )
+        device, was_training = next(self.parameters()).device, self.training
+        pixels = to_pixels(image, spec).to(device)
+        self.eval()
+        try:
+            mask, _ = predict_mask(
+                lambda batch: self(spec.normalise(batch)), [pixels], tiles, self.config
+            )
+        finally:
+            self.train(was_training)
+        return mask[0].cpu().numpy()
 
     def header(self) -> dict[str, Any]:
         """Return the content of `config.json`: model config and data description."""

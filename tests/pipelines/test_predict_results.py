@@ -322,7 +322,7 @@ def test_progress_tells_pictures_pixels_errors_and_the_time_left(
 ) -> None:
     pictures = draw(tmp_path / "in", 6, size=(20, 20)) / "images"
     (pictures / "p001.png").write_bytes(b"")
-    monkeypatch.setattr(progress, "EVERY", 1e-9)
+    monkeypatch.setattr(progress, "LINE_INTERVAL", 1e-9)
     ended = call("predict", *told(bright, pictures, tmp_path / "out"))
     assert ended.code == 3
     lines = [line for line in ended.err.splitlines() if line]

@@ -232,14 +232,14 @@ def test_border_maps_are_read_only_where_they_are_used(
     touching: Path, tiny, call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     seen = set()
-    raw_sample = ShardReader.raw_sample
+    raw_sample = ShardReader.build_sample
 
     def noting(self: ShardReader, *arguments: Any) -> Any:
         raw = raw_sample(self, *arguments)
         seen.add(raw.border is not None)
         return raw
 
-    monkeypatch.setattr(ShardReader, "raw_sample", noting)
+    monkeypatch.setattr(ShardReader, "build_sample", noting)
     for flags, expected in (((), {False}), (("--loss.border-weight", 10), {False, True})):
         seen.clear()
         ended = call("train", *told(touching, tmp_path / str(len(flags)), tiny, *flags))
