@@ -1,4 +1,4 @@
-"""`unet predict`: masks for pictures, as shards; any number of ranks, any number of kills.
+"""`unet predict`: masks for images, as shards; any number of ranks, any number of kills.
 
     unet predict --checkpoint RUN --input PICTURES --out MASKS
     accelerate launch --config_file accelerate_config.yaml -m pipelines.predict ...

@@ -196,7 +196,7 @@ def rare_classes(manifest: Manifest) -> tuple[int, ...]:
 
 
 def common_side(split: SplitInfo) -> int:
-    """The longest side of a square that half of the pictures hold."""
+    """The longest side of a square that half of the images hold."""
     total = sum(size.images for size in split.sizes)
     held = 0
     for size in sorted(split.sizes, key=lambda s: -min(s.width, s.height)):

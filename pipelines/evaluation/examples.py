@@ -45,14 +45,14 @@ def predict_examples(
 
 
 MOST = 512
-"""Longest side of a picture, in pixels."""
+"""Longest side of an image, in pixels."""
 
 
 def draw_batch(spec: DataSpec, image: Tensor, mask: Tensor, most: int) -> list[Image.Image]:
-    """The first pictures of a batch after augmentation, their masks drawn over them.
+    """The first images of a batch after augmentation, their masks drawn over them.
 
     Args:
-        spec: how pictures were normalised.
+        spec: how images were normalised.
         image: normalised float32 [B, C, H, W].
         mask: uint8 [B, H, W].
         most: so many at most.
@@ -69,7 +69,7 @@ def draw_batch(spec: DataSpec, image: Tensor, mask: Tensor, most: int) -> list[I
 def draw_validation(
     model: UNet, accelerator: Accelerator, data: DataSet, tiles: TileConfig, most: int
 ) -> list[Image.Image]:
-    """Some pictures of the validation split, the same each time: picture, truth, prediction, wrong.
+    """Some images of the validation split, the same each time: image, truth, prediction, wrong.
 
     In this process alone. The model is left in the mode that it was in.
     """

@@ -1,4 +1,4 @@
-"""Scores picture by picture: counted on each rank, brought together, written as `scores.csv`."""
+"""Scores image by image: counted on each rank, brought together, written as `scores.csv`."""
 
 import csv
 import os
@@ -20,7 +20,7 @@ SCORES_CSV = "scores.csv"
 MOST_GATHERED = 2**22
 """Numbers of one rank that are brought together at one time."""
 LINES = 4096
-"""Pictures whose counts are turned into scores at one time."""
+"""Images whose counts are turned into scores at one time."""
 Floats = NDArray[np.float64]
 
 
@@ -39,10 +39,10 @@ class Coming:
 
 
 class ImageCounts:
-    """What was counted in each picture of a split: 12 bytes for each class, no Python object.
+    """What was counted in each image of a split: 12 bytes for each class, no Python object.
 
     Width, height, then true positives, false positives and false negatives of each of K classes:
-    `rows`, uint32 [N, 2 + 3 K], in the order of the split. A rank holds those of its own pictures,
+    `rows`, uint32 [N, 2 + 3 K], in the order of the split. A rank holds those of its own images,
     which follow each other; `gather` gives all of them to the main process.
     """
 
@@ -121,7 +121,7 @@ class ImageCounts:
 
 @dataclass(frozen=True, slots=True)
 class ImageScores:
-    """Scores of N pictures; NaN where the policy gives none."""
+    """Scores of N images; NaN where the policy gives none."""
 
     macro: Floats
     """Means over the classes that count [N, 2]: Dice, IoU."""
@@ -132,13 +132,13 @@ class ImageScores:
 def image_scores(
     rows: NDArray[np.uint32], counted: tuple[int, ...], empty: Empty = "skip"
 ) -> ImageScores:
-    """The scores of pictures from their counts, by the formulas and policy of `unet.metrics`."""
+    """The scores of images from their counts, by the formulas and policy of `unet.metrics`."""
     tp, fp, fn = np.split(rows[:, 2:].astype(np.int64), 3, axis=1)
     both = 2 * tp + fp + fn
     present = both > 0
     ratios = [(2 * tp) / np.maximum(both, 1), tp / np.maximum(both - tp, 1)]
     classes = np.stack(ratios, axis=1)
-    # A picture without a pixel that counts says nothing of any class.
+    # An image without a pixel that counts says nothing of any class.
     absent = np.where(present.any(axis=1), {"skip": np.nan, "one": 1.0, "zero": 0.0}[empty], np.nan)
     classes = np.where(present[:, None], classes, absent[:, None, None])
     of = classes[:, :, list(counted)]
@@ -158,10 +158,10 @@ def write_scores(
     counted: tuple[int, ...],
     empty: Empty,
 ) -> Floats:
-    """A line for each picture, in the order of the split: key, width, height and its scores.
+    """A line for each image, in the order of the split: key, width, height and its scores.
 
     A cell is empty where there is no score. The file is there whole or not at all. Returns the
-    Dice of each picture [N], a mean over the classes that count, NaN where there is none.
+    Dice of each image [N], a mean over the classes that count, NaN where there is none.
     """
     names = [f"{score}/{name}" for score in ("dice", "iou") for name in classes]
     temporary = path.with_name(f".{path.name}.tmp")

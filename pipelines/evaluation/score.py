@@ -43,10 +43,10 @@ def count_split(
     surface: SurfaceScores | None = None,
     images: ImageCounts | None = None,
 ) -> Scores:
-    """Compare predictions with the masks of every picture of a split, at its own size.
+    """Compare predictions with the masks of every image of a split, at its own size.
 
     Ranks meet once, when the counts are added. Every rank must call this; all get the scores.
-    `surface`, on the accelerator's device, and `images` are shown the same pictures; what they
+    `surface`, on the accelerator's device, and `images` are shown the same images; what they
     counted is left to the caller. Raises DataError if not every sample was seen.
     """
     split, classes = data.manifest.split(split_name, data.store), data.manifest.classes
@@ -95,10 +95,10 @@ def score(
     surface: SurfaceScores | None = None,
     images: ImageCounts | None = None,
 ) -> Scores:
-    """Score the unwrapped model on every picture of a split, at its own size.
+    """Score the unwrapped model on every image of a split, at its own size.
 
     Ranks meet once, when the counts are added. Every rank must call this; all get the scores.
-    `surface`, on the accelerator's device, and `images` are shown the same pictures; what they
+    `surface`, on the accelerator's device, and `images` are shown the same images; what they
     counted is left to the caller. Raises DataError if not every sample was seen.
     """
     spec, was_training = require_spec(model), model.training

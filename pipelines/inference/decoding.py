@@ -1,4 +1,4 @@
-"""Pictures that are to be predicted, decoded in worker processes in the order of their numbers."""
+"""Images that are to be predicted, decoded in worker processes in the order of their numbers."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -30,7 +30,7 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """One input on its way to the model: a picture, or why there is none."""
+    """One input on its way to the model: an image, or why there is none."""
 
     key: str
     source: str
@@ -39,7 +39,7 @@ class Decoded:
     more."""
     error: str | None = None
     file: bytes = b""
-    """The picture as it is stored beside its mask; empty where it is not."""
+    """The image as it is stored beside its mask; empty where it is not."""
     extension: str = ""
     """Of `file`, in lower case."""
 
@@ -73,12 +73,12 @@ class Cutting:
 
 @dataclass(frozen=True, slots=True)
 class Decoder:
-    """What turns an input into a picture for the model. Picklable."""
+    """What turns an input into an image for the model. Picklable."""
 
     inputs: Inputs
     form: ImageFormat
     include_image: bool
-    """The picture's bytes go along, as a shard for training stores them."""
+    """The image's bytes go along, as a shard for training stores them."""
     longest_key: int
     """Bytes of a key for whose members a tar has room."""
 
@@ -99,7 +99,7 @@ class Decoder:
             file, extension = b"", ""
             if self.include_image:
                 file, extension = stored(picture, self.form, name)
-            # Of what is stored, so that the mask is that of the picture that training will see.
+            # Of what is stored, so that the mask is that of the image that training will see.
             image = decode_image(file or picture.data, self.form, name)
         except DataError as error:
             return Decoded("", name, None, str(error))
@@ -115,7 +115,7 @@ class Decoder:
 
 
 def stored(picture: EncodedImage, form: ImageFormat, where: str) -> tuple[bytes, str]:
-    """Bytes and extension of a picture in a shard for training, as `unet pack` stores it.
+    """Bytes and extension of an image in a shard for training, as `unet pack` stores it.
 
     They are its own, unless an EXIF orientation turns it. Raises DataError where it is damaged, or
     of a kind that is not packed.
@@ -131,7 +131,7 @@ def stored(picture: EncodedImage, form: ImageFormat, where: str) -> tuple[bytes,
     kind = open_image(picture.data, where, rule).format or ""
     # A camera's MPO is a JPEG with previews.
     kind = "JPEG" if kind == "MPO" else kind
-    # The source of a picture that was packed upright names the file that it was before.
+    # The source of an image that was packed upright names the file that it was before.
     if Image.registered_extensions().get(extension) != kind:
         extension = {"JPEG": ".jpg", "TIFF": ".tif"}.get(kind, f".{kind.lower()}")
     return picture.data, extension[1:]
@@ -139,13 +139,13 @@ def stored(picture: EncodedImage, form: ImageFormat, where: str) -> tuple[bytes,
 
 @dataclass(frozen=True, slots=True)
 class Lent:
-    """What a worker sends of a chunk whose pictures lie in shared memory."""
+    """What a worker sends of a chunk whose images lie in shared memory."""
 
     place: int
     items: list[Decoded]
     """Without their pictures."""
     shapes: list[tuple[int, ...] | None]
-    """[C, H, W] of the pictures, which follow each other; None where there is none."""
+    """[C, H, W] of the images, which follow each other; None where there is none."""
 
 
 class DecodeSource(IterableDataset[list[Decoded] | Lent]):
@@ -158,7 +158,7 @@ class DecodeSource(IterableDataset[list[Decoded] | Lent]):
         shards: Sequence[int],
         buffers: Buffers | None = None,
     ) -> None:
-        """`buffers`: where workers put the pictures of a chunk, if it is not too large."""
+        """`buffers`: where workers put the images of a chunk, if it is not too large."""
         self.decode, self.cutting, self.shards = decode, cutting, shards
         self.buffers = buffers
 
@@ -173,7 +173,7 @@ class DecodeSource(IterableDataset[list[Decoded] | Lent]):
 
 
 def lend(items: list[Decoded], buffers: Buffers, worker: int) -> list[Decoded] | Lent:
-    """Put the pictures into shared memory that is used again; as they are where it has no room."""
+    """Put the images into shared memory that is used again; as they are where it has no room."""
     images = [item.image for item in items if item.image is not None]
     if not images or sum(image.numel() for image in images) > buffers.num_bytes:
         return items
@@ -187,13 +187,13 @@ def lend(items: list[Decoded], buffers: Buffers, worker: int) -> list[Decoded] |
 
 
 def receive(sent: Iterator[list[Decoded] | Lent], buffers: Buffers) -> Iterator[list[Decoded]]:
-    """The chunks that workers sent, with the pictures that lie in shared memory."""
+    """The chunks that workers sent, with the images that lie in shared memory."""
     for chunk in sent:
         yield chunk if isinstance(chunk, list) else restore(chunk, buffers)
 
 
 def restore(chunk: Lent, buffers: Buffers) -> list[Decoded]:
-    """A chunk with its pictures; when they are gone, their place is free again."""
+    """A chunk with its images; when they are gone, their place is free again."""
     sizes = [0 if shape is None else math.prod(shape) for shape in chunk.shapes]
     parts = buffers.lend(chunk.place)[: sum(sizes)].split(sizes)
     return [

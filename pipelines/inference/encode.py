@@ -29,7 +29,7 @@ from shards.store import Store
 from shards.writer import write_atomically
 
 FIGURE_SIDE = 1000
-"""Longest side of a picture in a figure, in pixels."""
+"""Longest side of an image in a figure, in pixels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,7 @@ class Prediction:
 
 @dataclass(frozen=True, slots=True)
 class Encoder:
-    """Turns masks into members of a shard and, if asked, into pictures beside it.
+    """Turns masks into members of a shard and, if asked, into images beside it.
 
     Several threads share one, and threads are enough: of a mask of 512 x 512 with two classes, a
     PNG takes 0.07 ms, most of it in zlib, which releases the interpreter lock. What held the lock
@@ -81,11 +81,11 @@ class Encoder:
     store: Store
     loaded: LoadedModel
     figure: bool
-    """There is one picture, of which OUT/NAME.figure.png is drawn."""
+    """There is one image, of which OUT/NAME.figure.png is drawn."""
 
     @property
     def draws(self) -> bool:
-        """Whether pictures are needed beside their masks."""
+        """Whether images are needed beside their masks."""
         return self.config.overlay or self.figure
 
     def __call__(self, item: Decoded, found: Found | None) -> Prediction | Decoded:
@@ -139,7 +139,7 @@ class Encoder:
             self.write(f"{name.stem}.figure.png", encode_png(draw_figure(image, mask, palette)))
 
     def write(self, name: str, data: bytes) -> None:
-        """A picture for people, whole."""
+        """An image for people, whole."""
         local = self.store.local
         if local is None:
             self.store.write(name, data)
@@ -164,7 +164,7 @@ def encode_probabilities(probabilities: NDArray[Any]) -> dict[str, bytes]:
 
 
 def draw_figure(image: Uint8, mask: Uint8, palette: Palette) -> Image.Image:
-    """A picture [H, W, 1 or 3] and beside it the same with its mask [H, W] drawn over it."""
+    """An image [H, W, 1 or 3] and beside it the same with its mask [H, W] drawn over it."""
     height, width = mask.shape
     factor = min(1.0, FIGURE_SIDE / max(width, height))
     size = (max(1, round(width * factor)), max(1, round(height * factor)))

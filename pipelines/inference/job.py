@@ -1,4 +1,4 @@
-"""What `unet predict` writes: members of shards, pictures for people, and what ends a job.
+"""What `unet predict` writes: members of shards, images for people, and what ends a job.
 
 Everything goes to a folder or a URL in the same order: a shard's errors and report before the
 shard, which is there whole or not at all; the manifest last.

@@ -1,8 +1,8 @@
 """Augmentation, seeded per sample by (seed, position): the same on any rank, worker or resume.
 
-Which part of a picture is seen, and how large, is decided where it is decoded, before anything is
+Which part of an image is seen, and how large, is decided where it is decoded, before anything is
 converted. The rest happens to the whole batch on the device: one warp (mirror, quarter turns,
-rotation, elastic) that resamples the picture (bilinear) and the mask (nearest) once, and contrast,
+rotation, elastic) that resamples the image (bilinear) and the mask (nearest) once, and contrast,
 brightness and saturation of the picture.
 """
 
@@ -30,11 +30,11 @@ class AugmentConfig:
 
     foreground_share: float = 1 / 3
     """Share of the crops that are centred on a pixel of a class other than the commonest one, each
-    class that the picture holds as often as the others."""
+    class that the image holds as often as the others."""
     scale: float = 1.25
     """Most that what a crop shows is larger or smaller than the crop, as a factor; 1 is off."""
     orientation: Literal["any", "upright", "fixed"] = "any"
-    """any: mirrored and turned by quarters, for pictures without an up (microscopy, from above).
+    """any: mirrored and turned by quarters, for images without an up (microscopy, from above).
     upright: mirrored left to right only (street scenes). fixed: neither."""
     rotation: float = 15.0
     """Most degrees that a crop is turned beyond that, either way; 0 is off."""
@@ -49,7 +49,7 @@ class AugmentConfig:
     brightness: float = 0.25
     """Most that brightness is shifted, in standard deviations of the data set; 0 is off."""
     saturation: float = 1.25
-    """Most that the colours of RGB pictures are raised or lowered, as a factor; 1 is off."""
+    """Most that the colours of RGB images are raised or lowered, as a factor; 1 is off."""
 
     def __post_init__(self) -> None:
         for name in ("scale", "contrast", "saturation"):

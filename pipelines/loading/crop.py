@@ -13,7 +13,7 @@ from shards.sample import IGNORE, Uint8
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """A square of a picture that becomes a crop; it may reach beyond the picture."""
+    """A square of an image that becomes a crop; it may reach beyond the picture."""
 
     left: int
     top: int
@@ -22,19 +22,19 @@ class Box:
 
 @dataclass(frozen=True, slots=True)
 class Cropper:
-    """Cuts a square out of each picture and its mask."""
+    """Cuts a square out of each image and its mask."""
 
     config: AugmentConfig
     size: int
     """Side of the crops in pixels."""
     fill: tuple[int, ...]
-    """Colour around pictures that are smaller than a crop."""
+    """Colour around images that are smaller than a crop."""
     rare: tuple[int, ...]
     """Classes that some crops are centred on."""
     seed: int
     margin: int = 0
     """Pixels on each side of a crop that are context only, for networks without padding. They may
-    lie beyond the picture, which is then mirrored, as in the paper of 2015 (figure 2)."""
+    lie beyond the image, which is then mirrored, as in the paper of 2015 (figure 2)."""
 
     def __call__(self, image: DecodedImage, mask: Uint8, position: int) -> tuple[Uint8, Uint8]:
         """The crop of the sample at a position of the stream.
@@ -45,14 +45,14 @@ class Cropper:
             position: where the sample stands in the stream.
 
         Returns:
-            uint8 [size, size, C] and [size, size]; what the picture does not cover is `fill`, or
+            uint8 [size, size, C] and [size, size]; what the image does not cover is `fill`, or
             mirrored where there is a margin, and 255.
         """
         box = self.place(mask, position)
         return self.cut_image(image, box), self.cut_mask(mask, box)
 
     def place(self, mask: Uint8, position: int) -> Box:
-        """Where the crop of the sample at a position lies in its picture; mask: uint8 [H, W]."""
+        """Where the crop of the sample at a position lies in its image; mask: uint8 [H, W]."""
         height, width = mask.shape
         draws = uniform(self.seed, position, Purpose.CROP, 5)
         side = self.side(draws[2:4], min(height, width) + 2 * self.margin)
@@ -68,18 +68,18 @@ class Cropper:
                     for c, most in zip(center, room, strict=True)
                 ]
         top, left = (
-            # A picture that is too small lies in the middle.
+            # An image that is too small lies in the middle.
             first - margin if most >= 0 else -((side - length) // 2)
             for first, most, length in zip(corner, room, (height, width), strict=True)
         )
         return Box(left, top, side)
 
     def scaled_margin(self, side: int) -> int:
-        """The margin in pixels of a picture of which `side` become a crop."""
+        """The margin in pixels of an image of which `side` become a crop."""
         return round(self.margin * side / self.size)
 
     def cut_image(self, image: DecodedImage, box: Box) -> Uint8:
-        """The part of a picture in a box, uint8 [size, size, C]."""
+        """The part of an image in a box, uint8 [size, size, C]."""
         width, height = image.size
         inside = clipped(box, height, width)
         around = beyond(box, height, width)
@@ -107,7 +107,7 @@ class Cropper:
         return np.asarray(image).reshape(self.size, self.size, *part.shape[2:])
 
     def side(self, draws: NDArray[np.float64], shorter: int) -> int:
-        """Side of what a crop shows; more than `size` only as far as the picture reaches."""
+        """Side of what a crop shows; more than `size` only as far as the image reaches."""
         if draws[0] >= self.config.warp_share:
             return self.size
         side = max(1, round(self.size * factor(draws[1], self.config.scale)))
@@ -125,13 +125,13 @@ class Cropper:
 
 
 def clipped(box: Box, height: int, width: int) -> tuple[int, int, int, int]:
-    """What of a box lies in a picture: left, top, right, bottom."""
+    """What of a box lies in an image: left, top, right, bottom."""
     right, bottom = min(width, box.left + box.side), min(height, box.top + box.side)
     return max(0, box.left), max(0, box.top), right, bottom
 
 
 def beyond(box: Box, height: int, width: int) -> list[tuple[int, int]]:
-    """How far a box reaches beyond a picture: (above, below), (left, right)."""
+    """How far a box reaches beyond an image: (above, below), (left, right)."""
     ends = ((box.top, height), (box.left, width))
     return [(max(0, -begin), max(0, begin + box.side - length)) for begin, length in ends]
 

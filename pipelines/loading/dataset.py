@@ -122,7 +122,7 @@ def choose_cache(config: DataConfig, in_use: int, remedy: str) -> tuple[ShardCac
 def train_in_use(order: Order, manifest: Manifest, accelerator: Accelerator, chunk: int) -> int:
     """Bytes of shards that training and validation use at one time on this machine.
 
-    `chunk`: pictures that validation gives to a rank together.
+    `chunk`: images that validation gives to a rank together.
     """
     weights = [shard.bytes for shard in manifest.splits["train"].shards]
     local, world = local_ranks(), accelerator.num_processes

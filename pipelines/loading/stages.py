@@ -115,11 +115,11 @@ class CropStage:
                 yield Filled(place, position, skipped)
 
     def num_bytes(self, batch_size: int) -> int:
-        """What a batch takes: pictures, then masks, then border maps."""
+        """What a batch takes: images, then masks, then border maps."""
         return batch_size * self.cropper.size**2 * (len(self.form.channels) + 1 + self.border)
 
     def views(self, pixels: Any) -> Any:
-        """In the bytes of a batch: pictures [B, size, size, C] and maps [1 or 2, B, size, size]."""
+        """In the bytes of a batch: images [B, size, size, C] and maps [1 or 2, B, size, size]."""
         size, channels, maps = self.cropper.size, len(self.form.channels), 1 + self.border
         end = len(pixels) // (channels + maps) * channels
         # Pixels lie as Pillow decodes them, channels last.
@@ -134,7 +134,7 @@ class CropStage:
         return Batch(image.permute(0, 3, 1, 2), maps[0], torch.tensor(position), border, skipped)
 
     def crop(self, raw: RawSample, skipped: list[str]) -> list[Uint8]:
-        """Picture, mask and perhaps border map of a sample, or of the one that stands in for it.
+        """Image, mask and perhaps border map of a sample, or of the one that stands in for it.
 
         `skipped` grows by the samples that are replaced.
 
@@ -161,7 +161,7 @@ class CropStage:
 
 @dataclass(frozen=True, slots=True)
 class WholeStage:
-    """Raw samples -> batches of whole pictures, those of one size that follow each other."""
+    """Raw samples -> batches of whole images, those of one size that follow each other."""
 
     form: ImageFormat
     num_classes: int
@@ -190,7 +190,7 @@ def positions(raws: list[RawSample]) -> Tensor:
 def require_mask(mask: Uint8 | None, raw: RawSample) -> Uint8:
     """The mask. Raises DataError where there is none."""
     if mask is None:
-        raise DataError(f"{raw.where} has no mask; pack the pictures with --masks")
+        raise DataError(f"{raw.where} has no mask; pack the images with --masks")
     return mask
 
 
@@ -198,5 +198,5 @@ def require_border(raw: RawSample, size: tuple[int, int]) -> Uint8:
     """The border map. Raises DataError where there is none."""
     border = raw.decode_border(size)
     if border is None:
-        raise DataError(f"{raw.where} has no border map; pack the pictures with --border-sigma")
+        raise DataError(f"{raw.where} has no border map; pack the images with --border-sigma")
     return border

@@ -33,7 +33,7 @@ class ModelConfig:
     base_channels: int | None = None
     """Channels of the first level; left out: the preset's (64, 16)."""
     depth: int | None = None
-    """How many times the picture is halved; left out: the preset's (4)."""
+    """How many times the image is halved; left out: the preset's (4)."""
     norm: Norm | None = None
     """Normalisation; left out: the preset's (instance; none in paper). batch is over all GPUs."""
     activation: Activation | None = None

@@ -27,7 +27,7 @@ class TileTooLargeError(RunError):
 
 
 def make_forward(model: UNet, accelerator: Accelerator) -> Callable[[Tensor], Tensor]:
-    """uint8 pictures [B, C, H, W] -> logits, in the precision of the accelerator.
+    """uint8 images [B, C, H, W] -> logits, in the precision of the accelerator.
 
     A batch that does not fit into a GPU's memory is halved until it does, and so are those after
     it; that is said once. Raises TileTooLargeError where half of it would be no picture.

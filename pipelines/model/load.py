@@ -21,7 +21,7 @@ class LoadedModel:
 
     @property
     def image_format(self) -> ImageFormat:
-        """How pictures are decoded for it."""
+        """How images are decoded for it."""
         return ImageFormat(self.spec.channels, self.spec.alpha, self.spec.image_range)
 
 

@@ -85,7 +85,7 @@ def compose(record: RunRecord, found: CheckpointResults) -> Report:
         confusion=tuple(tuple(row) for row in confusion),
         galleries=found.galleries,
         gallery_note=(
-            f"From {found.among}, by the Dice of each. Left to right, then down: picture, truth, "
+            f"From {found.among}, by the Dice of each. Left to right, then down: image, truth, "
             "prediction, difference."
         ),
         legends=(
@@ -108,7 +108,7 @@ def subtitle(record: RunRecord, found: CheckpointResults) -> str:
         parts.append(f"data {data}")
     if found.manifest is not None:
         counts = {name: split.samples for name, split in found.manifest.splits.items()}
-        parts.append(", ".join(f"{count:,} {name}" for name, count in counts.items()) + " pictures")
+        parts.append(", ".join(f"{count:,} {name}" for name, count in counts.items()) + " images")
     return " · ".join(parts)
 
 
@@ -310,7 +310,7 @@ def commands(record: RunRecord) -> Iterator[tuple[str, str]]:
         yield "Train on", command("train", *same, "--minutes", "MORE")
     else:
         yield "Go on with this run", command("train", *same)
-    yield "Score every picture", command("evaluate", *told, "--data", data, "--split", "val")
+    yield "Score every image", command("evaluate", *told, "--data", data, "--split", "val")
     masks = ("--input", "PICTURES", "--out", "MASKS", "--png", "--overlay")
     yield "Predict", command("predict", *told, *masks)
     yield "Take it elsewhere", command("export", *told, "--format", "onnx", "--out", "model.onnx")

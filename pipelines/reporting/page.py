@@ -40,7 +40,7 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Strip:
-    """One picture: itself, truth, prediction, difference."""
+    """One image: itself, truth, prediction, difference."""
 
     key: str
     dice: float
@@ -52,7 +52,7 @@ class Strip:
 
 @dataclass(frozen=True, slots=True)
 class Gallery:
-    """Pictures under a heading."""
+    """Images under a heading."""
 
     title: str
     strips: tuple[Strip, ...]

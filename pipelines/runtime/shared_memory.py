@@ -1,4 +1,4 @@
-"""Memory that worker processes fill with pictures and the main process reads, again and again.
+"""Memory that worker processes fill with images and the main process reads, again and again.
 
 What is allocated anew for each batch costs a page fault every 4 kB, once in the worker and once in
 the main process: on virtual machines as long as a third of the decoding.
@@ -66,6 +66,6 @@ def keep_freed_memory() -> None:
 
     glibc takes up to 32 MiB from the system for each large array, and returns them, until it has
     seen an array of that size come and go (mallopt(3), M_MMAP_THRESHOLD); elsewhere nothing
-    happens. Decoded pictures are such arrays.
+    happens. Decoded images are such arrays.
     """
     np.empty(LARGE, dtype=np.uint8)

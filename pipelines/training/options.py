@@ -22,69 +22,69 @@ GLOBAL_BATCH_SIZE = {"modern": 8, "paper": 1, "small": 2}
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(DataConfig):
-    """Train a U-Net on shards. The same command, given again, goes on where it was interrupted.
+    """Train a U-Net on shards. If a run was interrupted, rerun the same command: it resumes.
 
-    --steps, --epochs and --minutes bound the run, whichever is reached first; the learning rate
-    falls to 0 just then (--optim.schedule). Without any of them it makes 10,000 steps.
+    --steps, --epochs and --minutes limit the run, whichever comes first; the learning rate reaches
+    0 at that point (--optim.schedule). Default: 10,000 steps.
     """
 
     run_dir: Path
-    """Folder of this run: config.yaml, metrics.jsonl, checkpoints."""
+    """Run folder: config.yaml, metrics.jsonl, checkpoints, report.html."""
     steps: int | None = None
-    """Optimizer steps of the whole run."""
+    """Total number of optimizer steps."""
     epochs: float | None = None
     """Passes over the training split."""
     minutes: float | None = None
-    """Wall-clock minutes of training, validation included, added up over resumes."""
+    """Wall-clock minutes of training, including validation, summed over resumes."""
     global_batch_size: int | None = None
-    """Samples of one optimizer step, over all ranks. It belongs to the run, not to the machine.
-    Left out: 8 (2 with the preset small, 1 with paper)."""
+    """Samples per optimizer step, over all ranks. It belongs to the run, not to the machine.
+    Default: 8 (2 with preset small, 1 with paper)."""
     accumulate: int | Literal["auto"] = 1
-    """Forward passes that a rank splits its part of a step into. auto: the fewest that fit into the
-    memory of every GPU, found by trying at the start, also of a resume; 1 without a GPU."""
+    """Forward passes per step on each rank (gradient accumulation). auto: the fewest that fit into
+    the memory of every GPU, tried at the start of the run and of each resume; 1 without a GPU."""
     compile: bool = False
-    """Compile the network for training (torch.compile): a minute at the start, faster steps.
-    Validation runs it uncompiled, since every size of image would be compiled anew."""
+    """Compile the network with torch.compile: about a minute at the start, faster steps. Validation
+    stays eager, because every image size would be compiled separately."""
     channels_last: tyro.conf.DisallowNone[bool | None] = None
-    """Keep maps as [B, H, W, C] in memory, as the matrix units of GPUs want them in bf16. Left out:
-    on a GPU with --compile; without that, instance norm would copy every map back."""
+    """Use the channels_last memory format, which tensor cores prefer. Default: on a GPU with
+    --compile; in eager mode instance norm would copy every map back."""
     gradient_checkpointing: bool = False
-    """Keep fewer maps and compute the others twice: a third slower, for larger crops or batches."""
+    """Recompute feature maps in the backward pass: a third slower, for larger crops or batches."""
     deterministic: bool = False
-    """Take only algorithms that give the same bits every time on the same kind of GPU, so that a
-    resumed run equals one that was never interrupted; slower. CPUs do so anyway."""
+    """Use deterministic algorithms only: on the same kind of GPU, a resumed run is then
+    bit-identical to an uninterrupted one, but slower. On CPUs it always is."""
     crop_size: int | None = None
-    """Side of the square training crops; left out: what most pictures hold, at most 512 pixels
-    (256 with the preset small). With the preset paper it includes the margin: 572 show 388."""
+    """Side of the square training crops in pixels. Default: what most images can fill, at most 512
+    (256 with preset small). With preset paper it includes the margin: 572 show 388."""
     bad_samples: Literal["raise", "skip"] = "raise"
-    """A training sample that cannot be decoded ends the run, or another one takes its place."""
+    """Training samples that cannot be decoded: stop the run, or replace them by other samples."""
     max_bad_share: float = 0.01
-    """With `skip`: the share of the samples drawn (of one epoch, before that is over) that may be
-    replaced before the run ends all the same."""
+    """With `skip`: the share of samples (of those drawn, at least of one epoch) that may be
+    replaced before the run stops."""
     log_every: int = 20
     """Steps between lines of metrics.jsonl."""
     eval_every: int = 500
-    """Steps between validations, each followed by a checkpoint; one always ends the run."""
+    """Steps between validations, each followed by a checkpoint. The run always ends with one."""
     save_every: int | None = None
-    """Steps between further checkpoints, without a validation."""
+    """Steps between additional checkpoints without validation."""
     keep_checkpoints: int = 2
-    """Newest checkpoints to keep besides the best."""
+    """Number of latest checkpoints to keep besides the best."""
     keep_every: int | None = None
-    """Checkpoints of steps that this divides are kept for good."""
+    """Checkpoints at multiples of this step are kept forever."""
     best_by: metrics.MeanName = "dice"
-    """The score that decides which checkpoint is the best: the mean over classes of Dice or IoU
-    over all pixels, or of those of single pictures."""
+    """Score that selects the best checkpoint: the mean over classes of Dice or IoU, over all pixels
+    or averaged over images."""
     patience: int | None = None
-    """Validations in a row without a better score after which the run ends."""
+    """Stop after this many validations without improvement."""
     init_from: str | None = None
-    """A run folder, checkpoint folder or hub id whose weights a new run begins with; the last layer
-    begins afresh where the classes are others."""
+    """Run folder, checkpoint folder or hub id to start a new run from. The last layer is
+    reinitialised if the classes differ."""
     seed: int = 0
     """Seed of weights, order, crops and augmentation."""
     lanes: int = LANES
-    """Lanes of the sample order; ranks read apart from each other where they divide it."""
+    """Lanes of the sample order; if the number of ranks divides it, ranks read disjoint shards."""
     window: int = WINDOW
-    """Samples that are shuffled together within a lane."""
+    """Shuffle buffer: samples permuted together within a lane."""
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -115,13 +115,13 @@ class TrainConfig(DataConfig):
             raise ValueError(f"max_bad_share is a share, 0 to 1, got {self.max_bad_share}")
         if self.gradient_checkpointing and self.model.network().norm == "batch":
             raise ValueError(
-                "--gradient-checkpointing would count every batch twice in the averages of "
-                "--model.norm batch; take instance or group"
+                "--gradient-checkpointing would update the running averages of --model.norm batch "
+                "twice per batch; use instance or group"
             )
         DataConfig.__post_init__(self)
 
     def limits(self, num_samples: int) -> Limits:
-        """What ends the run, in steps and minutes."""
+        """Return the limits of the run, in steps and minutes."""
         steps = [] if self.steps is None else [self.steps]
         if self.epochs is not None:
             steps.append(max(1, round(self.epochs * num_samples / self.step_samples())))
@@ -131,7 +131,7 @@ class TrainConfig(DataConfig):
 
     @property
     def passes(self) -> int:
-        """Forward passes of a step on each rank; 1 as long as that is left to be found."""
+        """Forward passes per step on each rank; 1 until `auto` is resolved."""
         return 1 if self.accumulate == "auto" else self.accumulate
 
     def saves(self, step: int) -> bool:

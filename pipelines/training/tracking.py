@@ -34,7 +34,7 @@ class TrackingConfig:
     project: str = "unet"
     """Project that the run appears under."""
     pictures: int = 4
-    """Pictures of the first batch, as the network sees it, and of each validation, with true and
+    """Images of the first batch, as the network sees it, and of each validation, with true and
     predicted masks; in RUN/pictures too. 0 is off."""
     artifact: bool = False
     """Upload the best checkpoint at the end (wandb)."""
@@ -112,7 +112,7 @@ class Tracker:
         self.attempt(lambda: self.accelerator.log(known, step=step))
 
     def show(self, step: int, name: str, draw: Callable[[], Sequence[Image.Image]]) -> None:
-        """Pictures of a step, drawn on the main process alone, if pictures are wanted.
+        """Images of a step, drawn on the main process alone, if images are wanted.
 
         They are written to RUN/pictures, over those of the step before, and given to the tracker.
         """
@@ -166,7 +166,7 @@ def upload(accelerator: Accelerator, folder: Path, name: str) -> None:
 
 
 def stacked(drawn: Sequence[Image.Image]) -> Image.Image:
-    """Pictures below each other."""
+    """Images below each other."""
     width, height = max(p.width for p in drawn), sum(p.height for p in drawn)
     sheet, top = Image.new("RGB", (width, height), (255, 255, 255)), 0
     for picture in drawn:

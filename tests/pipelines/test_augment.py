@@ -97,7 +97,7 @@ def test_a_crop_is_a_part_of_the_picture_padded_with_fill_and_255(height, width,
     outside = mask_crop == 255
     assert (image_crop[outside] == FILL).all()
     assert (~outside).sum() == min(size, height) * min(size, width)
-    # what is inside is one rectangle of the picture, and of the mask the same
+    # what is inside is one rectangle of the image, and of the mask the same
     rows, columns = np.flatnonzero(~outside.all(1)), np.flatnonzero(~outside.all(0))
     inner = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     draws = uniform(0, position, Purpose.CROP, 2)
@@ -134,7 +134,7 @@ def test_a_margin_lies_in_the_mirrored_picture_around_what_is_looked_at(
         else:
             assert first <= 0
             assert first + inner >= length
-    # mask values stand in for the picture's: what is cut is the picture, mirrored at its edges
+    # mask values stand in for the image's: what is cut is the image, mirrored at its edges
     around = 64
     mirrored = np.pad(mask, around, mode="reflect")
     top, left = box.top + around, box.left + around
@@ -379,7 +379,7 @@ def test_what_is_turned_into_the_picture_from_outside_is_ignored():
 
 @pytest.mark.parametrize("elastic", [0, 4])
 def test_picture_and_mask_are_warped_alike(elastic):
-    # a mask that can be read off the picture, smooth enough for both kinds of resampling
+    # a mask that can be read off the image, smooth enough for both kinds of resampling
     y, x = torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing="ij")
     height = torch.sin(x / 9) + torch.cos(y / 7)
     image = height.expand(16, 1, 64, 64).clone()

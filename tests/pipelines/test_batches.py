@@ -44,7 +44,7 @@ def png(pixels):
 
 
 def drawn(seed, height, width, channels=3):
-    """Picture and mask that belong together: the mask is the first channel modulo 3."""
+    """Image and mask that belong together: the mask is the first channel modulo 3."""
     rng = np.random.default_rng(seed)
     image = rng.integers(0, 256, (height, width, channels), dtype=np.uint8)
     return image if channels == 3 else image[..., 0], image[..., 0] % 3
@@ -71,7 +71,7 @@ def check(batch, count, size, channels=3):
 
 @pytest.fixture
 def data(tmp_path, monkeypatch):
-    """A folder of shards with pictures of two sizes, and its manifest."""
+    """A folder of shards with images of two sizes, and its manifest."""
     monkeypatch.setattr("os.fsync", lambda handle: None)
     splits = {}
     for split, sizes in (("train", [4, 3]), ("val", [3, 4])):
@@ -154,7 +154,7 @@ def test_pictures_are_converted_to_the_channels_of_the_data_set():
 
 @pytest.mark.parametrize("stage", [crops(4), WholeStage(RGB, 3)])
 def test_a_sample_without_mask_is_refused_with_the_remedy(stage):
-    with pytest.raises(DataError, match=r"s\.tar: k1 has no mask; pack the pictures with --masks"):
+    with pytest.raises(DataError, match=r"s\.tar: k1 has no mask; pack the images with --masks"):
         list(stage(iter([[raw(0), raw(1, masked=False)]])))
 
 
@@ -204,7 +204,7 @@ def test_nothing_decoded_is_kept():
 
     stage = crops(32, config=VARIED)([replace(big, position=p)] * 2 for p in count())
     before = taken(20)
-    # Eighty pictures are 86 MB.
+    # Eighty images are 86 MB.
     assert taken(40) - before < 10_000_000
 
 

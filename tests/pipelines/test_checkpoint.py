@@ -246,7 +246,7 @@ def test_a_run_that_has_saved_nothing_yet_is_said(tmp_path: Path) -> None:
 
 def test_a_run_folder_is_for_one_process_and_free_when_it_ends(tmp_path: Path, wait_for) -> None:
     code = (
-        "import sys; from pathlib import Path; from pipelines.training.checkpoints import RunLock\n"
+        "import sys; from pathlib import Path; from pipelines.runtime.run_folder import RunLock\n"
         "lock = RunLock(Path(sys.argv[1])); print('mine', flush=True); sys.stdin.read()"
     )
     holder = subprocess.Popen(

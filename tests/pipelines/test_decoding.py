@@ -1,4 +1,4 @@
-"""Pictures on their way from decoding processes to the one that predicts."""
+"""Images on their way from decoding processes to the one that predicts."""
 
 import gc
 
@@ -9,7 +9,7 @@ from pipelines.runtime.shared_memory import PLACES, Buffers
 
 
 def pictures(*shapes: tuple[int, int, int] | None) -> list[Decoded]:
-    """Some decoded pictures; None: an input that could not be read."""
+    """Some decoded images; None: an input that could not be read."""
     return [
         Decoded(f"k{i}", f"k{i}.png", None, "is empty")
         if shape is None

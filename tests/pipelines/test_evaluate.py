@@ -23,7 +23,7 @@ from unet import confusion_per_image
 
 @pytest.fixture
 def hand(tmp_path: Path, by_hand, call) -> tuple[Path, Path]:
-    """A model that finds what is bright, and three pictures of which it gets some pixels wrong."""
+    """A model that finds what is bright, and three images of which it gets some pixels wrong."""
     for part in ("images", "masks"):
         (tmp_path / part).mkdir()
     #   predicted   11..   mask   1...   ..11   ....   value 9 is ignored
@@ -96,7 +96,7 @@ def test_what_an_absent_class_scores_can_be_declared(
     assert ended.code == 0, ended.err
     scores = json.loads((tmp_path / "out" / "scores.json").read_text())
     assert (scores["empty_policy"], scores["num_images"], scores["num_valid"]) == (empty, 3, 3)
-    # The cell is in two of the three pictures, the ghost in none.
+    # The cell is in two of the three images, the ghost in none.
     assert scores["classes"]["cell"]["image_dice"] == pytest.approx(image_dice, abs=1e-9)
     assert scores["classes"]["cell"]["dice"] == 8 / 11
     assert scores["classes"]["ghost"]["dice"] == ghost
@@ -427,7 +427,7 @@ def test_pictures_without_masks_cannot_be_scored(
     told = ("--checkpoint", by_hand(), "--data", data, "--split", "unlabelled")
     ended = call("evaluate", *told, "--out", tmp_path / "out", "--workers", workers)
     assert ended.code == 1
-    assert "has no mask; pack the pictures with --masks" in ended.err
+    assert "has no mask; pack the images with --masks" in ended.err
     assert "Traceback" not in ended.err
 
 

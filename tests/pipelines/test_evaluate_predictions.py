@@ -17,7 +17,7 @@ from shards.manifest import read_manifest
 
 @pytest.fixture(scope="module")
 def predicted(trained: Path, shards: Path, call, tmp_path_factory) -> Path:
-    """Masks for all pictures of the data set, train and val, in shards of five."""
+    """Masks for all images of the data set, train and val, in shards of five."""
     out = tmp_path_factory.mktemp("predicted") / "masks"
     ended = predict(call, trained, shards, out)
     assert ended.code == 0, ended.err

@@ -229,13 +229,13 @@ def test_the_check_finds_any_difference(changed, change, said: str) -> None:
 def test_a_file_with_other_logits_is_not_left_behind(
     checkpoint: Path, call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read_torch = export_file.read_torch
+    read_torch = export.read_torch
 
     def read_changed(file: Path) -> Callable[[Tensor], Tensor]:
         run_file = read_torch(file)
         return lambda image: run_file(image) * 1.001
 
-    monkeypatch.setattr(export_file, "read_torch", read_changed)
+    monkeypatch.setattr(export, "read_torch", read_changed)
     out = tmp_path / "model.pt2"
     out.write_bytes(b"an older one")
     ended = call("export", "--checkpoint", checkpoint, "--format", "torch", "--out", out)

@@ -1,4 +1,4 @@
-"""Holds the contract of `--input`: a picture, a folder, a glob, a list or shards, in one order."""
+"""Holds the contract of `--input`: an image, a folder, a glob, a list or shards, in one order."""
 
 import json
 import os
@@ -30,7 +30,7 @@ def tree(tmp_path, monkeypatch):
 
 
 def check_data(inputs, root):
-    """Every picture is what lies under its source."""
+    """Every image is what lies under its source."""
     for i in range(len(inputs)):
         picture = inputs.read(i)
         assert picture.data == (root / picture.source).read_bytes()
@@ -42,7 +42,7 @@ def sources(inputs):
 
 
 def check(inputs, root):
-    """Every picture is what lies under its name."""
+    """Every image is what lies under its name."""
     assert len(inputs) > 0
     for i in range(len(inputs)):
         picture = inputs.read(i)
@@ -147,7 +147,7 @@ def test_a_list_may_name_what_is_missing_which_reading_says(tree):
 
 
 def test_what_cannot_be_read_is_an_error_of_its_own(tree):
-    # Each of them a line in errors.jsonl: the other pictures do not suffer.
+    # Each of them a line in errors.jsonl: the other images do not suffer.
     (tree / "empty.png").touch()
     (tree / "folder.png").mkdir()
     os.mkfifo(tree / "pipe.png")

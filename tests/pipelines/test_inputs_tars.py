@@ -1,4 +1,4 @@
-"""`--input` of tars that others wrote: their pictures, by the headers, here and at a URL."""
+"""`--input` of tars that others wrote: their images, by the headers, here and at a URL."""
 
 import io
 import json
@@ -34,7 +34,7 @@ FIRST = {
     "000.cls": b"7",
     "000.json": b'{"caption": "a dog"}',
     "a/b.c.PNG": b"second" * 300_000,
-    "a/b.c.mask.png": b"no picture",
+    "a/b.c.mask.png": b"no image",
     "lone.txt": b"text",
 }
 SECOND = {"./001.tiff": b"zero", "deep/one.two/x.png": b"third"}

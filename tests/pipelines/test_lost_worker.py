@@ -18,17 +18,19 @@ from importlib import import_module
 from multiprocessing import active_children
 from threading import Timer
 
-from pipelines import batches
+from pipelines.loading import batches, stages
 from unet import UNet
 
 prefetch, verb, *arguments = sys.argv[1:]
 command, forward = import_module(f"pipelines.{verb}"), UNet.forward
 
 if prefetch == "prefetch":
+    from pipelines.training import setup
+
     # As on a GPU, with memory that is not page-locked.
     load = batches.train_batches
-    batches.Batch.pin_memory = lambda batch: batch
-    command.train_batches = lambda *given, **more: load(*given, **{**more, "pin": True})
+    stages.Batch.pin_memory = lambda batch: batch
+    setup.train_batches = lambda *given, **more: load(*given, **{**more, "pin": True})
 
 def kill():
     os.kill(active_children()[0].pid, signal.SIGKILL)

@@ -273,7 +273,8 @@ def test_other_words_and_numbers_are_refused(value: str, shards, tiny, call, tmp
 
 LIMITED = """
 import os, sys, torch
-from pipelines import memory_probe, train
+from pipelines import train
+from pipelines.training import memory_probe
 from unet import SegmentationLoss
 
 limit, forward = (4, 2)[int(os.environ["RANK"])], SegmentationLoss.forward

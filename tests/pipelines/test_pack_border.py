@@ -13,7 +13,6 @@ from PIL import Image
 
 from pipelines import pack
 from pipelines.pack import BorderOptions, PackConfig
-from pipelines.packing import shard_job
 from pipelines.packing.options import MaskOptions, PairingOptions, SourceOptions
 from pipelines.runtime.errors import RunError
 from shards.manifest import read_manifest
@@ -271,8 +270,8 @@ def test_a_worker_without_scipy_is_reported(dots: Path, tmp_path: Path, monkeypa
         calls.append(arguments)
         return pack_shard(*arguments, **options)
 
-    pack_shard = shard_job.pack_shard
-    monkeypatch.setattr(shard_job, "pack_shard", without_scipy)
+    pack_shard = pack.pack_shard
+    monkeypatch.setattr(pack, "pack_shard", without_scipy)
     config = PackConfig(
         out=str(tmp_path / "out"),
         workers=1,

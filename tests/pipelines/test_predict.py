@@ -1,4 +1,4 @@
-"""Prediction: the right mask for every picture, the same bytes after any kill, a data set again."""
+"""Prediction: the right mask for every image, the same bytes after any kill, a data set again."""
 
 import io
 import json
@@ -41,7 +41,7 @@ def valid(bright: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eleven pictures of odd sizes, modes and places, from one pixel up."""
+    """Eleven images of odd sizes, modes and places, from one pixel up."""
     root = tmp_path_factory.mktemp("pictures")
     sizes = [(1, 1), (1, 37), (33, 1), (48, 48), (48, 48), (47, 51), (64, 40), (90, 130)]
     for number, size in enumerate(sizes):
@@ -404,7 +404,7 @@ def test_what_cannot_be_read_is_listed_and_the_job_goes_on(
 ) -> None:
     pictures = draw(tmp_path / "in", 6, size=(20, 20)) / "images"
     (pictures / "p001.png").write_bytes(b"")
-    (pictures / "p002.png").write_bytes(b"no picture")
+    (pictures / "p002.png").write_bytes(b"no image")
     (pictures / "p004.png").write_bytes((pictures / "p004.png").read_bytes()[:-300])
     Image.new("RGBA", (8, 8)).save(pictures / "p900.png")
     (pictures / "p901.png").symlink_to(tmp_path / "nowhere.png")

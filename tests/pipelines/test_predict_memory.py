@@ -52,9 +52,9 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def memory(monkeypatch: pytest.MonkeyPatch):
-    """A stand-in for a GPU's memory: passes of more pictures or larger ones than fit raise.
+    """A stand-in for a GPU's memory: passes of more images or larger ones than fit raise.
 
-    Returns what was asked for: (pictures, longest side) of each pass.
+    Returns what was asked for: (images, longest side) of each pass.
     """
 
     def make(
@@ -184,8 +184,8 @@ def test_memory_that_runs_out_elsewhere_is_said_in_a_line(
     def fail(*given: object, **more: object) -> None:
         raise RuntimeError(message)
 
-    monkeypatch.setattr("pipelines.predict.predict_masks", fail)
-    monkeypatch.setattr("pipelines.evaluation.table.predict_mask", fail)
+    monkeypatch.setattr("pipelines.inference.tiles.predict_masks", fail)
+    monkeypatch.setattr("pipelines.evaluation.score.predict_mask", fail)
     given = told(bright, pictures, tmp_path)
     if verb == "evaluate":
         given = ["--checkpoint", bright, "--data", shards, "--out", tmp_path, "--workers", 0]

@@ -22,7 +22,7 @@ def bright(by_hand) -> Path:
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory, draw) -> Path:
-    """Thirteen pictures for seven shards; one, in the third shard, cannot be read."""
+    """Thirteen images for seven shards; one, in the third shard, cannot be read."""
     folder = draw(tmp_path_factory.mktemp("pictures"), 13, size=(40, 60)) / "images"
     (folder / "p005.png").write_bytes(b"")
     return folder

@@ -32,7 +32,7 @@ def told(checkpoint: Path, given: object, out: object, *more: object) -> list[ob
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory, draw) -> Path:
-    """Seven pictures, one of which cannot be read."""
+    """Seven images, one of which cannot be read."""
     folder = draw(tmp_path_factory.mktemp("pictures"), 7, size=(60, 80)) / "images"
     (folder / "p004.png").write_bytes(b"")
     return folder

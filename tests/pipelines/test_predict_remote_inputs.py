@@ -1,4 +1,4 @@
-"""`--input` at a URL: the same pictures, keys and masks as of a local copy, in worker processes."""
+"""`--input` at a URL: the same images, keys and masks as of a local copy, in worker processes."""
 
 import json
 import tarfile
@@ -24,7 +24,7 @@ URL = "s3://bucket"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Nine pictures at several depths, hidden files and others, a list and a tar of them."""
+    """Nine images at several depths, hidden files and others, a list and a tar of them."""
     root = tmp_path_factory.mktemp("pictures")
     pictures = root / "pics"
     for number, name in enumerate(

@@ -33,7 +33,7 @@ def bright(by_hand) -> Path:
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three pictures, two of one size, whose red values are all near the border of the classes."""
+    """Three images, two of one size, whose red values are all near the border of the classes."""
     root = tmp_path_factory.mktemp("pictures")
     for number, size in enumerate([(40, 50), (40, 50), (17, 90)]):
         pixels = np.random.default_rng(number).integers(124, 132, (*size, 3)).astype(np.uint8)
@@ -283,7 +283,7 @@ def test_with_fail_fast_the_first_input_that_cannot_be_read_ends_the_job(
     assert line == f"unet predict: {pictures / 'p004.png'} is empty; repair or remove it"
     assert not (out / "index.json").exists()
     assert not [*out.glob(".*.tmp")]
-    # What was finished stays, and the picture may be mended.
+    # What was finished stays, and the image may be mended.
     assert (out / "predicted-000000.tar").exists()
     assert not (out / "predicted-000002.tar").exists()
     for name in ("p004.png", "p007.png"):

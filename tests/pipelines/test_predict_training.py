@@ -1,4 +1,4 @@
-"""Predictions with their pictures are a training data set: pseudo-labels."""
+"""Predictions with their images are a training data set: pseudo-labels."""
 
 import io
 from pathlib import Path
@@ -25,7 +25,7 @@ def told(checkpoint: Path, given: object, out: object, *more: object) -> list[ob
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pictures of several formats, modes and orientations."""
+    """Images of several formats, modes and orientations."""
     root = tmp_path_factory.mktemp("pictures")
     noise = np.random.default_rng(0).integers(0, 255, (30, 20, 3)).astype(np.uint8)
     image = Image.fromarray(noise)
@@ -107,7 +107,7 @@ def test_a_split_has_the_name_that_it_is_given(
 def test_training_goes_on_with_pseudo_labels_beside_real_validation(
     probabilities: str, bright: Path, shards: Path, cells: Path, call, metrics, tiny, tmp_path: Path
 ) -> None:
-    # Pictures without masks: those that the data set does not validate on.
+    # Images without masks: those that the data set does not validate on.
     unseen = tmp_path / "unseen"
     unseen.mkdir()
     for path in sorted((cells / "images").iterdir())[4:]:

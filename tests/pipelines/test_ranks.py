@@ -17,7 +17,7 @@ pytestmark = pytest.mark.ranks
 
 @pytest.fixture(scope="module")
 def uneven(tmp_path_factory: pytest.TempPathFactory, draw, call) -> Path:
-    """Three classes, 21 training pictures of two sizes, ignored pixels, one picture all ignored."""
+    """Three classes, 21 training images of two sizes, ignored pixels, one image all ignored."""
     root = tmp_path_factory.mktemp("uneven")
     draw(root, 18, values=(0, 128, 255), seed=1)
     draw(root, 8, values=(0, 128, 255), seed=2, size=(40, 56), name="q{:03d}")
@@ -137,7 +137,7 @@ def test_scores_are_the_same_to_the_last_digit(
     assert scores["num_images"] == 5
     assert scores["per_image"]["hd95"] > 0
     assert 0 < scores["per_image"]["surface_dice"] < 1
-    # Five pictures go through the model in two batches: of three ranks one has none.
+    # Five images go through the model in two batches: of three ranks one has none.
     for world in (2, 3):
         ended = launch(world, "evaluate", *told, tmp_path / str(world))
         assert ended.code == 0, ended.err
@@ -149,7 +149,7 @@ def test_predictions_are_the_same_files(
     uneven: Path, alone: Path, draw, launch, call, content, tmp_path: Path
 ) -> None:
     pictures = draw(tmp_path / "in", 7, size=(30, 44), seed=9) / "images"
-    (pictures / "p900.png").write_bytes(b"no picture")
+    (pictures / "p900.png").write_bytes(b"no image")
     told = ("--checkpoint", alone, "--input", pictures, "--samples-per-shard", 3, "--png")
     ended = call("predict", *told, "--out", tmp_path / "1", "--workers", 0)
     assert ended.code == 3, ended.err

@@ -20,7 +20,7 @@ from PIL import Image
 from pipelines.evaluate import EvaluateConfig
 from pipelines.export import ExportConfig
 from pipelines.inference.options import PredictConfig
-from pipelines.reporting import checkpoint_results, compose, page, run_record
+from pipelines.reporting import charts, checkpoint_results, compose, page, run_record
 from pipelines.reporting.charts import Chart, Series, draw_chart, label, step_axis, value_axis
 from pipelines.reporting.run_record import MIN_POINTS, Thinner, read_metrics
 from pipelines.runtime import environment
@@ -134,14 +134,14 @@ def test_a_run_is_told_on_one_page(report, run_dir: Path, shards: Path, metrics)
     assert f"{good} {best['step']}. Finished at step 6 after " in made.text
     for title in ("Loss", "Validation", "Learning rate", "Samples a second"):
         assert title in [attrs.get("aria-label") for attrs in made.named("svg")]
-    for words in ("cross entropy", "8 train, 4 val pictures", "24, 3.0 epochs of 8", "parameters"):
+    for words in ("cross entropy", "8 train, 4 val images", "24, 3.0 epochs of 8", "parameters"):
         assert words in made.text
     # Every setting, and what it ran on.
     assert (run_dir / "config.yaml").read_text().split() == made.text.split("Configuration ")[
         1
     ].split(" Versions ")[0].split()
     assert re.search(r"torch \d+\.\d+", made.text)
-    # All four pictures, each as picture, truth, prediction and difference.
+    # All four images, each as image, truth, prediction and difference.
     assert "From all val images, by the Dice of each." in made.text
     assert made.pictures == 4 * 4
     assert made.text.rindex("The worst") < made.text.rindex("The best")
@@ -305,7 +305,7 @@ def test_a_shard_that_is_gone_is_said(report, run_dir: Path, shards: Path, tmp_p
 def test_pictures_can_be_left_out(report) -> None:
     made = report("--no-pictures")
     assert made.pictures == 0
-    assert "No pictures" not in made.text
+    assert "No images" not in made.text
 
 
 @pytest.mark.parametrize(
@@ -434,7 +434,7 @@ def test_names_are_text_whatever_they_hold(by_hand, call, draw, tmp_path: Path) 
 
 
 def split_of(folder: Path, place: Path) -> Path:
-    """A split file that makes the first picture validation."""
+    """A split file that makes the first image validation."""
     names = sorted(path.name for path in (folder / "images").iterdir())
     quoted = [name.replace('"', '""') for name in names]
     path = place / "split.csv"
@@ -552,8 +552,8 @@ def test_labels_are_short(value: float, whole: bool, said: str) -> None:
 def test_a_chart_draws_each_point_where_it_belongs() -> None:
     chart = Chart("T", (Series("a<b", (0, 50, 100), (0.0, 1.0, 0.5)),), 100, (50, 1.0))
     drawn = str(draw_chart(chart))
-    left, right = page.LEFT, page.WIDTH - page.RIGHT
-    top, bottom = page.TOP, page.HEIGHT - page.BOTTOM
+    left, right = charts.LEFT, charts.WIDTH - charts.RIGHT
+    top, bottom = charts.TOP, charts.HEIGHT - charts.BOTTOM
     middle = [(left + right) / 2, (top + bottom) / 2]
     expected = f"M{left:.1f} {bottom:.1f} {middle[0]:.1f} {top:.1f} {right:.1f} {middle[1]:.1f}"
     assert f'<path class="s0" d="{expected}"/>' in drawn
@@ -638,12 +638,14 @@ def test_a_report_that_fails_does_not_fail_the_run(
 
 def test_the_template_is_installed_with_the_code() -> None:
     settings = tomllib.loads((REPO / "pyproject.toml").read_text())["tool"]["setuptools"]
-    assert (REPO / "pipelines" / page.TEMPLATE).exists()
-    assert any(fnmatch(page.TEMPLATE, some) for some in settings["package-data"]["pipelines"])
+    assert (REPO / "pipelines" / "reporting" / page.TEMPLATE).exists()
+    assert any(
+        fnmatch(page.TEMPLATE, some) for some in settings["package-data"]["pipelines.reporting"]
+    )
 
 
 def test_the_processor_is_named_as_linux_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = ["processor\t: 0\n", "model name\t: Some CPU @ 3GHz\n", "model name\t: other\n"]
     assert environment.cpu_name(lines) == "Some CPU @ 3GHz"
-    monkeypatch.setattr(run_record, "platform", SimpleNamespace(machine=lambda: "arm64"))
+    monkeypatch.setattr(environment, "platform", SimpleNamespace(machine=lambda: "arm64"))
     assert environment.cpu_name([]) == "arm64"

@@ -15,11 +15,11 @@ import pytest
 import torch
 
 from pipelines.runtime.errors import RunError
+from pipelines.training import checkpoints as checkpoint_files
 from pipelines.training.checkpoints import Checkpoints, TrainState
 from pipelines.training.optim import Average, Learner, OptimConfig, build_learner
 from pipelines.training.snapshot import HostBuffers, Snapshot
 from pipelines.training.tracking import Tracker
-from shards import writer
 from unet import UNet, UNetConfig
 
 STATE = TrainState(1, 4, 0.0, 0, None, None, {"seed": 0})
@@ -361,7 +361,7 @@ def killed_in_the_background(moment: int, log: Path, arguments: list[object]) ->
     """Trains; the second checkpoint's thread waits for a later step and ends the process."""
     from pipelines import train
 
-    flush, count = writer.flush_to_disk, 0
+    flush, count = checkpoint_files.flush_to_disk, 0
 
     def last_step() -> int:
         return json.loads(log.read_text().splitlines()[-1])["step"]
@@ -377,7 +377,7 @@ def killed_in_the_background(moment: int, log: Path, arguments: list[object]) ->
             os.kill(os.getpid(), signal.SIGKILL)
         flush(file)
 
-    writer.flush_to_disk = deadly
+    checkpoint_files.flush_to_disk = deadly
     os._exit(train.main([str(argument) for argument in arguments]))
 
 

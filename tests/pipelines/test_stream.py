@@ -97,7 +97,7 @@ def numbers(batch: Batch) -> list[int]:
 
 
 def by_step(ranks: list[list[Batch]]) -> list[dict[int, tuple[int, bytes, bytes]]]:
-    """{position: (sample, picture, mask)} of each global batch."""
+    """{position: (sample, image, mask)} of each global batch."""
     steps = []
     for parts in zip(*ranks, strict=True):
         found: dict[int, tuple[int, bytes, bytes]] = {}

@@ -51,7 +51,7 @@ def test_without_a_key_wandb_writes_the_same_numbers_offline_and_a_resume_goes_o
     for line in metrics(tmp_path):
         lines.setdefault(line["step"], {}).update(line)
     assert set(lines) == set(history) - {0} == {1, 2, 3}
-    # The first batch of the run, once, and pictures of each validation.
+    # The first batch of the run, once, and images of each validation.
     for name, steps in (("train/first_batch", {0: 4}), ("val/pictures", {2: 4, 3: 4})):
         counts = {step: values.get(f"{name}.count") for step, values in history.items()}
         assert {step: count for step, count in counts.items() if count} == steps
@@ -65,7 +65,7 @@ def test_the_first_batch_and_validation_can_be_looked_at_without_a_tracker(
 ) -> None:
     files = {path.name: Image.open(path) for path in (trained / "pictures").iterdir()}
     assert files["train-first_batch.png"].size == (32, 4 * 32)
-    # picture, truth, prediction and difference of all four
+    # image, truth, prediction and difference of all four
     assert files["val-pictures.png"].size == (4 * 48 + 3 * 8, 4 * 48)
 
 

@@ -505,7 +505,7 @@ def test_a_shard_that_was_cut_is_named_in_one_line(
 
 @pytest.fixture
 def spoil(shards: Path, tmp_path: Path) -> Callable[..., tuple[Path, list[str]]]:
-    """A copy of the shards with pictures that do not decode, and how messages name these."""
+    """A copy of the shards with images that do not decode, and how messages name these."""
 
     def spoiled(split: str, rows: tuple[int, ...]) -> tuple[Path, list[str]]:
         data, names = tmp_path / "data", []

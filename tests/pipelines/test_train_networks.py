@@ -44,7 +44,7 @@ def weights_of(run_dir: Path) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="session")
 def touching(tmp_path_factory: pytest.TempPathFactory, call) -> Path:
-    """Shards of pictures with cells three pixels apart, and their border maps."""
+    """Shards of images with cells three pixels apart, and their border maps."""
     folder = tmp_path_factory.mktemp("touching")
     for part in ("images", "masks"):
         (folder / part).mkdir()
@@ -76,7 +76,7 @@ def test_the_network_of_2015_trains_resumes_and_is_scored_at_full_size(
     ended = call("train", *told(shards, whole, PAPER))
     assert ended.code == 0, ended.err
     assert (config_of(whole).padding, config_of(whole).dropout) == ("valid", 0.5)
-    # The whole of 48 x 48 pictures, and a margin of 20 pixels on each side.
+    # The whole of 48 x 48 images, and a margin of 20 pixels on each side.
     assert "crop_size: 88" in (whole / "config.yaml").read_text()
     scores = call("evaluate", "--checkpoint", whole, "--data", shards, "--workers", 0)
     assert scores.code == 0, scores.err
@@ -148,7 +148,7 @@ def test_gradient_checkpointing_and_batch_norm_are_refused_together(
     flags = ("--model.norm", "batch", "--gradient-checkpointing")
     ended = call("train", *told(shards, tmp_path / "run", tiny, *flags))
     assert ended.code == 2
-    assert "would count every batch twice" in ended.said
+    assert "would update the running averages" in ended.said
 
 
 def test_every_loss_is_logged_by_its_name(touching: Path, tiny, call, tmp_path: Path) -> None:
