@@ -528,8 +528,8 @@ def test_an_input_that_means_nothing_is_refused(
         (("--threshold", 1.1), "threshold must be above 0 and at most 1, got 1.1"),
         (("--min-area", -1), "min_area must not be below 0, got -1"),
         (("--min-confidence", 1), "min_confidence must be in [0, 1), got 1.0"),
-        (("--split", "../train"), "split is made of letters, digits, _ and -, got '../train'"),
-        (("--out", "s3://bucket/*"), "--out s3://bucket/*: a URL names a bucket"),
+        (("--split", "../train"), "split must consist of letters, digits, _ and -, got '../train'"),
+        (("--out", "s3://bucket/*"), "--out s3://bucket/*: a URL must name a bucket"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(
