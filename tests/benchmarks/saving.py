@@ -32,9 +32,10 @@ import torch
 from packing import row
 
 from pipelines.runtime.devices import hold_memory
+from pipelines.training import checkpoints as checkpoint_files
 from pipelines.training.checkpoints import Checkpoints, TrainState
 from pipelines.training.optim import Learner, OptimConfig, build_learner
-from shards import writer
+from pipelines.training.snapshot import TRAINING
 from unet import UNet
 
 MODES = ("synchronous", "background")
@@ -56,7 +57,7 @@ class Times:
 
 def simulate_disk(rate: float | None) -> Callable[[Path], None]:
     """Return a function that flushes a file as a disk with `rate` MB/s would; None: no delay."""
-    flush = writer.flush_to_disk
+    flush = checkpoint_files.flush_to_disk
 
     def slow(file: Path) -> None:
         if rate is not None:
@@ -111,7 +112,7 @@ def measure(arguments: argparse.Namespace, mode: str, folder: Path) -> Times:
             while not writing.done():
                 times.meanwhile.append(timed(step))
             times.written.append(time.perf_counter() - start)
-            file = checkpoints.folder / "last" / checkpoints.TRAINING
+            file = checkpoints.folder / "last" / TRAINING
             found = torch.load(file, map_location=arguments.device, weights_only=True)["model"]
             assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     # The first steps warm up.
@@ -167,13 +168,13 @@ def main() -> None:
     arguments.work.mkdir(parents=True, exist_ok=True)
     if arguments.device == "cpu":
         hold_memory()
-    flush, found = writer.flush_to_disk, {}
+    flush, found = checkpoint_files.flush_to_disk, {}
     for name, rate in (("as is", None), (f"{arguments.disk:g} MB/s", arguments.disk)):
         for mode in MODES:
-            writer.flush_to_disk = simulate_disk(rate)
+            checkpoint_files.flush_to_disk = simulate_disk(rate)
             with tempfile.TemporaryDirectory(dir=arguments.work) as folder:
                 found[name, mode] = measure(arguments, mode, Path(folder))
-            writer.flush_to_disk = flush
+            checkpoint_files.flush_to_disk = flush
     what = torch.cuda.get_device_name() if arguments.device == "cuda" else platform.processor()
     print(
         f"{date.today()}, {what}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch "
