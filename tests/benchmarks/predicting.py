@@ -76,6 +76,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from pipelines.inference import tiles
 from pipelines.model.load import LoadedModel
 from pipelines.runtime.devices import hold_memory
 from shards.images.files import ImageFormat
@@ -334,7 +335,7 @@ def run_without_network(argv: Sequence[str]) -> int:
     def make_forward(*_: object) -> Callable[[Tensor], Tensor]:
         return lambda image: logits(*image.shape[-2:]).expand(len(image), -1, -1, -1)
 
-    predict.make_forward = make_forward
+    tiles.make_forward = make_forward
     return predict.main(argv)
 
 
@@ -355,7 +356,7 @@ def run_without_device(argv: Sequence[str]) -> int:
         batch = stack_tiles(images)
         return masks(len(batch), *batch.shape[-2:])
 
-    predict.predict_masks = predict_masks
+    tiles.predict_masks = predict_masks
     return predict.main(argv)
 
 
