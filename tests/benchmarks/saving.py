@@ -163,7 +163,7 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=64)
     parser.add_argument("--steps", type=int, default=20, help="steps before each save")
     parser.add_argument("--saves", type=int, default=4)
-    parser.add_argument("--disk", type=float, default=50.0, help="MB/s of the slow disk")
+    parser.add_argument("--disk", type=float, default=100.0, help="MB/s of the slow disk")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     if arguments.device == "cpu":

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -118,6 +119,24 @@ def test_the_same_memory_takes_one_snapshot_after_another(learner: Learner) -> N
         assert taken.training["model"]._metadata == learner.model.state_dict()._metadata
         places.append([t.data_ptr() for t in own.values()])
     assert places[0] == places[1]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has a priority for each thread")
+def test_the_writer_yields_busy_cores_to_training(
+    learner: Learner, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    ours, writers = os.getpriority(os.PRIO_PROCESS, 0), []
+    write = Snapshot.write
+
+    def record(self: Snapshot, folder: Path) -> None:
+        writers.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+        write(self, folder)
+
+    monkeypatch.setattr(Snapshot, "write", record)
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        checkpoints.save(STATE, learner, None, is_best=True)
+    assert writers == [checkpoint_files.NICENESS] != [ours]
+    assert os.getpriority(os.PRIO_PROCESS, 0) == ours
 
 
 def test_a_second_save_waits_for_the_first(
