@@ -91,7 +91,7 @@ def test_the_full_workflow(spawn, tmp_path: Path) -> None:
     assert f"images: {scores['classes']['cell']['dice']:.4f}" in stdout
     page = (out / "run" / "report.html").read_text()
     assert "The best checkpoint on all val images" in page
-    assert "From all val images" in page
+    assert "Chosen from all val images" in page
     assert read_manifest(out / "masks").splits["predicted"].samples == UNSEEN
     for kind in ("png", "overlay"):
         files = sorted((out / "masks" / kind).iterdir())

@@ -194,7 +194,7 @@ def test_processes_that_do_not_know_of_each_other_are_refused(
 ) -> None:
     ended = launch(2, "train", *training(uneven, tmp_path / "run", tiny), use_cpu=False)
     assert ended.code != 0
-    assert "2 processes were launched but each runs alone" in ended.err
+    assert "2 processes were launched, but each would run a job of its own" in ended.err
     assert "ACCELERATE_USE_CPU=true" in ended.err
     assert not (tmp_path / "run").exists()
 

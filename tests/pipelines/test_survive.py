@@ -175,7 +175,7 @@ def test_where_one_rank_dies_or_hangs_the_other_ends_and_says_why(
     ranks[lost].communicate()
     assert ranks[1 - lost].returncode == 1
     assert said.splitlines()[-1].startswith("unet train")
-    assert "another rank has ended, or cannot be reached" in said
+    assert "another rank exited or is unreachable" in said
     assert ("is late by more than --rank-timeout" in said) == (how == signal.SIGSTOP)
     assert "Traceback" not in said
 

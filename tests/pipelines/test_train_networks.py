@@ -208,7 +208,7 @@ def test_class_weights_need_counted_pixels(cells: Path, tiny, call, tmp_path: Pa
     flags = ("--loss.class-weights", "inverse")
     ended = call("train", *told(tmp_path / "data", tmp_path / "run", tiny, *flags))
     assert ended.code == 2
-    assert "does not know; pack it with --verify full" in ended.said
+    assert "does not list; pack it with --verify full" in ended.said
 
 
 def test_batch_norm_of_a_single_value_is_refused(shards: Path, tiny, call, tmp_path: Path) -> None:
