@@ -152,7 +152,7 @@ def test_where_one_rank_dies_or_hangs_the_other_ends_and_says_why(
         port = probe.getsockname()[1]
     endless = ("--steps", 1_000_000, "--eval-every", 1_000_000)
     # Minutes. It is also how long ranks wait for each other at the start.
-    arguments = told(shards, tmp_path, tiny, *endless, "--rank-timeout", 0.5)
+    arguments = told(shards, tmp_path, tiny, *endless, "--rank-timeout", 0.3)
 
     def rank(number: int) -> subprocess.Popen[str]:
         about = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": 2, "MASTER_PORT": port}
