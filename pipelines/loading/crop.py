@@ -105,7 +105,9 @@ class Cropper:
         if len(part) == self.size:
             return part
         flat = part[..., 0] if part.shape[2:] == (1,) else part
-        image = Image.fromarray(np.ascontiguousarray(flat)).resize((self.size,) * 2, resampling)
+        image = Image.fromarray(np.ascontiguousarray(flat)).resize(
+            (self.size, self.size), resampling
+        )
         return np.asarray(image).reshape(self.size, self.size, *part.shape[2:])
 
     def choose_side(self, draws: NDArray[np.float64], max_side: int) -> int:
