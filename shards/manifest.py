@@ -1,4 +1,4 @@
-"""The manifest of a data set (`index.json`) and the byte offsets of a shard (`.idx`)."""
+"""The manifest of a data set, `index.json`."""
 
 import hashlib
 import json
@@ -187,7 +187,7 @@ def merge_size_counts(counts: Sequence[SizeCount]) -> tuple[SizeCount, ...]:
 
 
 def rare_classes(manifest: Manifest) -> tuple[int, ...]:
-    """The classes that occur in training, less the commonest; all but the first if not counted."""
+    """Return the classes of the train split but the most common (all but 0 if not counted)."""
     counted = [shard.pixels for shard in manifest.splits["train"].shards if shard.pixels]
     if not counted:
         return tuple(range(1, len(manifest.classes)))
@@ -196,11 +196,11 @@ def rare_classes(manifest: Manifest) -> tuple[int, ...]:
 
 
 def common_side(split: SplitInfo) -> int:
-    """The longest side of a square that half of the images hold."""
+    """Return the side in pixels of the largest square that fits into half of the images."""
     total = sum(size.images for size in split.sizes)
-    held = 0
+    fitting = 0
     for size in sorted(split.sizes, key=lambda s: -min(s.width, s.height)):
-        held += size.images
-        if 2 * held >= total:
+        fitting += size.images
+        if 2 * fitting >= total:
             return min(size.width, size.height)
     raise AssertionError("a split with samples has sizes")

@@ -278,7 +278,7 @@ class UNet(nn.Module, ModelHubMixin):
             Class indices, uint8 [H, W].
 
         Raises:
-            ValueError: for an image that the training data rules out, or a model without a spec.
+            ValueError: the model has no data spec, or the image does not fit it (see `to_pixels`).
         """
         spec = self.spec
         if spec is None:

@@ -1,4 +1,4 @@
-"""What a model knows of the data it was trained on."""
+"""The data spec of a model: classes, channels and normalisation of its training data."""
 
 from dataclasses import dataclass
 from functools import lru_cache

@@ -1,4 +1,4 @@
-"""Manifests and .idx files: what is written is read back, damage is named."""
+"""The manifest and .idx files (shards/offsets.py): a round trip; errors name what is damaged."""
 
 import hashlib
 import json
