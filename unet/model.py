@@ -233,7 +233,11 @@ class UNet(nn.Module, ModelHubMixin):
         header = weights.read_header(folder)
         config = weights.from_plain(UNetConfig, header["model"], folder)
         spec = weights.from_plain(DataSpec, header["data"], folder) if header.get("data") else None
-        model = cls(config, spec)
+        # config.json may ask for any size: no memory before the file is known to hold it.
+        with torch.device("meta"):
+            model = cls(config, spec)
+        weights.check_weights(model.state_dict(), folder)
+        model = model.to_empty(device="cpu")
         weights.load_weights(model, folder)
         return model.eval()
 
