@@ -61,7 +61,7 @@ def run(config: PredictConfig) -> int:
     """Make the shards that are missing; 3 if some of their inputs could not be read."""
     if config.min_area > 1 and not has_scipy():
         raise UsageError(NEEDS_SCIPY)
-    inputs = find_inputs(config.input)
+    inputs = find_inputs(config.input, config.input_rule())
     loaded = load_model(config.checkpoint)
     classes = loaded.spec.classes
     if config.threshold is not None and len(classes) != 2:
@@ -72,6 +72,8 @@ def run(config: PredictConfig) -> int:
     store = Store(config.out)
     store.create_folder()
     accelerator = start()
+    if accelerator.is_main_process and inputs.notes:
+        print("\n".join(inputs.notes), file=sys.stderr)
     begun = read_job(store)
     config = config.settle(begun or {}, accelerator.device)
     begin_job(config, store, begun, inputs, loaded, accelerator.mixed_precision)

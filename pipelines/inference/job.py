@@ -16,6 +16,7 @@ import numpy as np
 from pipelines.inference.decoding import Decoded
 from pipelines.inference.encode import Prediction
 from pipelines.inference.input_readers import Inputs
+from pipelines.inference.input_rules import JOB
 from pipelines.inference.options import WORK_DIR, PredictConfig, ResultConfig
 from pipelines.model.load import LoadedModel
 from pipelines.runtime.errors import UsageError
@@ -34,8 +35,6 @@ from shards.store import ByteRange, Store
 from shards.writer import ShardWriter
 from unet import DataSpec
 
-JOB = "job.json"
-"""What decides the bytes of the results."""
 STATE = "state.json"
 ERRORS = "errors.jsonl"
 
@@ -110,7 +109,7 @@ def finish_job(config: ResultConfig, store: Store, spec: DataSpec, num_shards: i
         num_errors = sum(report["errors"] for report in reports)
         state = {"finished": True, "images": samples, "errors": num_errors}
         store.write(STATE, to_json(state), WORK_DIR)
-        write_manifest(store, predicted_manifest(config.split, spec, reports), within=WORK_DIR)
+        write_manifest(store, predicted_manifest(config.out_split, spec, reports), within=WORK_DIR)
     except (FileNotFoundError, DataError) as error:
         if store.exists(MANIFEST):
             return False  # another rank was quicker and has cleared up
