@@ -140,7 +140,15 @@ def predicted_manifest(split: str, spec: DataSpec, reports: Sequence[dict[str, A
     return Manifest(
         classes=spec.classes,
         palette=spec.palette,
-        image_format=ImageFormat(spec.channels, spec.alpha, spec.image_range),
+        # Images are stored at their own size, whatever the model saw.
+        image_format=ImageFormat(
+            spec.channels,
+            spec.alpha,
+            spec.image_range,
+            spec.max_pixels,
+            exif=spec.exif,
+            frame=spec.frame,
+        ),
         mask_format={
             "kind": "index",
             "num_classes": num_classes,
@@ -187,6 +195,9 @@ def begin_job(
         "inputs": {"count": len(inputs), "sha256": inputs.digest()},
         **config.settings(),
     }
+    if loaded.reading_changes:
+        # As JSON gives it back.
+        job["reading"] = json.loads(json.dumps(loaded.reading_changes))
     if begun is not None:
         refuse_other_job(store, begun, job)
         return
@@ -199,7 +210,9 @@ def begin_job(
 
 def refuse_other_job(store: Store, begun: Mapping[str, Any], job: Mapping[str, Any]) -> None:
     """Raise UsageError, naming a setting, where a job is not the one that was begun."""
-    for name, value in job.items():
+    # Absent from jobs whose images are read as the training images.
+    begun = {"reading": {}, **begun}
+    for name, value in {"reading": {}, **job}.items():
         if name not in begun:
             raise UsageError(
                 f"{store} was begun by a version of this program that did not know {name}; predict "

@@ -11,6 +11,7 @@ import tyro
 
 from pipelines.inference.input_rules import WORK_DIR as WORK_DIR
 from pipelines.inference.input_rules import InputRule
+from pipelines.inference.reading import ReadingConfig
 from pipelines.runtime.devices import choose_batch_size, choose_channels_last
 from pipelines.runtime.errors import parse_part, refuse_url
 from shards.sample import MASK_EXTENSION
@@ -84,7 +85,7 @@ def probability_extension(class_index: int) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PredictConfig(TileConfig, ResultConfig):
+class PredictConfig(TileConfig, ResultConfig, ReadingConfig):
     """Predict masks for images and write them as shards.
 
     If it was interrupted, rerun the same command, on any number of GPUs: it makes what is missing.
@@ -121,6 +122,7 @@ class PredictConfig(TileConfig, ResultConfig):
     def __post_init__(self) -> None:
         TileConfig.__post_init__(self)
         ResultConfig.__post_init__(self)
+        ReadingConfig.__post_init__(self)
         if not is_url(self.out):
             refuse_url("--out", self.out)
         elif re.search(r"://$|[?*\[\]]", self.out):

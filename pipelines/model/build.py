@@ -88,6 +88,10 @@ def build_model(model: ModelConfig, manifest: Manifest, crop_size: int) -> UNet:
         crop_size=crop_size,
         image_range=form.range,
         alpha=form.alpha,
+        max_pixels=form.max_pixels,
+        exif=form.exif,
+        frame=form.frame,
+        resize=form.resize,
     )
     data = {"in_channels": len(form.channels), "num_classes": len(manifest.classes)}
     return UNet(model.network(**data), spec)

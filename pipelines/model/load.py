@@ -1,13 +1,17 @@
 """Find and load a trained model."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from pipelines.runtime.run_folder import CHECKPOINTS
 from shards.images.files import ImageFormat
 from shards.sample import DataError
 from unet import DataSpec, UNet, weights
+
+GEOMETRY = ("exif", "frame", "resize")
+"""Rules that are applied when images are packed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,11 +22,48 @@ class LoadedModel:
     spec: DataSpec
     digest: str
     """sha256 of its weights file."""
+    reading_changes: dict[str, Any] = field(default_factory=dict)
+    """Fields of `spec` that flags have replaced."""
 
     @property
     def image_format(self) -> ImageFormat:
-        """How images are decoded for it."""
-        return ImageFormat(self.spec.channels, self.spec.alpha, self.spec.image_range)
+        """How image files are decoded for it."""
+        spec = self.spec
+        return ImageFormat(
+            channels=spec.channels,
+            alpha=spec.alpha,
+            range=spec.image_range,
+            max_pixels=spec.max_pixels,
+            exif=spec.exif,
+            frame=spec.frame,
+            resize=spec.resize,
+        )
+
+    def stored_format(self, packed: ImageFormat) -> ImageFormat:
+        """Return how images of a data set are decoded for it: accepted as when they were packed.
+
+        Raises DataError if they have 16 bits and the model knows no range of values.
+        """
+        if packed.range is not None and self.spec.image_range is None:
+            raise DataError(
+                f"the data has 16-bit images (range {packed.range[0]} {packed.range[1]}), but the "
+                "checkpoint was trained on 8-bit images; train on data of the same kind"
+            )
+        max_pixels = self.reading_changes.get("max_pixels", packed.max_pixels)
+        return ImageFormat(self.spec.channels, packed.alpha, self.spec.image_range, max_pixels)
+
+    def describe_differences(self, packed: ImageFormat) -> list[str]:
+        """Describe how a data set was packed with other rules than the training data."""
+        trained = self.image_format
+        pairs = [(f"--{name}", getattr(packed, name), getattr(trained, name)) for name in GEOMETRY]
+        if packed.range is not None:
+            pairs.append(("--image-range", packed.range, trained.range))
+        return [
+            f"warning: the data was packed with {flag} {own}, the training data of the checkpoint "
+            f"with {other}"
+            for flag, own, other in pairs
+            if own != other
+        ]
 
 
 def load_model(checkpoint: str) -> LoadedModel:

@@ -72,6 +72,24 @@ class ImageFormat:
     """16-bit values that become 0 and 255; None: 16-bit images are refused."""
     max_pixels: int = MAX_PIXELS
     """Images that declare more pixels are refused."""
+    exif: ExifPolicy = "upright"
+    """Files with an EXIF orientation: rotated upright, or not. Like `frame` and `resize`, of files
+    only: images in shards are stored as these rules made them."""
+    frame: int | None = None
+    """Index of the frame of files with several; None: they are refused."""
+    resize: int | None = None
+    """Pixels that the longer side of a file is scaled down to."""
+
+    def file_rule(self) -> "ImageRule":
+        """Return the rule by which files are read."""
+        return ImageRule(
+            alpha=self.alpha,
+            allow_16_bit=self.range is not None,
+            exif=self.exif,
+            frame=self.frame,
+            resize=self.resize,
+            max_pixels=self.max_pixels,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,6 +136,14 @@ class StoredImage:
     channels: Channels
     notes: tuple[str, ...] = ()
     """What packing changed or decoding will change: keys of NOTES."""
+
+
+def check_image_range(bounds: tuple[int, int] | None) -> None:
+    """Raise ValueError for a range of 16-bit values that is empty or not within 0 65535."""
+    if bounds is not None and not 0 <= bounds[0] < bounds[1] <= 65535:
+        raise ValueError(
+            f"--image-range {bounds[0]} {bounds[1]}: must be LOW HIGH within 0 65535, LOW < HIGH"
+        )
 
 
 NOTES = {
