@@ -19,7 +19,7 @@ def save_model(model: nn.Module, header: dict[str, Any], folder: Path) -> None:
     """Write `model.safetensors` and `config.json` (the header) into an existing folder."""
     tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    (folder / HEADER).write_text(json.dumps(header, indent=2) + "\n")
+    (folder / HEADER).write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")
 
 
 def find_folder(model_id: str, **download: Any) -> Path:
@@ -41,7 +41,7 @@ def read_header(folder: Path) -> dict[str, Any]:
     """Parse `config.json`. Raises ValueError if it does not describe a U-Net."""
     path = folder / HEADER
     try:
-        header = json.loads(path.read_text())
+        header = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(header, dict) or "model" not in header:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -28,6 +29,9 @@ from shards.sample import IGNORE, INFO_EXTENSION, MASK_EXTENSION, Palette, Uint8
 from shards.store import Store
 from shards.writer import write_atomically
 
+FIGURE = ".figure.png"
+MAX_NAME_BYTES = 255
+"""Bytes of a file name on Linux and macOS."""
 FIGURE_SIDE = 1000
 """Longest side of an image in a figure, in pixels."""
 
@@ -140,7 +144,8 @@ class Encoder:
         if self.config.overlay:
             self.write(f"overlay/{name}", encode_png(draw_overlay(image, mask, palette)))
         if self.figure:
-            self.write(f"{name.stem}.figure.png", encode_png(draw_figure(image, mask, palette)))
+            stem = os.fsdecode(os.fsencode(name.stem)[: MAX_NAME_BYTES - len(FIGURE)])
+            self.write(f"{stem}{FIGURE}", encode_png(draw_figure(image, mask, palette)))
 
     def write(self, name: str, data: bytes) -> None:
         """Write a file atomically."""

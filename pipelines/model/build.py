@@ -103,7 +103,7 @@ def begin_with(model: UNet, checkpoint: str) -> None:
     Raises UsageError where the networks differ, with the flag that makes them alike, and DataError
     where there is no such checkpoint.
     """
-    found = load_model(checkpoint)
+    found = load_model(checkpoint, "--init-from")
     theirs, ours = found.model.config, model.config
     for field in fields(ours):
         value, own = getattr(theirs, field.name), getattr(ours, field.name)

@@ -10,6 +10,8 @@ from shards.images.files import ImageFormat
 from shards.sample import DataError
 from unet import DataSpec, UNet, weights
 
+PICKLES = (".pth", ".pt", ".ckpt", ".bin", ".pkl")
+"""Extensions of files that torch.save writes."""
 GEOMETRY = ("exif", "frame", "resize")
 """Rules that are applied when images are packed."""
 
@@ -66,49 +68,65 @@ class LoadedModel:
         ]
 
 
-def load_model(checkpoint: str) -> LoadedModel:
-    """The model of a run folder (its `best`, else `last`), a checkpoint folder or a hub id.
+def load_model(checkpoint: str, flag: str = "--checkpoint") -> LoadedModel:
+    """Load the model of a run folder (its `best`, else `last`), a checkpoint folder or a hub id.
 
-    Raises DataError saying what is missing or damaged.
+    Raises DataError naming `flag` and what is missing or damaged.
     """
     try:
-        folder = weights.find_folder(str(find_checkpoint(checkpoint)))
+        folder = weights.find_folder(str(find_checkpoint(checkpoint, flag)))
         model = UNet.from_pretrained(str(folder))
         with (folder / weights.WEIGHTS).open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
     except (ValueError, FileNotFoundError) as error:
-        raise DataError(f"--checkpoint {checkpoint}: {error}") from error
+        raise DataError(f"{flag} {checkpoint}: {error}") from error
     except OSError as error:
         raise DataError(
-            f"--checkpoint {checkpoint} is no folder and was not found on the hub: {error}"
+            f"{flag} {checkpoint}: does not exist here and was not found on the hub: {error}"
         ) from error
     if model.spec is None:
         raise DataError(
-            f"--checkpoint {checkpoint}: config.json says nothing of classes and pixels"
+            f"{flag} {checkpoint}: config.json has no data spec (classes, mean, std); save the "
+            "model with UNet(config, spec)"
         )
     return LoadedModel(model, model.spec, digest)
 
 
 def require_spec(model: UNet) -> DataSpec:
-    """What a model that was built for data, or loaded here, knows of its data."""
+    """Return the data spec of a model that was built for data or loaded by `load_model`."""
     assert model.spec is not None
     return model.spec
 
 
-def find_checkpoint(checkpoint: str) -> Path | str:
-    """The folder with the weights, or the hub id as it is."""
+def find_checkpoint(checkpoint: str, flag: str = "--checkpoint") -> Path | str:
+    """Return the folder with the weights; a hub id is returned unchanged.
+
+    Raises DataError naming `flag` if it is neither.
+    """
     folder = Path(checkpoint)
     if (folder / CHECKPOINTS).is_dir():
         for name in ("best", "last"):
             if (folder / CHECKPOINTS / name).is_dir():
                 return (folder / CHECKPOINTS / name).resolve()
-        raise DataError(f"--checkpoint {checkpoint}: this run has saved no checkpoint yet")
-    if not folder.is_dir() and (
-        folder.is_absolute() or checkpoint.startswith(".") or checkpoint.count("/") > 1
-    ):
-        raise DataError(f"--checkpoint {checkpoint} does not exist")
-    if not folder.is_dir() and "/" not in checkpoint:
-        raise DataError(
-            f"--checkpoint {checkpoint} is neither a folder here nor a hub id (owner/name)"
+        raise DataError(f"{flag} {checkpoint}: this run has not saved a checkpoint yet")
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise DataError(f"{flag} {checkpoint}: {explain_file(folder)}")
+    if folder.is_absolute() or checkpoint.startswith(".") or checkpoint.count("/") > 1:
+        raise DataError(f"{flag} {checkpoint}: does not exist")
+    if "/" not in checkpoint:
+        raise DataError(f"{flag} {checkpoint}: is neither a folder here nor a hub id (owner/name)")
+    return checkpoint
+
+
+def explain_file(file: Path) -> str:
+    """Return the problem and the remedy for a file in place of a checkpoint folder."""
+    if file.name in (weights.WEIGHTS, weights.HEADER):
+        return f"is a file of a checkpoint; use its folder {file.parent}"
+    if file.suffix.lower() in PICKLES:
+        return (
+            "is a PyTorch file (a pickle), not a checkpoint folder; convert one of "
+            "milesial/Pytorch-UNet in Python: UNet.from_milesial(FILE, spec).save_pretrained(DIR)"
         )
-    return folder if folder.is_dir() else checkpoint
+    return "is a file, not a run folder, checkpoint folder or hub id"

@@ -750,7 +750,7 @@ def test_a_folder_without_shards_is_refused(index, refused, tmp_path: Path) -> N
         ((*CLASSES, "--image-ext", "json"), "--image-ext must not contain json, mask.png"),
         ((*CLASSES, "--mask-ext", "json"), "--mask-ext must not be json"),
         ((*CLASSES, "--image-ext", "png", "--mask-ext", "png"), "leaves no extension for images"),
-        ((*CLASSES, "--image-range", 9, 3), "--image-range must be LOW HIGH within 0 65535"),
+        ((*CLASSES, "--image-range", 9, 3), "--image-range 9 3: must be LOW HIGH within 0 65535"),
         (
             (*CLASSES, "--image-range", 0, 9, "--image-percentiles", 0, 9),
             "--image-range and --image-percentiles exclude each other",
