@@ -31,7 +31,7 @@ from shards.folders.splits import SPLIT_NAMES, Split
 from shards.folders.walk import walk_files
 from shards.foreign import DECOMPRESS_REMEDY, Role
 from shards.images.files import IMAGE_EXTENSIONS, NOTES
-from shards.manifest import MANIFEST, Manifest, ShardInfo, write_manifest
+from shards.manifest import MANIFEST, Manifest, ShardInfo, read_manifest, write_manifest
 from shards.masks.formats import MaskFormat
 from shards.masks.palettes import default_palette
 from shards.sample import (
@@ -129,6 +129,14 @@ def run(config: IndexConfig) -> int:
         raise DataError(f"{config.folder}: {len(shards)} shards without an image; see --image-ext")
     total = merge_statistics(shard.tally for shard in filled)
     manifest = build_manifest(config, filled, splits, duplicates, total)
+    if store.exists(MANIFEST):
+        if read_manifest(store) != manifest:
+            raise DataError(
+                f"{config.folder} is already a data set, with other contents or settings; remove "
+                f"its {MANIFEST} to index it again"
+            )
+        print(f"{config.folder} is already indexed with these settings; nothing was written")
+        return 0
     for shard in filled:
         name = offsets_name(shard.name)
         if not store.exists(name):
@@ -146,14 +154,12 @@ def run(config: IndexConfig) -> int:
 def find_shards(folder: Path) -> list[str]:
     """List all shards below a folder as sorted relative paths.
 
-    Raises DataError if there are none, if one is compressed, or if there is a manifest.
+    Raises DataError if there are none, or if one is compressed.
     """
     if not folder.exists():
         raise DataError(f"{folder} does not exist")
     if not folder.is_dir():
         raise DataError(f"{folder} is not a directory")
-    if (folder / MANIFEST).exists():
-        raise DataError(f"{folder} is already a data set; remove its {MANIFEST} to index it again")
     names = sorted(walk_files(str(folder)))
     compressed = [name for name in names if name.lower().endswith(COMPRESSED)]
     if compressed:

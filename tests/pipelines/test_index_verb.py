@@ -717,12 +717,20 @@ def test_problems_of_all_shards_are_reported_at_once(refused, tmp_path: Path) ->
     ]
 
 
-def test_a_data_set_is_not_indexed_twice(refused, indexed, tmp_path: Path) -> None:
-    tar(tmp_path / "a.tar", pairs("a"))
-    indexed(tmp_path)
-    assert refused(tmp_path).endswith(
-        "is already a data set; remove its index.json to index it again"
-    )
+def test_a_rerun_with_the_same_settings_reports_that(
+    index, indexed, content, tmp_path: Path
+) -> None:
+    tar(tmp_path / "a.tar", pairs("a", "b"))
+    indexed(tmp_path, *CLASSES)
+    before = content(tmp_path)
+    ended = index(tmp_path, *CLASSES)
+    assert (ended.code, ended.err) == (0, "")
+    assert "is already indexed with these settings; nothing was written" in ended.out
+    assert content(tmp_path) == before
+    told = "is already a data set, with other contents or settings; remove its index.json"
+    assert told in index(tmp_path, *CLASSES, "--split", "val").err
+    tar(tmp_path / "b.tar", pairs("c", first=7))
+    assert told in index(tmp_path, *CLASSES).err
 
 
 @pytest.mark.parametrize("name", ["a.tar", "a.tar.gz", "a.tgz"])
