@@ -56,8 +56,9 @@ class InputRule:
             BORDER_EXTENSION: "border",
             INFO_EXTENSION: "json",
         }
-        merged = {**reserved, **roles} if self.image_ext else {**roles, **reserved}
-        return dict(sorted(merged.items(), key=lambda item: (-len(item[0]), item[0])))
+        merged: dict[str, Role] = {**reserved, **roles} if self.image_ext else {**roles, **reserved}
+        longest_first = sorted(merged, key=lambda ext: (-len(ext), ext))
+        return {ext: merged[ext] for ext in longest_first}
 
     def is_image(self, name: str) -> bool:
         """Return whether a file has the extension of an image."""

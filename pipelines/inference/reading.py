@@ -7,7 +7,7 @@ import tyro
 
 from pipelines.model.load import LoadedModel
 from pipelines.runtime.errors import UsageError
-from shards.images.files import AlphaPolicy, ExifPolicy, ImageRule, check_image_range
+from shards.images.files import MAX_PIXELS, AlphaPolicy, ExifPolicy, ImageRule, check_image_range
 
 STORED = ("image_range", "max_pixels")
 """Flags that apply to data sets too: their images are stored upright, as one frame and scaled."""
@@ -36,8 +36,8 @@ class ReadingConfig:
 
     def __post_init__(self) -> None:
         check_image_range(self.image_range)
-        given = {"frame": self.frame, "resize": self.resize, "max_pixels": self.max_pixels}
-        ImageRule(**{name: value for name, value in given.items() if value is not None})
+        max_pixels = MAX_PIXELS if self.max_pixels is None else self.max_pixels
+        ImageRule(frame=self.frame, resize=self.resize, max_pixels=max_pixels)
 
     def apply(self, loaded: LoadedModel) -> LoadedModel:
         """Return the model with the rules of these flags, and which of them are others."""
