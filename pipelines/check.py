@@ -78,7 +78,7 @@ def run(config: CheckConfig) -> int:
     problems = sorted(pairs.problems)
     store = Store(str(config.out))
     store.create_folder()
-    form = source.image.make_format(pairs.tally)
+    form = source.make_image_format(pairs.tally)
     report = make_report(source.mask.class_names(), form, pairing, pairs, splits, problems)
     store.write(REPORT_NAME, (json.dumps(report, indent=1) + "\n").encode())
     path = save_problems(problems, store)

@@ -67,7 +67,7 @@ def run(config: DemoConfig) -> int:
     what = quote("--checkpoint", run_dir, "--input", samples / "unseen", "--out", masks)
     run_step("predict", f"{what} --png --overlay")
     run_step("report", quote("--run-dir", run_dir))
-    scores = json.loads((run_dir / "scores.json").read_text())
+    scores = json.loads((run_dir / "scores.json").read_text(encoding="utf-8"))
     print(
         f"\nDice of class cell on {scores['num_images']} held-out images: "
         f"{scores['classes']['cell']['dice']:.4f}"

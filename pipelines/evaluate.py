@@ -96,13 +96,16 @@ def run(config: EvaluateConfig) -> int:
     manifest = read_manifest(config.data)
     split = manifest.split(config.split, config.data)
     out = folder_of(config)
-    loaded = None
+    loaded, differences = None, list[str]()
     if config.checkpoint is not None:
         loaded = load_model(config.checkpoint)
         refuse_incompatible_checkpoint(config, loaded.spec, manifest)
+        differences = loaded.describe_differences(manifest.image_format)
         # The range of 16-bit images is part of what the model has learned.
-        manifest = replace(manifest, image_format=loaded.image_format)
+        manifest = replace(manifest, image_format=loaded.stored_format(manifest.image_format))
     accelerator = start(rank_timeout=config.rank_timeout)
+    if accelerator.is_main_process and differences:
+        print("\n".join(differences), file=sys.stderr)
     batch_size = choose_batch_size(config.batch_size, accelerator.device)
     config = replace(config, batch_size=batch_size)
     in_use = split_bytes_in_use(manifest, config.split)

@@ -30,8 +30,8 @@ from pipelines.runtime.yaml_flags import Flat
 from shards.folders.splits import SPLIT_NAMES, Split
 from shards.folders.walk import walk_files
 from shards.foreign import DECOMPRESS_REMEDY, Role
-from shards.images.files import NOTES
-from shards.manifest import MANIFEST, Manifest, ShardInfo, write_manifest
+from shards.images.files import IMAGE_EXTENSIONS, NOTES
+from shards.manifest import MANIFEST, Manifest, ShardInfo, read_manifest, write_manifest
 from shards.masks.formats import MaskFormat
 from shards.masks.palettes import default_palette
 from shards.sample import (
@@ -62,8 +62,9 @@ class IndexConfig:
     """Folder of the shards (*.tar), searched recursively."""
     classes: tuple[str, ...] = ()
     """Class names, from class 0 on; default: the shards contain images without masks."""
-    image_ext: tuple[str, ...] = ("jpg", "jpeg", "png", "tif", "tiff", "bmp", "webp", "gif")
-    """Extensions of images, after the key: jpg for KEY.jpg, image.jpg for KEY.image.jpg."""
+    image_ext: tuple[str, ...] = ()
+    """Extensions of images, after the key: jpg for KEY.jpg, image.jpg for KEY.image.jpg. Default:
+    every image format that is read; a sample must then have one image."""
     mask_ext: str = MASK_EXTENSION
     """Extension of masks, after the key: seg.png for KEY.seg.png."""
     split: Split | None = None
@@ -85,7 +86,7 @@ class IndexConfig:
 
     def member_roles(self) -> dict[str, Role]:
         """Return {extension: role of such a member}, longest extension first."""
-        images = {extension.lower().lstrip(".") for extension in self.image_ext}
+        images = {ext.lower().lstrip(".") for ext in self.image_ext or IMAGE_EXTENSIONS}
         mask = self.mask_ext.lower().lstrip(".")
         # In an .idx file these extensions are reserved for json, mask and border map.
         reserved = {INFO_EXTENSION, MASK_EXTENSION, BORDER_EXTENSION}
@@ -128,6 +129,14 @@ def run(config: IndexConfig) -> int:
         raise DataError(f"{config.folder}: {len(shards)} shards without an image; see --image-ext")
     total = merge_statistics(shard.tally for shard in filled)
     manifest = build_manifest(config, filled, splits, duplicates, total)
+    if store.exists(MANIFEST):
+        if read_manifest(store) != manifest:
+            raise DataError(
+                f"{config.folder} is already a data set, with other contents or settings; remove "
+                f"its {MANIFEST} to index it again"
+            )
+        print(f"{config.folder} is already indexed with these settings; nothing was written")
+        return 0
     for shard in filled:
         name = offsets_name(shard.name)
         if not store.exists(name):
@@ -145,21 +154,19 @@ def run(config: IndexConfig) -> int:
 def find_shards(folder: Path) -> list[str]:
     """List all shards below a folder as sorted relative paths.
 
-    Raises DataError if there are none, if one is compressed, or if there is a manifest.
+    Raises DataError if there are none, or if one is compressed.
     """
     if not folder.exists():
         raise DataError(f"{folder} does not exist")
     if not folder.is_dir():
         raise DataError(f"{folder} is not a directory")
-    if (folder / MANIFEST).exists():
-        raise DataError(f"{folder} is already a data set; remove its {MANIFEST} to index it again")
     names = sorted(walk_files(str(folder)))
-    compressed = [name for name in names if name.endswith(COMPRESSED)]
+    compressed = [name for name in names if name.lower().endswith(COMPRESSED)]
     if compressed:
         raise AggregateDataError(
             [f"{folder / n} is compressed" for n in compressed], DECOMPRESS_REMEDY
         )
-    shards = [name for name in names if name.endswith(".tar")]
+    shards = [name for name in names if name.lower().endswith(".tar")]
     if not shards:
         raise DataError(f"{folder} contains no shards (*.tar); pack images with unet pack")
     return shards
@@ -185,7 +192,8 @@ def inspect_shards(config: IndexConfig, names: Sequence[str]) -> list[ShardConte
     """Inspect all shards in parallel; returns them sorted by name."""
     # The first frame of multi-frame files is read, so that they are refused by name.
     images = config.image.make_rule(frame=0)
-    rule = IndexRule(config.folder, len(config.classes), images, config.member_roles())
+    roles, declared = config.member_roles(), bool(config.image_ext)
+    rule = IndexRule(config.folder, len(config.classes), images, roles, declared)
     workers = num_workers(config.workers, len(names))
     shards = []
     with progress(total=len(names), desc="index", unit="shard") as bar:

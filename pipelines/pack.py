@@ -322,7 +322,7 @@ def finish_data_set(
     manifest = make_manifest(
         classes=classes,
         palette=rule.sample.palette,
-        image_format=config.source.image.make_format(total),
+        image_format=config.source.make_image_format(total),
         mask_format=describe_mask_format(rule, total),
         shards=shards,
         tallies=tallies,

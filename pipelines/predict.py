@@ -27,7 +27,7 @@ from accelerate import Accelerator
 from pipelines.inference.decoding import Cutting, Decoded, Decoder
 from pipelines.inference.encode import Encoder, Found
 from pipelines.inference.engine import Waiting, held_by, launch, load, one_behind, pass_on, threads
-from pipelines.inference.input_readers import Inputs
+from pipelines.inference.input_readers import ShardInputs
 from pipelines.inference.inputs import find_inputs
 from pipelines.inference.job import (
     ERRORS,
@@ -39,6 +39,7 @@ from pipelines.inference.job import (
     write_shard,
 )
 from pipelines.inference.options import WORK_DIR, PredictConfig
+from pipelines.inference.reading import describe_changes
 from pipelines.inference.specks import NEEDS_SCIPY
 from pipelines.inference.tiles import predictor
 from pipelines.loading.dataset import MAX_WORKERS, rank_cpus
@@ -61,8 +62,15 @@ def run(config: PredictConfig) -> int:
     """Make the shards that are missing; 3 if some of their inputs could not be read."""
     if config.min_area > 1 and not has_scipy():
         raise UsageError(NEEDS_SCIPY)
-    inputs = find_inputs(config.input)
-    loaded = load_model(config.checkpoint)
+    inputs = find_inputs(config.input, config.input_rule())
+    trained = load_model(config.checkpoint)
+    loaded = config.apply(trained)
+    notes = [*inputs.notes, *describe_changes(loaded, trained)]
+    image_format = loaded.image_format
+    if isinstance(inputs, ShardInputs):
+        config.refuse_for_data_set(config.input)
+        notes += loaded.describe_differences(inputs.image_format)
+        image_format = loaded.stored_format(inputs.image_format)
     classes = loaded.spec.classes
     if config.threshold is not None and len(classes) != 2:
         raise UsageError(
@@ -72,6 +80,8 @@ def run(config: PredictConfig) -> int:
     store = Store(config.out)
     store.create_folder()
     accelerator = start()
+    if accelerator.is_main_process and notes:
+        print("\n".join(notes), file=sys.stderr)
     begun = read_job(store)
     config = config.settle(begun or {}, accelerator.device)
     begin_job(config, store, begun, inputs, loaded, accelerator.mixed_precision)
@@ -87,7 +97,10 @@ def run(config: PredictConfig) -> int:
         ]
         try:
             if mine:
-                predict_shards(config, store, inputs, loaded, cutting, mine, accelerator)
+                decode = Decoder(
+                    inputs, image_format, config.include_image, config.longest_key(len(classes))
+                )
+                predict_shards(config, store, decode, loaded, cutting, mine, accelerator)
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
@@ -109,7 +122,7 @@ def run(config: PredictConfig) -> int:
 def predict_shards(
     config: PredictConfig,
     store: Store,
-    inputs: Inputs,
+    decode: Decoder,
     loaded: LoadedModel,
     cutting: Cutting,
     shards: Sequence[int],
@@ -119,12 +132,7 @@ def predict_shards(
 
     Raises DataError with `fail_fast` for an input that cannot be read.
     """
-    decode = Decoder(
-        inputs,
-        loaded.image_format,
-        config.include_image,
-        config.longest_key(len(loaded.spec.classes)),
-    )
+    inputs = decode.inputs
     encode = Encoder(config, store, loaded, figure=len(inputs) == 1)
     workers = min(MAX_WORKERS, rank_cpus()) if config.workers is None else config.workers
     remote = store.local is None or inputs.remote

@@ -96,7 +96,9 @@ def train(config: TrainConfig, checkpoints: Checkpoints) -> int:
     init_from = None if checkpoints.begun else config.init_from
     model = prepare_model(config, manifest, accelerator, init_from)
     learner, spec = build_learner(model, config.optim), require_spec(model)
-    state = checkpoints.resume(fixed_settings(config, manifest), learner, accelerator.scaler)
+    state = checkpoints.resume(
+        fixed_settings(config, manifest), learner, accelerator.scaler, config.data
+    )
     if config.compile:
         learner.model.compile()
     if config.accumulate == "auto":

@@ -15,20 +15,18 @@ from torch import Tensor
 
 from pipelines.drawing.panels import Example
 from pipelines.evaluation.per_image import split_keys
-from pipelines.inference.job import JOB
+from pipelines.inference.input_rules import JOB
 from pipelines.loading.dataset import DataSet
 from pipelines.loading.stages import Batch, require_mask
 from shards.manifest import Manifest, read_manifest
 from shards.masks.png import decode_mask
 from shards.order import Address, EvalPlan
-from shards.reader import ShardReader
+from shards.reader import ShardReader, iter_keys
 from shards.sample import IGNORE, AggregateDataError, DataError, Uint8, encode_key
 from shards.store import Store
 
 PREFETCH = 4
 """Batches whose predictions are read ahead."""
-INDEXES = 64
-"""Shard indexes that are requested together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +133,7 @@ def open_predictions(place: str, data: DataSet, split: str) -> StoredPredictions
     others: list[str] = []
     duplicates: list[str] = []
     num_others = 0
-    for shard, row, key in all_keys(reader):
+    for (_, shard, row), key in iter_keys(reader):
         position = keys.get(key)
         if position is None:
             num_others += 1
@@ -165,16 +163,6 @@ def open_predictions(place: str, data: DataSet, split: str) -> StoredPredictions
 def predicted_key(key: str) -> str:
     """Return the key of an image's prediction: encoded, if a foreign tool packed it unencoded."""
     return key if re.fullmatch(r"[A-Za-z0-9_%/-]+", key) else encode_key(f"{key}.png")
-
-
-def all_keys(reader: ShardReader) -> Iterator[tuple[int, int, str]]:
-    """Yield shard, row and key of every sample."""
-    for first in range(0, len(reader.shards), INDEXES):
-        some = range(first, min(first + INDEXES, len(reader.shards)))
-        indexes = reader.open_offsets(some)
-        for shard in some:
-            for row in range(len(indexes[shard])):
-                yield shard, row, indexes[shard][row].key
 
 
 def read_job(store: Store) -> dict[str, Any]:

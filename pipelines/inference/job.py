@@ -16,6 +16,7 @@ import numpy as np
 from pipelines.inference.decoding import Decoded
 from pipelines.inference.encode import Prediction
 from pipelines.inference.input_readers import Inputs
+from pipelines.inference.input_rules import JOB
 from pipelines.inference.options import WORK_DIR, PredictConfig, ResultConfig
 from pipelines.model.load import LoadedModel
 from pipelines.runtime.errors import UsageError
@@ -34,8 +35,6 @@ from shards.store import ByteRange, Store
 from shards.writer import ShardWriter
 from unet import DataSpec
 
-JOB = "job.json"
-"""What decides the bytes of the results."""
 STATE = "state.json"
 ERRORS = "errors.jsonl"
 
@@ -110,7 +109,7 @@ def finish_job(config: ResultConfig, store: Store, spec: DataSpec, num_shards: i
         num_errors = sum(report["errors"] for report in reports)
         state = {"finished": True, "images": samples, "errors": num_errors}
         store.write(STATE, to_json(state), WORK_DIR)
-        write_manifest(store, predicted_manifest(config.split, spec, reports), within=WORK_DIR)
+        write_manifest(store, predicted_manifest(config.out_split, spec, reports), within=WORK_DIR)
     except (FileNotFoundError, DataError) as error:
         if store.exists(MANIFEST):
             return False  # another rank was quicker and has cleared up
@@ -141,7 +140,15 @@ def predicted_manifest(split: str, spec: DataSpec, reports: Sequence[dict[str, A
     return Manifest(
         classes=spec.classes,
         palette=spec.palette,
-        image_format=ImageFormat(spec.channels, spec.alpha, spec.image_range),
+        # Images are stored at their own size, whatever the model saw.
+        image_format=ImageFormat(
+            spec.channels,
+            spec.alpha,
+            spec.image_range,
+            spec.max_pixels,
+            exif=spec.exif,
+            frame=spec.frame,
+        ),
         mask_format={
             "kind": "index",
             "num_classes": num_classes,
@@ -188,6 +195,9 @@ def begin_job(
         "inputs": {"count": len(inputs), "sha256": inputs.digest()},
         **config.settings(),
     }
+    if loaded.reading_changes:
+        # As JSON gives it back.
+        job["reading"] = json.loads(json.dumps(loaded.reading_changes))
     if begun is not None:
         refuse_other_job(store, begun, job)
         return
@@ -200,7 +210,9 @@ def begin_job(
 
 def refuse_other_job(store: Store, begun: Mapping[str, Any], job: Mapping[str, Any]) -> None:
     """Raise UsageError, naming a setting, where a job is not the one that was begun."""
-    for name, value in job.items():
+    # Absent from jobs whose images are read as the training images.
+    begun = {"reading": {}, **begun}
+    for name, value in {"reading": {}, **job}.items():
         if name not in begun:
             raise UsageError(
                 f"{store} was begun by a version of this program that did not know {name}; predict "

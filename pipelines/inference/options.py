@@ -9,13 +9,15 @@ from typing import Any, Literal
 import torch
 import tyro
 
+from pipelines.inference.input_rules import WORK_DIR as WORK_DIR
+from pipelines.inference.input_rules import InputRule
+from pipelines.inference.reading import ReadingConfig
 from pipelines.runtime.devices import choose_batch_size, choose_channels_last
 from pipelines.runtime.errors import parse_part, refuse_url
 from shards.sample import MASK_EXTENSION
 from shards.store import is_url
 from unet import MaskRule, TileConfig
 
-WORK_DIR = ".predict"
 PROBABILITIES_EXTENSION = "probabilities.npy"
 
 
@@ -25,7 +27,7 @@ class ResultConfig:
 
     samples_per_shard: int = 256
     """Images per output shard."""
-    split: str = "predicted"
+    out_split: str = "predicted"
     """Name of the output split and its shards: predicted-000000.tar."""
     threshold: float | None = None
     """Two classes only: probability from which a pixel is the second class. Default: the more
@@ -52,8 +54,10 @@ class ResultConfig:
     def __post_init__(self) -> None:
         if self.samples_per_shard < 1:
             raise ValueError(f"samples_per_shard must be at least 1, got {self.samples_per_shard}")
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,59}", self.split):
-            raise ValueError(f"split must consist of letters, digits, _ and -, got {self.split!r}")
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,59}", self.out_split):
+            raise ValueError(
+                f"--out-split {self.out_split!r}: must consist of letters, digits, _ and -"
+            )
         if self.threshold is not None and not 0 < self.threshold <= 1:
             raise ValueError(f"threshold must be above 0 and at most 1, got {self.threshold}")
         if self.min_area < 0:
@@ -63,7 +67,7 @@ class ResultConfig:
 
     def shard_name(self, number: int) -> str:
         """Return the name of output shard `number`."""
-        return f"{self.split}-{number:06d}.tar"
+        return f"{self.out_split}-{number:06d}.tar"
 
     def longest_key(self, num_classes: int) -> int:
         """Return the maximum number of bytes of a key whose members fit into a tar header."""
@@ -81,7 +85,7 @@ def probability_extension(class_index: int) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PredictConfig(TileConfig, ResultConfig):
+class PredictConfig(TileConfig, ResultConfig, ReadingConfig):
     """Predict masks for images and write them as shards.
 
     If it was interrupted, rerun the same command, on any number of GPUs: it makes what is missing.
@@ -94,6 +98,11 @@ class PredictConfig(TileConfig, ResultConfig):
     at a URL such as s3://bucket/folder."""
     out: str
     """Output folder or URL."""
+    image_ext: tuple[str, ...] = ()
+    """Extensions of images in folders, patterns and tars: jpg for KEY.jpg, image.jpg for
+    KEY.image.jpg. Default: every image format that is read; a sample must then have one image."""
+    split: str | None = None
+    """Split of a data set to predict. Default: all."""
     fail_fast: bool = False
     """Stop with exit code 1 at the first input that cannot be read. Default: list it in
     OUT/errors.jsonl, continue, and exit with 3."""
@@ -113,6 +122,7 @@ class PredictConfig(TileConfig, ResultConfig):
     def __post_init__(self) -> None:
         TileConfig.__post_init__(self)
         ResultConfig.__post_init__(self)
+        ReadingConfig.__post_init__(self)
         if not is_url(self.out):
             refuse_url("--out", self.out)
         elif re.search(r"://$|[?*\[\]]", self.out):
@@ -124,6 +134,10 @@ class PredictConfig(TileConfig, ResultConfig):
         if self.part is not None:
             parse_part("--part", self.part)
 
+    def input_rule(self) -> InputRule:
+        """Return what was declared about the inputs."""
+        return InputRule(self.image_ext, self.split, self.out)
+
     def shards_of(self, num_shards: int, rank: int, world: int) -> range:
         """Return the shards that a rank makes: its share of this part."""
         number, count = (1, 1) if self.part is None else parse_part("--part", self.part)
@@ -132,7 +146,9 @@ class PredictConfig(TileConfig, ResultConfig):
     def settings(self) -> dict[str, Any]:
         """Return the settings that determine the bytes of the output, by name."""
         names = [field.name for group in (TileConfig, ResultConfig) for field in fields(group)]
-        return {name: getattr(self, name) for name in (*names, "compile", "channels_last")}
+        found = {name: getattr(self, name) for name in (*names, "compile", "channels_last")}
+        # Named so in job.json since before --split selected inputs.
+        return {"split" if name == "out_split" else name: v for name, v in found.items()}
 
     def settle(self, begun: Mapping[str, Any], device: torch.device) -> "PredictConfig":
         """Resolve unset settings: as the job was started, else by device."""

@@ -92,6 +92,10 @@ def build_model(model: ModelConfig, manifest: Manifest, crop_size: int) -> UNet:
         crop_size=crop_size,
         image_range=form.range,
         alpha=form.alpha,
+        max_pixels=form.max_pixels,
+        exif=form.exif,
+        frame=form.frame,
+        resize=form.resize,
     )
     data = {"in_channels": len(form.channels), "num_classes": len(manifest.classes)}
     return UNet(model.network(**data), spec)
@@ -103,7 +107,7 @@ def load_initial_weights(model: UNet, checkpoint: str) -> None:
     Raises UsageError if the architectures differ, naming the flag that changes that, and DataError
     if the checkpoint cannot be loaded.
     """
-    source = load_model(checkpoint)
+    source = load_model(checkpoint, "--init-from")
     for field in fields(model.config):
         name = field.name
         value, own = getattr(source.model.config, name), getattr(model.config, name)

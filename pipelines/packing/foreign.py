@@ -12,7 +12,14 @@ from typing import BinaryIO
 import numpy as np
 
 from pipelines.runtime.errors import describe_read_error
-from shards.foreign import COPY_REMEDY, Role, SampleMembers, group_members, read_member
+from shards.foreign import (
+    COPY_REMEDY,
+    IMAGE_EXT_REMEDY,
+    Role,
+    SampleMembers,
+    group_members,
+    read_member,
+)
 from shards.images.files import ImageRule, load_pixels, open_image, read_image
 from shards.masks.canonical import CanonicalMask
 from shards.masks.counts import count_pixel_values, format_counts
@@ -35,6 +42,8 @@ class IndexRule:
     """0 without masks."""
     images: ImageRule
     roles: dict[str, Role]
+    declared: bool
+    """The extensions of images were named."""
 
 
 Duplicates = list[tuple[str, str]]
@@ -76,8 +85,9 @@ def inspect_shard(name: str, rule: IndexRule) -> ShardContents:
             # The file is read completely first, so that all later reads hit the page cache.
             contents.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
             contents.size = os.fstat(file.fileno()).st_size
-            members = group_members(file, path, rule.roles)
+            members = group_members(file, path, rule.roles, declared=rule.declared)
             contents.ignored, contents.problems = members.ignored, members.problems
+            contents.problems += [f"{one}; {IMAGE_EXT_REMEDY}" for one in members.ambiguous]
             for key, group in members.samples.items():
                 try:
                     add_sample(file, key, group, rule, contents)

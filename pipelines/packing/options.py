@@ -1,7 +1,7 @@
 """Options of `check` and `pack`: folders of images and masks, and how to read them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -10,7 +10,14 @@ from pipelines.runtime.errors import UsageError, parse_part, refuse_url
 from pipelines.runtime.yaml_flags import Flat, refuse_unused
 from shards.folders.pairs import Pairing, PairRule, find_pairs, read_pair_lists
 from shards.folders.splits import DEFAULT_VAL_FRACTION, SplitRule
-from shards.images.files import MAX_PIXELS, AlphaPolicy, ExifPolicy, ImageFormat, ImageRule
+from shards.images.files import (
+    MAX_PIXELS,
+    AlphaPolicy,
+    ExifPolicy,
+    ImageFormat,
+    ImageRule,
+    check_image_range,
+)
 from shards.masks.formats import MaskFormat, MaskKind
 from shards.masks.palettes import default_palette
 from shards.statistics import GREY16, SampleRule, SampleStatistics, percentile_range
@@ -179,11 +186,10 @@ class ImageOptions:
     def __post_init__(self) -> None:
         if self.image_range is not None and self.image_percentiles is not None:
             raise ValueError("--image-range and --image-percentiles exclude each other")
-        low, high = self.image_range or self.image_percentiles or (0, 100)
-        if not 0 <= low < high <= (65535 if self.image_range else 100):
-            raise ValueError(
-                "--image-range must be LOW HIGH within 0 65535, --image-percentiles within 0 100"
-            )
+        check_image_range(self.image_range)
+        low, high = self.image_percentiles or (0, 100)
+        if not 0 <= low < high <= 100:
+            raise ValueError(f"--image-percentiles {low:g} {high:g}: must be LOW HIGH within 0 100")
         self.make_rule()
 
     def make_rule(
@@ -282,6 +288,16 @@ class SourceOptions:
         geometry = self.geometry
         return self.image.make_rule(
             exif=geometry.exif, frame=geometry.frame, resize=geometry.resize
+        )
+
+    def make_image_format(self, total: SampleStatistics) -> ImageFormat:
+        """Build the format of all images, with the rules by which files are read."""
+        geometry = self.geometry
+        return replace(
+            self.image.make_format(total),
+            exif=geometry.exif,
+            frame=geometry.frame,
+            resize=geometry.resize,
         )
 
     def sample_rule(self, pairing: Pairing) -> SampleRule:

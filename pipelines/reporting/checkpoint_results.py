@@ -82,7 +82,7 @@ def load_results(
     try:
         manifest = open_manifest(record, place)
         results = replace(results, manifest=manifest)
-        manifest = replace(manifest, image_format=loaded.image_format)
+        manifest = replace(manifest, image_format=loaded.stored_format(manifest.image_format))
         data = DataSet(Store(str(place)), manifest, None, workers=0)
         model = loaded.model.to(accelerator.device)
         results = draw_extremes(results, record, data, split, model, accelerator)

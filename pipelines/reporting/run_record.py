@@ -142,7 +142,7 @@ def read_config(path: Path, notes: list[str]) -> tuple[dict[str, Any], str]:
     if not path.exists():
         notes.append(f"{CONFIG} is missing.")
         return {}, ""
-    text = path.read_text(errors="replace")
+    text = path.read_text(encoding="utf-8", errors="replace")
     try:
         plain = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError):

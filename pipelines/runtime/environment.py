@@ -22,7 +22,7 @@ PACKAGES = (
 def lines_of(path: Path) -> Iterator[str]:
     """Yield the lines of a text file; none if it does not exist."""
     if path.exists():
-        with path.open(errors="replace", newline="\n") as file:
+        with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
             yield from file
 
 

@@ -27,8 +27,9 @@ from torch.amp.grad_scaler import GradScaler
 
 from pipelines.runtime.errors import RunError, UsageError
 from pipelines.runtime.failures import is_device_error, is_killed_worker, out_of_memory
-from pipelines.runtime.run_folder import CHECKPOINTS, STATE
+from pipelines.runtime.run_folder import CHECKPOINTS, CONFIG, STATE
 from pipelines.training.optim import Learner
+from pipelines.training.other_data import describe_other_data
 from pipelines.training.snapshot import TRAINING, HostBuffers, Snapshot
 from shards.sample import DataError
 from shards.writer import flush_to_disk, write_json
@@ -179,9 +180,11 @@ class Checkpoints:
                 shutil.rmtree(path)
 
     def resume(
-        self, fixed: dict[str, Any], learner: Learner, scaler: GradScaler | None
+        self, fixed: dict[str, Any], learner: Learner, scaler: GradScaler | None, data: str = ""
     ) -> TrainState:
         """Load the last checkpoint into `learner`; a fresh state where there is none.
+
+        `data`: folder or URL of the data set, for messages.
 
         Raises UsageError naming what differs from the run that wrote it.
         """
@@ -197,7 +200,7 @@ class Checkpoints:
                 fixed=fixed,
             )
         try:
-            state = TrainState(**json.loads((folder / STATE).read_text()))
+            state = TrainState(**json.loads((folder / STATE).read_text(encoding="utf-8")))
             training = torch.load(folder / TRAINING, map_location="cpu", weights_only=True)
         except OSError as error:
             raise DataError(f"{folder} is no whole checkpoint: {error}") from error
@@ -217,6 +220,13 @@ class Checkpoints:
             raise UsageError(
                 f"{self.folder.parent} was begun by a version of this program that did not know "
                 f"{unknown[0]}; begin in another --run-dir (--init-from takes its weights)"
+            )
+        if "manifest" in differing:
+            config = self.folder.parent / CONFIG
+            differences = describe_other_data(config, state.fixed["manifest"], data)
+            raise UsageError(
+                f"--run-dir {self.folder.parent}: was trained on other data: {differences}; resume "
+                "with that data, or train in another --run-dir (--init-from reuses the weights)"
             )
         if differing:
             name = differing[0]

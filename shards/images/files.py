@@ -8,7 +8,8 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image, ImageOps, TiffImagePlugin
 
-from shards.images.headers import read_image_header
+from shards.images.encoding import GREY16_MODES, downscale_image, encode_png
+from shards.images.headers import detect_unread_format, read_image_header
 from shards.sample import Channels, DataError
 
 IMAGE_EXTENSIONS = frozenset(
@@ -33,8 +34,6 @@ PILLOW_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 """The only Pillow decoders that see a file: hostile data cannot choose a more obscure one."""
 MAX_PIXELS = 1_000_000_000
 """Images with more pixels are refused before they are decoded: a small file can claim any size."""
-GREY16_MODES = ("I;16", "I;16B", "I;16L", "I")
-"""Pillow's modes of grey images with more than 8 bits."""
 EXIF_ORIENTATION = 0x0112
 BITS_PER_SAMPLE = 258
 PHOTOMETRIC, WHITE_IS_ZERO = 262, 0
@@ -72,6 +71,24 @@ class ImageFormat:
     """16-bit values that become 0 and 255; None: 16-bit images are refused."""
     max_pixels: int = MAX_PIXELS
     """Images that declare more pixels are refused."""
+    exif: ExifPolicy = "upright"
+    """Files with an EXIF orientation: rotated upright, or not. Like `frame` and `resize`, of files
+    only: images in shards are stored as these rules made them."""
+    frame: int | None = None
+    """Index of the frame of files with several; None: they are refused."""
+    resize: int | None = None
+    """Pixels that the longer side of a file is scaled down to."""
+
+    def file_rule(self) -> "ImageRule":
+        """Return the rule by which files are read."""
+        return ImageRule(
+            alpha=self.alpha,
+            allow_16_bit=self.range is not None,
+            exif=self.exif,
+            frame=self.frame,
+            resize=self.resize,
+            max_pixels=self.max_pixels,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,6 +135,14 @@ class StoredImage:
     channels: Channels
     notes: tuple[str, ...] = ()
     """What packing changed or decoding will change: keys of NOTES."""
+
+
+def check_image_range(bounds: tuple[int, int] | None) -> None:
+    """Raise ValueError for a range of 16-bit values that is empty or not within 0 65535."""
+    if bounds is not None and not 0 <= bounds[0] < bounds[1] <= 65535:
+        raise ValueError(
+            f"--image-range {bounds[0]} {bounds[1]}: must be LOW HIGH within 0 65535, LOW < HIGH"
+        )
 
 
 NOTES = {
@@ -215,6 +240,8 @@ def explain_unreadable(data: bytes) -> str:
     """Return the problem and the remedy for bytes that Pillow cannot open."""
     if not data:
         return "is empty; repair or remove it"
+    if (kind := detect_unread_format(data)) is not None:
+        return f"is {kind}, a format that is not read; convert it to PNG, TIFF or 8-bit JPEG"
     if data[128:132] == b"DICM" or data[344:347] in (b"n+1", b"ni1"):
         return "is a medical volume (DICOM, NIfTI); export its slices as 8-bit or 16-bit PNG"
     if data[:4] in (b"II*\0", b"MM\0*"):
@@ -339,8 +366,7 @@ def inspect_image(
         if not allow_16_bit:
             raise DataError(
                 f"{where} has more than 8 bits per pixel (mode {image.mode}, {values}); choose "
-                "which values become black and white: --image-range 0 65535, or "
-                "--image-percentiles 0.5 99.5"
+                "which values become black and white, such as --image-range 0 65535"
             )
         if alpha == "refuse" and "transparency" in image.info:
             raise DataError(
@@ -367,32 +393,3 @@ def inspect_image(
         colours = np.asarray(image.convert("RGB"))
         return "L" if (colours == colours[..., :1]).all() else "RGB", notes
     return "RGB" if image.mode in ("RGB", "RGBA") else "L", notes
-
-
-def downscale_image(image: Image.Image, longest: int, channels: Channels) -> Image.Image:
-    """Scale an image down to `longest` pixels on its longer side, by area averaging."""
-    size = compute_scaled_size(image.size, longest)
-    if image.mode in GREY16_MODES:
-        scaled = Image.fromarray(np.asarray(image).astype(np.float32)).resize(
-            size, Image.Resampling.BOX
-        )
-        return Image.fromarray(np.asarray(scaled).round().astype(np.uint16))
-    return image.convert(channels).resize(size, Image.Resampling.BOX)
-
-
-def compute_scaled_size(size: tuple[int, int], longest: int) -> tuple[int, int]:
-    """Return (width, height) scaled down so that the longer side is at most `longest`."""
-    factor = min(1.0, longest / max(size))
-    return max(1, round(size[0] * factor)), max(1, round(size[1] * factor))
-
-
-def encode_png(image: Image.Image) -> bytes:
-    """Encode an image as PNG without metadata, so that an applied orientation is not kept."""
-    if image.mode in GREY16_MODES:
-        image = Image.fromarray(np.asarray(image).astype(np.uint16))
-    # PNG does not support a palette with an alpha channel.
-    clean = image.convert("RGBA") if image.mode == "PA" else image.copy()
-    clean.info.clear()
-    out = io.BytesIO()
-    clean.save(out, "PNG", exif=b"")
-    return out.getvalue()

@@ -13,6 +13,7 @@ from shards.images.files import (
     inspect_image,
     load_pixels,
     open_image,
+    read_image,
     read_orientation,
 )
 from shards.images.headers import JPEG_START, read_image_header
@@ -22,6 +23,10 @@ try:
     import simplejpeg
 except ImportError:  # the extra `turbo`
     simplejpeg = None
+
+
+Size = tuple[int, int]
+"""(width, height)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +106,22 @@ def decode_image(data: bytes, image_format: ImageFormat, where: str) -> Uint8:
     """
     decoded = decode_unconverted(data, image_format, where)
     return decoded.crop(0, 0, *decoded.size)
+
+
+def decode_file(data: bytes, image_format: ImageFormat, where: str) -> tuple[Uint8, Size]:
+    """Decode an image file that was not packed, to the array that packing it would have given.
+
+    Returns uint8 [H, W, C] and (width, height) before it was scaled down. Raises DataError as
+    `decode_image`.
+    """
+    rule = image_format.file_rule()
+    if rule.exif == "upright" and rule.frame is None and rule.resize is None:
+        pixels = decode_image(data, image_format, where)
+        return pixels, (pixels.shape[1], pixels.shape[0])
+    stored = read_image(data, rule, where, pixels=False)
+    if stored.extension is None and stored.image is not None:
+        return to_array(stored.image, image_format), stored.full_size
+    return decode_image(stored.data, image_format, where), stored.full_size
 
 
 def to_array(image: Image.Image, image_format: ImageFormat) -> Uint8:

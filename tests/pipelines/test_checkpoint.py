@@ -169,10 +169,10 @@ def test_a_run_means_its_best_else_its_last(learner: Learner, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ("/nowhere/at/all", "/nowhere/at/all does not exist"),
-        ("./nowhere", "./nowhere does not exist"),
-        ("runs/one/two", "runs/one/two does not exist"),
-        ("nowhere", "nowhere is neither a local folder nor a hub id (owner/name)"),
+        ("/nowhere/at/all", "/nowhere/at/all: does not exist"),
+        ("./nowhere", "./nowhere: does not exist"),
+        ("runs/one/two", "runs/one/two: does not exist"),
+        ("nowhere", "nowhere: is neither a local folder nor a hub id (owner/name)"),
     ],
 )
 def test_a_checkpoint_that_is_not_there_is_said(given: str, said: str) -> None:
@@ -186,7 +186,7 @@ def test_a_hub_id_that_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch) -> 
         raise OSError("404")
 
     monkeypatch.setattr(weights, "find_folder", missing)
-    with pytest.raises(DataError, match="is neither a local folder nor a model on the hub: 404"):
+    with pytest.raises(DataError, match="does not exist here and was not found on the hub: 404"):
         load_model("owner/name")
 
 
@@ -198,10 +198,7 @@ DAMAGES = {
     "no model": (lambda f: (f / "config.json").write_text("{}"), "it has no 'model'"),
     "a number": (lambda f: (f / "config.json").write_text('{"model": 3}'), "config.json"),
     "bad data": (lambda f: edit(f, data=3), "config.json"),
-    "no data": (
-        lambda f: edit(f, data=None),
-        "config.json has no data spec (classes, normalisation)",
-    ),
+    "no data": (lambda f: edit(f, data=None), "config.json has no data spec"),
     "new field": (lambda f: edit(f, model={"wings": 2}), "UNetConfig has no field 'wings'"),
     "other size": (
         lambda f: edit(f, model={"num_classes": 5, "base_channels": 1, "depth": 1, "norm": "none"}),
@@ -243,7 +240,7 @@ def test_a_checkpoint_that_is_damaged_is_refused_by_name(
 
 def test_a_run_that_has_saved_nothing_yet_is_said(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
-    with pytest.raises(DataError, match="the run has no checkpoint yet"):
+    with pytest.raises(DataError, match="this run has not saved a checkpoint yet"):
         load_model(str(tmp_path))
 
 
@@ -265,3 +262,20 @@ def test_a_run_folder_is_for_one_process_and_free_when_it_ends(tmp_path: Path, w
     holder.kill()
     holder.communicate()
     RunLock(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("x.pth", "is a PyTorch file (a pickle), not a checkpoint folder; convert one of "),
+        ("model.safetensors", "is a file of a checkpoint; use its folder "),
+        ("x.txt", "is a file, not a run folder, checkpoint folder or hub id"),
+    ],
+)
+def test_a_file_in_place_of_a_checkpoint_is_named_with_its_flag(
+    name: str, said: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(DataError) as refused:
+        load_model(str(tmp_path / name), "--init-from")
+    assert str(refused.value).startswith(f"--init-from {tmp_path / name}: {said}")

@@ -272,6 +272,32 @@ def test_images_without_masks_are_unlabelled(indexed, tmp_path: Path, call, by_h
     assert (ended := call("predict", *predict, "--workers", 0)).code == 0, ended.err
 
 
+def test_one_of_two_images_of_a_sample_is_declared(index, indexed, tmp_path: Path) -> None:
+    names = ("a.jpg", "a.depth.png", "b.jpg", "b.depth.png")
+    tar(tmp_path / "a.tar", {name: encode_image(n) for n, name in enumerate(names)})
+    ended = index(tmp_path)
+    assert ended.code == 1
+    assert "a.jpg and a.depth.png may be images of one sample; name the extension" in ended.err
+    manifest = indexed(tmp_path, "--image-ext", "jpg")
+    assert manifest.splits["unlabelled"].samples == 2
+    assert read_offsets(tmp_path / "a.tar")[0].image.name == "a.jpg"
+
+
+def test_equal_keys_of_two_shards_are_refused_by_predict_with_or_without_a_manifest(
+    indexed, call, by_hand, tmp_path: Path
+) -> None:
+    for number in range(2):
+        tar(tmp_path / "data" / f"{number}.tar", pairs("a", f"b{number}", first=5 * number))
+    flags = ("--checkpoint", by_hand(), "--input", tmp_path / "data", "--workers", 0)
+    raw = call("predict", *flags, "--out", tmp_path / "raw")
+    indexed(tmp_path / "data", *CLASSES)
+    with_manifest = call("predict", *flags, "--out", tmp_path / "indexed")
+    for ended in (raw, with_manifest):
+        assert ended.code == 1
+        assert "would write the same output; rename one of each" in ended.err
+        assert "1.tar" in ended.err
+
+
 def test_16_bit_images_need_a_range(indexed, refused, tmp_path: Path) -> None:
     deep = np.arange(12 * 16, dtype=np.uint16).reshape(12, 16) * 100
     tar(tmp_path / "a.tar", {"a.png": encoded(deep), "a.mask.png": encode_mask(0)})
@@ -529,11 +555,11 @@ SPACE = (
         ({"b.mask.png": encode_mask(1)}, "b.mask.png has no image; see --image-ext and --mask-ext"),
         (
             {"./a.png": encode_image(1)},
-            "./a.png and a.png are two images of the same key; keep one",
+            "./a.png occurs twice; keep one of them",
         ),
         (
             {"a.jpg": encode_image(1)},
-            "a.jpg and a.png are two images of the same key; keep one of them",
+            "a.jpg and a.png are two images of the same key; name the extension of the images",
         ),
         (
             {"a.MASK.png": encode_mask(1)},
@@ -691,12 +717,20 @@ def test_problems_of_all_shards_are_reported_at_once(refused, tmp_path: Path) ->
     ]
 
 
-def test_a_data_set_is_not_indexed_twice(refused, indexed, tmp_path: Path) -> None:
-    tar(tmp_path / "a.tar", pairs("a"))
-    indexed(tmp_path)
-    assert refused(tmp_path).endswith(
-        "is already a data set; remove its index.json to index it again"
-    )
+def test_a_rerun_with_the_same_settings_reports_that(
+    index, indexed, content, tmp_path: Path
+) -> None:
+    tar(tmp_path / "a.tar", pairs("a", "b"))
+    indexed(tmp_path, *CLASSES)
+    before = content(tmp_path)
+    ended = index(tmp_path, *CLASSES)
+    assert (ended.code, ended.err) == (0, "")
+    assert "is already indexed with these settings; nothing was written" in ended.out
+    assert content(tmp_path) == before
+    told = "is already a data set, with other contents or settings; remove its index.json"
+    assert told in index(tmp_path, *CLASSES, "--split", "val").err
+    tar(tmp_path / "b.tar", pairs("c", first=7))
+    assert told in index(tmp_path, *CLASSES).err
 
 
 @pytest.mark.parametrize("name", ["a.tar", "a.tar.gz", "a.tgz"])
@@ -724,7 +758,7 @@ def test_a_folder_without_shards_is_refused(index, refused, tmp_path: Path) -> N
         ((*CLASSES, "--image-ext", "json"), "--image-ext must not contain json, mask.png"),
         ((*CLASSES, "--mask-ext", "json"), "--mask-ext must not be json"),
         ((*CLASSES, "--image-ext", "png", "--mask-ext", "png"), "leaves no extension for images"),
-        ((*CLASSES, "--image-range", 9, 3), "--image-range must be LOW HIGH within 0 65535"),
+        ((*CLASSES, "--image-range", 9, 3), "--image-range 9 3: must be LOW HIGH within 0 65535"),
         (
             (*CLASSES, "--image-range", 0, 9, "--image-percentiles", 0, 9),
             "--image-range and --image-percentiles exclude each other",

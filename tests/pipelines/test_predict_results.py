@@ -229,7 +229,7 @@ def test_a_key_that_leaves_no_room_for_probabilities_is_an_error_of_its_own(
 
 EVERYTHING = (
     *("--probabilities", "float16", "--min-area", 9, "--min-confidence", 0.8, "--threshold", 0.4),
-    *("--include-image", "--split", "train", "--png", "--overlay", "--samples-per-shard", 2),
+    *("--include-image", "--out-split", "train", "--png", "--overlay", "--samples-per-shard", 2),
 )
 
 

@@ -93,7 +93,7 @@ def test_pictures_out_of_shards_go_into_shards_again(
 def test_a_split_has_the_name_that_it_is_given(
     bright: Path, pictures: Path, call, samples, tmp_path: Path
 ) -> None:
-    given = told(bright, pictures, tmp_path, "--split", "train", "--samples-per-shard", 5)
+    given = told(bright, pictures, tmp_path, "--out-split", "train", "--samples-per-shard", 5)
     assert call("predict", *given).code == 0
     manifest = read_manifest(tmp_path)
     assert [*manifest.splits] == ["train"]

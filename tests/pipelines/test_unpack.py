@@ -265,7 +265,7 @@ def hostile(tmp_path: Path, draw, call, key: str, members: dict[str, bytes]) -> 
 
 @pytest.mark.parametrize(
     "source",
-    ["../../escaped.png", "/tmp/escaped.png", "a/../../escaped.png", "", "a\\b.png", "a\0.png", 5],
+    ["../../escaped.png", "/tmp/escaped.png", "a/../../escaped.png", "", "a\0.png", 5],
 )
 def test_a_source_that_leaves_the_folder_is_refused(
     source: object, draw, call, tmp_path: Path

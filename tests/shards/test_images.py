@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from shards.images.encoding import compute_scaled_size
 from shards.images.files import (
     IMAGE_EXTENSIONS,
     NOTES,
     UNSUPPORTED_EXTENSIONS,
     ImageFormat,
     ImageRule,
-    compute_scaled_size,
     encode_png,
     load_pixels,
     open_image,
@@ -466,6 +466,15 @@ def test_a_scaled_size_keeps_the_aspect_ratio_within_the_limit(width, height, lo
 
 REPAIR = "repair or remove it"
 NOT_AN_IMAGE = f"is not a readable image; {REPAIR}"
+UNREAD = "is {}, a format that is not read; convert it to PNG, TIFF or 8-bit JPEG"
+
+
+def twelve_bits(data: bytes) -> bytes:
+    """A JPEG whose frame header declares 12 bits."""
+    place = data.index(b"\xff\xc0") + 4
+    return data[:place] + b"\x0c" + data[place + 1 :]
+
+
 BANDS = (
     "has {} bands; images have 1 (grey) or 3 (RGB), and optionally an alpha channel: export the "
     "bands that you need to a file of their own"
@@ -476,7 +485,7 @@ COLOUR_16 = (
 )
 GREY_16 = (
     "has more than 8 bits per pixel (mode {}, values from {} to {}); choose which values become "
-    "black and white: --image-range 0 65535, or --image-percentiles 0.5 99.5"
+    "black and white, such as --image-range 0 65535"
 )
 ALPHA = (
     "has transparent pixels; flatten it onto a background, or add --alpha drop to keep them in "
@@ -528,8 +537,19 @@ BAD = {
     "a web page": (lambda f: b"<!DOCTYPE html><html><body>404</body></html>", NOT_AN_IMAGE),
     "zeros": (lambda f: bytes(1000), NOT_AN_IMAGE),
     "a git-lfs pointer": (lambda f: b"version https://git-lfs.github.com/spec/v1\n", NOT_AN_IMAGE),
-    "a format that is not listed": (lambda f: f.pil(Image.new("L", (2, 2)), "PPM"), NOT_AN_IMAGE),
-    "JPEG 2000": (lambda f: f.pil(Image.new("L", (32, 32)), "JPEG2000"), NOT_AN_IMAGE),
+    "a format that is not listed": (
+        lambda f: f.pil(Image.new("L", (2, 2)), "PPM"),
+        UNREAD.format("PNM"),
+    ),
+    "JPEG 2000": (
+        lambda f: f.pil(Image.new("L", (32, 32)), "JPEG2000"),
+        UNREAD.format("JPEG 2000"),
+    ),
+    "AVIF": (lambda f: b"\0\0\0 ftypavif" + bytes(99), UNREAD.format("AVIF")),
+    "12-bit JPEG": (
+        lambda f: twelve_bits(f.pil(Image.new("L", (9, 9)), "JPEG")),
+        UNREAD.format("a JPEG of 12 bits"),
+    ),
     "DICOM": (lambda f: bytes(128) + b"DICM" + bytes(99), VOLUME),
     "NIfTI": (lambda f: bytes(344) + b"n+1\0" + bytes(99), VOLUME),
     "NIfTI with a second file": (lambda f: bytes(344) + b"ni1\0", VOLUME),
