@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from shards.images.files import GREY16_MODES, ImageFormat, ImageRule, StoredImage, read_image
+from shards.images.files import ImageFormat, ImageRule, StoredImage, read_image
 from shards.images.pixels import build_scale_table
+from shards.images.tiff import GREY16_MODES
 from shards.manifest import SizeCount, merge_size_counts
 from shards.masks.borders import BorderRule
 from shards.masks.canonical import CanonicalMask, read_mask
@@ -78,6 +79,8 @@ def read_sample(
     canonical = read_mask(
         mask, rule.masks, rule.palette, mask_where, rule=rule.images, pixels=pixels
     )
+    refuse_other_orientation(canonical, stored, rule, mask_where, image_where)
+    stored = replace(stored, notes=(*stored.notes, *canonical.notes))
     if canonical.size != stored.full_size:
         scaled = has_same_aspect(canonical.size, stored.full_size)
         if not (scaled and rule.resize_mask):
@@ -90,6 +93,20 @@ def read_sample(
     if canonical.size != stored.size:
         canonical = canonical.resize(stored.size)
     return StoredSample(stored, canonical, digest)
+
+
+def refuse_other_orientation(
+    mask: CanonicalMask, image: StoredImage, rule: SampleRule, mask_where: str, image_where: str
+) -> None:
+    """Raise DataError if a mask alone is rotated by its EXIF orientation."""
+    ignored = rule.images.exif == "ignore"
+    if mask.orientation and mask.orientation != image.orientation and not ignored:
+        has = f"EXIF orientation {image.orientation}" if image.orientation else "none"
+        raise DataError(
+            f"{mask_where} has EXIF orientation {mask.orientation}, but its image {image_where} "
+            f"has {has}; remove the orientation from the mask, or add --exif ignore to read both "
+            "as stored"
+        )
 
 
 def suggest_size_remedy(mask_size: tuple[int, int], image: StoredImage) -> str:

@@ -13,11 +13,12 @@ import numpy as np
 
 from pipelines.runtime.errors import describe_read_error
 from shards.foreign import COPY_REMEDY, Role, SampleMembers, group_members, read_member
-from shards.images.files import ImageRule, load_pixels, open_image, read_image
+from shards.images.files import ImageRule, open_image, read_image
 from shards.masks.canonical import CanonicalMask
 from shards.masks.counts import count_pixel_values, format_counts
 from shards.masks.formats import ClassMap
 from shards.masks.png import CANONICAL_RULE
+from shards.masks.stored import load_mask
 from shards.offsets import MemberRange
 from shards.sample import IGNORE, INFO_EXTENSION, DataError, encode_key, is_safe_path
 from shards.statistics import SampleStatistics, StoredSample
@@ -150,6 +151,11 @@ def read_members(
         return StoredSample(decoded, None, digest)
     mask_where = f"{path}: {mask.name}"
     canonical = read_canonical_mask(read_member(file, mask), rule.num_classes, mask_where)
+    if canonical.orientation and canonical.orientation != decoded.orientation:
+        raise DataError(
+            f"{mask_where} has EXIF orientation {canonical.orientation}, its image {image.name} "
+            f"{decoded.orientation or 'none'}; {REPACK}"
+        )
     if canonical.size != decoded.full_size:
         rotated = " after its EXIF rotation" if "turned" in decoded.notes else ""
         raise DataError(
@@ -172,8 +178,8 @@ def read_canonical_mask(data: bytes, num_classes: int, where: str) -> CanonicalM
             f"{where} is {opened.format} of mode {opened.mode}; masks in shards must be PNG of "
             f"mode P or L whose pixel value is the class index: {REPACK}"
         )
-    image, _ = load_pixels(opened, where)
-    index = np.asarray(image)
+    stored = load_mask(opened, where)
+    index = stored.read_values(where).astype(np.uint8, copy=False)
     counts = count_pixel_values(index)
     unknown = np.flatnonzero(counts[num_classes:IGNORE]) + num_classes
     if len(unknown):
@@ -182,7 +188,7 @@ def read_canonical_mask(data: bytes, num_classes: int, where: str) -> CanonicalM
             f"name all classes with --classes, or {REPACK}"
         )
     classes = ClassMap(index, counts, tuple(np.flatnonzero(counts).tolist()))
-    return CanonicalMask(image.size, opened.mode, data, classes)
+    return CanonicalMask(stored.image.size, opened.mode, data, classes, stored.orientation)
 
 
 def read_described_source(data: bytes, key: str) -> str | None:

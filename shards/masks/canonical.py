@@ -1,20 +1,18 @@
 """A mask file -> the canonical mask of the shard format."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image
 
-from shards.images.files import ImageRule, load_pixels, open_image
+from shards.images.files import ImageRule, open_image
 from shards.images.headers import read_image_header
 from shards.masks.counts import count_pixel_values
-from shards.masks.formats import ClassMap, MaskFormat, read_stored_values
+from shards.masks.formats import ClassMap, MaskFormat
 from shards.masks.palettes import palette_bytes, read_header_palette, read_palette
 from shards.masks.png import CANONICAL_RULE, encode_mask
+from shards.masks.stored import describe_loss, load_mask
 from shards.sample import IGNORE, DataError, Palette
-
-LOSSY_FORMATS = ("JPEG", "MPO")
-"""File formats whose pixel values are only close to those that were saved."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +27,10 @@ class CanonicalMask:
     """The file's bytes if they are already canonical, else None."""
     class_map: ClassMap | None
     """None if only the header was read."""
+    orientation: int = 0
+    """EXIF orientation 2 to 8 of the file, 0 if it is upright."""
+    notes: tuple[str, ...] = ()
+    """What reading undid: keys of NOTES."""
 
     def resize(self, size: tuple[int, int]) -> "CanonicalMask":
         """Resize to (width, height) by nearest neighbour."""
@@ -37,7 +39,7 @@ class CanonicalMask:
             Image.fromarray(self.class_map.index).resize(size, Image.Resampling.NEAREST)
         )
         class_map = ClassMap(index, count_pixel_values(index), self.class_map.values)
-        return CanonicalMask(size, self.mode, None, class_map)
+        return replace(self, size=size, original=None, class_map=class_map)
 
     def encode(self, palette: Palette) -> bytes:
         """Encode as PNG of mode P; canonical bytes are returned unchanged."""
@@ -79,33 +81,35 @@ def read_mask(
     opened = open_image(data, where, rule)
     file_palette = read_header_palette(opened) if opened.format == "PNG" else b""
     looks_canonical = bool(file_palette) and palette_bytes(palette).startswith(file_palette)
-    if opened.format in LOSSY_FORMATS:
-        refuse_exact_format(mask_format, where)
+    if loss := describe_loss(opened, data):
+        refuse_exact_format(mask_format, where, loss)
     mode = opened.mode
-    image, oriented = load_pixels(opened, where, rule.exif)
-    class_map = mask_format.map_classes(image, where)
+    stored = load_mask(opened, where, rule.exif)
+    image = stored.image
+    class_map = mask_format.map_classes(stored, where)
     if mask_format.kind == "binary" and mode == "P" and not mask_format.invert:
         refuse_inverted_palette(image, class_map.values, where)
     same = class_map.values == tuple(np.flatnonzero(class_map.pixels).tolist())
     canonical = (
         looks_canonical
-        and not oriented
+        and not stored.orientation
         and getattr(opened, "n_frames", 1) == 1
         and same
         and mask_format.kind != "rgb"
         and max(class_map.values) < len(file_palette) // 3
-        and np.array_equal(class_map.index, read_stored_values(image, where))
+        and np.array_equal(class_map.index, stored.read_values(where))
     )
-    return CanonicalMask(image.size, mode, data if canonical else None, class_map)
+    original = data if canonical else None
+    return CanonicalMask(image.size, mode, original, class_map, stored.orientation, stored.notes)
 
 
-def refuse_exact_format(mask_format: MaskFormat, where: str) -> None:
-    """Raise DataError if a format needs exact values, which a lossy file does not have."""
+def refuse_exact_format(mask_format: MaskFormat, where: str, loss: str) -> None:
+    """Raise DataError if a format needs exact values, which a lossy file (`loss`) does not have."""
     if mask_format.tolerance == 0 and mask_format.threshold is None:
         remedies = {"binary": "--mask-threshold 128", "rgb": "--tolerance 30"}
         remedy = remedies.get(mask_format.kind, "--mask-format values and --tolerance 10")
         raise DataError(
-            f"{where} is a JPEG, whose values are not exact; save masks as PNG, or add {remedy}"
+            f"{where} is {loss}, whose values are not exact; save masks as PNG, or add {remedy}"
         )
 
 

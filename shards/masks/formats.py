@@ -6,11 +6,12 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL.Image import Image
 
-from shards.images.files import GREY16_MODES
+from shards.images.tiff import GREY16_MODES
 from shards.masks.counts import Values, count_colours, count_pixel_values, format_counts
 from shards.masks.palettes import format_colour, read_palette, refuse_short_palette
+from shards.masks.stored import StoredMask, refuse_ambiguous_transparency, refuse_transparent_pixels
 from shards.sample import IGNORE, DataError, Uint8
 
 MaskKind = Literal["binary", "index", "values", "palette", "rgb"]
@@ -116,19 +117,26 @@ class MaskFormat:
                     else f"{format_colour(one)} is listed twice"
                 )
 
-    def map_classes(self, image: Image.Image, where: str) -> "ClassMap":
+    def map_classes(self, mask: StoredMask, where: str) -> "ClassMap":
         """Convert a decoded mask to class indices.
 
         Raises DataError, with pixel counts, for pixels that have no class.
         """
+        image = mask.image
         if self.kind == "rgb":
             return self.map_colours(image, where)
+        if self.threshold is not None and self.threshold > mask.max_value:
+            raise DataError(
+                f"{where} has values up to {mask.max_value} (mode {image.mode}), below "
+                f"--mask-threshold {self.threshold}, so that it would have no foreground; "
+                "drop --mask-threshold, or save all masks with 8 bits"
+            )
         if self.kind == "palette" and image.mode != "P":
             raise DataError(
                 f"{where} has no palette (mode {image.mode}); use --mask-format "
                 + ("rgb with --colours" if image.mode in ("RGB", "RGBA") else "index")
             )
-        pixels = read_stored_values(image, where)
+        pixels = mask.read_values(where)
         counts = count_pixel_values(pixels)
         table = self.build_table(counts, where)
         unknown = np.flatnonzero((table < 0) & (counts > 0))
@@ -184,7 +192,7 @@ class MaskFormat:
         bound = 1 if self.threshold is None else self.threshold
         return ((levels >= bound) ^ self.invert).astype(np.int64)
 
-    def map_colours(self, image: Image.Image, where: str) -> "ClassMap":
+    def map_colours(self, image: Image, where: str) -> "ClassMap":
         """Convert a decoded colour mask to class indices by the table of colours."""
         mode = "RGBA" if len(self.colours[0]) == 4 else "RGB"
         if mode == "RGB":
@@ -195,6 +203,8 @@ class MaskFormat:
             raise DataError(f"{where} has mode {image.mode}; colour masks must be RGB, RGBA or P")
         if image.mode == "P":
             refuse_short_palette(image, where)
+            if mode == "RGB":
+                refuse_ambiguous_transparency(image, where)
         rgba, counts, runs, lengths = count_colours(image, mode)
         colours = rgba[:, : len(mode)]
         classes = self.match_colours(colours)
@@ -229,9 +239,7 @@ class MaskFormat:
             classes[near] = index
         return classes
 
-    def refuse_other_palette(
-        self, image: Image.Image, counts: NDArray[np.int64], where: str
-    ) -> None:
+    def refuse_other_palette(self, image: Image, counts: NDArray[np.int64], where: str) -> None:
         """Raise DataError if an index that occurs has another colour than declared."""
         palette = read_palette(image)
         for index in np.flatnonzero(counts[: self.num_classes]):
@@ -287,51 +295,6 @@ class ClassMap:
     """Pixel count of each index [256]."""
     values: tuple[int, ...]
     """Pixel values that occur in the file; () for colours."""
-
-
-def read_stored_values(image: Image.Image, where: str) -> Values:
-    """Return the stored values [H, W]: palette indices, never the luminance of their colours.
-
-    Raises DataError if the mask is in colour or its values do not fit into 16 bits.
-    """
-    match image.mode:
-        case "1":
-            return np.asarray(image).astype(np.uint8)
-        case "L" | "P":
-            return np.asarray(image)
-        case "I;16" | "I;16B" | "I;16L" | "I":
-            values = np.asarray(image)
-            if values.min() < 0 or values.max() > 65535:
-                raise DataError(
-                    f"{where} has values from {values.min()} to {values.max()}; "
-                    "mask values must be 0 to 65535"
-                )
-            return values.astype(np.uint8) if values.max() < 256 else values.astype(np.uint16)
-        case "RGB" | "RGBA" | "LA":
-            refuse_transparent_pixels(image, where)
-            bands = np.asarray(image)
-            colours = bands[..., : 3 if image.mode != "LA" else 1]
-            if (colours == colours[..., :1]).all():
-                return np.ascontiguousarray(colours[..., 0])
-            raise DataError(
-                f"{where} is in colour (mode {image.mode}); use --mask-format rgb with --colours, "
-                "a table with the colour of each class"
-            )
-        case mode:
-            raise DataError(
-                f"{where} has mode {mode}; masks must be of mode 1, L, P, I;16, RGB or RGBA"
-            )
-
-
-def refuse_transparent_pixels(image: Image.Image, where: str) -> None:
-    """Raise DataError if an alpha channel is not constant."""
-    if image.mode in ("RGBA", "LA"):
-        min_alpha, max_alpha = image.getchannel("A").getextrema()
-        if min_alpha != max_alpha:
-            raise DataError(
-                f"{where} has transparent pixels, which may stand for a class; declare it with "
-                "--mask-format rgb and colours of four numbers, or flatten the mask"
-            )
 
 
 def apply_table(pixels: Values, present: NDArray[np.int64], table: Uint8) -> Uint8:

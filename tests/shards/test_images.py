@@ -207,8 +207,8 @@ def test_every_note_occurs(to_bytes, noise):
         (to_bytes(Image.fromarray(grey16())), {"allow_16_bit": True}),
     ):
         notes |= set(read(data, **rule).notes)
-    # The note on masks is added when a mask is compared with its image.
-    assert notes | {"mask"} == set(NOTES)
+    # Notes on masks are added when a mask is read with its image.
+    assert notes | {"mask", "white_is_zero"} == set(NOTES)
 
 
 # ------------------------------------------------------------------------------------ 16 bits
@@ -702,7 +702,9 @@ def test_16_bit_images_with_white_as_zero_are_refused(to_bytes):
     deep = Image.fromarray(np.arange(12, dtype=np.uint16).reshape(3, 4))
     data = to_bytes(deep, "TIFF", tiffinfo={262: 0})
     with pytest.raises(DataError, match=r"a\.tif is 16-bit with white as 0; save it with"):
-        open_image(data, "a.tif", ImageRule())
+        read_image(data, ImageRule(allow_16_bit=True), "a.tif")
+    with pytest.raises(DataError, match="white as 0"):
+        decode_image(data, ImageFormat("L", range=(0, 65535)), "a.tif")
 
 
 def test_a_transparent_grey_value_of_16_bits_needs_a_rule(to_bytes):

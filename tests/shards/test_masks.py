@@ -19,6 +19,7 @@ from shards.masks.canonical import read_mask
 from shards.masks.formats import MaskFormat
 from shards.masks.palettes import default_palette, format_colour, palette_bytes, read_palette
 from shards.masks.png import decode_mask, encode_mask, unpack_mask
+from shards.masks.stored import StoredMask
 from shards.sample import DataError
 
 TWO = ("background", "cell")
@@ -200,10 +201,14 @@ def test_the_ignore_value_becomes_255(to_bytes, rule):
     assert mask.class_map.values == (0, 1, 9)
 
 
+def stored(pixels):
+    return StoredMask(Image.fromarray(np.asarray(pixels, dtype=np.uint8)))
+
+
 def refusal(pixels, classes=TWO, **rule):
     mask_format = MaskFormat(num_classes=len(classes), **rule)
     with pytest.raises(DataError) as caught:
-        mask_format.map_classes(Image.fromarray(np.asarray(pixels, dtype=np.uint8)), "masks/a.png")
+        mask_format.map_classes(stored(pixels), "masks/a.png")
     return str(caught.value)
 
 
@@ -243,7 +248,7 @@ def test_255_is_an_error_unless_it_is_declared_as_ignored(rule):
         [[0, 1, 255]], **rule
     )
     mask_format = MaskFormat(num_classes=2, ignore_value=255, **rule)
-    classes = mask_format.map_classes(Image.fromarray(np.array([[0, 1, 255]], dtype=np.uint8)), "x")
+    classes = mask_format.map_classes(stored([[0, 1, 255]]), "x")
     assert classes.index.tolist() == [[0, 1, 255]]
 
 
@@ -509,7 +514,7 @@ def test_any_mask_of_declared_colours_is_read_exactly(seed, height, width, count
     mask_format = MaskFormat(
         kind="rgb", num_classes=count, colours=tuple(map(tuple, table.tolist()))
     )
-    classes = mask_format.map_classes(Image.fromarray(table[index].astype(np.uint8)), "x")
+    classes = mask_format.map_classes(stored(table[index]), "x")
     assert np.array_equal(classes.index, index)
     assert classes.pixels.tolist() == np.bincount(index.ravel(), minlength=256).tolist()
 
