@@ -11,6 +11,7 @@ from typing import Any
 from PIL import Image
 
 from pipelines.drawing.contact_sheet import Cell, draw_contact_sheet
+from pipelines.packing.classes import IGNORED_REMEDY, find_class_problems
 from pipelines.packing.inspection import PairReport, inspect_pairs, list_leaks, read_pair
 from pipelines.packing.options import SourceOptions
 from pipelines.packing.problems import save_problems
@@ -75,6 +76,14 @@ def run(config: CheckConfig) -> int:
         inspect_all(pairing, rule, config.workers, pairs)
         splits = assign_splits(source.split.make_rule(), pairing, pairs)
         pairs.problems += list_leaks(pairs, splits)
+    found, notes = find_class_problems(
+        source.mask.class_names(),
+        None if rule is None else rule.masks,
+        pairs.tally,
+        allow_absent=source.mask.allow_absent_classes,
+        remedy=IGNORED_REMEDY,
+    )
+    pairs.problems += found
     problems = sorted(pairs.problems)
     store = Store(str(config.out))
     store.create_folder()
@@ -82,7 +91,8 @@ def run(config: CheckConfig) -> int:
     report = make_report(source.mask.class_names(), form, pairing, pairs, splits, problems)
     store.write(REPORT_NAME, (json.dumps(report, indent=1) + "\n").encode())
     path = save_problems(problems, store)
-    print("\n".join(format_table(report, "pairs" if source.pairing.has_masks else "images")))
+    table = format_table(report, "pairs" if source.pairing.has_masks else "images")
+    print("\n".join([*table, *(f"  {note}" for note in notes)]))
     if rule is not None and draw_sheet(pairing, rule, form, pairs, report, config.out / SHEET_NAME):
         print(f"contact sheet: {store.path(SHEET_NAME)}")
     if not problems:

@@ -14,7 +14,9 @@ from pathlib import Path
 
 import tyro
 
+from pipelines.packing.classes import find_class_problems
 from pipelines.packing.foreign import (
+    REPACK,
     Duplicates,
     IndexRule,
     ShardContents,
@@ -66,6 +68,8 @@ class IndexConfig:
     """Extensions of images, after the key: jpg for KEY.jpg, image.jpg for KEY.image.jpg."""
     mask_ext: str = MASK_EXTENSION
     """Extension of masks, after the key: seg.png for KEY.seg.png."""
+    allow_absent_classes: bool = False
+    """Accept classes that have no pixel in any mask; default: they are an error."""
     split: Split | None = None
     """Split of all shards; default: the word train, val, valid, validation or test in the path of
     each shard, else train."""
@@ -75,13 +79,18 @@ class IndexConfig:
 
     def __post_init__(self) -> None:
         refuse_negative_workers(self.workers)
-        if self.classes:
-            MaskFormat(kind="index", num_classes=len(self.classes), ignore_value=IGNORE)
+        self.mask_format()
         if len(set(self.classes)) != len(self.classes):
             raise ValueError(f"--classes: duplicate name in {' '.join(self.classes)}")
         if self.split is not None and not self.classes:
             raise ValueError("--split needs --classes: without masks, the split is `unlabelled`")
         self.member_roles()
+
+    def mask_format(self) -> MaskFormat | None:
+        """Build the format of the masks; None without masks."""
+        if not self.classes:
+            return None
+        return MaskFormat(kind="index", num_classes=len(self.classes), ignore_value=IGNORE)
 
     def member_roles(self) -> dict[str, Role]:
         """Return {extension: role of such a member}, longest extension first."""
@@ -127,6 +136,15 @@ def run(config: IndexConfig) -> int:
     if not filled:
         raise DataError(f"{config.folder}: {len(shards)} shards without an image; see --image-ext")
     total = merge_statistics(shard.tally for shard in filled)
+    problems, notes = find_class_problems(
+        config.classes,
+        config.mask_format(),
+        total,
+        allow_absent=config.allow_absent_classes,
+        remedy=REPACK,
+    )
+    if problems:
+        raise AggregateDataError(problems, "nothing was written")
     manifest = build_manifest(config, filled, splits, duplicates, total)
     for shard in filled:
         name = offsets_name(shard.name)
@@ -135,6 +153,7 @@ def run(config: IndexConfig) -> int:
     write_manifest(store, manifest)
     lines = [
         *summarise(config.folder, manifest, total, FOREIGN_NOTES),
+        *(f"  {note}" for note in notes),
         *list_warnings(shards, manifest),
         *suggest_training(config.folder, manifest),
     ]

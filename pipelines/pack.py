@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
+from pipelines.packing.classes import IGNORED_REMEDY, find_class_problems
 from pipelines.packing.manifest import make_manifest, summarise
 from pipelines.packing.options import SourceOptions
 from pipelines.packing.plan import (
@@ -319,6 +320,7 @@ def finish_data_set(
     if not shards:
         raise AggregateDataError(problems, "nothing to pack")
     total = merge_statistics(tallies.values())
+    notes = refuse_class_problems(config, rule, total)
     manifest = make_manifest(
         classes=classes,
         palette=rule.sample.palette,
@@ -337,11 +339,32 @@ def finish_data_set(
         store.remove(PROBLEMS)
     write_manifest(store, manifest, within=WORK_DIR)
     store.remove(WORK_DIR)
-    print("\n".join([*summarise(store, manifest, total), *suggest_next(config, manifest)]))
+    lines = [*summarise(store, manifest, total), *(f"  {note}" for note in notes)]
+    print("\n".join([*lines, *suggest_next(config, manifest)]))
     if not problems:
         return 0
     print(f"{len(problems)} files were skipped: {store.path(PROBLEMS)}")
     return INCOMPLETE
+
+
+def refuse_class_problems(config: PackConfig, rule: PackRule, total: SampleStatistics) -> list[str]:
+    """Return notes on how masks were read.
+
+    Raises DataError if masks disagree, or if a class has no pixel and absent classes are not
+    allowed. Without counts of all pixels (--verify headers), classes cannot be absent.
+    """
+    problems, notes = find_class_problems(
+        config.source.mask.class_names(),
+        rule.sample.masks,
+        total,
+        allow_absent=config.source.mask.allow_absent_classes or config.verify == "headers",
+        remedy=IGNORED_REMEDY,
+    )
+    if problems:
+        raise AggregateDataError(
+            problems, f"no manifest was written; to change other flags, remove {rule.store} first"
+        )
+    return notes
 
 
 def describe_mask_format(rule: PackRule, total: SampleStatistics) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -17,6 +17,7 @@ from shards.manifest import SizeCount, merge_size_counts
 from shards.masks.borders import BorderRule
 from shards.masks.canonical import CanonicalMask, read_mask
 from shards.masks.formats import MaskFormat
+from shards.masks.readings import Occurrence, Reading
 from shards.sample import IGNORE, Channels, DataError, Palette
 
 Histogram = NDArray[np.int64]
@@ -45,6 +46,8 @@ class StoredSample:
     mask: CanonicalMask | None
     digest: str
     """sha256 of the image file; empty if no other file can be equal."""
+    mask_name: str = ""
+    """Name of the mask file in messages."""
 
 
 def read_sample(
@@ -92,7 +95,7 @@ def read_sample(
         stored = replace(stored, notes=(*stored.notes, "mask"))
     if canonical.size != stored.size:
         canonical = canonical.resize(stored.size)
-    return StoredSample(stored, canonical, digest)
+    return StoredSample(stored, canonical, digest, mask_where)
 
 
 def refuse_other_orientation(
@@ -141,6 +144,8 @@ class SampleStatistics:
         self.notes: Counter[str] = Counter()
         self.values: set[int] = set()
         """Pixel values that occur in the mask files."""
+        self.readings: dict[Reading, Occurrence] = {}
+        """How often each value became a class, and in which mask first."""
         self.digests: list[str] = []
         """sha256 of each image, in order; empty if the sample was omitted or is unique."""
         self.channels: set[Channels] = set()
@@ -157,10 +162,17 @@ class SampleStatistics:
             self.levels[kind] = self.levels.get(kind, 0) + levels
         if sample.mask is not None:
             self.mask_modes[sample.mask.mode] += 1
+            self.add_readings({r: Occurrence(1, sample.mask_name) for r in sample.mask.readings})
             if sample.mask.class_map is not None:
                 self.pixels += sample.mask.class_map.pixels
                 self.images += sample.mask.class_map.pixels > 0
                 self.values.update(sample.mask.class_map.values)
+
+    def add_readings(self, readings: Mapping[Reading, Occurrence]) -> None:
+        """Add readings of masks."""
+        for reading, occurrence in readings.items():
+            known = self.readings.get(reading)
+            self.readings[reading] = occurrence if known is None else known + occurrence
 
     def add_omitted(self) -> None:
         """Add an empty digest for a sample that is not packed, so that digests stay aligned."""
@@ -176,6 +188,7 @@ class SampleStatistics:
         self.mask_modes.update(other.mask_modes)
         self.notes.update(other.notes)
         self.values |= other.values
+        self.add_readings(other.readings)
         self.digests += other.digests
         self.channels |= other.channels
 
@@ -197,6 +210,10 @@ class SampleStatistics:
             "mask_modes": dict(sorted(self.mask_modes.items())),
             "notes": dict(sorted(self.notes.items())),
             "values": sorted(self.values),
+            "readings": [
+                [r.index, r.value, r.bits, r.colour, n.masks, n.first]
+                for r, n in self.readings.items()
+            ],
             "digests": self.digests,
             "channels": sorted(self.channels),
         }
@@ -212,6 +229,9 @@ class SampleStatistics:
         statistics.mask_modes = Counter(plain["mask_modes"])
         statistics.notes = Counter(plain["notes"])
         statistics.values = set(plain["values"])
+        for index, value, bits, colour, masks, first in plain["readings"]:
+            reading = Reading(index, value, bits, None if colour is None else tuple(colour))
+            statistics.readings[reading] = Occurrence(masks, first)
         statistics.digests = plain["digests"]
         statistics.channels = set(plain["channels"])
         return statistics

@@ -18,6 +18,7 @@ from shards.masks.canonical import CanonicalMask
 from shards.masks.counts import count_pixel_values, format_counts
 from shards.masks.formats import ClassMap
 from shards.masks.png import CANONICAL_RULE
+from shards.masks.readings import list_palette_readings
 from shards.masks.stored import load_mask
 from shards.offsets import MemberRange
 from shards.sample import IGNORE, INFO_EXTENSION, DataError, encode_key, is_safe_path
@@ -162,7 +163,7 @@ def read_members(
             f"{mask_where} is {format_size(canonical.size)}, its image {image.name} "
             f"{format_size(decoded.full_size)}{rotated}; {REPACK}"
         )
-    return StoredSample(decoded, canonical, digest)
+    return StoredSample(decoded, canonical, digest, mask_where)
 
 
 def format_size(size: tuple[int, int]) -> str:
@@ -187,8 +188,12 @@ def read_canonical_mask(data: bytes, num_classes: int, where: str) -> CanonicalM
             f"{where} contains values without a class: {format_counts(counts, unknown)}; "
             f"name all classes with --classes, or {REPACK}"
         )
-    classes = ClassMap(index, counts, tuple(np.flatnonzero(counts).tolist()))
-    return CanonicalMask(stored.image.size, opened.mode, data, classes, stored.orientation)
+    values = tuple(np.flatnonzero(counts).tolist())
+    classes = ClassMap(index, counts, values, values)
+    readings = list_palette_readings(stored, classes) if opened.mode == "P" else ()
+    return CanonicalMask(
+        stored.image.size, opened.mode, data, classes, stored.orientation, readings=readings
+    )
 
 
 def read_described_source(data: bytes, key: str) -> str | None:

@@ -107,6 +107,8 @@ class MaskOptions:
     """How far a value or each channel of a colour may be off (formats `values` and `rgb`, JPEG)."""
     resize_mask: bool = False
     """Resize masks that differ from their image in size but not in shape (nearest neighbour)."""
+    allow_absent_classes: bool = False
+    """Accept classes that have no pixel in any mask; default: they are an error."""
 
     def __post_init__(self) -> None:
         if (self.mask_format == "rgb") != (self.colours is not None):

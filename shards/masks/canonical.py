@@ -11,6 +11,7 @@ from shards.masks.counts import count_pixel_values
 from shards.masks.formats import ClassMap, MaskFormat
 from shards.masks.palettes import palette_bytes, read_header_palette, read_palette
 from shards.masks.png import CANONICAL_RULE, encode_mask
+from shards.masks.readings import Reading, list_readings
 from shards.masks.stored import describe_loss, load_mask
 from shards.sample import IGNORE, DataError, Palette
 
@@ -31,6 +32,8 @@ class CanonicalMask:
     """EXIF orientation 2 to 8 of the file, 0 if it is upright."""
     notes: tuple[str, ...] = ()
     """What reading undid: keys of NOTES."""
+    readings: tuple[Reading, ...] = ()
+    """What has to agree with the other masks of the data set."""
 
     def resize(self, size: tuple[int, int]) -> "CanonicalMask":
         """Resize to (width, height) by nearest neighbour."""
@@ -38,7 +41,7 @@ class CanonicalMask:
         index = np.asarray(
             Image.fromarray(self.class_map.index).resize(size, Image.Resampling.NEAREST)
         )
-        class_map = ClassMap(index, count_pixel_values(index), self.class_map.values)
+        class_map = replace(self.class_map, index=index, pixels=count_pixel_values(index))
         return replace(self, size=size, original=None, class_map=class_map)
 
     def encode(self, palette: Palette) -> bytes:
@@ -100,7 +103,10 @@ def read_mask(
         and np.array_equal(class_map.index, stored.read_values(where))
     )
     original = data if canonical else None
-    return CanonicalMask(image.size, mode, original, class_map, stored.orientation, stored.notes)
+    readings = list_readings(mask_format, stored, class_map)
+    return CanonicalMask(
+        image.size, mode, original, class_map, stored.orientation, stored.notes, readings
+    )
 
 
 def refuse_exact_format(mask_format: MaskFormat, where: str, loss: str) -> None:

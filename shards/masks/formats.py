@@ -17,6 +17,8 @@ from shards.sample import IGNORE, DataError, Uint8
 MaskKind = Literal["binary", "index", "values", "palette", "rgb"]
 MAX_CLASS_COLOURS = 64
 """More unknown colours than this are compression noise, not forgotten classes."""
+MIN_CLASS_SHARE = 100
+"""A value of at least one pixel in 100 may be a class."""
 MAX_COMPARED_VALUES = 16
 """Up to this many values, comparing the entire mask is faster than a table look-up per pixel."""
 
@@ -143,7 +145,7 @@ class MaskFormat:
         if len(unknown) and self.unknown == "error":
             raise DataError(
                 f"{where} has values without a class: {format_counts(counts, unknown)}; "
-                + self.suggest_remedy(unknown, image.mode)
+                + self.suggest_remedy(counts, unknown, image.mode)
             )
         table[table < 0] = IGNORE
         if self.kind == "palette":
@@ -154,7 +156,8 @@ class MaskFormat:
             index = pixels.astype(np.uint8, copy=False)
         else:
             index = apply_table(pixels, present, table.astype(np.uint8))
-        return ClassMap(index, by_class.astype(np.int64), tuple(present.tolist()))
+        values, indices = tuple(present.tolist()), tuple(table[present].tolist())
+        return ClassMap(index, by_class.astype(np.int64), values, indices)
 
     def build_table(self, counts: NDArray[np.int64], where: str) -> NDArray[np.int64]:
         """Build the table [256 or 65536] from pixel value to class index, -1 if it has none.
@@ -228,7 +231,7 @@ class MaskFormat:
         classes[unknown] = IGNORE
         by_class = np.bincount(classes, weights=counts, minlength=256).astype(np.int64)
         index = np.repeat(classes[runs].astype(np.uint8), lengths)
-        return ClassMap(index.reshape(image.height, image.width), by_class, ())
+        return ClassMap(index.reshape(image.height, image.width), by_class)
 
     def match_colours(self, colours: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the class index of each colour [N, 3 or 4]; -1 if none is within the tolerance."""
@@ -252,21 +255,28 @@ class MaskFormat:
                     "read the colours instead: --mask-format rgb with --colours"
                 )
 
-    def suggest_remedy(self, unknown: NDArray[np.int64], mode: str) -> str:
-        """Return the most likely remedy for values that have no class."""
-        if len(unknown) == 1:
-            return f"to ignore these pixels, add --ignore-value {unknown[0]}"
-        if mode == "P":
+    def suggest_remedy(
+        self, counts: NDArray[np.int64], unknown: NDArray[np.int64], mode: str
+    ) -> str:
+        """Return the most likely remedy for values that have no class.
+
+        A value is only to be ignored if it is rare: any other may be a class.
+        """
+        if mode == "P" and len(unknown) > 1:
             return (
                 "they are palette indices: name them all with --classes, or read the colours: "
                 "--mask-format rgb"
             )
-        if self.kind == "index":
-            return (
-                f"{self.num_classes} classes allow 0 to {self.num_classes - 1}: "
-                "name them all with --classes, or use --mask-format values"
-            )
-        return "name them all with --mask-values and --classes, or add --unknown ignore"
+        if np.count_nonzero(counts) == 2 and counts[0] and len(unknown) == 1:
+            return "with 0 and one other value, the format is --mask-format binary"
+        if MIN_CLASS_SHARE * counts[unknown].sum() < counts.sum():
+            return "if these few pixels belong to no class, add --unknown ignore"
+        if self.kind == "values":
+            return "name them all with --mask-values and --classes"
+        return (
+            f"{self.num_classes} classes allow 0 to {self.num_classes - 1}: "
+            "name them all with --classes, or use --mask-format values"
+        )
 
     def source_values(self, foreground: int | None) -> tuple[int, ...]:
         """Return the pixel value of each class in the files; () for colours.
@@ -293,8 +303,10 @@ class ClassMap:
     """Class indices [H, W], 255 = ignore."""
     pixels: NDArray[np.int64]
     """Pixel count of each index [256]."""
-    values: tuple[int, ...]
+    values: tuple[int, ...] = ()
     """Pixel values that occur in the file; () for colours."""
+    indices: tuple[int, ...] = ()
+    """Class index of each of these values."""
 
 
 def apply_table(pixels: Values, present: NDArray[np.int64], table: Uint8) -> Uint8:

@@ -160,11 +160,32 @@ def test_an_empty_val_split_is_warned_about(pair: Path, call) -> None:
     assert "split val is empty" in ended.out
 
 
-def test_a_class_without_pixels_is_warned_about(pair: Path, call) -> None:
+@pytest.mark.parametrize("verb", ["check", "pack"])
+def test_a_class_without_pixels_is_refused_unless_allowed(verb: str, pair: Path, call) -> None:
     more = ("--mask-values", 0, 255, 7, "--classes", "ground", "cell", "ghost")
-    ended = call("pack", *flags(pair, pair / "out", *more, mask_format="values"))
-    assert ended.code == 0
-    assert "class 'ghost' has no pixels" in ended.out
+    arguments = flags(pair, pair / "out", *more, mask_format="values")
+    ended = call(verb, *arguments)
+    assert ended.code == 1
+    assert "class 'ghost' has no pixel in 1 masks; correct the flags of the mask" in ended.err
+    assert not (pair / "out" / "index.json").exists()
+    allowed = call(verb, *arguments, "--allow-absent-classes")
+    assert allowed.code == 0, allowed.err
+    assert "warning: class 'ghost' has no pixels" in allowed.out
+
+
+@pytest.mark.parametrize("verb", ["check", "pack"])
+def test_a_class_of_which_all_pixels_are_ignored_is_refused(verb: str, pair: Path, call) -> None:
+    arguments = flags(pair, pair / "out", "--ignore-value", 255)
+    ended = call(verb, *arguments)
+    assert ended.code == 1
+    assert "class 'foreground' has no pixel in 1 masks; 5 % of the pixels are" in ended.err
+    assert "if 255 is a class, drop --ignore-value" in ended.err
+
+
+def test_headers_alone_do_not_make_a_class_absent(pair: Path, call) -> None:
+    more = ("--classes", "ground", "cell", "ghost", "--verify", "headers")
+    Image.fromarray(levels(0, 1)).save(pair / "masks" / "a.png")
+    assert call("pack", *flags(pair, pair / "out", *more, mask_format="index")).code == 0
 
 
 def test_identical_images_are_listed(pair: Path, call) -> None:
@@ -1137,9 +1158,9 @@ def test_all_bad_files_are_named_at_once(draw, call, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("pixels", "more", "message"),
     [
-        (levels(1, 2, 2), ("--classes", "a", "b"), "without a class: 2: 2 px; to ignore these"),
-        (levels(1, 5, 6), ("--classes", "a", "b"), "5: 1 px, 6: 1 px; 2 classes allow 0 to 1"),
-        (levels(1, 2), ("--classes", "a", "b"), "add --ignore-value 2"),
+        (levels(1, 2, 2), ("--classes", "a", "b"), "without a class: 2: 2 px; if these few"),
+        (levels(1, 5, 6), ("--classes", "a", "b"), "5: 1 px, 6: 1 px; if these few pixels"),
+        (levels(1, *[2] * 9), ("--classes", "a", "b"), "2: 9 px; 2 classes allow 0 to 1"),
     ],
 )
 def test_a_value_without_a_class_is_named_with_its_pixel_count(

@@ -214,9 +214,26 @@ def refusal(pixels, classes=TWO, **rule):
 
 def test_one_unknown_value_is_named_with_its_pixel_count_and_the_remedy():
     assert refusal([[0, 1, 7, 7]], kind="index") == (
-        "masks/a.png has values without a class: 7: 2 px; "
-        "to ignore these pixels, add --ignore-value 7"
+        "masks/a.png has values without a class: 7: 2 px; 2 classes allow 0 to 1: "
+        "name them all with --classes, or use --mask-format values"
     )
+
+
+def test_two_values_are_proposed_as_binary_never_as_ignored():
+    text = refusal([[0, 0, 255]], kind="index")
+    assert text.endswith("with 0 and one other value, the format is --mask-format binary")
+
+
+@pytest.mark.parametrize("rule", [{"kind": "index"}, {"kind": "values", "values": (0, 1)}])
+def test_only_rare_values_are_proposed_to_be_ignored(rule):
+    pixels = np.zeros((30, 20), dtype=np.uint8)
+    pixels[0] = 1
+    pixels[1, :5] = 9
+    assert refusal(pixels, **rule).endswith(
+        "if these few pixels belong to no class, add --unknown ignore"
+    )
+    pixels[1, :6] = 9
+    assert "ignore" not in refusal(pixels, **rule)
 
 
 def test_several_unknown_indices_are_named_the_most_common_first():
@@ -229,7 +246,7 @@ def test_several_unknown_indices_are_named_the_most_common_first():
 def test_unknown_values_of_a_values_mask_are_named():
     assert refusal([[0, 128, 3, 4]], kind="values", values=(0, 128)) == (
         "masks/a.png has values without a class: 3: 1 px, 4: 1 px; "
-        "name them all with --mask-values and --classes, or add --unknown ignore"
+        "name them all with --mask-values and --classes"
     )
 
 
@@ -244,9 +261,7 @@ def test_counts_have_thousands_separators():
 
 @pytest.mark.parametrize("rule", [{"kind": "index"}, {"kind": "values", "values": (0, 1)}])
 def test_255_is_an_error_unless_it_is_declared_as_ignored(rule):
-    assert "255: 1 px; to ignore these pixels, add --ignore-value 255" in refusal(
-        [[0, 1, 255]], **rule
-    )
+    assert "255: 1 px; " in refusal([[0, 1, 255]], **rule)
     mask_format = MaskFormat(num_classes=2, ignore_value=255, **rule)
     classes = mask_format.map_classes(stored([[0, 1, 255]]), "x")
     assert classes.index.tolist() == [[0, 1, 255]]
