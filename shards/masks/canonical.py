@@ -9,7 +9,7 @@ from shards.images.files import ImageRule, open_image
 from shards.images.headers import read_image_header
 from shards.masks.counts import count_pixel_values
 from shards.masks.formats import ClassMap, MaskFormat
-from shards.masks.palettes import palette_bytes, read_header_palette, read_palette
+from shards.masks.palettes import format_colour, palette_bytes, read_header_palette, read_palette
 from shards.masks.png import CANONICAL_RULE, encode_mask
 from shards.masks.readings import Reading, list_readings
 from shards.masks.stored import describe_loss, load_mask
@@ -120,16 +120,17 @@ def refuse_exact_format(mask_format: MaskFormat, where: str, loss: str) -> None:
 
 
 def refuse_inverted_palette(image: Image.Image, values: tuple[int, ...], where: str) -> None:
-    """Raise DataError if a black and white palette has white at index 0.
+    """Raise DataError if the foreground is black and index 0 has another colour.
 
-    Programs that save a black and white image as GIF may number the colours in this order, so that
-    reading the indices would swap foreground and background.
+    Programs that reduce an image to two colours number them in any order, so that reading the
+    indices may swap foreground and background.
     """
     colours = read_palette(image)
     foreground = max(values)
     foreground_colour = colours[foreground] if foreground < len(colours) else None
-    if foreground and colours[:1] == ((255, 255, 255),) and foreground_colour == (0, 0, 0):
+    if foreground and colours[0] != (0, 0, 0) and foreground_colour == (0, 0, 0):
+        name = "white" if colours[0] == (255, 255, 255) else format_colour(colours[0])
         raise DataError(
-            f"{where} has white at palette index 0, so background and foreground may be swapped; "
-            "add --invert if white is the foreground, else save it without a palette"
+            f"{where} has {name} at palette index 0, so background and foreground may be swapped; "
+            f"add --invert if {name} is the foreground, else save it without a palette"
         )
