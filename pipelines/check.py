@@ -8,9 +8,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from pipelines.drawing.contact_sheet import Cell, draw_contact_sheet
+from pipelines.drawing.overlay import choose_overlay_colours
 from pipelines.packing.classes import IGNORED_REMEDY, find_class_problems
 from pipelines.packing.inspection import PairReport, inspect_pairs, list_leaks, read_pair
 from pipelines.packing.options import SourceOptions
@@ -21,7 +23,7 @@ from pipelines.runtime.errors import REFUSED, refuse_url
 from pipelines.runtime.processes import chunks, num_workers, refuse_negative_workers, run_all
 from pipelines.runtime.progress import progress
 from pipelines.runtime.yaml_flags import Flat
-from shards.folders.pairs import Pairing
+from shards.folders.pairs import Pair, Pairing
 from shards.folders.splits import SplitRule
 from shards.images.files import NOTES, ImageFormat
 from shards.images.pixels import to_array
@@ -30,7 +32,7 @@ from shards.statistics import SampleRule, SampleStatistics, compute_mean_std, fi
 from shards.store import Store
 
 SHEET_CELLS = 30
-"""Images on the contact sheet, spread evenly over the data set."""
+"""Images on the contact sheet."""
 REPORT_NAME = "check.json"
 SHEET_NAME = "sheet.png"
 
@@ -202,6 +204,7 @@ def make_report(
         "empty": sorted(pairs.empty),
         "duplicates": sorted(sorted(names) for names in duplicates.values()),
         "notes": dict(sorted(tally.notes.items())),
+        "outliers": [asdict(outlier) for outlier in tally.find_outliers(names)],
     }
 
 
@@ -226,6 +229,7 @@ def format_table(report: dict[str, Any], unit: str) -> list[str]:
                 f"  {name:<20}{counts['share']:>8.2%} of pixels, in {counts['images']} masks"
             )
     lines += [f"  {count} images {NOTES[note]}" for note, count in report["notes"].items()]
+    lines += [f"  outlier: {o['name']} {o['reason']}" for o in report["outliers"]]
     if form := report["image_format"]["range"]:
         lines.append(f"  16-bit values {form[0]} to {form[1]} become 0 to 255")
     if empty := report["empty"]:
@@ -263,8 +267,7 @@ def draw_sheet(
     Returns:
         Whether there was a valid pair.
     """
-    good = [pair for pair in pairing.pairs if pair.source not in pairs.bad]
-    chosen = good[:: max(1, -(-len(good) // SHEET_CELLS))]
+    chosen = choose_cells(pairing, pairs, [outlier["name"] for outlier in report["outliers"]])
     form = replace(form, channels="RGB")
     cells = []
     for pair in chosen:
@@ -281,9 +284,29 @@ def draw_sheet(
         for name, counts in report["classes"].items()
         if counts["pixels"] or name != "ignored"
     }
-    sheet = draw_contact_sheet(cells, rule.palette, list(shares.values()))
+    palette = choose_overlay_colours([np.asarray(cell.image) for cell in cells], rule.palette)
+    sheet = draw_contact_sheet(cells, palette, list(shares.values()))
     sheet.save(path)
     return True
+
+
+def choose_cells(pairing: Pairing, pairs: PairReport, outliers: Sequence[str]) -> list[Pair]:
+    """Choose the pairs on the contact sheet: outliers, then masks with foreground, then others.
+
+    Each kind is spread evenly over the data set. `outliers`: paths of images.
+    """
+    good = [pair for pair in pairing.pairs if pair.source not in pairs.bad]
+    empty = set(pairs.empty)
+    kinds: tuple[list[Pair], list[Pair], list[Pair]] = ([], [], [])
+    for pair in good:
+        kind = 0 if f"{pairing.images}/{pair.source}" in outliers else 1 + (pair.source in empty)
+        kinds[kind].append(pair)
+    chosen: list[Pair] = []
+    for kind in kinds:
+        room = SHEET_CELLS - len(chosen)
+        if room:
+            chosen += kind[:: max(1, -(-len(kind) // room))]
+    return chosen
 
 
 def main(argv: Sequence[str] | None = None) -> int:

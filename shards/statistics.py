@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -18,6 +18,7 @@ from shards.masks.borders import BorderRule
 from shards.masks.canonical import CanonicalMask, read_mask
 from shards.masks.formats import MaskFormat
 from shards.masks.readings import Occurrence, Reading
+from shards.outliers import Extremes, Outlier
 from shards.sample import IGNORE, Channels, DataError, Palette
 
 Histogram = NDArray[np.int64]
@@ -46,6 +47,8 @@ class StoredSample:
     mask: CanonicalMask | None
     digest: str
     """sha256 of the image file; empty if no other file can be equal."""
+    name: str = ""
+    """Name of the image file in messages."""
     mask_name: str = ""
     """Name of the mask file in messages."""
 
@@ -76,7 +79,7 @@ def read_sample(
     stored = read_image(image, rule.images, image_where, pixels=pixels)
     digest = "" if unique else hashlib.sha256(image).hexdigest()
     if mask is None or rule.masks is None:
-        return StoredSample(stored, None, digest)
+        return StoredSample(stored, None, digest, image_where)
     changed = rule.images.resize is not None or rule.resize_mask
     pixels = pixels or changed or rule.border is not None
     canonical = read_mask(
@@ -95,7 +98,7 @@ def read_sample(
         stored = replace(stored, notes=(*stored.notes, "mask"))
     if canonical.size != stored.size:
         canonical = canonical.resize(stored.size)
-    return StoredSample(stored, canonical, digest, mask_where)
+    return StoredSample(stored, canonical, digest, image_where, mask_where)
 
 
 def refuse_other_orientation(
@@ -149,6 +152,7 @@ class SampleStatistics:
         self.digests: list[str] = []
         """sha256 of each image, in order; empty if the sample was omitted or is unique."""
         self.channels: set[Channels] = set()
+        self.extremes = Extremes()
 
     def add(self, sample: StoredSample) -> None:
         """Add a sample."""
@@ -157,6 +161,7 @@ class SampleStatistics:
         self.notes.update(image.notes)
         self.digests.append(sample.digest)
         self.channels.add(image.channels)
+        self.extremes.add(sample.name, image.channels, image.full_size)
         if image.image is not None:
             kind, levels = count_levels(image.image, image.channels)
             self.levels[kind] = self.levels.get(kind, 0) + levels
@@ -166,6 +171,7 @@ class SampleStatistics:
             if sample.mask.class_map is not None:
                 self.pixels += sample.mask.class_map.pixels
                 self.images += sample.mask.class_map.pixels > 0
+                self.extremes.add_mask(sample.name, sample.mask.class_map.pixels)
                 self.values.update(sample.mask.class_map.values)
 
     def add_readings(self, readings: Mapping[Reading, Occurrence]) -> None:
@@ -191,6 +197,14 @@ class SampleStatistics:
         self.add_readings(other.readings)
         self.digests += other.digests
         self.channels |= other.channels
+        self.extremes.merge(other.extremes)
+
+    def find_outliers(self, classes: Sequence[str]) -> list[Outlier]:
+        """Find the images that stand out; `classes`: names by index."""
+        count = len(classes)
+        return self.extremes.find_outliers(
+            classes, self.pixels[:count].tolist(), self.images[:count].tolist()
+        )
 
     def size_counts(self) -> tuple[SizeCount, ...]:
         """Return the number of images of each size and mode, the most common first."""
@@ -216,6 +230,7 @@ class SampleStatistics:
             ],
             "digests": self.digests,
             "channels": sorted(self.channels),
+            "extremes": self.extremes.to_plain(),
         }
 
     @classmethod
@@ -234,6 +249,7 @@ class SampleStatistics:
             statistics.readings[reading] = Occurrence(masks, first)
         statistics.digests = plain["digests"]
         statistics.channels = set(plain["channels"])
+        statistics.extremes = Extremes.from_plain(plain["extremes"])
         return statistics
 
 

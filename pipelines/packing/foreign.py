@@ -149,7 +149,7 @@ def read_members(
         raise DataError(f"{where} contains several frames; {REPACK}")
     digest = hashlib.sha256(data).hexdigest()
     if mask is None:
-        return StoredSample(decoded, None, digest)
+        return StoredSample(decoded, None, digest, where)
     mask_where = f"{path}: {mask.name}"
     canonical = read_canonical_mask(read_member(file, mask), rule.num_classes, mask_where)
     if canonical.orientation and canonical.orientation != decoded.orientation:
@@ -163,7 +163,7 @@ def read_members(
             f"{mask_where} is {format_size(canonical.size)}, its image {image.name} "
             f"{format_size(decoded.full_size)}{rotated}; {REPACK}"
         )
-    return StoredSample(decoded, canonical, digest, mask_where)
+    return StoredSample(decoded, canonical, digest, where, mask_where)
 
 
 def format_size(size: tuple[int, int]) -> str:

@@ -101,6 +101,40 @@ def test_the_contact_sheet_samples_the_complete_data_set(draw, call, tmp_path: P
     assert 4 * 28 <= height <= 4 * 28 + 40
 
 
+@pytest.mark.parametrize("verb", ["check", "pack"])
+def test_a_stray_overview_is_named(verb: str, draw, call, tmp_path: Path) -> None:
+    folder = draw(tmp_path / "in", 12, size=(16, 16), mode="L")
+    draw(folder, 1, size=(120, 160), name="overview")
+    ended = call(verb, *flags(folder, tmp_path / "out"))
+    assert ended.code == 0, ended.err
+    name = folder / "images" / "overview.png"
+    assert f"outlier: {name} is RGB, 12 images are grey: all become RGB" in ended.out
+    assert f"outlier: {name} is 160 x 120, no other image is larger than 16 x 16" in ended.out
+    assert f"outlier: {name} has 8" in ended.out
+    if verb == "check":
+        assert {o["name"] for o in report(tmp_path / "out")["outliers"]} == {str(name)}
+
+
+def test_the_contact_sheet_shows_outliers_and_foreground_first(
+    draw, call, monkeypatch, tmp_path: Path
+) -> None:
+    folder = draw(tmp_path / "in", 80, size=(16, 16), mode="L")
+    draw(folder, 1, size=(120, 160), name="z_overview")
+    for number in range(80):
+        if number % 8:
+            Image.new("L", (16, 16)).save(folder / "masks" / f"p{number:03d}.png")
+    shown = []
+
+    def draw_sheet(cells, palette, legend):
+        shown.extend(cell.caption for cell in cells)
+        return Image.new("RGB", (8, 8))
+
+    monkeypatch.setattr("pipelines.check.draw_contact_sheet", draw_sheet)
+    assert call("check", *flags(folder, tmp_path / "out")).code == 0
+    assert shown[:11] == ["z_overview.png", *(f"p{number:03d}.png" for number in range(0, 80, 8))]
+    assert 20 < len(shown) <= 30
+
+
 def test_images_without_masks_can_be_checked(draw, call, tmp_path: Path) -> None:
     images = draw(tmp_path / "in", 3, size=(16, 16)) / "images"
     arguments = ("--images", images, "--workers", 1, "--out", tmp_path / "out")
