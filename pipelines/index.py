@@ -48,7 +48,11 @@ from shards.statistics import SampleStatistics, find_duplicates, merge_statistic
 from shards.store import Store
 
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
-FOREIGN_NOTES = {**NOTES, "turned": "have an EXIF orientation; they are rotated when decoded"}
+FOREIGN_NOTES = {
+    **NOTES,
+    "turned": "have an EXIF orientation; they are rotated when decoded",
+    "narrowed": "repeat 8 bits in each 16-bit channel; they are decoded to 8 bits",
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -16,6 +16,7 @@ from shards.images.tiff import (
     read_tiff_tags,
     refuse_inverted_16_bit,
     refuse_tiff_tags,
+    repeats_8_bits,
 )
 from shards.sample import Channels, DataError
 
@@ -128,6 +129,7 @@ NOTES = {
     "turned": "with an EXIF orientation are stored upright, as PNG",
     "unturned": "with an EXIF orientation are stored unrotated, as PNG without it",
     "frame": "with several frames are stored as a single frame, as PNG",
+    "narrowed": "repeat 8 bits in each 16-bit channel and are stored with 8 bits, as PNG",
     "resized": "are scaled down and stored as PNG",
     "mask": "have a mask of another size, resized to theirs by nearest neighbour",
     "alpha": "have transparent pixels; alpha is kept in the shard and dropped when decoding",
@@ -171,7 +173,8 @@ def open_image(data: bytes, where: str, rule: ImageRule) -> Image.Image:
         )
     if image.format == "PNG" and image.mode == "P" and image.palette is None:
         raise DataError(f"{where} has lost its palette; repair or remove it")
-    if image.mode not in GREY16_MODES and is_truncated_to_8_bits(image, tags):
+    truncated = image.mode not in GREY16_MODES and is_truncated_to_8_bits(image, tags)
+    if truncated and not repeats_8_bits(data, image):
         raise DataError(
             f"{where} has 16 bits per colour channel, of which 8 would be lost silently; "
             "convert it to 8 bits per channel, or to 16-bit grey"
@@ -261,6 +264,8 @@ def read_image(data: bytes, rule: ImageRule, where: str, *, pixels: bool = True)
     opened = open_image(data, where, rule)
     refuse_inverted_16_bit(opened, where)
     several = getattr(opened, "n_frames", 1) > 1 and opened.format != "MPO"
+    tags = read_tiff_tags(opened)
+    narrowed = opened.mode not in GREY16_MODES and is_truncated_to_8_bits(opened, tags)
     image, orientation = load_pixels(opened, where, rule.exif)
     full_size = image.size
     channels, notes = inspect_image(image, rule.alpha, rule.allow_16_bit, where)
@@ -268,11 +273,13 @@ def read_image(data: bytes, rule: ImageRule, where: str, *, pixels: bool = True)
         notes.append("turned" if rule.exif == "upright" else "unturned")
     if several:
         notes.append("frame")
+    if narrowed:
+        notes.append("narrowed")
     if rule.resize is not None and max(image.size) > rule.resize:
         image = downscale_image(image, rule.resize, channels)
         notes.append("resized")
     extension = None
-    if {"turned", "unturned", "frame", "resized"} & set(notes):
+    if {"turned", "unturned", "frame", "narrowed", "resized"} & set(notes):
         if image.mode in ("CMYK", "YCbCr"):
             image = image.convert("RGB")
         data, extension = encode_png(image), "png"

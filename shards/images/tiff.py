@@ -1,5 +1,7 @@
-"""What a TIFF declares about its samples and Pillow would lose without a warning."""
+"""What a file declares about its samples and Pillow would lose without a warning."""
 
+import io
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,6 +10,13 @@ from PIL import Image, TiffImagePlugin
 
 from shards.sample import DataError
 
+OTHER_ORDER = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}
+RAW_MODES = {
+    f"{bands};16{order}": f"{bands};16{other}"
+    for bands in ("RGB", "RGBA", "RGBX")
+    for order, other in OTHER_ORDER.items()
+}
+"""Pillow's raw modes of 16-bit colours -> those of the other byte order."""
 GREY16_MODES = ("I;16", "I;16B", "I;16L", "I")
 """Pillow's modes of grey images with more than 8 bits."""
 BITS_PER_SAMPLE = 258
@@ -54,6 +63,40 @@ def is_truncated_to_8_bits(image: Image.Image, tags: Any) -> bool:
         return True
     tiles = getattr(image, "tile", [])
     return any(";16" in word for tile in tiles for word in iter_strings(tile[3]))
+
+
+def repeats_8_bits(data: bytes, image: Image.Image) -> bool:
+    """Return whether every 16-bit value of a colour image is k * 257, so that 8 bits hold it.
+
+    Pillow keeps the high byte of each value; decoded in the other byte order, it keeps the low one.
+
+    Args:
+        data: the file's bytes.
+        image: the file opened at its frame, not yet decoded.
+    """
+    if "transparency" in image.info or image.format not in ("PNG", "TIFF"):
+        return False
+    decoded = []
+    try:
+        for swap in (False, True):
+            with Image.open(io.BytesIO(data), formats=(image.format,)) as copy:
+                copy.seek(image.tell())
+                raw_modes = {word for tile in copy.tile for word in iter_strings(tile[3])}
+                if not raw_modes & RAW_MODES.keys():
+                    return False
+                if swap:
+                    copy.tile = [tile._replace(args=swap_bytes(tile.args)) for tile in copy.tile]
+                decoded.append(np.asarray(copy))
+    except Exception:  # a damaged file is reported when it is decoded
+        return True
+    return np.array_equal(*decoded)
+
+
+def swap_bytes(arguments: Any) -> Any:
+    """Exchange the byte order of the raw mode among the arguments of a codec."""
+    if isinstance(arguments, tuple):
+        return tuple(map(swap_bytes, arguments))
+    return RAW_MODES.get(arguments, arguments) if isinstance(arguments, str) else arguments
 
 
 def iter_strings(arguments: object) -> Iterator[str]:
