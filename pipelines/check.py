@@ -14,6 +14,7 @@ from PIL import Image
 from pipelines.drawing.contact_sheet import Cell, draw_contact_sheet
 from pipelines.drawing.overlay import choose_overlay_colours
 from pipelines.packing.classes import IGNORED_REMEDY, find_class_problems
+from pipelines.packing.duplicates import DuplicatePolicy, describe_moves, unite_duplicates
 from pipelines.packing.inspection import PairReport, inspect_pairs, list_leaks, read_pair
 from pipelines.packing.options import SourceOptions
 from pipelines.packing.problems import save_problems
@@ -76,7 +77,7 @@ def run(config: CheckConfig) -> int:
     if pairing.pairs:
         rule = source.sample_rule(pairing)
         inspect_all(pairing, rule, config.workers, pairs)
-        splits = assign_splits(source.split.make_rule(), pairing, pairs)
+        splits = assign_splits(source.split.make_rule(), pairing, pairs, source.duplicates)
         pairs.problems += list_leaks(pairs, splits)
     found, notes = find_class_problems(
         source.mask.class_names(),
@@ -143,19 +144,29 @@ def inspect_all(pairing: Pairing, rule: SampleRule, workers: int, report: PairRe
             bar.update(len(chunk))
 
 
-def assign_splits(rule: SplitRule, pairing: Pairing, report: PairReport) -> dict[str, str]:
+def assign_splits(
+    rule: SplitRule, pairing: Pairing, report: PairReport, duplicates: DuplicatePolicy
+) -> dict[str, str]:
     """Return {source: split} of all pairs; problems with the splits are added to the report."""
     if pairing.masks is None:
         return {pair.source: "unlabelled" for pair in pairing.pairs}
     try:
-        splits, _ = rule.assign_splits(pairing.pairs)
+        names, groups = rule.assign_splits(pairing.pairs)
     except AggregateDataError as error:
         report.problems += [f"{line}; {error.remedy}" for line in error.problems]
         return {}
     except DataError as error:
         report.problems.append(str(error))
         return {}
-    return {pair.source: split for pair, split in zip(pairing.pairs, splits, strict=True)}
+    splits = {pair.source: name for pair, name in zip(pairing.pairs, names, strict=True)}
+    if duplicates == "same-split":
+        by_source = {pair.source: g for pair, g in zip(pairing.pairs, groups, strict=True)}
+        identical = find_duplicates(report.tally.digests, report.sources).values()
+        leaks = [group for group in identical if len({splits[name] for name in group}) > 1]
+        if moved := unite_duplicates(splits, by_source, leaks):
+            print(describe_moves(splits, moved))
+            splits |= moved
+    return splits
 
 
 def make_report(

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from pipelines.packing.colours import ColourTable, read_colour_table, read_first_palette
+from pipelines.packing.duplicates import DuplicatePolicy
 from pipelines.runtime.errors import UsageError, parse_part, refuse_url
 from pipelines.runtime.yaml_flags import Flat, refuse_unused
 from shards.folders.pairs import Pairing, PairRule, find_pairs, read_pair_lists
@@ -265,6 +266,9 @@ class SourceOptions:
     image: Flat[ImageOptions] = field(default_factory=ImageOptions)
     geometry: Flat[GeometryOptions] = field(default_factory=GeometryOptions)
     split: Flat[SplitOptions] = field(default_factory=SplitOptions)
+    duplicates: DuplicatePolicy = "error"
+    """Identical images in different splits: refuse them, or keep each with its group in the first
+    of their splits (train, val, test)."""
 
     def __post_init__(self) -> None:
         if not self.pairing.has_masks:
@@ -272,6 +276,7 @@ class SourceOptions:
             refuse_unused(self.pairing, reason, *MASK_NAMES)
             refuse_unused(self.mask, reason)
             refuse_unused(self.split, reason)
+            refuse_unused(self, reason, "duplicates")
         elif self.mask.mask_format is None:
             raise ValueError(
                 "--masks needs --mask-format binary, index, values, palette or rgb; "

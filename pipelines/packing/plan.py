@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
+from pipelines.packing.duplicates import DuplicatePolicy, describe_moves, unite_duplicates
 from pipelines.runtime.progress import progress
 from shards.folders.pairs import Pair, Pairing
 from shards.folders.splits import SPLITS, SplitRule
@@ -84,7 +85,12 @@ class ShardRule:
 
 
 def make_plan(
-    pairing: Pairing, splits: SplitRule, rule: ShardRule, *, keep_going: bool
+    pairing: Pairing,
+    splits: SplitRule,
+    rule: ShardRule,
+    *,
+    keep_going: bool,
+    duplicates: DuplicatePolicy = "error",
 ) -> tuple[list[PlannedShard], list[str]]:
     """Assign every pair to a shard.
 
@@ -93,6 +99,7 @@ def make_plan(
         splits: assigns pairs to splits.
         rule: cuts the samples of a split into shards.
         keep_going: keep an image that is in several splits in the first one (train, val, test).
+        duplicates: `same-split` moves identical images, with their groups, into one split.
 
     Returns:
         The shards, and why images were left out, one line per image.
@@ -116,8 +123,11 @@ def make_plan(
     for name, samples in by_split.items():
         by_split[name] = [replace(s, unique=True) if sizes[s.image[0]] == 1 else s for s in samples]
     leaks = find_split_leaks(by_split, pairing.images)
+    if duplicates == "same-split":
+        move_duplicates(by_split, leaks)
+        leaks = []
     if leaks and not keep_going:
-        remedy = "remove one, put both into one split (--split-file), or use --keep-going"
+        remedy = "remove one, add --duplicates same-split, or use --keep-going"
         problems = sorted(map(describe_leak, leaks))
         raise AggregateDataError(problems, f"one image in two splits: {remedy}")
     left_out = drop_leaks(by_split, leaks, pairing.images)
@@ -131,6 +141,21 @@ def make_plan(
         runs = cut_samples(shuffled, rule)
         plan += [PlannedShard(f"{name}-{n:06d}.tar", name, run) for n, run in enumerate(runs)]
     return plan, left_out
+
+
+def move_duplicates(by_split: dict[str, list[PlannedSample]], leaks: Sequence[SplitLeak]) -> None:
+    """Move identical images, with their groups, into one split, and print how many moved."""
+    splits = {s.source: split for split, samples in by_split.items() for s in samples}
+    groups = {s.source: s.group for samples in by_split.values() for s in samples}
+    moved = unite_duplicates(splits, groups, [[source for _, source in leak] for leak in leaks])
+    if not moved:
+        return
+    print(describe_moves(splits, moved))
+    everything = [sample for samples in by_split.values() for sample in samples]
+    by_split.clear()
+    for sample in everything:
+        target = moved.get(sample.source, splits[sample.source])
+        by_split.setdefault(target, []).append(sample)
 
 
 def drop_leaks(

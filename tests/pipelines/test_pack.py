@@ -690,6 +690,35 @@ def test_images_equal_in_size_and_middle_are_not_a_leak(doubled, call, tmp_path)
     assert ended.code == 0, ended.err
 
 
+@pytest.mark.parametrize("verb", ["check", "pack"])
+def test_identical_images_can_be_kept_in_one_split(verb, draw, call, samples, tmp_path) -> None:
+    folder = draw(tmp_path / "in", 6, size=(16, 16))
+    # The groups {0, 1}, {2, 3} and {4, 5}, in train, val and test.
+    for number, name in enumerate("aabbcc"):
+        for part in ("images", "masks"):
+            path = folder / part / f"p{number:03d}.png"
+            path.rename(path.with_name(f"{name}{number}.png"))
+    shutil.copy(folder / "images" / "a1.png", folder / "images" / "b2.png")
+    names = ("a0", "a1", "b2", "b3", "c4", "c5")
+    splits = ("train", "train", "val", "val", "test", "test")
+    listed = tmp_path / "splits.csv"
+    rows = [f"{name}.png,{split}\n" for name, split in zip(names, splits, strict=True)]
+    listed.write_text("path,split\n" + "".join(rows))
+    more = ("--split-file", listed, "--group-by", "[abc]")
+    refused = call(verb, *flags(folder, tmp_path / "refused", *more))
+    assert refused.code == 1
+    ended = call(verb, *flags(folder, tmp_path / "out", *more, "--duplicates", "same-split"))
+    assert ended.code == 0, ended.err
+    moves = "2 images change their split to that of an identical image: 2 from val to train"
+    assert moves in ended.out
+    if verb == "pack":
+        manifest = read_manifest(tmp_path / "out")
+        assert {n: s.samples for n, s in manifest.splits.items()} == {"train": 4, "test": 2}
+    else:
+        found = json.loads((tmp_path / "out" / "check.json").read_text())
+        assert found["splits"] == {"test": 2, "train": 4}
+
+
 # ---- skipping bad samples
 
 

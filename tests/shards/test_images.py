@@ -507,7 +507,7 @@ class Files:
 
     def bands(self, count, bits=8, **options):
         # High and low bytes differ, so that 16 bits do not only repeat 8.
-        data = b"\0\1" * (48 * count * bits // 16)
+        data = (b"\0\1" if count > 1 else b"\0\0") * (48 * count * bits // 16)
         return self.tiff(data, (8, 6), bits, count, **options)
 
     def truncated(self, file_format):
