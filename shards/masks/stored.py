@@ -71,7 +71,9 @@ def load_mask(opened: Image.Image, where: str, exif: ExifPolicy = "upright") -> 
 
     Raises DataError if the file is damaged, or if Pillow cannot give its stored values.
     """
-    raw_mode = next((word for tile in opened.tile for word in iter_strings(tile[3])), "")
+    raw_mode = next(
+        (word for tile in getattr(opened, "tile", []) for word in iter_strings(tile[3])), ""
+    )
     refuse_converted_values(opened, raw_mode, where)
     inverted = opened.mode in ("1", "L") and "I" in raw_mode.partition(";")[2]
     notes = (WHITE_IS_ZERO,) if read_tiff_tags(opened).get(PHOTOMETRIC) == 0 else ()
@@ -107,7 +109,9 @@ def refuse_converted_values(opened: Image.Image, raw_mode: str, where: str) -> N
             "values of a mask; save it as PNG"
         )
     # Pillow takes a palette of grey levels for 1 or 8 bits per pixel, whatever the file has.
-    stride = next((tile[3][1] for tile in opened.tile if opened.format == "BMP"), None)
+    stride = next(
+        (tile[3][1] for tile in getattr(opened, "tile", []) if opened.format == "BMP"), None
+    )
     bits = {"1": 1, "L": 8}.get(raw_mode)
     if type(stride) is int and bits is not None and opened.mode == raw_mode:
         expected = ((opened.width * bits + 31) >> 3) & ~3
