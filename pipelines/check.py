@@ -77,7 +77,9 @@ def run(config: CheckConfig) -> int:
     if pairing.pairs:
         rule = source.sample_rule(pairing)
         inspect_all(pairing, rule, config.workers, pairs)
-        splits = assign_splits(source.split.make_rule(), pairing, pairs, source.duplicates)
+        splits = assign_splits(
+            source.split.make_rule(), pairing, pairs, source.duplicate.duplicates
+        )
         pairs.problems += list_leaks(pairs, splits)
     found, notes = find_class_problems(
         source.mask.class_names(),

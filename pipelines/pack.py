@@ -137,7 +137,7 @@ def plan_shards(config: PackConfig, pairing: Pairing) -> tuple[list[PlannedShard
         config.source.split.make_rule(),
         config.shard.make_rule(),
         keep_going=config.keep_going,
-        duplicates=config.source.duplicates,
+        duplicates=config.source.duplicate.duplicates,
     )
 
 

@@ -258,6 +258,15 @@ class SplitOptions:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class DuplicateOptions:
+    """Identical images in different splits."""
+
+    duplicates: DuplicatePolicy = "error"
+    """Identical images in different splits: refuse them, or keep each with its group in the first
+    of their splits (train, val, test)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class SourceOptions:
     """Images and masks, and how they are paired, read and split."""
 
@@ -266,9 +275,7 @@ class SourceOptions:
     image: Flat[ImageOptions] = field(default_factory=ImageOptions)
     geometry: Flat[GeometryOptions] = field(default_factory=GeometryOptions)
     split: Flat[SplitOptions] = field(default_factory=SplitOptions)
-    duplicates: DuplicatePolicy = "error"
-    """Identical images in different splits: refuse them, or keep each with its group in the first
-    of their splits (train, val, test)."""
+    duplicate: Flat[DuplicateOptions] = field(default_factory=DuplicateOptions)
 
     def __post_init__(self) -> None:
         if not self.pairing.has_masks:
@@ -276,7 +283,7 @@ class SourceOptions:
             refuse_unused(self.pairing, reason, *MASK_NAMES)
             refuse_unused(self.mask, reason)
             refuse_unused(self.split, reason)
-            refuse_unused(self, reason, "duplicates")
+            refuse_unused(self.duplicate, reason)
         elif self.mask.mask_format is None:
             raise ValueError(
                 "--masks needs --mask-format binary, index, values, palette or rgb; "
