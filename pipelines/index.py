@@ -14,7 +14,9 @@ from pathlib import Path
 
 import tyro
 
+from pipelines.packing.classes import find_class_problems
 from pipelines.packing.foreign import (
+    REPACK,
     Duplicates,
     IndexRule,
     ShardContents,
@@ -46,7 +48,11 @@ from shards.statistics import SampleStatistics, find_duplicates, merge_statistic
 from shards.store import Store
 
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
-FOREIGN_NOTES = {**NOTES, "turned": "have an EXIF orientation; they are rotated when decoded"}
+FOREIGN_NOTES = {
+    **NOTES,
+    "turned": "have an EXIF orientation; they are rotated when decoded",
+    "narrowed": "repeat 8 bits in each 16-bit channel; they are decoded to 8 bits",
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,6 +73,8 @@ class IndexConfig:
     every image format that is read; a sample must then have one image."""
     mask_ext: str = MASK_EXTENSION
     """Extension of masks, after the key: seg.png for KEY.seg.png."""
+    allow_absent_classes: bool = False
+    """Accept classes that have no pixel in any mask; default: they are an error."""
     split: Split | None = None
     """Split of all shards; default: the word train, val, valid, validation or test in the path of
     each shard, else train."""
@@ -76,13 +84,18 @@ class IndexConfig:
 
     def __post_init__(self) -> None:
         refuse_negative_workers(self.workers)
-        if self.classes:
-            MaskFormat(kind="index", num_classes=len(self.classes), ignore_value=IGNORE)
+        self.mask_format()
         if len(set(self.classes)) != len(self.classes):
             raise ValueError(f"--classes: duplicate name in {' '.join(self.classes)}")
         if self.split is not None and not self.classes:
             raise ValueError("--split needs --classes: without masks, the split is `unlabelled`")
         self.member_roles()
+
+    def mask_format(self) -> MaskFormat | None:
+        """Build the format of the masks; None without masks."""
+        if not self.classes:
+            return None
+        return MaskFormat(kind="index", num_classes=len(self.classes), ignore_value=IGNORE)
 
     def member_roles(self) -> dict[str, Role]:
         """Return {extension: role of such a member}, longest extension first."""
@@ -128,6 +141,15 @@ def run(config: IndexConfig) -> int:
     if not filled:
         raise DataError(f"{config.folder}: {len(shards)} shards without an image; see --image-ext")
     total = merge_statistics(shard.tally for shard in filled)
+    problems, notes = find_class_problems(
+        config.classes,
+        config.mask_format(),
+        total,
+        allow_absent=config.allow_absent_classes,
+        remedy=REPACK,
+    )
+    if problems:
+        raise AggregateDataError(problems, "nothing was written")
     manifest = build_manifest(config, filled, splits, duplicates, total)
     if store.exists(MANIFEST):
         if read_manifest(store) != manifest:
@@ -144,6 +166,7 @@ def run(config: IndexConfig) -> int:
     write_manifest(store, manifest)
     lines = [
         *summarise(config.folder, manifest, total, FOREIGN_NOTES),
+        *(f"  {note}" for note in notes),
         *list_warnings(shards, manifest),
         *suggest_training(config.folder, manifest),
     ]

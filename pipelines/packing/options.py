@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from pipelines.packing.colours import ColourTable, read_colour_table, read_first_palette
+from pipelines.packing.duplicates import DuplicatePolicy
 from pipelines.runtime.errors import UsageError, parse_part, refuse_url
 from pipelines.runtime.yaml_flags import Flat, refuse_unused
 from shards.folders.pairs import Pairing, PairRule, find_pairs, read_pair_lists
@@ -114,6 +115,8 @@ class MaskOptions:
     """How far a value or each channel of a colour may be off (formats `values` and `rgb`, JPEG)."""
     resize_mask: bool = False
     """Resize masks that differ from their image in size but not in shape (nearest neighbour)."""
+    allow_absent_classes: bool = False
+    """Accept classes that have no pixel in any mask; default: they are an error."""
 
     def __post_init__(self) -> None:
         if (self.mask_format == "rgb") != (self.colours is not None):
@@ -261,6 +264,15 @@ class SplitOptions:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class DuplicateOptions:
+    """Identical images in different splits."""
+
+    duplicates: DuplicatePolicy = "error"
+    """Identical images in different splits: refuse them, or keep each with its group in the first
+    of their splits (train, val, test)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class SourceOptions:
     """Images and masks, and how they are paired, read and split."""
 
@@ -269,6 +281,7 @@ class SourceOptions:
     image: Flat[ImageOptions] = field(default_factory=ImageOptions)
     geometry: Flat[GeometryOptions] = field(default_factory=GeometryOptions)
     split: Flat[SplitOptions] = field(default_factory=SplitOptions)
+    duplicate: Flat[DuplicateOptions] = field(default_factory=DuplicateOptions)
 
     def __post_init__(self) -> None:
         if not self.pairing.has_masks:
@@ -276,6 +289,7 @@ class SourceOptions:
             refuse_unused(self.pairing, reason, *MASK_NAMES)
             refuse_unused(self.mask, reason)
             refuse_unused(self.split, reason)
+            refuse_unused(self.duplicate, reason)
         elif self.mask.mask_format is None:
             raise ValueError(
                 "--masks needs --mask-format binary, index, values, palette or rgb; "

@@ -5,10 +5,8 @@ import io
 import numpy as np
 from PIL import Image
 
+from shards.images.tiff import GREY16_MODES
 from shards.sample import Channels
-
-GREY16_MODES = ("I;16", "I;16B", "I;16L", "I")
-"""Pillow's modes of grey images with more than 8 bits."""
 
 
 def downscale_image(image: Image.Image, longest: int, channels: Channels) -> Image.Image:

@@ -1,15 +1,24 @@
 """Image files: validated on open, stored losslessly as they are, decoded deterministically."""
 
 import io
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from PIL import Image, ImageOps, TiffImagePlugin
 
-from shards.images.encoding import GREY16_MODES, downscale_image, encode_png
+from shards.images.encoding import downscale_image, encode_png
 from shards.images.headers import detect_unread_format, read_image_header
+from shards.images.tiff import (
+    GREY16_MODES,
+    PHOTOMETRIC,
+    is_truncated_to_8_bits,
+    max_bits_per_sample,
+    read_tiff_tags,
+    refuse_inverted_16_bit,
+    refuse_tiff_tags,
+    repeats_8_bits,
+)
 from shards.sample import Channels, DataError
 
 IMAGE_EXTENSIONS = frozenset(
@@ -27,7 +36,8 @@ UNSUPPORTED_EXTENSIONS = {
     **dict.fromkeys(
         (".avif", ".dng", ".exr", ".heic", ".heif", ".jp2", ".npy", ".npz"), UNSUPPORTED
     ),
-    **dict.fromkeys((".pbm", ".pgm", ".pnm", ".ppm", ".psd", ".ras", ".tga", ".xcf"), UNSUPPORTED),
+    **dict.fromkeys((".pbm", ".pcx", ".pgm", ".pnm", ".ppm"), UNSUPPORTED),
+    **dict.fromkeys((".psd", ".ras", ".sgi", ".tga", ".xbm", ".xcf", ".xpm"), UNSUPPORTED),
 }
 """Extensions of files that hold images but cannot be read: refused by name, not skipped."""
 PILLOW_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
@@ -35,13 +45,8 @@ PILLOW_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 MAX_PIXELS = 1_000_000_000
 """Images with more pixels are refused before they are decoded: a small file can claim any size."""
 EXIF_ORIENTATION = 0x0112
-BITS_PER_SAMPLE = 258
-PHOTOMETRIC, WHITE_IS_ZERO = 262, 0
 ORIENTATION_KEYS = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}
 """Keys of `Image.info` whose values may hold an orientation."""
-SAMPLES_PER_PIXEL = 277
-GEO_TAGS = (33550, 33922, 34264, 34735)
-"""ModelPixelScale, ModelTiepoint, ModelTransformation, GeoKeyDirectory (GeoTIFF 1.1, section 7)."""
 UNDO_ORIENTATION = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -135,6 +140,8 @@ class StoredImage:
     channels: Channels
     notes: tuple[str, ...] = ()
     """What packing changed or decoding will change: keys of NOTES."""
+    orientation: int = 0
+    """EXIF orientation 2 to 8 of the file, 0 if it is upright."""
 
 
 def check_image_range(bounds: tuple[int, int] | None) -> None:
@@ -149,10 +156,12 @@ NOTES = {
     "turned": "with an EXIF orientation are stored upright, as PNG",
     "unturned": "with an EXIF orientation are stored unrotated, as PNG without it",
     "frame": "with several frames are stored as a single frame, as PNG",
+    "narrowed": "repeat 8 bits in each 16-bit channel and are stored with 8 bits, as PNG",
     "resized": "are scaled down and stored as PNG",
     "mask": "have a mask of another size, resized to theirs by nearest neighbour",
     "alpha": "have transparent pixels; alpha is kept in the shard and dropped when decoding",
     "colour": "are CMYK or YCbCr; kept in the shard and converted to RGB when decoding",
+    "white_is_zero": "have a TIFF mask shown with white as 0; its values are read as stored",
     "deep": "have 16 bits; kept in the shard and scaled to 8 bits when decoding",
 }
 
@@ -191,19 +200,13 @@ def open_image(data: bytes, where: str, rule: ImageRule) -> Image.Image:
         )
     if image.format == "PNG" and image.mode == "P" and image.palette is None:
         raise DataError(f"{where} has lost its palette; repair or remove it")
-    if image.mode in GREY16_MODES and tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:
-        raise DataError(f"{where} is 16-bit with white as 0; save it with black as 0")
-    if image.mode not in GREY16_MODES and is_truncated_to_8_bits(image, tags):
+    truncated = image.mode not in GREY16_MODES and is_truncated_to_8_bits(image, tags)
+    if truncated and not repeats_8_bits(data, image):
         raise DataError(
             f"{where} has 16 bits per colour channel, of which 8 would be lost silently; "
             "convert it to 8 bits per channel, or to 16-bit grey"
         )
     return image
-
-
-def read_tiff_tags(image: Image.Image) -> Any:
-    """Return the tags of the current frame of a TIFF; an empty dict for other formats."""
-    return image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
 
 
 def refuse_image_size(image: Image.Image, rule: ImageRule, where: str) -> None:
@@ -212,27 +215,6 @@ def refuse_image_size(image: Image.Image, rule: ImageRule, where: str) -> None:
         raise DataError(
             f"{where} declares {image.width} x {image.height} pixels, more than the limit of "
             f"{rule.max_pixels:,}; split it into smaller images, or raise --max-pixels"
-        )
-
-
-def refuse_tiff_tags(tags: Any, num_bands: int, where: str) -> None:
-    """Raise DataError for TIFF bands that Pillow would ignore or a georeference that would be lost.
-
-    Args:
-        tags: of the frame.
-        num_bands: bands that Pillow reads.
-        where: name of the file in the message.
-    """
-    samples = int(tags.get(SAMPLES_PER_PIXEL, num_bands))
-    if samples > max(num_bands, 1):
-        raise DataError(
-            f"{where} has {samples} bands; images have 1 (grey) or 3 (RGB), and optionally an "
-            "alpha channel: export the bands that you need to a file of their own"
-        )
-    if any(tag in tags for tag in GEO_TAGS):
-        raise DataError(
-            f"{where} has a georeference (GeoTIFF), which would be lost; "
-            "export it as plain TIFF or PNG"
         )
 
 
@@ -261,27 +243,6 @@ def explain_unreadable(data: bytes) -> str:
     return "is not a readable image; repair or remove it"
 
 
-def max_bits_per_sample(tags: Any) -> int:
-    """Return the largest number of bits of any channel in the tags of a TIFF."""
-    return int(np.ravel(tags.get(BITS_PER_SAMPLE, 8)).max())
-
-
-def is_truncated_to_8_bits(image: Image.Image, tags: Any) -> bool:
-    """Return whether Pillow truncates 16-bit channels to 8, by the tags or the codec's raw mode."""
-    if tags and max_bits_per_sample(tags) > 8 and image.mode != "F":
-        return True
-    tiles = getattr(image, "tile", [])
-    return any(";16" in word for tile in tiles for word in iter_strings(tile[3]))
-
-
-def iter_strings(arguments: object) -> Iterator[str]:
-    """Yield the strings among the arguments of a codec."""
-    if isinstance(arguments, str):
-        yield arguments
-    elif isinstance(arguments, tuple):
-        yield from (item for item in arguments if isinstance(item, str))
-
-
 def read_orientation(image: Image.Image) -> int:
     """Return the EXIF orientation of an image, 1 if it has none or an invalid one."""
     # Pillow takes as long to parse nothing as to open the image.
@@ -293,10 +254,10 @@ def read_orientation(image: Image.Image) -> int:
 
 def load_pixels(
     image: Image.Image, where: str, exif: ExifPolicy = "upright"
-) -> tuple[Image.Image, bool]:
+) -> tuple[Image.Image, int]:
     """Decode all pixels, rotated upright or as stored.
 
-    Returns the image and whether it has an EXIF orientation other than upright. Raises DataError
+    Returns the image and its EXIF orientation: 2 to 8, or 0 if it is upright. Raises DataError
     if the file is damaged.
     """
     try:
@@ -308,7 +269,8 @@ def load_pixels(
             loaded = ImageOps.exif_transpose(image) if after != 1 else image
         else:
             loaded = image.transpose(UNDO_ORIENTATION[before]) if before != after == 1 else image
-        return loaded, before != 1 or after != 1
+        orientation = after if after != 1 else before
+        return loaded, 0 if orientation == 1 else orientation
     except Exception as error:  # Pillow's decoders raise whatever the bytes provoke
         raise DataError(f"{where} is damaged ({error}); repair or remove it") from error
 
@@ -329,24 +291,37 @@ def read_image(data: bytes, rule: ImageRule, where: str, *, pixels: bool = True)
         if header.mode != "P" and size[0] * size[1] <= rule.max_pixels:
             return StoredImage(data, None, None, size, size, header.mode, header.mode)
     opened = open_image(data, where, rule)
+    refuse_inverted_16_bit(opened, where)
     several = getattr(opened, "n_frames", 1) > 1 and opened.format != "MPO"
-    image, oriented = load_pixels(opened, where, rule.exif)
+    tags = read_tiff_tags(opened)
+    narrowed = opened.mode not in GREY16_MODES and is_truncated_to_8_bits(opened, tags)
+    image, orientation = load_pixels(opened, where, rule.exif)
     full_size = image.size
     channels, notes = inspect_image(image, rule.alpha, rule.allow_16_bit, where)
-    if oriented:
+    if orientation:
         notes.append("turned" if rule.exif == "upright" else "unturned")
     if several:
         notes.append("frame")
+    if narrowed:
+        notes.append("narrowed")
     if rule.resize is not None and max(image.size) > rule.resize:
         image = downscale_image(image, rule.resize, channels)
         notes.append("resized")
     extension = None
-    if {"turned", "unturned", "frame", "resized"} & set(notes):
+    if {"turned", "unturned", "frame", "narrowed", "resized"} & set(notes):
         if image.mode in ("CMYK", "YCbCr"):
             image = image.convert("RGB")
         data, extension = encode_png(image), "png"
     return StoredImage(
-        data, extension, image, image.size, full_size, image.mode, channels, tuple(notes)
+        data,
+        extension,
+        image,
+        image.size,
+        full_size,
+        image.mode,
+        channels,
+        tuple(notes),
+        orientation,
     )
 
 

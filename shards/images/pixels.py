@@ -7,7 +7,6 @@ import numpy as np
 from PIL import Image
 
 from shards.images.files import (
-    GREY16_MODES,
     ImageFormat,
     ImageRule,
     inspect_image,
@@ -17,6 +16,7 @@ from shards.images.files import (
     read_orientation,
 )
 from shards.images.headers import JPEG_START, read_image_header
+from shards.images.tiff import GREY16_MODES, refuse_inverted_16_bit
 from shards.sample import Uint8
 
 try:
@@ -62,7 +62,9 @@ def decode_unconverted(data: bytes, image_format: ImageFormat, where: str) -> De
     if (pixels := decode_with_simplejpeg(data, image_format)) is not None:
         return DecodedImage(pixels, image_format)
     rule = ImageRule(alpha=image_format.alpha, max_pixels=image_format.max_pixels)
-    image, _ = load_pixels(open_image(data, where, rule), where)
+    opened = open_image(data, where, rule)
+    refuse_inverted_16_bit(opened, where)
+    image, _ = load_pixels(opened, where)
     inspect_image(image, image_format.alpha, image_format.range is not None, where)
     return DecodedImage(image, image_format)
 

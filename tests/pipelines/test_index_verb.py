@@ -253,8 +253,40 @@ def test_palette_masks_are_read_as_indices(indexed, tmp_path: Path) -> None:
     image.save(out, "PNG")
     members = {"a.png": encode_image(0), "a.mask.png": out.getvalue()}
     tar(tmp_path / "a.tar", members)
-    assert_holds(tmp_path, manifest := indexed(tmp_path), "train", members, "mask.png")
+    manifest = indexed(tmp_path, *CLASSES, "--allow-absent-classes")
+    assert_holds(tmp_path, manifest, "train", members, "mask.png")
     assert manifest.splits["train"].shards[0].pixels == (0, 0, 192, 0)
+
+
+def make_palette_mask(values, *colours) -> bytes:
+    image = Image.fromarray(np.array(values, np.uint8).repeat(96).reshape(12, 16)).copy()
+    image.putpalette([number for colour in colours for number in colour])
+    out = io.BytesIO()
+    image.save(out, "PNG")
+    return out.getvalue()
+
+
+def test_palettes_that_swap_classes_are_refused(refused, tmp_path: Path) -> None:
+    black, red = (0, 0, 0), (255, 0, 0)
+    one, other = make_palette_mask([0, 1], black, red), make_palette_mask([0, 1], red, black)
+    members = {
+        **{"a.png": encode_image(0), "a.mask.png": one},
+        **{"b.png": encode_image(1), "b.mask.png": other},
+    }
+    tar(tmp_path / "a.tar", members)
+    text = refused(tmp_path, "--classes", "background", "cell")
+    assert "palettes differ: by its index, (0, 0, 0) is background in 1 masks" in text
+
+
+def test_masks_whose_foreground_is_255_are_refused(refused, tmp_path: Path) -> None:
+    members = {
+        "a.png": encode_image(0),
+        "a.mask.png": make_palette_mask([0, 255], *[(9, 9, 9)] * 256),
+    }
+    tar(tmp_path / "a.tar", members)
+    text = refused(tmp_path, "--classes", "background", "cell")
+    assert "class 'cell' has no pixel in 1 masks; 50 % of the pixels are ignored" in text
+    assert "if 255 is a class, extract the tar and pack its files" in text
 
 
 def test_images_without_masks_are_unlabelled(indexed, tmp_path: Path, call, by_hand) -> None:
@@ -429,12 +461,12 @@ def test_indexing_packed_shards_restores_the_manifest(
         "pack",
         *("--images", folder / "images", "--masks", folder / "masks", "--out", data),
         *("--mask-format", "index", *CLASSES, "--ignore-value", 255, "--val-fraction", 0.3),
-        *("--samples-per-shard", 3, "--workers", 1),
+        *("--samples-per-shard", 3, "--workers", 1, "--allow-absent-classes"),
     )
     assert ended.code == 0, ended.err
     before, files = read_manifest(data), content(data)
     (data / "index.json").unlink()
-    after = indexed(data)
+    after = indexed(data, *CLASSES, "--allow-absent-classes")
     for name in ("classes", "palette", "image_format", "mean", "std", "splits", "duplicates"):
         assert getattr(after, name) == getattr(before, name), name
     files.pop("index.json")

@@ -194,7 +194,7 @@ def test_a_header_agrees_with_the_decoded_image(to_bytes, noise):
         assert (decoded.mode, decoded.size) == (trusted.mode, trusted.size)
 
 
-def test_every_note_occurs(to_bytes, noise):
+def test_every_note_occurs(to_bytes, raw_png, noise):
     notes = set()
     several = [Image.fromarray(noise(seed=i)) for i in range(2)]
     for data, rule in (
@@ -205,10 +205,11 @@ def test_every_note_occurs(to_bytes, noise):
         (to_bytes(Image.new("RGBA", (2, 2))), {"alpha": "drop"}),
         (to_bytes(several[0].convert("CMYK"), "TIFF"), {}),
         (to_bytes(Image.fromarray(grey16())), {"allow_16_bit": True}),
+        (raw_png([b"\7" * 24] * 2, 4, 16, 2), {}),
     ):
         notes |= set(read(data, **rule).notes)
-    # The note on masks is added when a mask is compared with its image.
-    assert notes | {"mask"} == set(NOTES)
+    # Notes on masks are added when a mask is read with its image.
+    assert notes | {"mask", "white_is_zero"} == set(NOTES)
 
 
 # ------------------------------------------------------------------------------------ 16 bits
@@ -514,7 +515,9 @@ class Files:
         return self.pil(frames[0], file_format, save_all=True, append_images=frames[1:])
 
     def bands(self, count, bits=8, **options):
-        return self.tiff(bytes(48 * count * bits // 8), (8, 6), bits, count, **options)
+        # High and low bytes differ, so that 16 bits do not only repeat 8.
+        data = (b"\0\1" if count > 1 else b"\0\0") * (48 * count * bits // 16)
+        return self.tiff(data, (8, 6), bits, count, **options)
 
     def truncated(self, file_format):
         data = self.pil(Image.fromarray(self.noise((40, 40, 3))), file_format)
@@ -578,8 +581,8 @@ BAD = {
     ),
     "double TIFF": (lambda f: f.bands(1, 64, sample=3), UNDECODED.format(64)),
     "CIELAB": (lambda f: f.pil(Image.new("LAB", (3, 3)), "TIFF"), MODE.format("LAB")),
-    "16-bit RGB PNG": (lambda f: f.png([bytes(48)] * 6, 8, 16, 2), COLOUR_16),
-    "16-bit RGBA PNG": (lambda f: f.png([bytes(64)] * 6, 8, 16, 6), COLOUR_16),
+    "16-bit RGB PNG": (lambda f: f.png([b"\0\1" * 24] * 6, 8, 16, 2), COLOUR_16),
+    "16-bit RGBA PNG": (lambda f: f.png([b"\0\1" * 32] * 6, 8, 16, 6), COLOUR_16),
     "16-bit grey and alpha PNG": (lambda f: f.png([bytes(32)] * 6, 8, 16, 4), COLOUR_16),
     "16-bit RGB TIFF": (lambda f: f.bands(3, 16, photometric=2), COLOUR_16),
     "16-bit RGB TIFF, big": (lambda f: f.bands(3, 16, photometric=2, order=">"), COLOUR_16),
@@ -722,7 +725,9 @@ def test_16_bit_images_with_white_as_zero_are_refused(to_bytes):
     deep = Image.fromarray(np.arange(12, dtype=np.uint16).reshape(3, 4))
     data = to_bytes(deep, "TIFF", tiffinfo={262: 0})
     with pytest.raises(DataError, match=r"a\.tif is 16-bit with white as 0; save it with"):
-        open_image(data, "a.tif", ImageRule())
+        read_image(data, ImageRule(allow_16_bit=True), "a.tif")
+    with pytest.raises(DataError, match="white as 0"):
+        decode_image(data, ImageFormat("L", range=(0, 65535)), "a.tif")
 
 
 def test_a_transparent_grey_value_of_16_bits_needs_a_rule(to_bytes):
