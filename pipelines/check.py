@@ -51,8 +51,8 @@ class CheckConfig:
     def __post_init__(self) -> None:
         refuse_negative_workers(self.workers)
         refuse_url("--out", self.out)
-        for folder in (self.source.pairing.images, self.source.pairing.masks):
-            if folder is not None and self.out.resolve().is_relative_to(folder.resolve()):
+        for folder in (*self.source.pairing.images, *self.source.pairing.masks):
+            if self.out.resolve().is_relative_to(folder.resolve()):
                 raise ValueError(
                     f"--out {self.out} is inside {folder}, so its files would be read as images; "
                     "choose another --out"
@@ -70,10 +70,11 @@ def run(config: CheckConfig) -> int:
         SampleStatistics(), [], list_pairing_problems(pairing, skip_unpaired), [], set()
     )
     rule, splits = None, {}
+    notes = source.describe_splits()
     if pairing.pairs:
         rule = source.sample_rule(pairing)
         inspect_all(pairing, rule, config.workers, pairs)
-        splits = assign_splits(source.split.make_rule(), pairing, pairs)
+        splits = assign_splits(source.split.make_rule(), pairing, pairs, notes)
         pairs.problems += list_leaks(pairs, splits)
     problems = sorted(pairs.problems)
     store = Store(str(config.out))
@@ -83,6 +84,8 @@ def run(config: CheckConfig) -> int:
     store.write(REPORT_NAME, (json.dumps(report, indent=1) + "\n").encode())
     path = save_problems(problems, store)
     print("\n".join(format_table(report, "pairs" if source.pairing.has_masks else "images")))
+    for note in notes:
+        print(f"  {note}")
     if rule is not None and draw_sheet(pairing, rule, form, pairs, report, config.out / SHEET_NAME):
         print(f"contact sheet: {store.path(SHEET_NAME)}")
     if not problems:
@@ -131,12 +134,14 @@ def inspect_all(pairing: Pairing, rule: SampleRule, workers: int, report: PairRe
             bar.update(len(chunk))
 
 
-def assign_splits(rule: SplitRule, pairing: Pairing, report: PairReport) -> dict[str, str]:
+def assign_splits(
+    rule: SplitRule, pairing: Pairing, report: PairReport, notes: list[str]
+) -> dict[str, str]:
     """Return {source: split} of all pairs; problems with the splits are added to the report."""
     if pairing.masks is None:
         return {pair.source: "unlabelled" for pair in pairing.pairs}
     try:
-        splits, _ = rule.assign_splits(pairing.pairs)
+        splits, _ = rule.assign_splits(pairing.pairs, notes)
     except AggregateDataError as error:
         report.problems += [f"{line}; {error.remedy}" for line in error.problems]
         return {}

@@ -194,6 +194,8 @@ def pack_into(config: PackConfig, store: Store) -> int:
 
     Raises DataError for bad input, RunError if shards of other parts are missing.
     """
+    for note in config.source.describe_splits():
+        print(note)
     pairing, problems = find_valid_pairs(config)
     rule = make_pack_rule(config, store, pairing)
     plan, leaks = make_plan(
@@ -358,7 +360,7 @@ def suggest_next(config: PackConfig, manifest: Manifest) -> Iterator[str]:
     """Suggest what to do next."""
     if config.source.pairing.has_masks and "train" in manifest.splits:
         if "val" not in manifest.splits:
-            yield "  warning: split val is empty; raise --val-fraction or use --split-file"
+            yield "  warning: split val is empty; --val-fraction 0.1 cuts it out of train"
         if not is_url(config.out):
             yield f"next: unet train --data {config.out} --run-dir RUN"
 

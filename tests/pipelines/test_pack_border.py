@@ -276,7 +276,7 @@ def test_a_worker_without_scipy_is_reported(dots: Path, tmp_path: Path, monkeypa
         out=str(tmp_path / "out"),
         workers=1,
         source=SourceOptions(
-            pairing=PairingOptions(images=dots / "images", masks=dots / "masks"),
+            pairing=PairingOptions(images=(dots / "images",), masks=(dots / "masks",)),
             mask=MaskOptions(mask_format="index", classes=("background", "cell", "nucleus")),
         ),
         border=BorderOptions(border_sigma=5),
