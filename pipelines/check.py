@@ -1,6 +1,7 @@
 """`unet check`: decode every image and mask of a data set before it is packed."""
 
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -8,18 +9,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import tyro
 from PIL import Image
 
 from pipelines.drawing.contact_sheet import Cell, draw_contact_sheet
+from pipelines.packing.first_look import propose_source
 from pipelines.packing.inspection import PairReport, inspect_pairs, list_leaks, read_pair
 from pipelines.packing.options import SourceOptions
 from pipelines.packing.problems import save_problems
 from pipelines.packing.propose import format_command, propose_format
-from pipelines.runtime.command import run_command
+from pipelines.runtime.command import parse, run_command
 from pipelines.runtime.errors import REFUSED, refuse_url
 from pipelines.runtime.processes import chunks, num_workers, refuse_negative_workers, run_all
 from pipelines.runtime.progress import progress
-from pipelines.runtime.yaml_flags import Flat
+from pipelines.runtime.yaml_flags import Flat, refuse_unused
 from shards.folders.pairs import Pairing
 from shards.folders.splits import SplitRule
 from shards.images.files import NOTES, ImageFormat
@@ -42,6 +45,9 @@ class CheckConfig:
     images, OUT/check.json and OUT/problems.txt. Exits with 1 where packing would refuse.
     """
 
+    folder: tyro.conf.Positional[Path | None] = None
+    """Folder to look at instead of --images and --masks: proposes all flags of `unet pack` as one
+    command, and checks the data with them."""
     out: Path = Path("check")
     """Folder for the contact sheet, the JSON and the list of problems."""
     workers: int = 0
@@ -49,9 +55,18 @@ class CheckConfig:
     source: Flat[SourceOptions]
 
     def __post_init__(self) -> None:
+        if self.folder is None:
+            self.source.pairing.require_input()
+        else:
+            refuse_url("FOLDER", self.folder)
+            refuse_unused(self.source, "has no effect with FOLDER; use --images and --masks")
         refuse_negative_workers(self.workers)
         refuse_url("--out", self.out)
-        for folder in (*self.source.pairing.images, *self.source.pairing.masks):
+        for folder in (
+            *((self.folder,) if self.folder else ()),
+            *self.source.pairing.images,
+            *self.source.pairing.masks,
+        ):
             if self.out.resolve().is_relative_to(folder.resolve()):
                 raise ValueError(
                     f"--out {self.out} is inside {folder}, so its files would be read as images; "
@@ -61,6 +76,8 @@ class CheckConfig:
 
 def run(config: CheckConfig) -> int:
     """Inspect all pairs, print a table, write the report and the contact sheet."""
+    if config.folder is not None:
+        return check_folder(config.folder, config)
     source = config.source
     if source.mask.mask_format == "auto":
         return propose_format(source, config.workers, format_command(config, "check"))
@@ -93,6 +110,19 @@ def run(config: CheckConfig) -> int:
         return 0
     print_problems(problems, path)
     return REFUSED
+
+
+def check_folder(folder: Path, config: CheckConfig) -> int:
+    """Propose flags for a folder, check the data with them, and print them as one command."""
+    words, notes = propose_source(folder, config.out, config.workers)
+    more = ["--out", str(config.out), "--workers", str(config.workers)]
+    code = run(parse(CheckConfig, [*words, *more], "check"))
+    print(
+        "\nproposed command:\n\n" + shlex.join(["unet", "pack", *words, "--out", "SHARDS"]) + "\n"
+    )
+    for note in notes:
+        print(f"unsure: {note}")
+    return code
 
 
 def print_problems(problems: Sequence[str], path: str) -> None:

@@ -151,6 +151,7 @@ class PackConfig:
     job: Flat[JobOptions] = field(default_factory=JobOptions)
 
     def __post_init__(self) -> None:
+        self.source.pairing.require_input()
         refuse_negative_workers(self.workers)
         if not is_url(self.out):
             refuse_url("--out", self.out)

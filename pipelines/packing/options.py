@@ -55,8 +55,6 @@ class PairingOptions:
     """Skip images without a mask and masks without an image instead of refusing them."""
 
     def __post_init__(self) -> None:
-        if not self.images and not self.pairs:
-            raise ValueError("--images FOLDER or --pairs FILE is required")
         for flag in ("images", "masks", "pairs"):
             for path in getattr(self, flag):
                 refuse_url(f"--{flag}", path)
@@ -72,6 +70,11 @@ class PairingOptions:
             reason = "has no effect with --pairs, which lists every pair"
             refuse_unused(self, reason, "image_suffix", "image_ext", *MASK_NAMES)
         self.make_rule()
+
+    def require_input(self) -> None:
+        """Raise ValueError if no images are declared."""
+        if not self.images and not self.pairs:
+            raise ValueError("--images FOLDER or --pairs FILE is required")
 
     @property
     def has_masks(self) -> bool:

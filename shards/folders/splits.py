@@ -75,7 +75,7 @@ class SplitRule:
         groups = [extract_group(p.source, self.group_by) for p in pairs]
         names = [p.key if group is None else group for p, group in zip(pairs, groups, strict=True)]
         declared = self.read_declared(pairs)
-        cut = self.fold is not None or self.val_fraction is not None
+        cut = self.fold is not None or bool(self.val_fraction)
         if declared is None:
             splits = [self.hash_split(name) for name in names]
         else:
@@ -103,7 +103,7 @@ class SplitRule:
     def refuse_unused(self, declared: set[Split]) -> None:
         """Raise DataError for a setting that has no effect on declared splits."""
         flag = "--fold" if self.fold is not None else "--val-fraction"
-        if (self.fold is not None or self.val_fraction is not None) and "val" in declared:
+        if (self.fold is not None or self.val_fraction) and "val" in declared:
             raise DataError(
                 f"{flag} cuts val out of train, but the data declare val; remove {flag}, or "
                 "declare these samples as train"

@@ -56,7 +56,11 @@ def find_fit(images: Collection[str], masks: Collection[str], *, shared: bool = 
         left, right = find_numbers(images), find_numbers(masks)
         if len(left) == len(images) and len(right) == len(masks):
             fits.append(Fit(len(left & right), regex=FIRST_NUMBER))
-    return max(fits, key=lambda fit: (fit.pairs, fit.regex is None, -len("".join(fit.flags))))
+    return max(
+        fits,
+        key=lambda fit: (fit.pairs, fit.regex is None, -len("".join(fit.flags))),
+        default=Fit(0),
+    )
 
 
 def cut_suffixes(stems: set[str]) -> dict[str, set[str]]:
@@ -66,7 +70,8 @@ def cut_suffixes(stems: set[str]) -> dict[str, set[str]]:
         name = stem.rpartition("/")[2]
         ends = {name[match.start() :] for match in BOUNDARY.finditer(name)}
         counts.update(ends | ({name} if "/" in stem else set()))
-    common = [end for end, count in counts.most_common(MAX_SUFFIXES) if count > 1]
+    ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:MAX_SUFFIXES]
+    common = [end for end, count in ranked if count > 1]
     cut = {end: {s[: -len(end)] for s in stems if s.endswith(end)} for end in common}
     return {"": stems, **cut}
 
