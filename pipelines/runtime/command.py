@@ -88,8 +88,8 @@ def wait_for_rank_0() -> None:
 
 def parse(config_class: type[T], argv: Sequence[str], verb: str) -> T:
     """Parse the arguments; exits with 2 and a message if they are wrong."""
-    files, flags = take_config_files(argv)
-    from_files = [flag for file in files for flag in yaml_flags(config_class, file)]
+    files, flags = take_config_files([expand_home(argument) for argument in argv])
+    from_files = [expand_home(flag) for file in files for flag in yaml_flags(config_class, file)]
     description = inspect.cleandoc(config_class.__doc__ or "")
     description += (
         "\n\n--config FILE.yaml (repeatable, later wins) sets any of these; flags override files."
@@ -109,6 +109,13 @@ def parse(config_class: type[T], argv: Sequence[str], verb: str) -> T:
             wait_for_rank_0()
             print(held.getvalue(), file=sys.stderr, end="", flush=True)
         raise
+
+
+def expand_home(argument: str) -> str:
+    """Expand `~/` at the start of a value, which a shell expands neither after `=` nor in YAML."""
+    start = argument.find("=") + 1 if argument.startswith("--") else 0
+    value = argument[start:]
+    return argument[:start] + os.path.expanduser(value) if value.startswith("~/") else argument
 
 
 def take_config_files(argv: Sequence[str]) -> tuple[list[Path], list[str]]:

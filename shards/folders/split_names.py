@@ -25,7 +25,7 @@ def find_named_split(name: str) -> Split | None:
     Returns None if no word names a split, or if words name several.
     """
     words = re.split("[^a-z]+", name.lower())
-    found = {SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES}
+    found: set[Split] = {SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES}
     return found.pop() if len(found) == 1 else None
 
 
@@ -35,7 +35,7 @@ def find_declared_splits(flag: str, paths: Sequence[Path]) -> list[Split | None]
     All are None for a single path, and if no name declares a split. The name of a folder is read
     from its last part up: `train/images` is train. Raises ValueError if only some declare one.
     """
-    splits = [
+    splits: list[Split | None] = [
         next((s for part in (p.stem, *p.parts[-2::-1][:2]) if (s := find_named_split(part))), None)
         if flag == "--images"
         else find_named_split(path.stem)

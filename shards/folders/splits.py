@@ -77,7 +77,7 @@ class SplitRule:
         declared = self.read_declared(pairs)
         cut = self.fold is not None or bool(self.val_fraction)
         if declared is None:
-            splits = [self.hash_split(name) for name in names]
+            splits: list[Split] = [self.hash_split(name) for name in names]
         else:
             refuse_divided_groups(groups, declared)
             self.refuse_unused(set(declared))
@@ -97,7 +97,7 @@ class SplitRule:
             return read_split_files(self.files, pairs)
         if self.by_folder:
             return read_split_folders(pairs)
-        named = [pair.split for pair in pairs if pair.split is not None]
+        named: list[Split] = [pair.split for pair in pairs if pair.split is not None]
         return named if named and len(named) == len(pairs) else None
 
     def refuse_unused(self, declared: set[Split]) -> None:
