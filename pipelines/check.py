@@ -1,6 +1,7 @@
 """`unet check`: decode every image and mask of a data set before it is packed."""
 
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -9,21 +10,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tyro
 from PIL import Image
 
 from pipelines.drawing.contact_sheet import Cell, draw_contact_sheet
 from pipelines.drawing.overlay import choose_overlay_colours
 from pipelines.packing.classes import IGNORED_REMEDY, find_class_problems
 from pipelines.packing.duplicates import DuplicatePolicy, describe_moves, unite_duplicates
+from pipelines.packing.first_look import propose_source
 from pipelines.packing.inspection import PairReport, inspect_pairs, list_leaks, read_pair
 from pipelines.packing.options import SourceOptions
 from pipelines.packing.problems import save_problems
 from pipelines.packing.propose import format_command, propose_format
-from pipelines.runtime.command import run_command
+from pipelines.runtime.command import parse, run_command
 from pipelines.runtime.errors import REFUSED, refuse_url
 from pipelines.runtime.processes import chunks, num_workers, refuse_negative_workers, run_all
 from pipelines.runtime.progress import progress
-from pipelines.runtime.yaml_flags import Flat
+from pipelines.runtime.yaml_flags import Flat, refuse_unused
 from shards.folders.pairs import Pair, Pairing
 from shards.folders.splits import SplitRule
 from shards.images.files import NOTES, ImageFormat
@@ -46,6 +49,9 @@ class CheckConfig:
     images, OUT/check.json and OUT/problems.txt. Exits with 1 where packing would refuse.
     """
 
+    folder: tyro.conf.Positional[Path | None] = None
+    """Folder to look at instead of --images and --masks: proposes all flags of `unet pack` as one
+    command, and checks the data with them."""
     out: Path = Path("check")
     """Folder for the contact sheet, the JSON and the list of problems."""
     workers: int = 0
@@ -53,10 +59,19 @@ class CheckConfig:
     source: Flat[SourceOptions]
 
     def __post_init__(self) -> None:
+        if self.folder is None:
+            self.source.pairing.require_input()
+        else:
+            refuse_url("FOLDER", self.folder)
+            refuse_unused(self.source, "has no effect with FOLDER; use --images and --masks")
         refuse_negative_workers(self.workers)
         refuse_url("--out", self.out)
-        for folder in (self.source.pairing.images, self.source.pairing.masks):
-            if folder is not None and self.out.resolve().is_relative_to(folder.resolve()):
+        for folder in (
+            *((self.folder,) if self.folder else ()),
+            *self.source.pairing.images,
+            *self.source.pairing.masks,
+        ):
+            if self.out.resolve().is_relative_to(folder.resolve()):
                 raise ValueError(
                     f"--out {self.out} is inside {folder}, so its files would be read as images; "
                     "choose another --out"
@@ -65,6 +80,8 @@ class CheckConfig:
 
 def run(config: CheckConfig) -> int:
     """Inspect all pairs, print a table, write the report and the contact sheet."""
+    if config.folder is not None:
+        return check_folder(config.folder, config)
     source = config.source
     if source.mask.mask_format == "auto":
         return propose_format(source, config.workers, format_command(config, "check"))
@@ -74,14 +91,15 @@ def run(config: CheckConfig) -> int:
         SampleStatistics(), [], list_pairing_problems(pairing, skip_unpaired), [], set()
     )
     rule, splits = None, {}
+    notes = source.describe_splits()
     if pairing.pairs:
         rule = source.sample_rule(pairing)
         inspect_all(pairing, rule, config.workers, pairs)
         splits = assign_splits(
-            source.split.make_rule(), pairing, pairs, source.duplicate.duplicates
+            source.split.make_rule(), pairing, pairs, source.duplicate.duplicates, notes
         )
         pairs.problems += list_leaks(pairs, splits)
-    found, notes = find_class_problems(
+    found, class_notes = find_class_problems(
         source.mask.class_names(),
         None if rule is None else rule.masks,
         pairs.tally,
@@ -89,6 +107,7 @@ def run(config: CheckConfig) -> int:
         remedy=IGNORED_REMEDY,
     )
     pairs.problems += found
+    notes += class_notes
     problems = sorted(pairs.problems)
     store = Store(str(config.out))
     store.create_folder()
@@ -105,6 +124,19 @@ def run(config: CheckConfig) -> int:
         return 0
     print_problems(problems, path)
     return REFUSED
+
+
+def check_folder(folder: Path, config: CheckConfig) -> int:
+    """Propose flags for a folder, check the data with them, and print them as one command."""
+    words, notes = propose_source(folder, config.out, config.workers)
+    more = ["--out", str(config.out), "--workers", str(config.workers)]
+    code = run(parse(CheckConfig, [*words, *more], "check"))
+    print(
+        "\nproposed command:\n\n" + shlex.join(["unet", "pack", *words, "--out", "SHARDS"]) + "\n"
+    )
+    for note in notes:
+        print(f"unsure: {note}")
+    return code
 
 
 def print_problems(problems: Sequence[str], path: str) -> None:
@@ -147,13 +179,17 @@ def inspect_all(pairing: Pairing, rule: SampleRule, workers: int, report: PairRe
 
 
 def assign_splits(
-    rule: SplitRule, pairing: Pairing, report: PairReport, duplicates: DuplicatePolicy
+    rule: SplitRule,
+    pairing: Pairing,
+    report: PairReport,
+    duplicates: DuplicatePolicy,
+    notes: list[str],
 ) -> dict[str, str]:
     """Return {source: split} of all pairs; problems with the splits are added to the report."""
     if pairing.masks is None:
         return {pair.source: "unlabelled" for pair in pairing.pairs}
     try:
-        names, groups = rule.assign_splits(pairing.pairs)
+        names, groups = rule.assign_splits(pairing.pairs, notes)
     except AggregateDataError as error:
         report.problems += [f"{line}; {error.remedy}" for line in error.problems]
         return {}

@@ -69,6 +69,7 @@ class PackConfig:
     job: Flat[JobOptions] = field(default_factory=JobOptions)
 
     def __post_init__(self) -> None:
+        self.source.pairing.require_input()
         refuse_negative_workers(self.workers)
         if not is_url(self.out):
             refuse_url("--out", self.out)
@@ -146,6 +147,8 @@ def pack_into(config: PackConfig, store: Store) -> int:
 
     Raises DataError for bad input, RunError if shards of other parts are missing.
     """
+    for note in config.source.describe_splits():
+        print(note)
     pairing, problems = find_valid_pairs(config)
     rule = make_pack_rule(config, store, pairing)
     plan, left_out = plan_shards(config, pairing)
@@ -327,7 +330,7 @@ def suggest_next(config: PackConfig, manifest: Manifest) -> Iterator[str]:
     """Suggest what to do next."""
     if config.source.pairing.has_masks and "train" in manifest.splits:
         if "val" not in manifest.splits:
-            yield "  warning: split val is empty; raise --val-fraction or use --split-file"
+            yield "  warning: split val is empty; --val-fraction 0.1 cuts it out of train"
         if not is_url(config.out):
             yield f"next: unet train --data {config.out} --run-dir RUN"
 

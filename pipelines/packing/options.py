@@ -9,8 +9,15 @@ from pipelines.packing.colours import ColourTable, read_colour_table, read_first
 from pipelines.packing.duplicates import DuplicatePolicy
 from pipelines.runtime.errors import UsageError, parse_part, refuse_url
 from pipelines.runtime.yaml_flags import Flat, refuse_unused
-from shards.folders.pairs import Pairing, PairRule, find_pairs, read_pair_lists
-from shards.folders.splits import DEFAULT_VAL_FRACTION, SplitRule
+from shards.folders.pairs import (
+    Pairing,
+    PairRule,
+    find_pairs,
+    find_pairs_in_folders,
+    read_pair_lists,
+)
+from shards.folders.split_names import Split, find_declared_splits
+from shards.folders.splits import SplitRule
 from shards.images.files import (
     MAX_PIXELS,
     AlphaPolicy,
@@ -31,13 +38,16 @@ MASK_NAMES = ("mask_suffix", "mask_ext", "pair_regex", "skip_unpaired")
 class PairingOptions:
     """Where images and masks are, and which belong together."""
 
-    images: Path | None = None
-    """Folder of the images, searched recursively. With --pairs: the folder that listed paths are
-    relative to; default: the folder of the list."""
-    masks: Path | None = None
-    """Folder of the masks: same relative paths, any extension. May be the folder of the images."""
+    images: tuple[Path, ...] = ()
+    """Folders of the images, searched recursively; several whose names contain train, val or test
+    set the split. With --pairs: the folder that listed paths are relative to; default: the folder
+    of the list."""
+    masks: tuple[Path, ...] = ()
+    """Folders of the masks, as many as of the images and in the same order: same relative paths,
+    any extension. May be the folder of the images."""
     pairs: tuple[Path, ...] = ()
-    """Files with an image and its mask on each line (.csv, .tsv, or separated by white space)."""
+    """Files with an image and its mask on each line (.csv, .tsv, or separated by white space);
+    several whose names contain train, val or test set the split."""
     image_suffix: str = ""
     """End of an image's name, before the extension, that its mask's name lacks."""
     mask_suffix: str = ""
@@ -53,21 +63,36 @@ class PairingOptions:
     """Skip images without a mask and masks without an image instead of refusing them."""
 
     def __post_init__(self) -> None:
-        if self.images is None and not self.pairs:
-            raise ValueError("--images FOLDER or --pairs FILE is required")
-        paths = [("--images", self.images), ("--masks", self.masks)]
-        for flag, path in [*paths, *(("--pairs", path) for path in self.pairs)]:
-            if path is not None:
-                refuse_url(flag, path)
+        for flag in ("images", "masks", "pairs"):
+            for path in getattr(self, flag):
+                refuse_url(f"--{flag}", path)
+        if self.masks and not self.pairs and len(self.images) != len(self.masks):
+            raise ValueError(
+                f"--images has {len(self.images)} folders and --masks {len(self.masks)}; list the "
+                "masks of every folder of images, in the same order"
+            )
+        if self.pairs and max(len(self.images), len(self.masks)) > 1:
+            raise ValueError("--images and --masks take one folder each with --pairs")
+        self.declared_splits()
         if self.pairs:
             reason = "has no effect with --pairs, which lists every pair"
             refuse_unused(self, reason, "image_suffix", "image_ext", *MASK_NAMES)
         self.make_rule()
 
+    def require_input(self) -> None:
+        """Raise ValueError if no images are declared."""
+        if not self.images and not self.pairs:
+            raise ValueError("--images FOLDER or --pairs FILE is required")
+
     @property
     def has_masks(self) -> bool:
         """Whether the images have masks."""
-        return self.masks is not None or bool(self.pairs)
+        return bool(self.masks or self.pairs)
+
+    def declared_splits(self) -> list[Split | None]:
+        """Return the split that the name of each list, or else of each folder, declares."""
+        flag, paths = ("--pairs", self.pairs) if self.pairs else ("--images", self.images)
+        return find_declared_splits(flag, paths)
 
     def make_rule(self) -> PairRule:
         """Build the rule that finds the mask of an image."""
@@ -81,10 +106,13 @@ class PairingOptions:
 
     def find_pairs(self) -> Pairing:
         """Find all pairs. Raises DataError if there are no images."""
+        splits = self.declared_splits()
         if self.pairs:
-            return read_pair_lists(self.pairs, self.images, self.masks)
-        assert self.images is not None
-        return find_pairs(self.images, self.masks, self.make_rule())
+            images, masks = (next(iter(paths), None) for paths in (self.images, self.masks))
+            return read_pair_lists(self.pairs, images, masks, splits)
+        if len(self.images) == 1:
+            return find_pairs(self.images[0], next(iter(self.masks), None), self.make_rule())
+        return find_pairs_in_folders(self.images, self.masks, self.make_rule(), splits)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -235,14 +263,16 @@ class GeometryOptions:
 class SplitOptions:
     """How samples are split into train, val and test."""
 
-    val_fraction: float = DEFAULT_VAL_FRACTION
-    """Fraction of the samples in val, chosen by a hash of the key."""
+    val_fraction: float | None = None
+    """Fraction of the samples in val, chosen by a hash of the key; default: 0.1. Where files,
+    folders or names of lists declare splits: the fraction of train that becomes val; default: 0."""
     test_fraction: float = 0.0
     """Fraction of the samples in test."""
     group_by: str | None = None
     """Regular expression; images in whose paths it matches the same text stay in one split."""
     fold: str | None = None
-    """i/k: of k folds, chosen by a hash of the key, fold i (from 1) is val."""
+    """i/k: of k folds of the samples (or of a declared train), chosen by a hash of the key, fold i
+    (from 1) is val."""
     split_file: tuple[Path, ...] = ()
     """A CSV file with the columns path,split; or lists named train.txt, val.txt, test.txt."""
     split_folders: bool = False
@@ -296,6 +326,22 @@ class SourceOptions:
                 "--mask-format auto reads the masks and proposes one"
             )
         self.image_rule()
+
+    def describe_splits(self) -> list[str]:
+        """Return a line if several lists or folders do not decide the splits, else nothing."""
+        pairing, split = self.pairing, self.split
+        flag, paths = ("--pairs", pairing.pairs) if pairing.pairs else ("--images", pairing.images)
+        if len(paths) < 2 or not pairing.has_masks:
+            return []
+        names = " ".join(map(str, paths))
+        by_flag = "--split-file" if split.split_file else "--split-folders"
+        if split.split_file or split.split_folders:
+            return [f"{flag} {names}: {by_flag} defines the splits, not these names"]
+        if any(pairing.declared_splits()):
+            return []
+        return [
+            f"{flag} {names}: no name contains train, val or test, so all samples are split by hash"
+        ]
 
     def image_rule(self) -> ImageRule:
         """Build the rule that decides which images are accepted and how they are stored."""

@@ -112,7 +112,10 @@ def make_plan(
         names: Sequence[str] = ["unlabelled"] * len(pairs)
         groups: Sequence[str | None] = [None] * len(pairs)
     else:
-        names, groups = splits.assign_splits(pairs)
+        notes: list[str] = []
+        names, groups = splits.assign_splits(pairs, notes)
+        for note in notes:
+            print(note)
     by_split: dict[str, list[PlannedSample]] = defaultdict(list)
     folders = str(pairing.images), str(pairing.masks)
     with progress(total=len(pairs), desc="plan", unit="pair", delay=2) as bar:

@@ -145,11 +145,10 @@ def parse(config_class: type[T], argv: Sequence[str], verb: str) -> T:
 
 
 def expand_home(argument: str) -> str:
-    """Expand `~` at the start of an argument or of its value: `~/data`, `--data=~/data`."""
-    flag, equals, value = argument.partition("=")
-    if equals and flag.startswith("--"):
-        return f"{flag}={os.path.expanduser(value)}"
-    return os.path.expanduser(argument)
+    """Expand `~/` at the start of a value, which a shell expands neither after `=` nor in YAML."""
+    start = argument.find("=") + 1 if argument.startswith("--") else 0
+    value = argument[start:]
+    return argument[:start] + os.path.expanduser(value) if value.startswith("~/") else argument
 
 
 def take_config_files(argv: Sequence[str]) -> tuple[list[Path], list[str]]:

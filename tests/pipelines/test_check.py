@@ -332,7 +332,7 @@ BAD_DATA: dict[str, tuple[Callable[[Folder], object], tuple[object, ...], str]] 
     "nothing pairs": (
         save_image(solid_image(), "b.png"),
         (),
-        "(for example: b.png and a.png); see --ma",
+        "(for example: b.png and a.png); see --image-suffix",
     ),
     "no mask": (lambda f: solid_image().save(f / "images" / "b.png"), (), "b.png has no mask in"),
     "no partner": (
@@ -650,8 +650,8 @@ BAD_RULES: dict[str, tuple[tuple[object, ...], str]] = {
         "--group-by '[' is not a regular expression: ",
     ),
     "two ways to split": (
-        ("binary", "--fold", "1/2", "--split-folders"),
-        "--fold and --split-folders both define the splits; use one of them",
+        ("binary", "--split-file", "s.csv", "--split-folders"),
+        "--split-file and --split-folders both define the splits; use one of them",
     ),
     "fold 0": (("binary", "--fold", "0/5"), "--fold must be i/n with i from 1 to n, got '0/5'"),
     "one fold": (("binary", "--fold", "1/1"), "--fold must be i/k: fold i, from 1 to k"),

@@ -328,7 +328,7 @@ def test_one_image_behind_two_links_is_not_split(linked: Path, call, tmp_path: P
     for name, listed in (("train", lines[:2]), ("val", lines[2:])):
         (tmp_path / f"{name}.txt").write_text("\n".join(listed) + "\n")
     lists = ("--split-file", tmp_path / "train.txt", tmp_path / "val.txt")
-    ended = call("pack", *flags(linked, tmp_path / "out", "--val-fraction", 0.1, *lists))
+    ended = call("pack", *flags(linked, tmp_path / "out", *lists))
     assert ended.code == 1
     for number in range(2):
         both = f"one/p00{number}.png (train) = two/p00{number}.png (val)"
@@ -487,7 +487,7 @@ def test_a_name_that_is_not_valid_text_is_printed_on_a_strict_terminal(
             for part in ("images", "masks"):
                 (folder / part / name).mkdir()
                 (folder / part / listed).rename(folder / part / name / listed)
-        arguments += ["--val-fraction", 0.1, "--split-folders"]
+        arguments += ["--split-folders"]
     process: subprocess.Popen[str] = spawn(verb, *arguments, PYTHONIOENCODING="utf-8:strict")
     for stream in (process.stdout, process.stderr):
         stream.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]

@@ -55,10 +55,16 @@ def grey(*values, dtype=np.uint8):
     return Image.fromarray(np.array([values], dtype=dtype))
 
 
-@pytest.mark.parametrize("kind", ["binary", "index"])
-def test_palettes_that_swap_classes_are_a_problem(compare, kind):
+def test_a_binary_palette_whose_background_was_a_foreground_is_a_problem(compare):
+    masks = [palette_mask([0, 1, 0], BLACK, RED), palette_mask([0, 1, 1], RED, GREEN)]
+    (problem,) = compare(masks, kind="binary").problems
+    assert "(255, 0, 0) is background in 1 masks (first: m1)" in problem
+    assert "cell in 1 masks (first: m0)" in problem
+
+
+def test_palettes_that_swap_classes_are_a_problem(compare):
     masks = [palette_mask([0, 1, 0], BLACK, RED), palette_mask([0, 1, 1], RED, BLACK)]
-    (problem,) = compare(masks, kind=kind).problems
+    (problem,) = compare(masks, kind="index").problems
     assert problem == (
         "palettes differ: by its index, (0, 0, 0) is background in 1 masks (first: m0) and cell "
         "in 1 masks (first: m1); read the colours instead: --mask-format rgb with --colours"
