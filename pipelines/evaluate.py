@@ -3,7 +3,7 @@
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.util import find_spec
 from math import isfinite
@@ -18,12 +18,14 @@ from pipelines.evaluation.examples import predict_examples
 from pipelines.evaluation.per_image import SCORES_CSV, Floats, ImageCounts, lowest, write_scores
 from pipelines.evaluation.score import count_split
 from pipelines.evaluation.stored_predictions import open_predictions
-from pipelines.loading.dataset import DataConfig, DataSet, open_data, split_in_use
+from pipelines.loading.dataset import DataSet, LoadingOptions, open_data, split_in_use
 from pipelines.model.load import LoadedModel, find_checkpoint, load_model
 from pipelines.runtime.command import run_command
-from pipelines.runtime.devices import choose_batch_size, start
+from pipelines.runtime.devices import choose_batch_size, refuse_rank_timeout, start
 from pipelines.runtime.errors import RunError, UsageError
 from pipelines.runtime.failures import out_of_memory, summary
+from pipelines.runtime.run_folder import SCORES
+from pipelines.runtime.yaml_flags import Flat, refuse_unused
 from shards.images.files import encode_png
 from shards.manifest import Manifest, read_manifest
 from shards.sample import DataError, Palette
@@ -41,10 +43,34 @@ WORST_SIDE = 1000
 """Longest side of an image in that folder, in pixels."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(DataConfig, TileConfig):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MetricOptions:
+    """What is measured."""
+
+    empty: Empty = "skip"
+    """Dice and IoU of a class that is absent from both mask and prediction, of an image or of the
+    split: excluded from means, 1, or 0."""
+    surface: bool = False
+    """Also score boundaries per image, on the CPU: HD95 in pixels, and surface Dice. Requires
+    unet-shards[scipy]."""
+    surface_tolerance: float = SURFACE_TOLERANCE
+    """Distance in pixels up to which boundaries agree, for surface Dice."""
+
+    def __post_init__(self) -> None:
+        if not (isfinite(self.surface_tolerance) and self.surface_tolerance >= 0):
+            raise ValueError(
+                f"--surface-tolerance must be a number >= 0, got {self.surface_tolerance}"
+            )
+        if not self.surface:
+            refuse_unused(self, "requires --surface", "surface_tolerance")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluateConfig:
     """Score a checkpoint, or stored predictions, on every image of a split."""
 
+    data: str
+    """Folder of shards, or a URL such as s3://bucket/folder."""
     checkpoint: str | None = None
     """Run folder (its best, else last, checkpoint), checkpoint folder or hub id."""
     predictions: str | None = None
@@ -59,39 +85,26 @@ class EvaluateConfig(DataConfig, TileConfig):
     worst: int = 8
     """Number of images with the lowest Dice to draw into OUT/worst: image, mask, prediction and
     difference, side by side."""
-    empty: Empty = "skip"
-    """Dice and IoU of a class that is absent from both mask and prediction, of an image or of the
-    split: excluded from means, 1, or 0."""
-    surface: bool = False
-    """Also score boundaries per image, on the CPU: HD95 in pixels, and surface Dice. Requires
-    unet-shards[scipy]."""
-    surface_tolerance: float = SURFACE_TOLERANCE
-    """Distance in pixels up to which boundaries agree, for surface Dice."""
+    metrics: Flat[MetricOptions] = field(default_factory=MetricOptions)
+    tiles: Flat[TileConfig] = field(default_factory=TileConfig)
+    loading: Flat[LoadingOptions] = field(default_factory=LoadingOptions)
 
     def __post_init__(self) -> None:
-        DataConfig.__post_init__(self)
-        TileConfig.__post_init__(self)
+        refuse_rank_timeout(self.rank_timeout)
+        self.loading.refuse_local_cache(self.data)
         if (self.checkpoint is None) == (self.predictions is None):
             raise ValueError("give either --checkpoint or --predictions")
         if self.predictions is not None:
-            for name in TILES:
-                if getattr(self, name) != getattr(TileConfig(), name):
-                    raise ValueError(
-                        f"--{name} requires --checkpoint; --predictions are already made"
-                    )
+            refuse_unused(
+                self.tiles, "requires --checkpoint; --predictions are already made", *TILES
+            )
         if self.worst < 0:
             raise ValueError(f"--worst must be >= 0, got {self.worst}")
-        if not (isfinite(self.surface_tolerance) and self.surface_tolerance >= 0):
-            raise ValueError(
-                f"--surface-tolerance must be a number >= 0, got {self.surface_tolerance}"
-            )
-        if self.surface_tolerance != SURFACE_TOLERANCE and not self.surface:
-            raise ValueError("--surface-tolerance requires --surface")
 
 
 def run(config: EvaluateConfig) -> int:
     """Score the split; print the table; write scores.json, scores.csv and the worst images."""
-    if config.surface and find_spec("scipy") is None:
+    if config.metrics.surface and find_spec("scipy") is None:
         raise UsageError("--surface requires SciPy: pip install 'unet-shards[scipy]'")
     manifest = read_manifest(config.data)
     split = manifest.split(config.split, config.data)
@@ -103,18 +116,20 @@ def run(config: EvaluateConfig) -> int:
         # The range of 16-bit images is part of what the model has learned.
         manifest = replace(manifest, image_format=loaded.image_format)
     accelerator = start(rank_timeout=config.rank_timeout)
-    batch_size = choose_batch_size(config.batch_size, accelerator.device)
-    config = replace(config, batch_size=batch_size)
+    batch_size = choose_batch_size(config.tiles.batch_size, accelerator.device)
+    config = replace(config, tiles=replace(config.tiles, batch_size=batch_size))
     in_use = split_in_use(manifest, config.split)
-    data = open_data(config, manifest, [config.split], accelerator, in_use, "raise it")
+    data = open_data(
+        config.data, config.loading, manifest, [config.split], accelerator, in_use, "raise it"
+    )
     counted, surface = counted_classes(manifest.classes), None
-    if config.surface:
-        tolerance = config.surface_tolerance
+    if config.metrics.surface:
+        tolerance = config.metrics.surface_tolerance
         surface = SurfaceScores(manifest.classes, counted, tolerance).to(accelerator.device)
     images = ImageCounts(
         tuple(shard.samples for shard in split.shards),
         len(manifest.classes),
-        batch_size=config.num_together,
+        batch_size=config.tiles.effective_batch_size,
         rank=accelerator.process_index,
         world=accelerator.num_processes,
     )
@@ -127,15 +142,21 @@ def run(config: EvaluateConfig) -> int:
     if rows is not None:
         out.mkdir(parents=True, exist_ok=True)
         # Written last, so that the files beside it always belong to it.
-        (out / table.SCORES).unlink(missing_ok=True)
+        (out / SCORES).unlink(missing_ok=True)
         dice = write_scores(
-            out / SCORES_CSV, rows, data, config.split, manifest.classes, counted, config.empty
+            out / SCORES_CSV,
+            rows,
+            data,
+            config.split,
+            manifest.classes,
+            counted,
+            config.metrics.empty,
         )
         about = {"split": config.split, "manifest": manifest.digest, **scored.about}
         plain = {**about, **table.to_plain(scored.scores, surface_scores)}
-        write_json(out / table.SCORES, plain)
+        write_json(out / SCORES, plain)
         print(table.table(scored.scores, surface_scores))
-        where = f"{out / table.SCORES}, {SCORES_CSV}"
+        where = f"{out / SCORES}, {SCORES_CSV}"
         print(f"{scored.scores.num_images} images of {config.split}: {where}")
         draw_worst(out / WORST, config.worst, scored.load_examples, manifest.palette, dice)
     accelerator.end_training()
@@ -179,9 +200,9 @@ def score_model(
 ) -> ScoredSplit:
     """Predict and score every image of the split. Raises RunError if GPU memory runs out."""
     model = loaded.model.to(accelerator.device)
-    counting = {"empty": config.empty, "surface": surface, "images": images}
+    counting = {"empty": config.metrics.empty, "surface": surface, "images": images}
     try:
-        scores = score.score(model, accelerator, data, config.split, config, **counting)
+        scores = score.score(model, accelerator, data, config.split, config.tiles, **counting)
     except RuntimeError as error:
         if not out_of_memory(error):
             raise
@@ -189,8 +210,10 @@ def score_model(
             f"the GPU ({accelerator.device}) is out of memory ({summary(error)}); "
             "lower --batch-size or --tile"
         ) from error
-    load_examples = partial(predict_examples, model, accelerator, data, config.split, tiles=config)
-    tiles = {name: getattr(config, name) for name in TILES}
+    load_examples = partial(
+        predict_examples, model, accelerator, data, config.split, tiles=config.tiles
+    )
+    tiles = {name: getattr(config.tiles, name) for name in TILES}
     return ScoredSplit(scores, {"checkpoint": loaded.digest, **tiles}, load_examples)
 
 
@@ -216,8 +239,8 @@ def score_predictions(
         accelerator,
         data,
         config.split,
-        batch_size=config.num_together,
-        empty=config.empty,
+        batch_size=config.tiles.effective_batch_size,
+        empty=config.metrics.empty,
         surface=surface,
         images=images,
     )

@@ -32,10 +32,10 @@ from pipelines.inference.inputs import find_inputs
 from pipelines.inference.job import (
     ERRORS,
     STATE,
-    begin_job,
     errors_name,
     finish_job,
     read_job,
+    start_job,
     write_shard,
 )
 from pipelines.inference.options import WORK_DIR, PredictConfig
@@ -59,12 +59,12 @@ MOST_WAITING = 512 * 2**20
 
 def run(config: PredictConfig) -> int:
     """Make the shards that are missing; 3 if some of their inputs could not be read."""
-    if config.min_area > 1 and not has_scipy():
+    if config.results.min_area > 1 and not has_scipy():
         raise UsageError(NEEDS_SCIPY)
     inputs = find_inputs(config.input)
     loaded = load_model(config.checkpoint)
     classes = loaded.spec.classes
-    if config.threshold is not None and len(classes) != 2:
+    if config.results.threshold is not None and len(classes) != 2:
         raise UsageError(
             f"--threshold is for models of two classes; {config.checkpoint} has {len(classes)}: "
             f"{', '.join(classes)}"
@@ -72,10 +72,12 @@ def run(config: PredictConfig) -> int:
     store = Store(config.out)
     store.create_folder()
     accelerator = start()
-    begun = read_job(store)
-    config = config.settle(begun or {}, accelerator.device)
-    begin_job(config, store, begun, inputs, loaded, accelerator.mixed_precision)
-    cutting = Cutting(len(inputs), config.samples_per_shard, config.tiles.num_together)
+    started = read_job(store)
+    config = config.settle(started or {}, accelerator.device)
+    start_job(config, store, started, inputs, loaded, accelerator.mixed_precision)
+    cutting = Cutting(
+        len(inputs), config.results.samples_per_shard, config.tiles.effective_batch_size
+    )
     speaks = accelerator.is_main_process
     present = {*store.names()}
     if MANIFEST not in present:
@@ -83,7 +85,7 @@ def run(config: PredictConfig) -> int:
         mine = [
             number
             for number in config.shards_of(cutting.num_shards, rank, world)
-            if config.shard_name(number) not in present
+            if config.results.shard_name(number) not in present
         ]
         try:
             if mine:
@@ -96,12 +98,14 @@ def run(config: PredictConfig) -> int:
                 "--batch-size or --tile, into another --out, since they change the masks"
             ) from error
         # The rank that ends last has something to say.
-        speaks = finish_job(config, store, loaded.spec, cutting.num_shards)
+        speaks = finish_job(config.results, store, loaded.spec, cutting.num_shards)
     else:
         # Left by a kill between the manifest and the end.
         store.remove(WORK_DIR)
     accelerator.end_training()
-    part = [config.shard_name(number) for number in config.shards_of(cutting.num_shards, 0, 1)]
+    part = [
+        config.results.shard_name(number) for number in config.shards_of(cutting.num_shards, 0, 1)
+    ]
     return conclude(config, store, part, alone=accelerator.num_processes == 1, speaks=speaks)
 
 
@@ -122,10 +126,10 @@ def predict_shards(
     decode = Decoder(
         inputs,
         loaded.image_format,
-        config.include_image,
-        config.longest_key(len(loaded.spec.classes)),
+        config.results.include_image,
+        config.results.longest_key(len(loaded.spec.classes)),
     )
-    encode = Encoder(config, store, loaded, figure=len(inputs) == 1)
+    encode = Encoder(config.results, store, loaded, figure=len(inputs) == 1)
     workers = min(MOST_WORKERS, rank_cpus()) if config.workers is None else config.workers
     remote = store.local is None or inputs.remote
     decoded = load(decode, cutting, shards, workers, remote=remote)
@@ -140,7 +144,7 @@ def predict_shards(
     ):
         launched = one_behind(launch(cutting.chunks(shards), decoded, predict))
         for shard, group in groupby(launched, key=lambda item: item.shard):
-            writing = write_shard(store, config.shard_name(shard), loaded.spec)
+            writing = write_shard(store, config.results.shard_name(shard), loaded.spec)
             # Closed when no thread is at it any more; if it was not finished, it leaves nothing.
             begun.callback(writing.close)
             waiting.add(writer.submit(next, writing))
@@ -208,7 +212,7 @@ def conclude(
     if STATE in present and speaks:
         state = json.loads(store.read(STATE))
         print(f"{state['images']} masks in {store}")
-        for kind, wanted in (("png", config.png), ("overlay", config.overlay)):
+        for kind, wanted in (("png", config.results.png), ("overlay", config.results.overlay)):
             if wanted:
                 print(f"  {kind}: {store.path(kind)}")
         if state["errors"]:

@@ -116,7 +116,7 @@ def score(
         accelerator,
         data,
         split_name,
-        batch_size=tiles.num_together,
+        batch_size=tiles.effective_batch_size,
         empty=empty,
         surface=surface,
         images=images,

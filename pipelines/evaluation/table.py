@@ -4,8 +4,6 @@ from typing import Any
 
 from unet import Scores, Surface
 
-SCORES = "scores.json"
-
 
 def show(value: float | None) -> str:
     """A score in eight characters."""

@@ -17,7 +17,7 @@ from pipelines.inference.decoding import Decoded
 from pipelines.inference.options import (
     PROBABILITIES_EXTENSION,
     WORK_DIR,
-    ResultConfig,
+    ResultOptions,
     probability_extension,
 )
 from pipelines.inference.specks import count_values, remove_specks
@@ -77,7 +77,7 @@ class Encoder:
     was counting pixels (0.55 ms), which comes with the mask now.
     """
 
-    config: ResultConfig
+    options: ResultOptions
     store: Store
     loaded: LoadedModel
     figure: bool
@@ -86,16 +86,16 @@ class Encoder:
     @property
     def draws(self) -> bool:
         """Whether images are needed beside their masks."""
-        return self.config.overlay or self.figure
+        return self.options.overlay or self.figure
 
     def __call__(self, item: Decoded, found: Found | None) -> Prediction | Decoded:
         """An encoded result, or the input as it is where it could not be read."""
         if found is None:
             return item
-        spec, config = self.loaded.spec, self.config
+        spec, options = self.loaded.spec, self.options
         mask = found.classes
-        if config.min_area > 1:
-            mask = remove_specks(mask, config.min_area)
+        if options.min_area > 1:
+            mask = remove_specks(mask, options.min_area)
         if found.unsure is not None:
             # After the specks: a mask differs from one without --min-confidence here only.
             mask = np.where(found.unsure, np.uint8(IGNORE), mask)
@@ -128,12 +128,12 @@ class Encoder:
     def write_pictures(self, item: Decoded, mask: Uint8, png: bytes) -> None:
         """Those for people, beside the shards."""
         name = PurePosixPath(item.source).with_suffix(".png")
-        if self.config.png:
+        if self.options.png:
             self.write(f"png/{name}", png)
         if item.image is None:
             return
         image, palette = np.moveaxis(item.image.numpy(), 0, -1), self.loaded.spec.palette
-        if self.config.overlay:
+        if self.options.overlay:
             self.write(f"overlay/{name}", encode_png(draw_overlay(image, mask, palette)))
         if self.figure:
             self.write(f"{name.stem}.figure.png", encode_png(draw_figure(image, mask, palette)))

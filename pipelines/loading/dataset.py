@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
-from math import inf
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -24,33 +23,29 @@ MOST_WORKERS = 8
 """Decoding processes of a rank unless said otherwise; a GPU's training step needs no more."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Where samples come from; what `unet train` and `unet evaluate` have in common."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoadingOptions:
+    """How shards are read."""
 
-    data: str
-    """Folder of shards, or a URL such as s3://bucket/folder."""
     workers: int | None = None
-    """Decoding processes of each rank; left out: its share of the CPUs, at most 8."""
+    """Decoding processes per rank. Default: its share of the CPUs, at most 8."""
     cache_dir: Path | None = None
     """Local folder that keeps whole shards of a URL, shared by all processes of a machine."""
     cache_bytes: int = 100_000_000_000
-    """Most bytes in the cache folder."""
+    """Maximum size of the cache folder in bytes."""
     verify_shards: bool = False
-    """Read every shard once before anything else, and compare its sha256 with the manifest's."""
-    rank_timeout: float = 10
-    """Minutes that a rank waits for the others before it takes them for lost and ends: longer than
-    the start, a checkpoint, or the uneven part of a validation takes."""
+    """Before anything else, read every shard once and compare its sha256 with the manifest."""
 
     def __post_init__(self) -> None:
         if self.workers is not None and self.workers < 0:
-            raise ValueError(f"workers must not be below 0, got {self.workers}")
+            raise ValueError(f"--workers must be >= 0, got {self.workers}")
         if self.cache_bytes < 1:
-            raise ValueError(f"cache_bytes must be above 0, got {self.cache_bytes}")
-        if not 0 < self.rank_timeout < inf:
-            raise ValueError(f"rank_timeout must be a number above 0, got {self.rank_timeout}")
-        if self.cache_dir is not None and not is_url(self.data):
-            raise ValueError(f"--cache-dir is for data at a URL; {self.data} is a folder")
+            raise ValueError(f"--cache-bytes must be >= 1, got {self.cache_bytes}")
+
+    def refuse_local_cache(self, data: str) -> None:
+        """Raise ValueError if shards in a local folder are to be cached."""
+        if self.cache_dir is not None and not is_url(data):
+            raise ValueError(f"--cache-dir is for --data at a URL; {data} is a local folder")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,49 +69,53 @@ class DataSet:
 
 
 def open_data(
-    config: DataConfig,
+    place: str,
+    options: LoadingOptions,
     manifest: Manifest,
     splits: Sequence[str],
     accelerator: Accelerator,
     in_use: int,
     remedy: str,
 ) -> DataSet:
-    """The data set as this rank is to read it, its shards verified if that was asked for.
+    """Open a data set for this rank, and verify its shards if `options` ask for it.
 
     Args:
-        config: where it is.
-        manifest: what it holds.
-        splits: those that will be read.
-        accelerator: tells rank and world.
-        in_use: bytes of shards that the ranks of this machine read from at one time; a cache that
-            does not hold them would fetch them again and again, and is left alone.
-        remedy: what to do about a cache that is too small.
+        place: folder or URL of the shards.
+        options: how they are read.
+        manifest: its manifest.
+        splits: the splits that will be read.
+        accelerator: provides rank and world size.
+        in_use: bytes of shards that the ranks of this machine read from at a time; a smaller cache
+            would fetch them again and again, and is not used.
+        remedy: rest of the warning about a cache that is too small.
 
-    Raises DataError naming a shard that is not what the manifest says.
+    Raises DataError naming a shard that differs from the manifest.
     """
-    workers = default_workers(accelerator) if config.workers is None else config.workers
-    cache, word = None, ""
-    if is_url(config.data):
-        cache, word = choose_cache(config, in_use, remedy)
-    if word and accelerator.is_main_process:
-        print(word, file=sys.stderr)
-    data = DataSet(Store(config.data), manifest, cache, workers)
-    if config.verify_shards:
+    workers = default_workers(accelerator) if options.workers is None else options.workers
+    cache, warning = None, ""
+    if is_url(place):
+        cache, warning = choose_cache(place, options, in_use, remedy)
+    if warning and accelerator.is_main_process:
+        print(warning, file=sys.stderr)
+    data = DataSet(Store(place), manifest, cache, workers)
+    if options.verify_shards:
         verify(data, splits, accelerator)
     return data
 
 
-def choose_cache(config: DataConfig, in_use: int, remedy: str) -> tuple[ShardCache | None, str]:
-    """The cache of remote data, if it is of use; where it is not, a line that says why."""
-    ranges = f"{config.data} is read by range requests"
-    if config.cache_dir is None:
+def choose_cache(
+    place: str, options: LoadingOptions, in_use: int, remedy: str
+) -> tuple[ShardCache | None, str]:
+    """Return the cache of remote data, or None and a line that explains why it is not used."""
+    ranges = f"{place} is read by range requests"
+    if options.cache_dir is None:
         return None, f"{ranges}; --cache-dir DIR keeps shards here ({in_use:,} bytes at a time)"
-    if config.cache_bytes < in_use:
+    if options.cache_bytes < in_use:
         return None, (
-            f"{ranges}: --cache-bytes {config.cache_bytes} is less than the {in_use:,} bytes of "
+            f"{ranges}: --cache-bytes {options.cache_bytes} is less than the {in_use:,} bytes of "
             f"shards that are read at a time; {remedy}"
         )
-    return ShardCache(config.cache_dir, config.cache_bytes), ""
+    return ShardCache(options.cache_dir, options.cache_bytes), ""
 
 
 def train_in_use(order: Order, manifest: Manifest, accelerator: Accelerator, chunk: int) -> int:

@@ -4,7 +4,7 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipelines.runtime.run_folder import CHECKPOINTS
+from pipelines.runtime.run_folder import RunFolder
 from shards.images.files import ImageFormat
 from shards.sample import DataError
 from unet import DataSpec, UNet, weights
@@ -57,10 +57,11 @@ def require_spec(model: UNet) -> DataSpec:
 def find_checkpoint(checkpoint: str) -> Path | str:
     """The folder with the weights, or the hub id as it is."""
     folder = Path(checkpoint)
-    if (folder / CHECKPOINTS).is_dir():
-        for name in ("best", "last"):
-            if (folder / CHECKPOINTS / name).is_dir():
-                return (folder / CHECKPOINTS / name).resolve()
+    run = RunFolder(folder)
+    if run.checkpoints.is_dir():
+        for link in (run.best, run.last):
+            if link.is_dir():
+                return link.resolve()
         raise DataError(f"--checkpoint {checkpoint}: this run has saved no checkpoint yet")
     if not folder.is_dir() and (
         folder.is_absolute() or checkpoint.startswith(".") or checkpoint.count("/") > 1

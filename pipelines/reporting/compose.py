@@ -16,11 +16,10 @@ from pipelines.reporting.charts import Chart, Series
 from pipelines.reporting.checkpoint_results import CheckpointResults, load_results
 from pipelines.reporting.page import MOST_CLASSES, Report, Row, Swatch, Table, render
 from pipelines.reporting.run_record import RunRecord, number, read_record
-from pipelines.runtime.run_folder import CONFIG
+from pipelines.runtime.run_folder import RunFolder
 from shards.sample import Palette
 from shards.writer import write_atomically
 
-REPORT = "report.html"
 LEFT_OUT = {
     "train/skipped": "samples that could not be decoded, replaced by others",
     "train/overflows": "steps whose gradients overflowed",
@@ -58,7 +57,7 @@ def write_report(
     record = read_record(run_dir)
     found = load_results(record, accelerator, data, images=pictures)
     page = render(compose(record, found))
-    path = out or run_dir / REPORT
+    path = out or RunFolder(run_dir).report
     path.parent.mkdir(parents=True, exist_ok=True)
     # Names of files may be no text.
     write_atomically(path, page.encode("utf-8", "backslashreplace"))
@@ -305,7 +304,7 @@ def commands(record: RunRecord) -> Iterator[tuple[str, str]]:
     run_dir, data = str(record.run_dir), str(record.setting("data") or "SHARDS")
     told = ("--checkpoint", run_dir)
     # The folder may have moved.
-    same = ("--config", str(record.run_dir / CONFIG), "--run-dir", run_dir)
+    same = ("--config", str(RunFolder(record.run_dir).config), "--run-dir", run_dir)
     if record.state.get("finished") is True:
         yield "Train on", command("train", *same, "--minutes", "MORE")
     else:

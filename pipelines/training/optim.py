@@ -75,7 +75,7 @@ def learning_rate(config: OptimConfig, progress: float) -> float:
 
 
 def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
-    """Of all parameters."""
+    """Set the learning rate of every parameter group."""
     for group in optimizer.param_groups:
         group["lr"] = lr
 
@@ -114,8 +114,13 @@ class Learner:
         """The weights that are scored and saved: the average where there is one."""
         return self.model if self.average is None else self.average.model
 
+    def update_average(self, step: int) -> None:
+        """Move the average, if there is one, towards the weights after a step, counted from 1."""
+        if self.average is not None:
+            self.average.update(self.model, step)
+
     def state_dict(self) -> dict[str, Any]:
-        """Everything that resuming needs."""
+        """Return everything that resuming needs."""
         return {
             "model": self.model.state_dict(),
             "average": None if self.average is None else self.average.model.state_dict(),
@@ -123,7 +128,7 @@ class Learner:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave."""
+        """Restore what `state_dict` returned."""
         self.model.load_state_dict(state["model"])
         if self.average is not None:
             self.average.model.load_state_dict(state["average"])

@@ -17,7 +17,7 @@ class TrainingPass:
     device: torch.device
     batch_size: int
     """Samples of the pass on this rank."""
-    crop_size: int | None
+    crop_size: int
     """Side of the square crops, in pixels."""
     gradient_checkpointing: bool
     """Whether it is on already."""

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from pipelines.runtime.errors import RunError
+from pipelines.runtime.run_folder import RunFolder
 from pipelines.training import checkpoints as checkpoint_files
 from pipelines.training.checkpoints import Checkpoints, TrainState
 from pipelines.training.optim import Average, Learner, OptimConfig, build_learner
@@ -84,7 +85,7 @@ def test_a_snapshot_is_of_the_moment_it_was_taken(
 
     before = {name: tensor.clone() for name, tensor in tensors(learner.state_dict()).items()}
     monkeypatch.setattr(Snapshot, "write", later)
-    with Checkpoints(tmp_path, keep=2) as checkpoints:
+    with Checkpoints(RunFolder(tmp_path), keep=2) as checkpoints:
         checkpoints.save(STATE, learner, None, is_best=True)
         learn(learner)
         go_on.set()
@@ -135,7 +136,7 @@ def test_a_second_save_waits_for_the_first(
         now -= 1
 
     monkeypatch.setattr(Checkpoints, "publish", slow)
-    with Checkpoints(tmp_path, keep=9) as checkpoints:
+    with Checkpoints(RunFolder(tmp_path), keep=9) as checkpoints:
         for step in range(1, 4):
             checkpoints.save(replace(STATE, step=step), learner, None, is_best=False)
             there = [path.name for path in (tmp_path / "checkpoints").glob("step-*")]
@@ -170,7 +171,7 @@ def test_a_failure_is_raised_by_whatever_is_called_next(
     learner: Learner, in_the_way, tmp_path: Path
 ) -> None:
     in_the_way(1)
-    checkpoints = Checkpoints(tmp_path, keep=2)
+    checkpoints = Checkpoints(RunFolder(tmp_path), keep=2)
     checkpoints.raise_failure()
     checkpoints.save(STATE, learner, None, is_best=False)
     fails(checkpoints)
@@ -181,17 +182,20 @@ def test_a_failure_is_raised_by_whatever_is_called_next(
     ):
         with pytest.raises(RunError, match=r"step-00000001 cannot be written \(.*File exists"):
             action()
-    assert not checkpoints.begun
+    assert not checkpoints.exist
 
 
 def test_a_failure_is_not_lost_where_the_run_ends_with_another(
     learner: Learner, in_the_way, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     in_the_way(1)
-    with pytest.raises(RunError, match="cannot be written"), Checkpoints(tmp_path, 2) as ours:
+    with (
+        pytest.raises(RunError, match="cannot be written"),
+        Checkpoints(RunFolder(tmp_path), 2) as ours,
+    ):
         ours.save(STATE, learner, None, is_best=False)
     assert caplog.text == ""
-    ours = Checkpoints(tmp_path, 2)
+    ours = Checkpoints(RunFolder(tmp_path), 2)
     ours.save(STATE, learner, None, is_best=False)
     ours.__exit__(None, ZeroDivisionError(), None)
     assert "step-00000001 cannot be written" in caplog.text
@@ -206,7 +210,7 @@ def test_a_failure_ends_the_run_before_the_next_save(
     assert ended.code == 1
     said = ended.err.splitlines()[-1]
     assert said.startswith(f"unet train: {tmp_path / 'checkpoints' / 'step-00000100'} cannot be")
-    assert "make room, and the same command goes on" in said
+    assert "free some space, then rerun the same command to resume" in said
     assert ended.err.count("cannot be written") == 1
     assert metrics(tmp_path)[-1]["step"] < 200
     assert not (tmp_path / "checkpoints" / "last").exists()

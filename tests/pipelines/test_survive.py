@@ -214,7 +214,7 @@ def test_a_full_disk_costs_the_checkpoint_that_found_it_full(
     assert "Traceback" not in ended.stderr
     said = ended.stderr.splitlines()[-1]
     assert said.startswith(f"unet train: {run_dir / 'checkpoints' / 'step-00000004'} cannot be")
-    assert "make room, and the same command goes on" in said
+    assert "free some space, then rerun the same command to resume" in said
     assert content(saved) == before
     assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == [
         *("best", "last", "step-00000002"),
@@ -259,7 +259,7 @@ def test_metrics_that_cannot_be_written_are_said_in_one_line(
     shards: Path, tiny, call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     # Else the device would be read from.
-    monkeypatch.setattr(tracking, "forget_after", lambda *_: None)
+    monkeypatch.setattr(tracking, "drop_lines_after", lambda *_: None)
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
     ended = call("train", *told(shards, tmp_path, tiny, "--steps", 2))
     assert ended.code == 1
@@ -276,7 +276,7 @@ def test_pictures_that_cannot_be_written_end_nothing(
     more = ("--steps", 2, "--tracking.pictures", 2)
     ended = call("train", *told(shards, tmp_path, tiny, *more))
     assert ended.code == 0, ended.err
-    assert "train-first_batch.png was not written, training goes on" in caplog.text
+    assert "train-first_batch.png was not written, training continues" in caplog.text
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere /sys is no folder that refuses")

@@ -13,7 +13,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pipelines.training import tracking
-from pipelines.training.tracking import forget_after, has_wandb_key
+from pipelines.training.tracking import drop_lines_after, has_wandb_key
 
 WANDB = Path(sys.executable).parent / "wandb"
 
@@ -181,13 +181,13 @@ def test_lines_of_steps_that_will_be_made_again_are_dropped(
 ) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(text)
-    forget_after(path, 2)
+    drop_lines_after(path, 2)
     assert path.read_text() == "".join(text.splitlines(keepends=True)[:kept])
     assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 def test_a_file_that_is_not_there_is_not_made(tmp_path: Path) -> None:
-    forget_after(tmp_path / "metrics.jsonl", 2)
+    drop_lines_after(tmp_path / "metrics.jsonl", 2)
     assert not [*tmp_path.iterdir()]
 
 

@@ -226,7 +226,7 @@ def test_minutes_end_a_run_with_a_learning_rate_of_almost_nothing(
     assert rates[-1] < max(rates)
     # Given again, the time is up.
     ended = call("train", *told(shards, tmp_path, tiny, *more))
-    assert (ended.code, "had finished" in ended.out) == (0, True)
+    assert (ended.code, "had already finished" in ended.out) == (0, True)
 
 
 # ---- interrupted and resumed
@@ -241,10 +241,10 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(
     interrupt(4)
     ended = call("train", *told(shards, parts, tiny, *more))
     assert ended.code == 75
-    assert "interrupted at step 4, checkpoint saved; the same command goes on" in ended.out
+    assert "interrupted at step 4, checkpoint saved; rerun the same command" in ended.out
     state = json.loads((parts / "state.json").read_text())
     assert (state["finished"], state["step"]) == (False, 4)
-    assert "the same command again" in state["go_on"]
+    assert "rerun the same command" in state["go_on"]
     assert os.readlink(parts / "checkpoints" / "last") == "step-00000004"
     assert call("train", *told(shards, parts, tiny, *more)).code == 0
     assert json.loads((parts / "state.json").read_text())["finished"]
@@ -315,7 +315,7 @@ def test_a_process_that_gets_sigterm_saves_and_says_so(
     process.send_signal(signal.SIGTERM)
     said, complaint = process.communicate(timeout=200)
     assert process.returncode == 75, complaint
-    assert "the same command goes on" in said
+    assert "rerun the same command to resume" in said
     state = json.loads((tmp_path / "state.json").read_text())
     assert not state["finished"]
     assert (tmp_path / "checkpoints" / f"step-{state['step']:08d}" / "training.pt").exists()
@@ -378,7 +378,7 @@ def test_a_finished_run_is_left_as_it_is(trained: Path, shards: Path, tiny, call
     more = ("--steps", 6, "--log-every", 2, "--eval-every", 3)
     ended = call("train", *told(shards, trained, tiny, *more))
     assert ended.code == 0
-    assert "had finished at step 6" in ended.out
+    assert "had already finished at step 6" in ended.out
     after = content(trained)
     assert before.keys() == after.keys()
     assert not [n for n in before if n.startswith("checkpoints") and before[n] != after[n]]
@@ -404,8 +404,8 @@ def test_a_setting_that_must_not_change_is_refused_by_name(
     before = content(trained)
     ended = call("train", *told(shards, trained, tiny, "--steps", 9, *change))
     assert ended.code == 2
-    assert f"was begun with {name}" in ended.err
-    assert "begin in another --run-dir" in ended.err
+    assert f"was started with {name}" in ended.err
+    assert "start in another --run-dir" in ended.err
     assert content(trained) == before
 
 
@@ -417,7 +417,7 @@ def test_other_data_are_refused(
     assert call("pack", *folders, *more).code == 0
     ended = call("train", *told(tmp_path / "other", trained, tiny, "--steps", 9))
     assert ended.code == 2
-    assert "was begun with manifest = " in ended.err
+    assert "was started with manifest = " in ended.err
 
 
 # ---- what goes wrong
@@ -622,27 +622,27 @@ def test_a_flipped_byte_is_found_by_verify_shards_alone(
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (("--steps", 0), "steps must be above 0, got 0"),
-        (("--minutes", -1), "minutes must be above 0, got -1"),
-        (("--epochs", 0), "epochs must be above 0, got 0"),
-        (("--crop-size", 0), "crop_size must be above 0, got 0"),
-        (("--global-batch-size", 0), "global_batch_size must be above 0, got 0"),
-        (("--log-every", 0), "log_every must be at least 1, got 0"),
-        (("--keep-checkpoints", 0), "keep_checkpoints must be at least 1, got 0"),
-        (("--max-bad-share", 1.5), "max_bad_share is a share, 0 to 1, got 1.5"),
+        (("--steps", 0), "--steps must be > 0, got 0"),
+        (("--minutes", -1), "--minutes must be > 0, got -1"),
+        (("--epochs", 0), "--epochs must be > 0, got 0"),
+        (("--crop-size", 0), "--crop-size must be > 0, got 0"),
+        (("--global-batch-size", 0), "--global-batch-size must be > 0, got 0"),
+        (("--log-every", 0), "--log-every must be >= 1, got 0"),
+        (("--keep-checkpoints", 0), "--keep-checkpoints must be >= 1, got 0"),
+        (("--max-bad-share", 1.5), "--max-bad-share must be in [0, 1], got 1.5"),
         (("--bad-samples", "ignore"), "ignore"),
-        (("--workers", -1), "workers must not be below 0, got -1"),
-        (("--cache-bytes", 0), "cache_bytes must be above 0, got 0"),
-        (("--cache-dir", "/tmp/c"), "--cache-dir is for data at a URL; "),
+        (("--workers", -1), "--workers must be >= 0, got -1"),
+        (("--cache-bytes", 0), "--cache-bytes must be >= 1, got 0"),
+        (("--cache-dir", "/tmp/c"), "--cache-dir is for --data at a URL; "),
         (("--augment.foreground-share", 2), "augment.foreground_share is a share, 0 to 1"),
-        (("--seed", -1), "seed must not be below 0"),
+        (("--seed", -1), "--seed must be >= 0, got -1"),
         (("--optim.lr", 0), "optim.lr must be above 0"),
         (("--optim.warmup", 1), "optim.warmup must be in [0, 1), got 1"),
         (("--augment.scale", 0.5), "augment.scale is a factor, 1 or more"),
         (("--loss.dice", -1), "loss.dice must be a finite number >= 0, got -1"),
         (("--tiles.tile", 4), "tile must be at least 16 pixels, got 4"),
         (("--model.preset", "papre"), "papre"),
-        (("--patience", 0), "patience must be at least 1, got 0"),
+        (("--patience", 0), "--patience must be >= 1, got 0"),
         (("--best-by", "accuracy"), "accuracy"),
         (("--model.depth", 0), "depth must be at least 1, got 0"),
         (("--tracking.backend", "mlflow"), "mlflow"),

@@ -81,10 +81,11 @@ def test_a_run_ends_when_validation_has_not_become_better_for_so_long_also_over_
     ended = call("train", *told(shards, tmp_path, tiny, *more))
     assert ended.code == 0, ended.err
     assert "finished at step 5, " in ended.out
-    assert "no better for 3 validations" in ended.out
+    assert "no improvement for 3 validations" in ended.out
     assert json.loads((tmp_path / "state.json").read_text())["finished"]
-    # Given again it knows that it had given up; with more patience it goes on.
-    assert "had finished at step 5" in call("train", *told(shards, tmp_path, tiny, *more)).out
+    # A rerun does not resume, unless it has more patience.
+    again = call("train", *told(shards, tmp_path, tiny, *more))
+    assert "had already finished at step 5" in again.out
     judged(0.5)
     more = ("--steps", 50, "--eval-every", 1, "--patience", 4)
     assert "finished at step 6, " in call("train", *told(shards, tmp_path, tiny, *more)).out
@@ -108,7 +109,7 @@ def test_a_run_begins_with_the_weights_of_another(
     assert all(torch.equal(tensor, best[name]) for name, tensor in first["tensors"].items())
     # The other run is not needed to resume.
     again = call("train", *told(shards, tmp_path, tiny, *more))
-    assert "had finished at step 2" in again.out
+    assert "had already finished at step 2" in again.out
 
 
 def test_other_classes_get_a_head_of_their_own(
