@@ -113,7 +113,7 @@ def run(config: EvaluateConfig) -> int:
     if config.checkpoint is not None:
         loaded = load_model(config.checkpoint)
         refuse_incompatible_checkpoint(config, loaded.spec, manifest)
-        # The range of 16-bit images is part of what the model has learned.
+        # The model was trained with its own range of 16-bit values.
         manifest = replace(manifest, image_format=loaded.image_format)
     accelerator = start(rank_timeout=config.rank_timeout)
     batch_size = choose_batch_size(config.tiles.batch_size, accelerator.device)
@@ -133,10 +133,11 @@ def run(config: EvaluateConfig) -> int:
         rank=accelerator.process_index,
         world=accelerator.num_processes,
     )
+    measured = score.Metrics(config.metrics.empty, surface, images)
     if loaded is not None:
-        scored = score_model(config, loaded, accelerator, data, surface, images)
+        scored = score_model(config, loaded, accelerator, data, measured)
     else:
-        scored = score_predictions(config, accelerator, data, surface, images)
+        scored = score_predictions(config, accelerator, data, measured)
     surface_scores = None if surface is None else surface.scores()
     rows = images.gather(accelerator)
     if rows is not None:
@@ -195,14 +196,12 @@ def score_model(
     loaded: LoadedModel,
     accelerator: Accelerator,
     data: DataSet,
-    surface: SurfaceScores | None,
-    images: ImageCounts,
+    measured: score.Metrics,
 ) -> ScoredSplit:
     """Predict and score every image of the split. Raises RunError if GPU memory runs out."""
     model = loaded.model.to(accelerator.device)
-    counting = {"empty": config.metrics.empty, "surface": surface, "images": images}
     try:
-        scores = score.score(model, accelerator, data, config.split, config.tiles, **counting)
+        scores = score.score(model, accelerator, data, config.split, config.tiles, measured)
     except RuntimeError as error:
         if not out_of_memory(error):
             raise
@@ -221,8 +220,7 @@ def score_predictions(
     config: EvaluateConfig,
     accelerator: Accelerator,
     data: DataSet,
-    surface: SurfaceScores | None,
-    images: ImageCounts,
+    measured: score.Metrics,
 ) -> ScoredSplit:
     """Score the stored prediction of every image of the split."""
     assert config.predictions is not None
@@ -239,10 +237,8 @@ def score_predictions(
         accelerator,
         data,
         config.split,
-        batch_size=config.tiles.effective_batch_size,
-        empty=config.metrics.empty,
-        surface=surface,
-        images=images,
+        config.tiles.effective_batch_size,
+        measured,
     )
     # As for a checkpoint, as far as job.json records it.
     about = {name: predictions.job.get(name) for name in ("checkpoint", *TILES)}

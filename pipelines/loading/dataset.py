@@ -3,20 +3,23 @@
 import hashlib
 import os
 import sys
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import chain
+from itertools import accumulate, chain
 from pathlib import Path
 
 from accelerate import Accelerator
 
+from pipelines.loading.stages import require_mask
 from pipelines.runtime.processes import num_workers
 from pipelines.runtime.progress import progress
 from shards.cache import ShardCache, download_chunks, refuse_changed_shard
 from shards.manifest import Manifest, ShardInfo
-from shards.order import EvalPlan, Order
+from shards.order import Address, EvalPlan, Order
 from shards.reader import ShardReader, open_shard
+from shards.sample import Sample, Uint8
 from shards.store import Store, is_url
 
 MOST_WORKERS = 8
@@ -66,6 +69,19 @@ class DataSet:
         """
         shards = self.manifest.split(split, self.store).shards
         return ShardReader(self.store, shards, self.cache, borders=borders)
+
+    def samples(self, split: str, positions: Iterable[int]) -> Iterator[tuple[Sample, Uint8]]:
+        """Yield the samples at some positions of a split, each with its mask, uint8 [H, W].
+
+        Raises DataError if a sample cannot be read or has no mask.
+        """
+        reader, num_classes = self.reader(split), len(self.manifest.classes)
+        starts = [*accumulate((shard.samples for shard in reader.shards), initial=0)]
+        for position in positions:
+            shard = bisect_right(starts, position) - 1
+            raw = reader.read(Address(position, shard, position - starts[shard]))
+            sample = raw.decode(self.manifest.image_format, num_classes)
+            yield sample, require_mask(sample.mask, raw)
 
 
 def open_data(

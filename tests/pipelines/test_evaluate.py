@@ -15,7 +15,7 @@ from PIL import Image
 from pipelines import evaluate
 from pipelines.drawing.panels import GAP, IGNORED, WRONG
 from pipelines.evaluation import per_image
-from pipelines.evaluation.per_image import Coming, ImageCounts
+from pipelines.evaluation.per_image import ImageCounts, PendingCounts
 from pipelines.model.load import load_model
 from shards.offsets import read_offsets
 from unet import confusion_per_image
@@ -269,7 +269,7 @@ class Meeting:
 def test_counts_come_together_in_pieces_as_they_do_at_once(
     world: int, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(per_image, "MOST_GATHERED", most)
+    monkeypatch.setattr(per_image, "MAX_GATHERED", most)
     given = {"batch_size": 2, "world": world}
     everyone = [ImageCounts((5, 1, 7), 2, rank=rank, **given) for rank in range(world)]
     mask = torch.zeros(1, 3, 4, dtype=torch.uint8)
@@ -296,7 +296,7 @@ def test_counts_of_a_gpu_are_read_once_they_have_arrived() -> None:
 
     counts = ImageCounts((3,), 2, batch_size=2, rank=0, world=1)
     counted = torch.full((2, 6), 99)
-    counts._coming = Coming(np.array([0, 2]), (5, 7), counted, Copy())
+    counts._pending = PendingCounts(np.array([0, 2]), (5, 7), counted, Copy())
     counts.update(torch.eye(2, dtype=torch.int64)[None], torch.tensor([1]), (3, 4))
     first = [7, 5, 0, 1, 2, 3, 4, 5]
     assert counts.rows.tolist() == [first, [4, 3, 1, 1, 0, 0, 0, 0], first]

@@ -66,7 +66,7 @@ def test_parts_in_any_order_make_the_same_bytes_and_the_last_ends_the_job(
             assert "1 inputs could not be read" in ended.out
         else:
             assert ended.out.splitlines() == [
-                f"part {part}/3: {shards[part]} shards are there; the last part ends the job"
+                f"part {part}/3: {shards[part]} shards finished; the last part writes the manifest"
             ]
     assert content(tmp_path) == whole
 
@@ -121,7 +121,7 @@ def test_a_part_given_again_does_nothing_twice_and_ends_as_before(
     for _ in range(2):
         ended = call("predict", *told(tmp_path, "--part", "3/3"))
         assert ended.code == 3
-        assert re.match(r"part 3/3: 2 shards are there", ended.out)
+        assert re.match(r"part 3/3: 2 shards finished", ended.out)
     # Cut otherwise on the way: the number of parts is not the job's.
     assert call("predict", *told(tmp_path, "--part", "1/2")).code == 3
     assert call("predict", *told(tmp_path, "--part", "2/2")).code == 0

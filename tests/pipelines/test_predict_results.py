@@ -334,16 +334,16 @@ def test_progress_tells_pictures_pixels_errors_and_the_time_left(
 
 
 def test_what_waits_is_bounded_and_raises_what_fails() -> None:
-    waiting = engine.Waiting(10 * engine.OVERHEAD)
+    waiting = engine.BoundedQueue(10 * engine.OVERHEAD)
     done: list[Future[int]] = []
     with ThreadPoolExecutor(1) as pool:
         for number in range(200):
             done.append(pool.submit(int, number))
             waiting.add(done[-1], size=engine.OVERHEAD)
             assert len(waiting.work) <= 5
-            assert waiting.held <= 10 * engine.OVERHEAD
+            assert waiting.num_bytes <= 10 * engine.OVERHEAD
         waiting.finish()
-        assert waiting.held == 0
+        assert waiting.num_bytes == 0
         assert all(work.done() for work in done)
         # However large, one may be under way.
         waiting.add(pool.submit(int, 1), size=2**40)
@@ -355,7 +355,7 @@ def test_what_waits_is_bounded_and_raises_what_fails() -> None:
             waiting.finish()
 
 
-def test_results_come_one_behind_and_all_of_them() -> None:
+def test_results_are_delayed_by_one_and_all_of_them() -> None:
     made: list[int] = []
 
     def make():
@@ -363,9 +363,9 @@ def test_results_come_one_behind_and_all_of_them() -> None:
             made.append(number)
             yield number
 
-    seen = [(item, made[-1]) for item in engine.one_behind(make())]
+    seen = [(item, made[-1]) for item in engine.delay_by_one(make())]
     assert seen == [(0, 1), (1, 2), (2, 3), (3, 3)]
-    assert [*engine.one_behind(iter(()))] == []
+    assert [*engine.delay_by_one(iter(()))] == []
 
 
 @torch.inference_mode()
@@ -382,7 +382,7 @@ def test_pictures_of_one_size_that_follow_each_other_go_together(bright: Path) -
         Decoded(str(i), str(i), None if size is None else torch.zeros((3, *size)), size and None)
         for i, size in enumerate(sizes)
     ]
-    launched = [*engine.launch([Chunk(7, 0, 5)], [items], forward)]
+    launched = [*engine.predict_chunks([Chunk(7, 0, 5)], [items], forward)]
     assert seen == [(2, 8), (1, 8), (1, 9)]
     pairs = [pair for part in launched for pair in part.results()]
     assert [item.key for item, _ in pairs] == ["0", "1", "2", "3", "4"]

@@ -280,7 +280,7 @@ def test_results_carry_the_counts_of_their_masks() -> None:
         counts=torch.tensor([[1, 3, 0], [4, 0, 0]]),
     )
     items = [Decoded("a", "a.png", None), Decoded("b", "b.png", None)]
-    found = [found for _, found in engine.Launched(0, items, masks, None).results()]
+    found = [found for _, found in engine.InFlightBatch(0, items, masks, None).results()]
     assert [one.counts for one in found] == [[1, 3, 0], [4, 0, 0]]
 
 

@@ -293,7 +293,7 @@ def test_what_was_consumed_is_not_read_again(
     advance = Budget.advance
 
     def stop(self: Budget) -> int | None:
-        self.asked_to_stop, self.next_agreement = self.step == 5, self.step + 1
+        self.stop_requested, self.next_agreement = self.step == 5, self.step + 1
         return advance(self)
 
     monkeypatch.setattr(Budget, "advance", stop)
@@ -636,7 +636,7 @@ def test_a_flipped_byte_is_found_by_verify_shards_alone(
         (("--cache-dir", "/tmp/c"), "--cache-dir is for --data at a URL; "),
         (("--augment.foreground-share", 2), "augment.foreground_share is a share, 0 to 1"),
         (("--seed", -1), "--seed must be >= 0, got -1"),
-        (("--optim.lr", 0), "optim.lr must be above 0"),
+        (("--optim.lr", 0), "optim.lr must be > 0"),
         (("--optim.warmup", 1), "optim.warmup must be in [0, 1), got 1"),
         (("--augment.scale", 0.5), "augment.scale is a factor, 1 or more"),
         (("--loss.dice", -1), "loss.dice must be a finite number >= 0, got -1"),
