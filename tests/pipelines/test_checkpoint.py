@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, resumed by name, found by run, folder or hub id, no pickle."""
+"""Checkpoints: atomic, resumed only with equal settings, found by run, folder or hub id."""
 
 import json
 import os
@@ -75,7 +75,7 @@ def test_what_prediction_uses_is_the_average(learner: Learner, tmp_path: Path) -
     assert torch.equal(loaded.head.weight, learner.scored.head.weight)
 
 
-def test_without_a_checkpoint_a_run_begins(learner: Learner, tmp_path: Path) -> None:
+def test_without_a_checkpoint_a_run_starts(learner: Learner, tmp_path: Path) -> None:
     assert Checkpoints(RunFolder(tmp_path), keep=2).resume(STATE.fixed, learner, None) == STATE
 
 
@@ -105,9 +105,9 @@ def test_everything_that_differs_is_named(learner: Learner, tmp_path: Path) -> N
     save(checkpoints, STATE, learner)
     with pytest.raises(UsageError) as refused:
         checkpoints.resume({"seed": 1, "optim.lr": 0.2}, learner, None)
-    said = str(refused.value)
-    assert "was started with optim.lr = 0.1, now it is 0.2" in said
-    assert said.endswith("(also: seed)")
+    message = str(refused.value)
+    assert "was started with optim.lr = 0.1, now it is 0.2" in message
+    assert message.endswith("(also: seed)")
 
 
 class Payload:
@@ -137,8 +137,8 @@ def test_a_damaged_training_state_is_refused_in_one_line(
     shutil.copytree(trained, run, symlinks=True)
     path = run / "checkpoints" / "last" / "training.pt"
     path.write_bytes(path.read_bytes()[:100])
-    told = ("--data", shards, "--run-dir", run, *tiny, "--workers", 0, "--steps", 8)
-    ended = call("train", *told)
+    args = ("--data", shards, "--run-dir", run, *tiny, "--workers", 0, "--steps", 8)
+    ended = call("train", *args)
     assert ended.code == 1
     assert "training.pt" in ended.err
     assert len(ended.err.splitlines()) == 1
@@ -167,7 +167,7 @@ def test_a_run_means_its_best_else_its_last(learner: Learner, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("given", "message"),
     [
         ("/nowhere/at/all", "/nowhere/at/all does not exist"),
         ("./nowhere", "./nowhere does not exist"),
@@ -175,13 +175,13 @@ def test_a_run_means_its_best_else_its_last(learner: Learner, tmp_path: Path) ->
         ("nowhere", "nowhere is neither a folder here nor a hub id (owner/name)"),
     ],
 )
-def test_a_checkpoint_that_is_not_there_is_said(given: str, said: str) -> None:
+def test_a_checkpoint_that_is_missing_is_reported(given: str, message: str) -> None:
     with pytest.raises(DataError) as refused:
         load_model(given)
-    assert said in str(refused.value)
+    assert message in str(refused.value)
 
 
-def test_a_hub_id_that_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_id_that_is_missing_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(*_: object) -> Path:
         raise OSError("404")
 
@@ -227,18 +227,18 @@ def edit(folder: Path, **changes: object) -> None:
 def test_a_checkpoint_that_is_damaged_is_refused_by_name(
     damage: str, by_hand, tmp_path: Path
 ) -> None:
-    spoil, said = DAMAGES[damage]
+    spoil, message = DAMAGES[damage]
     folder = tmp_path / "checkpoint"
     shutil.copytree(by_hand(), folder)
     spoil(folder)
     with pytest.raises(DataError) as refused:
         load_model(str(folder))
-    assert said in str(refused.value)
+    assert message in str(refused.value)
     assert str(refused.value).startswith(f"--checkpoint {folder}")
     assert "\n" not in str(refused.value)
 
 
-def test_a_run_that_has_saved_nothing_yet_is_said(tmp_path: Path) -> None:
+def test_a_run_that_has_saved_nothing_yet_is_reported(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(DataError, match="this run has saved no checkpoint yet"):
         load_model(str(tmp_path))

@@ -165,7 +165,7 @@ def test_channels_last_comes_with_compile_on_a_gpu_unless_it_is_given(
     assert choose(False) is False
 
 
-def test_a_rerun_takes_the_batch_size_that_the_job_was_begun_with(
+def test_a_rerun_takes_the_batch_size_that_the_job_was_started_with(
     trained: Path, images: Path, call, content, monkeypatch, tmp_path: Path
 ) -> None:
     given = flags(trained, images, tmp_path, "--samples-per-shard", 3)
@@ -205,9 +205,9 @@ def test_a_job_of_a_version_without_a_setting_is_refused_by_name(
     trained: Path, images: Path, call, tmp_path: Path
 ) -> None:
     assert call("predict", *flags(trained, images, tmp_path)).code == 3
-    begun = job(tmp_path)
-    del begun["channels_last"]
-    (tmp_path / "job.json").write_text(json.dumps(begun))
+    started = job(tmp_path)
+    del started["channels_last"]
+    (tmp_path / "job.json").write_text(json.dumps(started))
     ended = call("predict", *flags(trained, images, tmp_path))
     assert ended.code == 2
     assert "by a version of this program without the setting channels_last; predict" in ended.err
