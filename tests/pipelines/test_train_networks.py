@@ -225,7 +225,7 @@ def test_batch_norm_on_several_cpu_ranks_is_refused_by_one_of_them(
     arguments = argv(shards, tmp_path / "run", tiny, "--model.norm", "batch")
     ended = launch(2, "train", *arguments)
     assert ended.code != 0
-    assert ended.err.count("--model.norm batch is over all ranks on GPUs only") == 1
+    assert ended.err.count("--model.norm batch is synchronised over ranks on GPUs only") == 1
 
 
 def test_border_maps_are_read_only_where_they_are_used(
