@@ -10,7 +10,9 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from accelerate import Accelerator
+from numpy.typing import NDArray
 
 from pipelines.drawing.panels import Example, draw_panels, side_by_side
 from pipelines.evaluation import score, table
@@ -31,7 +33,7 @@ from shards.manifest import Manifest, read_manifest
 from shards.sample import DataError, Palette
 from shards.store import is_url
 from shards.writer import write_atomically, write_json
-from unet import DataSpec, Empty, Scores, SurfaceScores, TileConfig
+from unet import DataSpec, Empty, Scores, Surface, SurfaceScores, TileConfig
 from unet.spec import counted_classes
 
 TILES = ("tile", "overlap", "tta")
@@ -122,9 +124,9 @@ def run(config: EvaluateConfig) -> int:
     data = open_data(
         config.data, config.loading, manifest, [config.split], accelerator, in_use, "raise it"
     )
-    counted, surface = counted_classes(manifest.classes), None
+    surface = None
     if config.metrics.surface:
-        tolerance = config.metrics.surface_tolerance
+        counted, tolerance = counted_classes(manifest.classes), config.metrics.surface_tolerance
         surface = SurfaceScores(manifest.classes, counted, tolerance).to(accelerator.device)
     images = ImageCounts(
         tuple(shard.samples for shard in split.shards),
@@ -141,27 +143,35 @@ def run(config: EvaluateConfig) -> int:
     surface_scores = None if surface is None else surface.scores()
     rows = images.gather(accelerator)
     if rows is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        # Written last, so that the files beside it always belong to it.
-        (out / SCORES).unlink(missing_ok=True)
-        dice = write_scores(
-            out / SCORES_CSV,
-            rows,
-            data,
-            config.split,
-            manifest.classes,
-            counted,
-            config.metrics.empty,
-        )
-        about = {"split": config.split, "manifest": manifest.digest, **scored.about}
-        plain = {**about, **table.to_plain(scored.scores, surface_scores)}
-        write_json(out / SCORES, plain)
-        print(table.table(scored.scores, surface_scores))
-        where = f"{out / SCORES}, {SCORES_CSV}"
-        print(f"{scored.scores.num_images} images of {config.split}: {where}")
-        draw_worst(out / WORST, config.worst, scored.load_examples, manifest.palette, dice)
+        write_results(config, out, data, scored, surface_scores, rows)
     accelerator.end_training()
     return 0
+
+
+def write_results(
+    config: EvaluateConfig,
+    out: Path,
+    data: DataSet,
+    scored: "ScoredSplit",
+    surface: Surface | None,
+    rows: NDArray[np.uint32],
+) -> None:
+    """Write scores.json, scores.csv and the worst images; print the table.
+
+    `rows`: counts per image of the whole split, from `ImageCounts.gather`.
+    """
+    manifest, split = data.manifest, config.split
+    counted = counted_classes(manifest.classes)
+    out.mkdir(parents=True, exist_ok=True)
+    # Written last, so that the files beside it always belong to it.
+    (out / SCORES).unlink(missing_ok=True)
+    path, empty = out / SCORES_CSV, config.metrics.empty
+    dice = write_scores(path, rows, data, split, manifest.classes, counted, empty)
+    about = {"split": split, "manifest": manifest.digest, **scored.about}
+    write_json(out / SCORES, {**about, **table.to_plain(scored.scores, surface)})
+    print(table.table(scored.scores, surface))
+    print(f"{scored.scores.num_images} images of {split}: {out / SCORES}, {SCORES_CSV}")
+    draw_worst(out / WORST, config.worst, scored.load_examples, manifest.palette, dice)
 
 
 def folder_of(config: EvaluateConfig) -> Path:

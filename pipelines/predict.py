@@ -131,13 +131,10 @@ def predict_shards(
 
     Raises DataError with `fail_fast` for an input that cannot be read.
     """
-    decode = Decoder(
-        inputs,
-        loaded.image_format,
-        config.results.include_image,
-        config.results.longest_key(len(loaded.spec.classes)),
-    )
-    encode = Encoder(config.results, store, loaded, figure=len(inputs) == 1)
+    results = config.results
+    longest_key = results.longest_key(len(loaded.spec.classes))
+    decode = Decoder(inputs, loaded.image_format, results.include_image, longest_key)
+    encode = Encoder(results, store, loaded, figure=len(inputs) == 1)
     workers = min(MOST_WORKERS, rank_cpus()) if config.workers is None else config.workers
     remote = store.local is None or inputs.remote
     decoded = decode_chunks(decode, cutting, shards, workers, remote=remote)
@@ -152,7 +149,7 @@ def predict_shards(
     ):
         launched = delay_by_one(predict_chunks(cutting.chunks(shards), decoded, predict))
         for shard, group in groupby(launched, key=lambda item: item.shard):
-            writing = write_shard(store, config.results.shard_name(shard), loaded.spec)
+            writing = write_shard(store, results.shard_name(shard), loaded.spec)
             # Closed after the threads have ended; an unfinished shard leaves nothing behind.
             stack.callback(writing.close)
             pending.add(writer.submit(next, writing))

@@ -119,7 +119,7 @@ def test_a_place_with_other_shards_is_left_alone(
     system.pipe_file(f"{root}/train-000000.tar", b"theirs")
     ended = call("predict", *argv(bright, pictures, url))
     assert ended.code == 2
-    assert f"{url} holds shards of something else" in ended.err
+    assert f"{url} holds other shards" in ended.err
     assert objects(url) == {"train-000000.tar": b"theirs"}
 
 
