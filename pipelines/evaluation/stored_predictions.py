@@ -17,16 +17,16 @@ from pipelines.drawing.panels import Example
 from pipelines.evaluation.per_image import split_keys
 from pipelines.inference.input_rules import JOB
 from pipelines.loading.dataset import DataSet
-from pipelines.loading.stages import Batch, require_mask
+from pipelines.loading.stages import Batch
 from shards.manifest import Manifest, read_manifest
 from shards.masks.png import decode_mask
-from shards.order import Address, EvalPlan
+from shards.order import Address
 from shards.reader import ShardReader, iter_keys
 from shards.sample import IGNORE, AggregateDataError, DataError, Uint8, encode_key
 from shards.store import Store
 
 PREFETCH = 4
-"""Batches whose predictions are read ahead."""
+"""Batches whose predictions are prefetched."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,16 +49,16 @@ class StoredPredictions:
 
         Raises DataError if a prediction is damaged or differs from its image in size.
         """
-        waiting: deque[tuple[Batch, Future[Uint8]]] = deque()
+        pending: deque[tuple[Batch, Future[Uint8]]] = deque()
         with ThreadPoolExecutor(1) as thread:
             for batch in batches:
                 size = (batch.mask.shape[1], batch.mask.shape[2])
                 read = thread.submit(self.read, batch.position.tolist(), size)
-                waiting.append((batch, read))
-                if len(waiting) > PREFETCH:
-                    yield self.collect(*waiting.popleft())
-            while waiting:
-                yield self.collect(*waiting.popleft())
+                pending.append((batch, read))
+                if len(pending) > PREFETCH:
+                    yield self.collect(*pending.popleft())
+            while pending:
+                yield self.collect(*pending.popleft())
 
     def collect(self, batch: Batch, read: Future[Uint8]) -> tuple[Batch, Tensor]:
         """Wait for the predictions of a batch and move them to its device."""
@@ -94,14 +94,8 @@ class StoredPredictions:
 
     def load_examples(self, positions: Sequence[int]) -> Iterator[Example]:
         """Load the images at some positions of the split, with mask and prediction."""
-        reader, form = self.data.reader(self.split), self.data.manifest.image_format
-        sizes = tuple(shard.samples for shard in reader.shards)
-        for position in positions:
-            # With as many ranks as samples, the rank that has this sample.
-            ((address,),) = EvalPlan(sizes, 1, position, sum(sizes)).batches(0, 1)
-            raw = reader.read(address)
-            sample = raw.decode(form, len(self.manifest.classes))
-            mask = require_mask(sample.mask, raw)
+        samples = self.data.samples(self.split, positions)
+        for position, (sample, mask) in zip(positions, samples, strict=True):
             (prediction,) = self.read([position], (mask.shape[0], mask.shape[1]))
             yield Example(sample.key, sample.image, mask, prediction)
 

@@ -18,7 +18,7 @@ from pipelines.inference.decoding import Decoded
 from pipelines.inference.options import (
     PROBABILITIES_EXTENSION,
     WORK_DIR,
-    ResultConfig,
+    ResultOptions,
     probability_extension,
 )
 from pipelines.inference.specks import count_values, remove_specks
@@ -81,7 +81,7 @@ class Encoder:
     it; the device counts them.
     """
 
-    config: ResultConfig
+    options: ResultOptions
     store: Store
     loaded: LoadedModel
     figure: bool
@@ -90,18 +90,18 @@ class Encoder:
     @property
     def draws(self) -> bool:
         """Whether images are needed beside their masks."""
-        return self.config.overlay or self.figure
+        return self.options.overlay or self.figure
 
     def __call__(self, item: Decoded, found: Found | None) -> Prediction | Decoded:
         """Encode a result; an input that could not be read is returned unchanged."""
         if found is None:
             return item
-        spec, config = self.loaded.spec, self.config
+        spec, options = self.loaded.spec, self.options
         if item.full_size is not None:
             found = enlarge_result(found, item.full_size)
         mask = found.classes
-        if config.min_area > 1:
-            mask = remove_specks(mask, config.min_area)
+        if options.min_area > 1:
+            mask = remove_specks(mask, options.min_area)
         if found.unsure is not None:
             # After the specks, so that only these pixels differ from a mask without it.
             mask = np.where(found.unsure, np.uint8(IGNORE), mask)
@@ -134,14 +134,14 @@ class Encoder:
     def write_files(self, item: Decoded, mask: Uint8, png: bytes) -> None:
         """Write the files beside the shards: PNG, overlay and figure, as requested."""
         name = PurePosixPath(item.source).with_suffix(".png")
-        if self.config.png:
+        if self.options.png:
             self.write(f"png/{name}", png)
         if item.image is None:
             return
         image, palette = np.moveaxis(item.image.numpy(), 0, -1), self.loaded.spec.palette
         if item.full_size is not None:
             image = enlarge(image.transpose(2, 0, 1), item.full_size).transpose(1, 2, 0)
-        if self.config.overlay:
+        if self.options.overlay:
             self.write(f"overlay/{name}", encode_png(draw_overlay(image, mask, palette)))
         if self.figure:
             stem = os.fsdecode(os.fsencode(name.stem)[: MAX_NAME_BYTES - len(FIGURE)])

@@ -13,8 +13,8 @@ STORED = ("image_range", "max_pixels")
 """Flags that apply to data sets too: their images are stored upright, as one frame and scaled."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class ReadingConfig:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReadingOptions:
     """How an image file becomes an array. Default: as when the training data was packed."""
 
     exif: tyro.conf.DisallowNone[ExifPolicy | None] = None
@@ -41,7 +41,7 @@ class ReadingConfig:
 
     def apply(self, loaded: LoadedModel) -> LoadedModel:
         """Return the model with the rules of these flags, and which of them are others."""
-        given = {field.name: getattr(self, field.name) for field in fields(ReadingConfig)}
+        given = {field.name: getattr(self, field.name) for field in fields(ReadingOptions)}
         changes = {
             name: value
             for name, value in given.items()
@@ -51,7 +51,7 @@ class ReadingConfig:
 
     def refuse_for_data_set(self, given: str) -> None:
         """Raise UsageError for flags that have no effect on the images of a data set."""
-        for field in fields(ReadingConfig):
+        for field in fields(ReadingOptions):
             if getattr(self, field.name) is not None and field.name not in STORED:
                 raise UsageError(
                     f"{to_flag(field.name)}: has no effect on --input {given}, a data set, whose "

@@ -29,7 +29,7 @@ def predictor(
         # Which torch's stubs leave out.
         model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     if config.compile and (sides := first_tile(decode, config.tiles, model)) is not None:
-        compiled = CompiledForward(model.forward, (config.tiles.num_together, *sides))
+        compiled = CompiledForward(model.forward, (config.tiles.effective_batch_size, *sides))
         model.forward = compiled
     with threads_for(make_forward(model, accelerator), accelerator.device) as forward:
         yield make_predict(config, forward, loaded, accelerator.device)
@@ -47,7 +47,7 @@ def make_predict(
 
     Raises RunError where a tile does not fit into the memory of a GPU.
     """
-    network, rule, tiles = loaded.model.config, config.mask_rule(), config.tiles
+    network, rule, tiles = loaded.model.config, config.results.mask_rule(), config.tiles
     said = False
 
     def predict(images: Sequence[Tensor]) -> PredictedMasks:

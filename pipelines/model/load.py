@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipelines.runtime.run_folder import CHECKPOINTS
+from pipelines.runtime.run_folder import RunFolder
 from shards.images.files import ImageFormat
 from shards.sample import DataError
 from unet import DataSpec, UNet, weights
@@ -104,10 +104,11 @@ def find_checkpoint(checkpoint: str, flag: str = "--checkpoint") -> Path | str:
     Raises DataError naming `flag` if it is neither.
     """
     folder = Path(checkpoint)
-    if (folder / CHECKPOINTS).is_dir():
-        for name in ("best", "last"):
-            if (folder / CHECKPOINTS / name).is_dir():
-                return (folder / CHECKPOINTS / name).resolve()
+    run = RunFolder(folder)
+    if run.checkpoints.is_dir():
+        for link in (run.best, run.last):
+            if link.is_dir():
+                return link.resolve()
         raise DataError(f"{flag} {checkpoint}: this run has not saved a checkpoint yet")
     if folder.is_dir():
         return folder

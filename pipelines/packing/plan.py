@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from pipelines.packing.duplicates import DuplicatePolicy, describe_moves, unite_duplicates
+from pipelines.runtime.errors import changed_settings
 from pipelines.runtime.progress import progress
 from shards.folders.pairs import Pair, Pairing
 from shards.folders.splits import SPLITS, SplitRule
@@ -371,8 +372,7 @@ def describe_change(
     was = json.loads(saved)["rule"]
     now = json.loads(json.dumps(rule))
     if was != now:
-        changed = [name for name in now if was.get(name) != now[name]]
-        return f"other settings ({', '.join(changed)})"
+        return f"other settings ({', '.join(changed_settings(was, now))})"
     old, new = (
         {line[1]: line[2:] for line in map(json.loads, lines)}
         for lines in (store.read(LINES).splitlines(), encode_plan(plan))

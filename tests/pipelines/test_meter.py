@@ -1,4 +1,4 @@
-"""What metrics.jsonl says of arithmetic and memory: counted, not guessed, and free."""
+"""FLOPs and memory in metrics.jsonl: counted exactly, without cost."""
 
 from types import SimpleNamespace
 

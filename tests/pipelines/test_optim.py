@@ -151,7 +151,7 @@ def train(learner, steps, first=1):
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.9])
-def test_a_learner_goes_on_from_its_state_bit_by_bit(decay):
+def test_a_learner_resumes_from_its_state_bit_by_bit(decay):
     config = OptimConfig(ema_decay=decay)
     straight, first = build_learner(model(), config), build_learner(model(), config)
     train(straight, 4)

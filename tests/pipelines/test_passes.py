@@ -1,4 +1,4 @@
-"""A pass of training: convolutions are timed in it alone; memory that runs out is explained."""
+"""A training pass: cuDNN benchmarks only in it; out of memory is reported with remedies."""
 
 import re
 from pathlib import Path

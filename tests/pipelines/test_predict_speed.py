@@ -165,7 +165,7 @@ def test_channels_last_comes_with_compile_on_a_gpu_unless_it_is_given(
     assert choose(False) is False
 
 
-def test_a_rerun_takes_the_batch_size_that_the_job_was_begun_with(
+def test_a_rerun_takes_the_batch_size_that_the_job_was_started_with(
     trained: Path, images: Path, call, content, monkeypatch, tmp_path: Path
 ) -> None:
     given = flags(trained, images, tmp_path, "--samples-per-shard", 3)
@@ -176,16 +176,16 @@ def test_a_rerun_takes_the_batch_size_that_the_job_was_begun_with(
     (tmp_path / "predicted-000001.tar").unlink()
     (tmp_path / "index.json").unlink()
     ended = call("predict", *given, "--batch-size", 7)
-    assert (ended.code, "begun with batch_size = 4, now it is 7" in ended.err) == (2, True)
+    assert (ended.code, "started with batch_size = 4, now it is 7" in ended.err) == (2, True)
     ended = call("predict", *given, "--channels-last")
-    assert (ended.code, "begun with channels_last = False, now" in ended.err) == (2, True)
+    assert (ended.code, "started with channels_last = False, now" in ended.err) == (2, True)
     ended = call("predict", *given, "--compile")
-    assert (ended.code, "begun with compile = False, now it is True" in ended.err) == (2, True)
+    assert (ended.code, "started with compile = False, now it is True" in ended.err) == (2, True)
     assert job(tmp_path)["batch_size"] == 4
     config = options.PredictConfig(checkpoint="", input="", out="o")
     settled = config.settle(job(tmp_path), torch.device("cuda"))
-    assert (settled.batch_size, settled.channels_last) == (4, False)
-    assert config.settle({}, torch.device("cpu")).batch_size == 7
+    assert (settled.tiles.batch_size, settled.channels_last) == (4, False)
+    assert config.settle({}, torch.device("cpu")).tiles.batch_size == 7
     assert content(tmp_path).items() <= before.items()
 
 
@@ -205,12 +205,12 @@ def test_a_job_of_a_version_without_a_setting_is_refused_by_name(
     trained: Path, images: Path, call, tmp_path: Path
 ) -> None:
     assert call("predict", *flags(trained, images, tmp_path)).code == 3
-    begun = job(tmp_path)
-    del begun["channels_last"]
-    (tmp_path / "job.json").write_text(json.dumps(begun))
+    started = job(tmp_path)
+    del started["channels_last"]
+    (tmp_path / "job.json").write_text(json.dumps(started))
     ended = call("predict", *flags(trained, images, tmp_path))
     assert ended.code == 2
-    assert "by a version of this program that did not know channels_last; predict" in ended.err
+    assert "by a version of this program without the setting channels_last; predict" in ended.err
 
 
 def test_channels_last_gives_the_same_masks(
@@ -280,7 +280,7 @@ def test_results_carry_the_counts_of_their_masks() -> None:
         counts=torch.tensor([[1, 3, 0], [4, 0, 0]]),
     )
     items = [Decoded("a", "a.png", None), Decoded("b", "b.png", None)]
-    found = [found for _, found in engine.Launched(0, items, masks, None).results()]
+    found = [found for _, found in engine.InFlightBatch(0, items, masks, None).results()]
     assert [one.counts for one in found] == [[1, 3, 0], [4, 0, 0]]
 
 
