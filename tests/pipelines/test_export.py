@@ -282,7 +282,7 @@ def test_a_missing_extra_is_named_before_anything_is_read(
     # torch needs none of them.
     ended = call("export", *args, "--format", "torch", "--out", tmp_path / "model.pt2")
     assert ended.code == 1
-    assert "nowhere does not exist" in ended.err
+    assert "nowhere: does not exist" in ended.err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -226,7 +226,10 @@ def test_channels_last_gives_the_same_masks(
     monkeypatch.setattr(UNet, "forward", watch)
     for name, more in (("plain", ()), ("last", ("--channels-last",))):
         layouts.clear()
-        assert call("predict", *flags(trained, images, tmp_path / name, *more)).code == 3
+        assert (
+            call("predict", *flags(trained, images, tmp_path / name, "--include-image", *more)).code
+            == 3
+        )
         assert layouts == {name == "last"}
         assert job(tmp_path / name)["channels_last"] == (name == "last")
     plain, last = samples(tmp_path / "plain"), samples(tmp_path / "last")

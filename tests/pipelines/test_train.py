@@ -417,7 +417,7 @@ def test_other_data_are_refused(
     assert call("pack", *folders, *more).code == 0
     ended = call("train", *argv(tmp_path / "other", trained, tiny, "--steps", 9))
     assert ended.code == 2
-    assert "was started with manifest = " in ended.err
+    assert "was trained on other data: " in ended.err
 
 
 # ---- what goes wrong

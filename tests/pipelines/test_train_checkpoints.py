@@ -137,8 +137,8 @@ def test_other_classes_get_a_head_of_their_own(
 @pytest.mark.parametrize(
     ("flags", "complaint"),
     [
-        (("--model.base-channels", 4), "has base_channels = 2, this run 4; give --model.base"),
-        (("--model.norm", "group"), "has norm = instance, this run group; give --model.norm"),
+        (("--model.base-channels", 4), "has base_channels = 2, this run has 4; set --model.base"),
+        (("--model.norm", "group"), "has norm = instance, this run has group; set --model.norm"),
     ],
 )
 def test_another_network_is_refused_with_the_flag_that_makes_it_alike(
