@@ -20,7 +20,7 @@
 #       opentelemetry-exporter-otlp-proto-common opentelemetry-exporter-otlp-common \
 #       opentelemetry-exporter-http-transport segmentation-models-pytorch
 #
-# Results: DIR/gpu.md, gpu.json, gpu.log and tests.xml. Expect: eight minutes, nine at most.
+# Results: DIR/gpu.md, gpu.json and gpu.log. Expect: eight minutes, nine at most.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 python=${PYTHON:-python3}

@@ -1,17 +1,19 @@
 """`unet train` on a GPU end to end, its tests, and learning."""
 
 import json
+import os
 import signal
 import statistics
 import sys
 import time
-import xml.etree.ElementTree as ElementTree
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from gpu_bench import REPO, Bench, NotApplicableError
+from gpu_outcomes import VARIABLE as OUTCOMES
 from gpu_process import LAUNCH, Process, observe_verb, run, verb
 from packing import prepare
 from PIL import Image
@@ -205,26 +207,39 @@ def launch(bench: Bench, ranks: int, flags: Sequence[object]) -> list[object]:
 # ------------------------------------------------------------------------------- tests and messages
 
 
-def pytest_gpu(bench: Bench) -> None:
-    """Run the tests marked gpu. Raises RuntimeError if one fails or none ran."""
-    report = bench.out / "tests.xml"
-    # Properties of test cases require the older format.
-    flags = ("-q", "-m", "gpu", "-p", "no:cacheprovider", "-n", 0, "-o", "junit_family=xunit1")
-    flags += ("--junitxml", report)
-    code, _ = run(bench, [sys.executable, "-m", "pytest", *flags, "tests/pipelines/test_gpu.py"])
-    outcomes: dict[str, list[str]] = {"passed": [], "failed": [], "skipped": []}
-    for case in ElementTree.parse(report).iter("testcase"):  # trusted: written by our own pytest
-        tags = {child.tag for child in case}
-        failed, name = tags & {"failure", "error"}, case.get("name", "")
-        outcome = "failed" if failed else "skipped" if "skipped" in tags else "passed"
-        outcomes[outcome].append(name)
-        for found in case.iter("property"):
-            bench.report(f"{name}: {found.get('name')}", found.get("value", ""))
-    for outcome, names in outcomes.items():
-        bench.report(outcome, len(names))
-    if outcomes["failed"] or code:
-        raise RuntimeError(f"pytest exited with {code}; failed: {', '.join(outcomes['failed'])}")
-    if not outcomes["skipped" if bench.rehearse else "passed"]:
+def pytest_gpu(bench: Bench, *, files: Sequence[str]) -> None:
+    """Run the tests marked gpu of some files; their figures are reported as they come.
+
+    Raises RuntimeError if one fails or none ran.
+    """
+    outcomes = bench.work / "outcomes.jsonl"
+    outcomes.write_text("")
+    # -v: the log says which test was running when the time limit was reached.
+    flags = ("-v", "-m", "gpu", "-p", "no:cacheprovider", "-p", "gpu_outcomes", "-n", 0)
+    paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    environment = {OUTCOMES: str(outcomes), "PYTHONPATH": paths}
+    count: Counter[str] = Counter()
+    command = [sys.executable, "-m", "pytest", *flags, *files]
+    with Process(bench, command, **environment) as process, outcomes.open() as lines:
+        while True:
+            ended = process.process.poll() is not None
+            for line in lines:
+                found = json.loads(line)
+                name = found["test"].rpartition("::")[2]
+                count[found["outcome"]] += 1
+                for key, value in found["properties"].items():
+                    bench.report(f"{name}: {key}", value)
+                if found["outcome"] == "failed":
+                    bench.report(found["test"], "failed", "", "passed")
+            if ended:
+                break
+            time.sleep(0.05)
+        code = process.process.returncode
+    for outcome in ("passed", "failed", "skipped"):
+        bench.report(outcome, count[outcome])
+    if code:
+        raise RuntimeError(f"pytest exited with {code}; {count['failed']} tests failed")
+    if not count["skipped" if bench.rehearse else "passed"]:
         raise RuntimeError("no test was found")
 
 

@@ -12,7 +12,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import gpu
+import gpu_train
 import psutil
+import pytest
+from gpu_bench import LOG, Bench, Figure
 
 from pipelines.inference.options import PredictConfig
 
@@ -111,6 +114,32 @@ def test_rows_beyond_the_budget_are_listed_as_skipped(tmp_path: Path) -> None:
     assert rows["works again"]["message"] == "the budget of 0 s was spent"
 
 
+def test_a_second_run_keeps_the_rows_of_the_first_and_compares_with_them(tmp_path: Path) -> None:
+    assert run_rows(tmp_path, "--only", "one")[0] == 1
+    code, rows = run_rows(tmp_path, "--only", "two")
+    # The failures of the first run are not those of the second.
+    assert code == 0
+    assert [*rows] == ["works", "hangs", "dies", "raises", "skips", "works again"]
+    assert rows["works"]["figures"][0]["value"] == 1
+    assert rows["hangs"]["state"] == "failed"
+    ratio = rows["works again"]["figures"][1]
+    assert (ratio["name"], ratio["value"]) == ("of the first", 3)
+    table = (tmp_path / "out" / "gpu.md").read_text()
+    assert re.match(r"Measured; [-0-9]+ [:+0-9]+, \d+ s; [-0-9]+ [:+0-9]+, \d+ s\.\n", table)
+    assert table.count("| one | works | value |") == 1
+    # A row that is measured again has only the new figures.
+    _, rows = run_rows(tmp_path, "--only", "two")
+    assert len(rows["works again"]["figures"]) == 2
+
+
+def test_a_rehearsal_does_not_replace_measurements(tmp_path: Path) -> None:
+    run_rows(tmp_path, "--only", "two")
+    before = (tmp_path / "out" / "gpu.json").read_bytes()
+    code, _ = run_rows(tmp_path, "--only", "two", "--rehearse")
+    assert code == 2
+    assert (tmp_path / "out" / "gpu.json").read_bytes() == before
+
+
 def test_every_function_of_a_row_exists() -> None:
     for row in gpu.ROWS:
         module, _, name = row.function.partition(":")
@@ -120,6 +149,51 @@ def test_every_function_of_a_row_exists() -> None:
     # Rows of a step share a process, so they must be adjacent.
     order = [row.step for row in gpu.ROWS]
     assert order == sorted(order, key=gpu.STEPS.index)
+
+
+def test_every_file_with_tests_marked_gpu_is_run() -> None:
+    marked = {
+        str(path.relative_to(REPO))
+        for path in (REPO / "tests").rglob("test_*.py")
+        if path != Path(__file__) and "pytest.mark.gpu" in path.read_text()
+    }
+    rows = [row for row in gpu.ROWS if row.function == "gpu_train:pytest_gpu"]
+    run = [file for row in rows for file in row.arguments["files"]]
+    assert sorted(run) == sorted(marked)
+
+
+TESTS = """
+import os, pytest, time
+
+@pytest.mark.gpu
+def test_that_passes(record_property):
+    record_property("difference", 0.25)
+
+@pytest.mark.gpu
+def test_that_fails():
+    raise ValueError
+
+@pytest.mark.gpu
+def test_that_ends_the_process():
+    os._exit(9)
+"""
+
+
+def test_figures_of_tests_are_kept_when_their_process_dies(tmp_path: Path) -> None:
+    (tmp_path / "test_these.py").write_text(TESTS)
+    (tmp_path / LOG).touch()
+    figures: list[Figure] = []
+    bench = Bench(tmp_path, tmp_path, None, True, figures.append, {})
+    with pytest.raises(RuntimeError, match="exited with 9; 1 tests failed"):
+        gpu_train.pytest_gpu(bench, files=[str(tmp_path / "test_these.py")])
+    found = {figure.name.rpartition("::")[2]: figure.value for figure in figures}
+    assert found == {
+        "test_that_passes: difference": 0.25,
+        "test_that_fails": "failed",
+        "passed": 1,
+        "failed": 1,
+        "skipped": 0,
+    }
 
 
 def test_every_dependency_is_expected_or_shipped() -> None:
@@ -155,13 +229,12 @@ def test_the_rehearsal_runs_every_row(tmp_path: Path) -> None:
     assert all(row["figures"] for key, row in rows.items() if expected[key] == "done")
     assert ended.returncode == ("failed" in expected.values()), ended.stdout + ended.stderr
     # The machine returns at most eight files.
-    assert {path.name for path in tmp_path.iterdir()} == {
-        "gpu.json",
-        "gpu.md",
-        "gpu.log",
-        "tests.xml",
-    }
-    found = {
-        figure["name"]: figure["value"] for figure in rows["tests", "pytest -m gpu"]["figures"]
-    }
-    assert found["skipped"] > 10
+    assert {path.name for path in tmp_path.iterdir()} == {"gpu.json", "gpu.md", "gpu.log"}
+    found = [
+        figure["value"]
+        for key in (("tests", "pytest -m gpu"), ("tests", "pytest -m gpu, other files"))
+        for figure in rows[key]["figures"]
+        if figure["name"] == "skipped"
+    ]
+    assert found[0] > 10
+    assert found[1] >= 13
