@@ -114,7 +114,10 @@ def measure(bench: Bench, job: Job, what: str, more: tuple[str, ...]) -> None:
     rate = steady_rate(job.out, count)
     bench.report("first to last shard", rate, "images/s", "goal 1000")
     bench.report("entire command", count / spent, "images/s, including startup")
-    report_profile(bench, seen)
+    if seen.exists():
+        report_profile(bench, seen)
+    else:
+        bench.report("profiled for", 0.0, "s: the command had ended")
 
 
 @torch.inference_mode()

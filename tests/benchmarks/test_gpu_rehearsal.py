@@ -10,12 +10,14 @@ import tomllib
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
+from types import FrameType, SimpleNamespace
 
 import gpu
 import gpu_train
 import psutil
 import pytest
 from gpu_bench import LOG, Bench, Figure
+from gpu_observe import place_of
 
 from pipelines.inference.options import PredictConfig
 
@@ -160,6 +162,25 @@ def test_every_file_with_tests_marked_gpu_is_run() -> None:
     rows = [row for row in gpu.ROWS if row.function == "gpu_train:pytest_gpu"]
     run = [file for row in rows for file in row.arguments["files"]]
     assert sorted(run) == sorted(marked)
+
+
+def test_a_sampled_thread_is_attributed_to_our_line_in_any_sub_package() -> None:
+    def place(path: str, caller: FrameType | None = None) -> str | None:
+        code = SimpleNamespace(co_filename=path, co_name="work")
+        return place_of(SimpleNamespace(f_code=code, f_lineno=7, f_back=caller))
+
+    ours = REPO / "pipelines" / "inference" / "encode.py"
+    frame = SimpleNamespace(
+        f_code=SimpleNamespace(co_filename=str(ours), co_name="encode"), f_lineno=3, f_back=None
+    )
+    assert place(str(ours)) == "encode.py:7 work"
+    assert place("/lib/zlib.py", frame) == "encode.py:3 encode > zlib.py work"
+    assert place(str(REPO / "unet" / "model.py")) == "model.py:7 work"
+    # Another package of that name is not ours.
+    assert place("/lib/diffusers/pipelines/inference/encode.py") == "encode.py work"
+    assert place("/lib/threading.py", frame) == "encode.py:3 encode > threading.py work"
+    idle = SimpleNamespace(co_filename="/lib/threading.py", co_name="wait")
+    assert place_of(SimpleNamespace(f_code=idle, f_lineno=1, f_back=frame)) is None
 
 
 TESTS = """
