@@ -167,9 +167,9 @@ def train(config: TrainConfig, checkpoints: Checkpoints) -> int:
         for number in range(config.passes):
             with meter.waiting():
                 batch = next(batches)
-            batch = batch.to(accelerator.device)
-            seed_dropout(config.seed, batch.position)
             with training_pass(budget.step + 1), accelerator.accumulate(model):
+                batch = batch.to(accelerator.device)
+                seed_dropout(config.seed, batch.position)
                 pixels = spec.normalise(batch.image)
                 image, mask, border = augment(pixels, batch.mask, batch.position, batch.border)
                 if state.step == number == 0:
@@ -185,7 +185,8 @@ def train(config: TrainConfig, checkpoints: Checkpoints) -> int:
             meter.add(losses, batch.skipped)
         meter.count_overflow(optimizer.step_was_skipped)
         if learner.average is not None:
-            learner.average.update(learner.model, budget.step + 1)
+            with training_pass(budget.step + 1):
+                learner.average.update(learner.model, budget.step + 1)
         if found := budget.advance():
             raise RunError(not_finite(found, config, manifest, order))
 

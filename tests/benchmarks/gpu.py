@@ -1,4 +1,4 @@
-"""All measurements that need a GPU, in one command of at most eight minutes.
+"""All measurements that need a GPU, in commands of at most eight minutes.
 
     tests/benchmarks/gpu.sh --out DIR                     # installs the wheels of a folder first
     python tests/benchmarks/gpu.py --out DIR [--isbi FOLDER] [--only step predict] [--budget 480]

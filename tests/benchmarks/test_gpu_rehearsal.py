@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 import tomllib
-from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType, SimpleNamespace
@@ -18,8 +17,6 @@ import psutil
 import pytest
 from gpu_bench import LOG, Bench, Figure
 from gpu_observe import place_of
-
-from pipelines.inference.options import PredictConfig
 
 REPO = Path(__file__).resolve().parents[2]
 SCRIPT = REPO / "tests" / "benchmarks" / "gpu.sh"
@@ -226,6 +223,35 @@ def test_every_dependency_is_expected_or_shipped() -> None:
     assert not names - named
 
 
+def test_without_wheels_the_command_that_downloads_them_is_printed(tmp_path: Path) -> None:
+    ended = subprocess.run(
+        [SCRIPT, "--out", "out"],
+        cwd=tmp_path,
+        env={**os.environ, "WHEELS": "missing"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 2
+    first, *command = ended.stderr.splitlines()
+    assert first.startswith("WHEELS: missing does not exist; download the wheels")
+    assert command[0].startswith("python -m pip download --dest .whl")
+    assert command[-1].strip().endswith("segmentation-models-pytorch")
+    assert all(line.endswith("\\") for line in command[:-1])
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_paths_are_relative_to_the_folder_of_the_caller(tmp_path: Path) -> None:
+    ended = subprocess.run(
+        [SCRIPT, "--out", "out", "--isbi", "isbi", "--budget", "0"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHON": sys.executable, "WHEELS": ""},
+        check=False,
+    )
+    assert ended.returncode == 0
+    assert (tmp_path / "out" / "gpu.json").exists()
+
+
 def test_the_rehearsal_runs_every_row(tmp_path: Path) -> None:
     start = time.monotonic()
     ended = subprocess.run(
@@ -243,12 +269,10 @@ def test_the_rehearsal_runs_every_row(tmp_path: Path) -> None:
     expected = dict.fromkeys(rows, "done")
     if find_spec("segmentation_models_pytorch") is None:
         expected["grid", "smp resnet34, channels_last"] = "skipped"
-    if "compile" not in {field.name for field in fields(PredictConfig)}:
-        expected["predict", "unet predict, compiled"] = "failed"
     messages = {key: row["message"] for key, row in rows.items() if row["state"] != expected[key]}
     assert {key: row["state"] for key, row in rows.items()} == expected, messages
     assert all(row["figures"] for key, row in rows.items() if expected[key] == "done")
-    assert ended.returncode == ("failed" in expected.values()), ended.stdout + ended.stderr
+    assert ended.returncode == 0, ended.stdout + ended.stderr
     # The machine returns at most eight files.
     assert {path.name for path in tmp_path.iterdir()} == {"gpu.json", "gpu.md", "gpu.log"}
     found = [
