@@ -101,7 +101,7 @@ REHEARSAL = Sizes(
     stage_images=2,
     large=700,
     learn_seconds=2,
-    oom_batch=2,
+    oom_batch=64,
 )
 
 
