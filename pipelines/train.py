@@ -115,19 +115,18 @@ def train(
 
 
 def next_batch(t: Training) -> Batch:
-    """Draw the next batch, move it to the device and seed dropout for it."""
+    """Draw the next batch, in host memory."""
     with t.meter.waiting():
-        batch = next(t.batches)
-    batch = batch.to(t.accelerator.device)
-    seed_dropout(t.setup.config.order.seed, batch.position)
-    return batch
+        return next(t.batches)
 
 
 def augment(t: Training, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Normalise and augment a batch.
+    """Copy a batch to the device, normalise and augment it, and seed dropout for it.
 
     Returns image float32 [B, C, H, W], mask uint8 [B, h, w] and border map, if there is one.
     """
+    batch = batch.to(t.accelerator.device)
+    seed_dropout(t.setup.config.order.seed, batch.position)
     pixels = t.spec.normalise(batch.image)
     return t.augment(pixels, batch.mask, batch.position, batch.border)
 
@@ -163,7 +162,8 @@ def finish_step(t: Training, state: TrainState) -> TrainState:
     too many steps in a row.
     """
     t.meter.count_overflow(t.optimizer.step_was_skipped)
-    t.learner.update_average(t.budget.step + 1)
+    with t.training_pass(t.budget.step + 1):
+        t.learner.update_average(t.budget.step + 1)
     if found := t.budget.advance():
         raise RunError(describe_not_finite(found, t.setup))
     step, seconds = t.budget.step, t.budget.seconds

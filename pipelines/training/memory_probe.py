@@ -1,5 +1,7 @@
 """`--accumulate auto`: finds the fewest passes per step that fit into GPU memory, by trial."""
 
+import gc
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -52,6 +54,10 @@ class Probe:
         failure = None
         with restoring_state(self.learner, device):
             for passes in candidates:
+                if self.accelerator.is_main_process:
+                    # With --compile, each of them takes a minute.
+                    tried = f"{passes} x {samples // passes} samples"
+                    print(f"--accumulate auto: trying {tried}", file=sys.stderr)
                 failure = self.find_failure(samples // passes, accumulated=passes > 1)
                 if failure is None:
                     break
@@ -76,6 +82,8 @@ class Probe:
             # A second batch size would make torch.compile use dynamic shapes, which is slower.
             torch.compiler.reset()
         if self.accelerator.device.type == "cuda":
+            # Reference cycles of a failed pass keep its tensors alive.
+            gc.collect()
             torch.cuda.empty_cache()
         return failure
 

@@ -44,13 +44,15 @@ class OptimConfig:
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
-    """Build the optimizer; parameters of one dimension (norms, biases) are not decayed."""
+    """Build the optimizer; parameters of one dimension (norms, biases) have no weight decay."""
     decayed = [p for p in model.parameters() if p.ndim > 1]
     plain = [p for p in model.parameters() if p.ndim <= 1]
     groups = [
         {"params": decayed, "weight_decay": config.weight_decay},
         {"params": plain, "weight_decay": 0.0},
     ]
+    # Not fused: GradScaler leaves it to a fused kernel to skip a step whose gradients overflow, and
+    # Accelerate's `step_was_skipped`, which counts `train/overflows`, would always be False.
     if config.optimizer == "sgd":
         momentum = config.momentum
         return SGD(groups, lr=config.lr, momentum=momentum, nesterov=momentum > 0)

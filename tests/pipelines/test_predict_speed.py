@@ -4,6 +4,7 @@ import functools
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -119,6 +120,49 @@ def test_the_first_tile_is_that_of_the_first_readable_input() -> None:
     assert first_tile(Decode(), TileConfig(tile=100), model) == (90, 100)
     del shapes[1:]
     assert first_tile(Decode(), TileConfig(tile=100), model) is None
+
+
+def test_weights_that_are_moved_stay_ordinary_tensors_and_compile_in_channels_last(
+    trained: Path, images: Path, call, samples, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    compile_it = functools.partial(torch.compile, backend="aot_eager")
+    monkeypatch.setattr(torch, "compile", compile_it)
+    weights, make = [], CompiledForward.__init__
+
+    def watch(compiled: CompiledForward, forward: Any, *more: Any) -> None:
+        weights.extend(forward.__self__.parameters())
+        make(compiled, forward, *more)
+
+    monkeypatch.setattr(CompiledForward, "__init__", watch)
+    for name, more in (("plain", ()), ("fast", ("--compile", "--channels-last"))):
+        ended = call("predict", *flags(trained, images, tmp_path / name, *more))
+        assert ended.code == 3, ended.err
+    assert weights
+    assert not any(weight.is_inference() for weight in weights)
+    plain, fast = samples(tmp_path / "plain"), samples(tmp_path / "fast")
+    for source, sample in plain.items():
+        assert (sample.mask != fast[source].mask).mean() < 0.01
+
+
+def test_after_a_compiled_batch_did_not_fit_the_line_says_that_smaller_ones_are_not_compiled(
+    trained: Path, draw, call, compiled_shapes, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    given, forward = draw(tmp_path / "in", 4, size=(40, 60)) / "images", UNet.forward
+
+    def bounded(model: UNet, image: torch.Tensor) -> torch.Tensor:
+        if len(image) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(model, image)
+
+    monkeypatch.setattr(UNet, "forward", torch.compiler.disable(bounded))
+    ended = call(
+        "predict", *flags(trained, given, tmp_path / "out", "--batch-size", 4, "--compile")
+    )
+    assert ended.code == 0, ended.err
+    assert compiled_shapes == [(4, 3, 40, 60)]
+    assert "going on with 2, uncompiled, so that from here on masks may differ" in ended.err
+    assert "--batch-size 2, into another --out, compiles all" in ended.err
+    assert "would have from the start" not in ended.err
 
 
 def test_a_network_that_cannot_be_compiled_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
