@@ -11,8 +11,8 @@
 # protobuf, packaging, xxhash, anyio, httpx, pytest with pytest-timeout and pytest-xdist, a C
 # compiler and Python.h; 8 GB in $TMPDIR, 2 GiB in /dev/shm (an image of 20,000 x 20,000 passes
 # through it). It measures the first GPU. Everything else is shipped as wheels (26 MB), which this
-# command downloads
-# into .whl on a machine with network (wandb and below: for its tracker; the last one: a peer):
+# command downloads into .whl on a machine with network (wandb and below: for its tracker; the last
+# one: a peer):
 #
 #   python -m pip download --dest .whl --no-deps --only-binary=:all: --python-version 3.12 \
 #       --implementation cp --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 \

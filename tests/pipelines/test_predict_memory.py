@@ -91,7 +91,7 @@ def test_a_batch_that_does_not_fit_is_halved_once_and_reported_once(
     ((line,),) = (ended.err.splitlines(),)
     assert line == (
         "a batch of 4 tiles exceeds the memory of this GPU (cpu); continuing with "
-        f"--batch-size {fits}"
+        f"{fits}, as --batch-size {fits} would have from the start"
     )
     # 4, perhaps 2, and from then on what fits.
     refused = [size for size, _ in asked if size > most]
