@@ -129,9 +129,11 @@ class Learner:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
-        self.model.load_state_dict(state["model"])
+        # Without metadata: that of older checkpoints makes torch replace the parameters, of which
+        # the optimizer would then update the old ones.
+        self.model.load_state_dict({**state["model"]})
         if self.average is not None:
-            self.average.model.load_state_dict(state["average"])
+            self.average.model.load_state_dict({**state["average"]})
         self.optimizer.load_state_dict(state["optimizer"])
 
 

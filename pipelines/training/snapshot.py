@@ -56,7 +56,8 @@ class HostBuffers:
             with torch.device("meta"):
                 self.model = UNet(learner.scored.config, learner.scored.spec)
         scored = self.training["model" if learner.average is None else "average"]
-        self.model.load_state_dict(scored, assign=True)
+        # Without its metadata: torch notes `assign` there, and would assign when it is loaded.
+        self.model.load_state_dict({**scored}, assign=True)
         return Snapshot(self.model, self.training)
 
 

@@ -85,7 +85,7 @@ def test_a_killed_worker_is_reported_in_one_line(
     assert ended.returncode == 1, ended.stderr
     assert re.fullmatch(
         rf"unet {verb}: a data loading worker died \(DataLoader worker \(pid \d+\) is killed "
-        r"by signal: Killed\.\); if memory ran out, lower --workers or raise the job.s memory limit, "
-        r"then rerun the same command\n",
+        r"by signal: Killed\.\); if memory ran out, lower --workers or raise the job.s memory "
+        r"limit, then rerun the same command\n",
         ended.stderr,
     ), ended.stderr

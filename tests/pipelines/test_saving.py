@@ -97,6 +97,34 @@ def test_a_snapshot_is_of_the_moment_it_was_taken(
     assert_equal(found, before | scored)
 
 
+@pytest.mark.parametrize("flagged", [False, True])
+@pytest.mark.parametrize("decay", [0.0, 0.9])
+def test_the_optimizer_updates_the_model_after_a_resume(
+    flagged: bool, decay: float, tmp_path: Path
+) -> None:
+    """`flagged`: as checkpoints of earlier versions, whose weights torch would assign."""
+    torch.manual_seed(0)
+    config = OptimConfig(ema_decay=decay)
+    model = UNet(UNetConfig(base_channels=1, depth=1, norm="batch"))
+    learner = build_learner(model, config)
+    model(torch.rand(2, 3, 8, 8)).square().mean().backward()
+    learner.optimizer.step()
+    with Checkpoints(RunFolder(tmp_path), keep=2) as checkpoints:
+        checkpoints.save(STATE, learner, None, is_best=True)
+    file = tmp_path / "checkpoints" / "last" / "training.pt"
+    training = torch.load(file, weights_only=True)
+    if flagged:
+        for metadata in training["model"]._metadata.values():
+            metadata["assign_to_params_buffers"] = True
+    resumed = build_learner(UNet(UNetConfig(base_channels=1, depth=1, norm="batch")), config)
+    resumed.load_state_dict(training)
+    before = [parameter.clone() for parameter in resumed.model.parameters()]
+    resumed.model(torch.rand(2, 3, 8, 8)).square().mean().backward()
+    resumed.optimizer.step()
+    after = resumed.model.parameters()
+    assert not any(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+
+
 def test_the_same_memory_takes_one_snapshot_after_another(learner: Learner) -> None:
     learner.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     scaler = torch.amp.GradScaler("cpu")  # type: ignore[attr-defined]
