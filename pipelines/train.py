@@ -283,6 +283,7 @@ def finish_run(
     """Write RUN/state.json, print the result and the next commands, return the exit code."""
     # Schedulers may repeat the signal. At exit Python restores the default action, which kills.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     config = setup.config
     if accelerator.is_main_process:
         command = f"unet train --data {config.data} --run-dir {config.run_dir}"

@@ -9,7 +9,7 @@ from multiprocessing.forkserver import ensure_running
 from pipelines.runtime.processes import follow_parent
 from shards.reader import ShardReader
 
-STOPPING = (signal.SIGTERM, signal.SIGUSR1)
+STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 """Signals that ask a run to checkpoint and exit; schedulers may send them to all its processes."""
 
 

@@ -1,5 +1,6 @@
 """The length of a run in steps or minutes, and what ends it early, agreed on by all ranks."""
 
+import os
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -10,6 +11,9 @@ from types import FrameType
 import torch
 from accelerate import Accelerator
 
+SAME_INTERRUPT_SECONDS = 2.0
+"""SIGINTs this soon after the first are the same: launchers forward the one that a terminal sends
+to all processes."""
 AGREE_SECONDS = 1.0
 """About how often ranks agree: signals and the clock take effect within this time."""
 
@@ -58,7 +62,7 @@ class Budget:
         step: int = 0,
         seconds: float = 0.0,
     ) -> None:
-        """Start or resume counting, and handle SIGTERM and SIGUSR1.
+        """Start or resume counting, and handle SIGTERM, SIGUSR1 and SIGINT (Ctrl-C).
 
         Args:
             accelerator: provides the ranks.
@@ -76,15 +80,28 @@ class Budget:
         self.every, self.agreed, self.next_agreement = 1, step, step + 1
         self.stop_requested = False
         self.interrupted = False
+        self.first_sigint: float | None = None
         # On the device: the 1-based step at which each value was first not finite, else 0. float32
         # counts exactly up to 16.7 million, and every device supports it.
         self.bad_steps = torch.zeros(len(self.watched), device=accelerator.device)
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self.on_signal)
+        signal.signal(signal.SIGINT, self.on_sigint)
 
     def on_signal(self, _number: int, _frame: FrameType | None) -> None:
         """Request a stop at the next agreement."""
         self.stop_requested = True
+
+    def on_sigint(self, _number: int, _frame: FrameType | None) -> None:
+        """Request a stop as for SIGTERM. Raises KeyboardInterrupt at a second Ctrl-C."""
+        now = time.monotonic()
+        if self.first_sigint is None:
+            self.first_sigint, self.stop_requested = now, True
+            if self.accelerator.is_main_process:
+                # Not print: the signal may have interrupted one.
+                os.write(2, b"\nsaving a checkpoint; Ctrl-C again to exit without\n")
+        elif now - self.first_sigint > SAME_INTERRUPT_SECONDS:
+            raise KeyboardInterrupt
 
     @property
     def progress(self) -> float:

@@ -48,7 +48,10 @@ def argv(data: Path, run_dir: Path, tiny: tuple[str, ...], *more: object) -> lis
 @pytest.fixture
 def handlers():
     """Signal handlers that a Budget sets are put back."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    before = {
+        number: signal.getsignal(number)
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    }
     yield
     for number, handler in before.items():
         signal.signal(number, handler)

@@ -324,8 +324,25 @@ def test_a_process_that_gets_sigterm_saves_and_reports_it(
     assert metrics(tmp_path)[-1]["step"] == state["step"] + 2
 
 
+def test_ctrl_c_saves_a_checkpoint(shards: Path, tiny, spawn, wait_for, tmp_path: Path) -> None:
+    more = ("--steps", 1_000_000, "--log-every", 1, "--eval-every", 1_000_000)
+    process = spawn("train", *argv(shards, tmp_path, tiny, *more))
+    log = tmp_path / "metrics.jsonl"
+    wait_for(lambda: log.exists() and log.read_text().count("\n") > 3, "the fourth step")
+    # A terminal signals all processes, and a launcher forwards its own to the ranks again.
+    for _ in range(2):
+        os.killpg(process.pid, signal.SIGINT)
+    message, complaint = process.communicate(timeout=200)
+    assert process.returncode == 75, complaint
+    assert "saving a checkpoint; Ctrl-C again to exit without" in complaint
+    assert "Traceback" not in complaint
+    step = json.loads((tmp_path / "state.json").read_text())["step"]
+    assert f"interrupted at step {step}, checkpoint saved" in message
+    assert (tmp_path / "checkpoints" / f"step-{step:08d}" / "training.pt").exists()
+
+
 @pytest.mark.parametrize("place", ["", "file://"])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_to_all_its_processes_is_for_the_trainer_alone(
     shards: Path, tiny, spawn, wait_for, tmp_path: Path, place: str, number: int
 ) -> None:
