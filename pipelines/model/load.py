@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipelines.runtime.run_folder import RunFolder
+from pipelines.runtime.run_folder import CHECKSUMS, RunFolder
+from shards.documents import Sha256, convert, parse_json
 from shards.images.files import ImageFormat
 from shards.sample import DataError
 from unet import DataSpec, UNet, weights
@@ -68,6 +69,15 @@ class LoadedModel:
         ]
 
 
+def refuse_damaged_weights(folder: Path, digest: str) -> None:
+    """Raise ValueError if the sha256 of the weights is not the one that training recorded."""
+    if not (folder / CHECKSUMS).exists():
+        return  # exported, from the hub, or of an earlier version
+    sums = convert(parse_json((folder / CHECKSUMS).read_bytes()), dict[str, Sha256])
+    if sums.get(weights.WEIGHTS, digest) != digest:
+        raise ValueError(f"{folder / weights.WEIGHTS} is damaged: its sha256 is another")
+
+
 def load_model(checkpoint: str, flag: str = "--checkpoint") -> LoadedModel:
     """Load the model of a run folder (its `best`, else `last`), a checkpoint folder or a hub id.
 
@@ -78,6 +88,7 @@ def load_model(checkpoint: str, flag: str = "--checkpoint") -> LoadedModel:
         model = UNet.from_pretrained(str(folder))
         with (folder / weights.WEIGHTS).open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
+        refuse_damaged_weights(folder, digest)
     except (ValueError, FileNotFoundError) as error:
         raise DataError(f"{flag} {checkpoint}: {error}") from error
     except OSError as error:
@@ -109,6 +120,11 @@ def find_checkpoint(checkpoint: str, flag: str = "--checkpoint") -> Path | str:
         for link in (run.best, run.last):
             if link.is_dir():
                 return link.resolve()
+        if saved := sorted(run.checkpoints.glob("step-*")):
+            raise DataError(
+                f"{flag} {checkpoint}: its links best and last are missing; use {saved[-1]}, or "
+                "resume the run"
+            )
         raise DataError(f"{flag} {checkpoint}: this run has not saved a checkpoint yet")
     if folder.is_dir():
         return folder

@@ -8,6 +8,8 @@ from pipelines.runtime.errors import RunError
 
 SCORES = "scores.json"
 """Name of the scores that `unet evaluate` writes, in a run folder or elsewhere."""
+CHECKSUMS = "checksums.json"
+"""Name of the file in the folder of a checkpoint that holds the sha256 of the others."""
 CHECKPOINT_STATE = "state.json"
 """Name of the state in the folder of a checkpoint."""
 

@@ -9,6 +9,7 @@ RUN/checkpoints/last, best           relative links, replaced atomically
 They are copied to host memory and written in the background.
 """
 
+import hashlib
 import json
 import logging
 import os
@@ -25,12 +26,14 @@ import torch
 from safetensors import SafetensorError
 from torch.amp.grad_scaler import GradScaler
 
+from pipelines.runtime.command import launched_rank
 from pipelines.runtime.errors import RunError, UsageError, refuse_changed_settings
 from pipelines.runtime.failures import is_device_error, is_killed_worker, out_of_memory
-from pipelines.runtime.run_folder import CHECKPOINT_STATE, RunFolder
+from pipelines.runtime.run_folder import CHECKPOINT_STATE, CHECKSUMS, RunFolder
 from pipelines.training.optim import Learner
 from pipelines.training.other_data import describe_other_data
 from pipelines.training.snapshot import TRAINING, HostBuffers, Snapshot
+from shards.documents import Count, Sha256, convert, parse_json
 from shards.sample import DataError
 from shards.writer import flush_to_disk, write_json
 
@@ -44,13 +47,13 @@ NICENESS = 10
 class TrainState:
     """The state of a run besides its tensors, equal on all ranks."""
 
-    step: int
+    step: Count
     """Optimizer steps completed."""
-    position: int
+    position: Count
     """Samples of the stream consumed: the position at which the next global batch starts."""
     seconds: float
     """Wall-clock time of training, summed over resumes."""
-    validated: int
+    validated: Count
     """Step of the last validation."""
     best: float | None
     """Best validation score so far."""
@@ -58,7 +61,7 @@ class TrainState:
     """Id of the tracker's run, which a resume continues."""
     fixed: dict[str, Any]
     """Settings that must not change on resume, by flag name."""
-    stale: int = 0
+    stale: Count = 0
     """Validations since the best one."""
 
 
@@ -88,6 +91,8 @@ class Checkpoints:
             1, thread_name_prefix="checkpoints", initializer=lower_priority
         )
         self.writing: Future[None] | None = None
+        self.damaged: set[str] = set()
+        """Names of folders that could not be read: replaced, but never counted or removed."""
 
     def __enter__(self) -> Self:
         return self
@@ -107,7 +112,15 @@ class Checkpoints:
     @property
     def exist(self) -> bool:
         """Whether the run has saved a checkpoint."""
-        return self.run.last.is_dir()
+        return bool(self.find_folders())
+
+    def find_folders(self) -> list[Path]:
+        """Find the folders to resume from: `last`, then the others, newest first."""
+        newest = sorted(self.run.checkpoints.glob("step-*"), reverse=True)
+        if not self.run.last.is_dir():
+            return newest
+        target = self.run.last.resolve()
+        return [target, *(folder for folder in newest if folder.resolve() != target)]
 
     def save(
         self, state: TrainState, learner: Learner, scaler: GradScaler | None, *, is_best: bool
@@ -160,9 +173,14 @@ class Checkpoints:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         snapshot.write(temporary)
+        # First, since the state may be written again.
+        write_json(temporary / CHECKSUMS, {p.name: sha256(p) for p in temporary.iterdir()})
         write_json(temporary / CHECKPOINT_STATE, asdict(state))
         for file in temporary.iterdir():
             flush_to_disk(file)
+        if final.name in self.damaged:
+            shutil.rmtree(final)
+            self.damaged.remove(final.name)
         if final.exists():
             # This step was saved before: with equal weights, but perhaps before its validation.
             write_json(final / CHECKPOINT_STATE, asdict(state))
@@ -174,7 +192,8 @@ class Checkpoints:
         """Remove old checkpoints, except the targets of `last` and `best` and every n-th step."""
         links = (self.run.last, self.run.best)
         linked = {os.readlink(link) for link in links if link.is_symlink()}
-        for path in sorted(self.run.checkpoints.glob("step-*"))[: -self.keep]:
+        saved = sorted(self.run.checkpoints.glob("step-*"))
+        for path in [path for path in saved if path.name not in self.damaged][: -self.keep]:
             step = int(path.name.removeprefix("step-"))
             permanent = self.keep_every is not None and step % self.keep_every == 0
             if path.name not in linked and not permanent:
@@ -200,7 +219,7 @@ class Checkpoints:
                 tracking_id=None,
                 fixed=fixed,
             )
-        state, training = self.read_last()
+        state, training = self.read_newest()
         new = json.loads(json.dumps(fixed, sort_keys=True))
         if new.get("manifest") != state.fixed.get("manifest"):
             differences = describe_other_data(self.run.config, state.fixed["manifest"], data)
@@ -220,21 +239,53 @@ class Checkpoints:
             scaler.load_state_dict(training["scaler"])
         return state
 
-    def read_last(self) -> tuple[TrainState, dict[str, Any]]:
-        """Read state and tensors of the last checkpoint. Raises DataError if it is damaged."""
-        folder = self.run.last
-        try:
-            state = TrainState(**json.loads((folder / CHECKPOINT_STATE).read_bytes()))
-            training = torch.load(folder / TRAINING, map_location="cpu", weights_only=True)
-        except OSError as error:
-            raise DataError(f"{folder} is incomplete: {error}") from error
-        except Exception as error:  # torch's reader raises whatever the bytes provoke
-            what = " ".join(str(error).split())[:200]
-            raise DataError(
-                f"{folder.resolve()}: {CHECKPOINT_STATE} or {TRAINING} is damaged ({what}); "
-                f"point {folder} at an older checkpoint"
-            ) from error
+    def read_newest(self) -> tuple[TrainState, dict[str, Any]]:
+        """Read state and tensors of `last`, or of the newest checkpoint that is intact.
+
+        Prints which one and why if it is not `last`. Raises DataError if none is intact.
+        """
+        problems = [] if self.run.last.is_dir() else [f"{self.run.last} does not exist"]
+        for folder in self.find_folders():
+            try:
+                state, training = read_checkpoint(folder)
+            except DataError as error:
+                problems.append(str(error))
+                self.damaged.add(folder.name)
+                continue
+            if problems and launched_rank() == 0:
+                lines = "\n".join(problems)
+                print(f"{lines}\nresuming from {folder} instead", file=sys.stderr)
+            return state, training
+        raise DataError(f"{problems[0]}; no checkpoint in {self.run.checkpoints} is intact")
+
+
+def read_checkpoint(folder: Path) -> tuple[TrainState, dict[str, Any]]:
+    """Read state and tensors of a checkpoint. Raises DataError if it is incomplete or damaged."""
+    try:
+        state = convert(parse_json((folder / CHECKPOINT_STATE).read_bytes()), TrainState)
+        if (folder / CHECKSUMS).exists():  # checkpoints of earlier versions have none
+            sums = convert(parse_json((folder / CHECKSUMS).read_bytes()), dict[str, Sha256])
+            if differing := [
+                name for name, digest in sums.items() if sha256(folder / name) != digest
+            ]:
+                raise DataError(f"{folder / differing[0]} is damaged: its sha256 is another")
+        training = torch.load(folder / TRAINING, map_location="cpu", weights_only=True)
         return state, training
+    except OSError as error:
+        raise DataError(f"{folder} is incomplete: {error.strerror or error}") from error
+    except DataError:
+        raise
+    except Exception as error:  # torch's reader raises whatever the bytes provoke
+        what = " ".join(str(error).split())[:200]
+        raise DataError(
+            f"{folder}: {CHECKPOINT_STATE} or {TRAINING} is damaged ({what})"
+        ) from error
+
+
+def sha256(file: Path) -> str:
+    """Return the sha256 of a file."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def lower_priority() -> None:
@@ -257,7 +308,18 @@ def is_disk_error(error: Exception) -> bool:
 
 
 def replace_link(link: Path, target: str) -> None:
-    """Create a relative symbolic link, replacing an old one atomically."""
+    """Create a relative symbolic link, replacing an old one atomically.
+
+    A folder in its place (copying a run may turn links into folders) is renamed to its step, or
+    removed if that exists.
+    """
+    if link.is_dir() and not link.is_symlink():
+        step = convert(parse_json((link / CHECKPOINT_STATE).read_bytes()), TrainState).step
+        named = link.with_name(f"step-{step:08d}")
+        if named.exists():
+            shutil.rmtree(link)
+        else:
+            link.rename(named)
     temporary = link.with_name(f".{link.name}.tmp")
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(target)

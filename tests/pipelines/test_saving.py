@@ -432,12 +432,12 @@ def killed_in_the_background(moment: int, log: Path, arguments: list[object]) ->
     os._exit(train.main([str(argument) for argument in arguments]))
 
 
-@pytest.mark.parametrize("moment", [6, 8])
+@pytest.mark.parametrize("moment", [7, 9])
 def test_a_kill_while_training_is_ahead_of_the_disk_costs_the_steps_since_the_checkpoint_before(
     moment: int, shards: Path, tiny, call, metrics, tmp_path: Path
 ) -> None:
     whole, run_dir = tmp_path / "whole", tmp_path / "killed"
-    # Five files are flushed of each checkpoint.
+    # Six files are flushed of each checkpoint.
     given = ("--steps", 12, "--save-every", 4, "--eval-every", 100)
     process = multiprocessing.get_context("fork").Process(
         target=killed_in_the_background,
