@@ -2,11 +2,22 @@
 
 import csv
 import os
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from shards.images.files import IMAGE_EXTENSIONS, UNSUPPORTED_EXTENSIONS
 from shards.sample import DataError
+
+ANNOTATIONS = frozenset({".json", ".xml", ".npy", ".npz", ".mat", ".svg", ".yaml", ".yml", ".h5"})
+"""Extensions of files that may hold annotations."""
+
+
+def describe_annotations(names: Iterable[str]) -> list[str]:
+    """Describe files that may be annotations but are not read, in at most one line."""
+    found = Counter(os.path.splitext(name)[1].lower() for name in names)
+    counts = [f"{found[ext]} {ext}" for ext in sorted(ANNOTATIONS & found.keys())]
+    return [f"{', '.join(counts)} files are not read: masks are image files"] if counts else []
 
 
 def split_columns(line: str, delimiter: str | None) -> list[str]:

@@ -72,7 +72,10 @@ def propose_flags(survey: MaskSurvey) -> Proposal:
     """Propose the flags that read all masks of a survey, or explain why there are none."""
     if survey.num_files == 0:
         return Proposal((), "there are no masks; check the folder of the masks")
-    by_value = (propose_binary, propose_threshold, propose_index, propose_values)
+    by_value = (
+        *(propose_binary, propose_threshold, propose_instances),
+        *(propose_index, propose_values),
+    )
     rules = (
         *(by_value if not survey.needs_colours else ()),
         propose_colours,
@@ -115,6 +118,19 @@ def propose_threshold(survey: MaskSurvey) -> Proposal | None:
     return Proposal(("--mask-format", "binary", "--mask-threshold", "128"), why, notes=(note,))
 
 
+def propose_instances(survey: MaskSurvey) -> Proposal | None:
+    """Propose one class for all objects of masks that number their objects."""
+    if survey.lossy or not survey.are_instances:
+        return None
+    top = max(survey.tops)
+    why = f"every mask has all values from 0 to its highest, which is {min(survey.tops)} to {top}"
+    note = (
+        "these look like instance labels: all objects become one class; if the values are classes: "
+        "--mask-format index --classes with their names"
+    )
+    return Proposal(("--mask-format", "binary", "--mask-threshold", "1"), why, notes=(note,))
+
+
 def propose_index(survey: MaskSurvey) -> Proposal | None:
     """Propose `index` or `palette` if values or palette indices are classes, 255 perhaps ignore."""
     values = {value for _, value in survey.values} - {IGNORE}
@@ -129,6 +145,9 @@ def propose_index(survey: MaskSurvey) -> Proposal | None:
         flags += ("--ignore-value", str(IGNORE))
         note = "is ignored; if it is a class, or the foreground of some files: --mask-format values"
         notes.append(f"255 ({survey.format_share(ignored)}) {note}")
+    elif max_index > 2:
+        what = f"if class_{max_index} is void (pixels of no class), remove it and add"
+        notes.append(f"{what} --ignore-value {max_index}; the same holds for any other class")
     if max_index > MAX_ROWS:
         notes.append("if these are instance labels: --mask-format binary --mask-threshold 1")
     why = f"the masks have values from 0 to {max_index}" + " and 255" * (ignored > 0)

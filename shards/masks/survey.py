@@ -18,6 +18,8 @@ MAX_COLOURS_PER_FILE = 512
 MAX_COLOURS = 4096
 """Colours that are kept, the most common: photographs have hundreds of thousands."""
 MAX_ROWS = 12
+MIN_TOPS = 4
+"""Instance labels have at least so many different numbers of objects per file, and one more."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -42,6 +44,8 @@ class MaskSurvey:
     """Pixels of each colour (R, G, B, A), for the most common colours."""
     palette: dict[int, Colour | None] = field(default_factory=dict)
     """Colour of each palette index, None if files differ."""
+    tops: Counter[int] = field(default_factory=Counter)
+    """Files whose values are 0, 1, ... to a top without a gap, by that top."""
     min_palette_size: int = 256
     """Number of colours in the shortest palette."""
 
@@ -55,6 +59,7 @@ class MaskSurvey:
         self.transparent |= other.transparent
         self.colourless |= other.colourless
         self.values.update(other.values)
+        self.tops.update(other.tops)
         self.colours.update(other.colours)
         for index, colour in other.palette.items():
             same = self.palette.get(index, colour) == colour
@@ -74,6 +79,12 @@ class MaskSurvey:
         """Whether palettes have white at index 0 and black at the only other index in use."""
         used = sorted({0, *(value for mode, value in self.values if mode == "P")})
         return [self.palette.get(index) for index in used] == [(255, 255, 255), (0, 0, 0)]
+
+    @property
+    def are_instances(self) -> bool:
+        """Whether every file numbers its objects from 1, and the files differ in their number."""
+        differ = len(self.tops) >= MIN_TOPS and max(self.tops) > MIN_TOPS
+        return differ and self.tops.total() == self.num_files
 
     @property
     def needs_colours(self) -> bool:
@@ -151,6 +162,7 @@ def survey_mask(data: bytes, where: str, rule: ImageRule) -> MaskSurvey:
         modes=Counter((image.mode,)),
         lossy=lossy,
         values=Counter({(image.mode, value): int(counts[value]) for value in values}),
+        tops=Counter([len(values) - 1] if values[-1:] == [len(values) - 1] else ()),
     )
     if image.mode == "P":
         survey.palette = dict(enumerate(read_palette(image)))

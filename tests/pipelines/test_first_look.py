@@ -47,7 +47,7 @@ def test_the_command_for_drive_packs_train_val_and_test(save, call, tmp_path: Pa
         save(*names, 20, start)
         save(names[0], f"{split}/mask/{{:02d}}_{end}_mask.gif", 20, start)
     out, command = look(call, tmp_path)
-    assert "1st_manual; also possible: test/mask training/mask" in out
+    assert "1st_manual; also possible: training/mask test/mask" in out
     assert "the data declare no val: 10 % of train become val" in out
     ended = call(*command)
     assert ended.code == 0, ended.err
@@ -74,7 +74,7 @@ def test_images_without_masks_are_left_out_by_the_command(save, call, tmp_path: 
     (tmp_path / "data" / "masks" / "3_mask.png").unlink()
     out, command = look(call, tmp_path)
     assert "--mask-suffix _mask" in shlex.join(command)
-    assert "unsure: 1 files have no pair" in out
+    assert "unsure: 1 image files in images are not packed" in out
     assert call(*command).code == 0
     assert sum(splits(tmp_path).values()) == 7
 

@@ -466,7 +466,15 @@ def test_photographs_with_a_palette_are_not_masks():
 def test_instance_labels_are_not_classes():
     rng = np.random.default_rng(0)
     masks = [grey16(np.minimum(np.arange(int(n)), 900)) for n in rng.integers(200, 900, 5)]
-    assert "instance labels" in reason_for_none(masks)
+    proposal, indices = check(masks, *BINARY, "--mask-threshold", "1")
+    assert has_note(proposal, "these look like instance labels: all objects become one class")
+    assert indices[0].sum() == indices[0].size - 1
+
+
+def test_classes_of_which_files_have_the_same_or_few_numbers_are_not_instances():
+    nested = [grey(range(top + 1)) for top in (1, 2, 3, 4)]
+    check(nested, *index_flags(4))
+    check([grey(range(9)), grey(range(9))], *index_flags(8))
 
 
 def test_rare_instance_labels_are_not_soft_edges():
