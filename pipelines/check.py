@@ -21,7 +21,7 @@ from pipelines.packing.first_look import propose_source
 from pipelines.packing.inspection import PairReport, inspect_pairs, list_leaks, read_pair
 from pipelines.packing.options import SourceOptions
 from pipelines.packing.problems import save_problems
-from pipelines.packing.propose import format_command, propose_format
+from pipelines.packing.propose import propose_format
 from pipelines.runtime.command import parse, run_command
 from pipelines.runtime.errors import REFUSED, refuse_url
 from pipelines.runtime.processes import chunks, num_workers, refuse_negative_workers, run_all
@@ -31,7 +31,7 @@ from shards.folders.pairs import Pair, Pairing
 from shards.folders.splits import SplitRule
 from shards.images.files import NOTES, ImageFormat
 from shards.images.pixels import to_array
-from shards.sample import MAX_LISTED, AggregateDataError, DataError
+from shards.sample import AggregateDataError, DataError, list_problems
 from shards.statistics import SampleRule, SampleStatistics, compute_mean_std, find_duplicates
 from shards.store import Store
 
@@ -84,14 +84,14 @@ def run(config: CheckConfig) -> int:
         return check_folder(config.folder, config)
     source = config.source
     if source.mask.mask_format == "auto":
-        return propose_format(source, config.workers, format_command(config, "check"))
+        return propose_format(config, "check")
     pairing = source.pairing.find_pairs()
     skip_unpaired = source.pairing.skip_unpaired
     pairs = PairReport(
         SampleStatistics(), [], list_pairing_problems(pairing, skip_unpaired), [], set()
     )
     rule, splits = None, {}
-    notes = source.describe_splits()
+    notes = source.describe_splits() + pairing.notes
     if pairing.pairs:
         rule = source.sample_rule(pairing)
         inspect_all(pairing, rule, config.workers, pairs)
@@ -142,10 +142,8 @@ def check_folder(folder: Path, config: CheckConfig) -> int:
 def print_problems(problems: Sequence[str], path: str) -> None:
     """Print the first problems on stderr; `path`: the file that lists all of them."""
     print(f"{len(problems)} problems: {path}", file=sys.stderr)
-    for problem in problems[:MAX_LISTED]:
-        print(f"  {problem}", file=sys.stderr)
-    if len(problems) > MAX_LISTED:
-        print(f"  and {len(problems) - MAX_LISTED} more", file=sys.stderr)
+    for line in list_problems(problems):
+        print(f"  {line}", file=sys.stderr)
 
 
 def list_pairing_problems(pairing: Pairing, skip_unpaired: bool) -> list[str]:

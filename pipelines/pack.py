@@ -29,7 +29,7 @@ from pipelines.packing.plan import (
     make_plan,
 )
 from pipelines.packing.problems import PROBLEMS, save_problems
-from pipelines.packing.propose import format_command, propose_format
+from pipelines.packing.propose import propose_format
 from pipelines.packing.shard_job import EMPTY_SUFFIX, PackRule, pack_shard, read_shard_report
 from pipelines.runtime.command import run_command
 from pipelines.runtime.errors import INCOMPLETE, RunError, parse_part, refuse_url
@@ -89,7 +89,7 @@ class PackConfig:
 def run(config: PackConfig) -> int:
     """Plan, write the missing shards, then the manifest."""
     if config.source.mask.mask_format == "auto":
-        return propose_format(config.source, config.workers, format_command(config, "pack"))
+        return propose_format(config, "pack")
     store = Store(config.out)
     store.create_folder()
     if store.exists(MANIFEST):
@@ -147,9 +147,9 @@ def pack_into(config: PackConfig, store: Store) -> int:
 
     Raises DataError for bad input, RunError if shards of other parts are missing.
     """
-    for note in config.source.describe_splits():
-        print(note)
     pairing, problems = find_valid_pairs(config)
+    for note in (*config.source.describe_splits(), *pairing.notes):
+        print(note)
     rule = make_pack_rule(config, store, pairing)
     plan, left_out = plan_shards(config, pairing)
     with ExitStack() as held:

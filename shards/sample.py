@@ -78,8 +78,10 @@ def is_safe_path(path: str) -> bool:
     )
 
 
-MAX_LISTED = 20
-"""Problems listed in one message; the others are only counted."""
+MAX_LISTED, MAX_NAMED = 20, 3
+"""Lines of problems in one message, and names in a line that stands for several."""
+FILE_NAME = re.compile(r"\S*/\S*|\S+\.[A-Za-z]\w{1,4}\b\S*|(?<=line )\d+")
+"""A path, a file name, or the number of a line: what differs between near-equal problems."""
 
 
 class AggregateDataError(DataError):
@@ -97,5 +99,37 @@ def format_problems(problems: Sequence[str], remedy: str) -> str:
     """Format one problem as one line, several as a list of the first 20 below the remedy."""
     if len(problems) == 1:
         return f"{problems[0]}; {remedy}"
-    more = [f"and {len(problems) - MAX_LISTED} more"] if len(problems) > MAX_LISTED else []
-    return "\n  ".join([f"{len(problems)} problems ({remedy}):", *problems[:MAX_LISTED], *more])
+    return "\n  ".join([f"{len(problems)} problems ({remedy}):", *list_problems(problems)])
+
+
+def list_problems(problems: Sequence[str]) -> list[str]:
+    """Return the first 20 lines of problems.
+
+    More than three that differ only in file names are one line, with their number and the names of
+    the first three.
+    """
+    groups: dict[str, list[str]] = {}
+    for problem in problems:
+        groups.setdefault(FILE_NAME.sub("*", problem), []).append(problem)
+    units = [
+        unit
+        for same in groups.values()
+        for unit in ([same] if len(same) > MAX_NAMED else [[problem] for problem in same])
+    ]
+    more = sum(map(len, units[MAX_LISTED:]))
+    lines = [unit[0] if len(unit) == 1 else join_similar(unit) for unit in units[:MAX_LISTED]]
+    return [*lines, *([f"and {more} more"] if more else [])]
+
+
+def join_similar(problems: Sequence[str]) -> str:
+    """Format problems that differ only in file names as one line."""
+    first = FILE_NAME.findall(problems[0])
+    others = [
+        " ".join(
+            name
+            for name, known in zip(FILE_NAME.findall(text), first, strict=True)
+            if name != known
+        )
+        for text in problems[1:MAX_NAMED]
+    ]
+    return f"{len(problems)} times: {problems[0]} (also {', '.join(others)}, ...)"

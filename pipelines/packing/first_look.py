@@ -1,115 +1,179 @@
 """`unet check FOLDER`: propose the flags that pack what lies in a folder."""
 
+import csv
+import io
+import os
+import shlex
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+import yaml
+
+from pipelines.packing.class_files import apply_names, name_table, read_class_file
 from pipelines.packing.options import MaskOptions, PairingOptions, SourceOptions
 from pipelines.packing.propose import survey_pairing
-from shards.folders.layout import Layout, find_layouts
+from pipelines.packing.split_lists import propose_splits
+from shards.folders.layout import (
+    MAX_DEPTH,
+    MAX_FOLDERS,
+    FolderContent,
+    Layout,
+    contains,
+    find_layouts,
+    list_pairs,
+)
 from shards.folders.pairs import Pairing
-from shards.folders.split_names import SPLIT_NAMES, find_named_split
-from shards.folders.splits import SplitRule
-from shards.masks.proposal import COLOURS_FILE, propose_flags
+from shards.folders.walk import describe_annotations
+from shards.masks.proposal import COLOURS_FILE, RENAME_NOTE, Proposal, propose_flags
 from shards.sample import DataError
 from shards.store import Store
 
 MAX_OTHERS = 3
 """Other candidates that are named."""
-ANNOTATIONS = (".json", ".xml", ".npy", ".npz", ".mat", ".svg")
+PAIRS_FILE = "pairs.csv"
 
 
 def propose_source(folder: Path, out: Path, workers: int) -> tuple[list[str], list[str]]:
     """Propose flags for the images and masks of a folder, and list what is unsure.
 
-    A table of colours is written into `out`. Raises DataError if nothing can be proposed.
+    A table of colours and a list of pairs that flags cannot describe are written into `out`.
+    Raises DataError if nothing can be proposed.
     """
-    layouts, extensions = find_layouts(folder)
-    if not layouts:
+    content = find_layouts(folder)
+    if not content.layouts:
         raise DataError(
-            f"{folder}: no two folders, suffixes or extensions pair images with masks; use "
-            "--images and --masks, or list the pairs and use --pairs"
+            f"{folder}: no two folders, suffixes or extensions pair images with masks"
+            f"{describe_cap(content)}; use --images and --masks, or list the pairs and use --pairs"
         )
-    best = layouts[0]
-    words = ["--images", *(str(folder / name) for name in best.images)]
-    words += ["--masks", *(str(folder / name) for name in best.masks), *best.fit.flags]
-    pairing_options = PairingOptions(
-        images=tuple(folder / name for name in best.images),
-        masks=tuple(folder / name for name in best.masks),
-        image_suffix=best.fit.image_suffix,
-        mask_suffix=best.fit.mask_suffix,
-        image_ext=best.fit.image_ext,
-        mask_ext=best.fit.mask_ext,
-        pair_regex=best.fit.regex,
-    )
-    source = SourceOptions(pairing=pairing_options, mask=MaskOptions(mask_format="auto"))
-    pairing = pairing_options.find_pairs()
-    notes = describe_others(layouts, extensions)
+    store = Store(str(out))
+    options, words = propose_pairing(folder, content, store)
+    source = SourceOptions(pairing=options, mask=MaskOptions(mask_format="auto"))
+    pairing = options.find_pairs()
+    notes = [*describe_others(content.layouts), *describe_unused(folder, content, pairing)]
     if pairing.unpaired:
         words.append("--skip-unpaired")
-        notes.append(f"{len(pairing.unpaired)} files have no pair: {pairing.unpaired[0]}")
     survey, problems = survey_pairing(source, pairing, workers)
     notes += sorted(problems)[:MAX_OTHERS]
     proposal = propose_flags(survey)
     if not proposal.flags:
-        raise DataError(f"unet pack {' '.join(words)}: {proposal.why}")
+        raise DataError(f"{shlex.join(['unet', 'pack', *words])}: {proposal.why}")
+    proposal = use_class_names(proposal, folder, content.others)
     flags = list(proposal.flags)
     if proposal.table:
-        store = Store(str(out))
-        store.create_folder()
-        store.write(COLOURS_FILE, proposal.table.encode())
-        flags[flags.index(COLOURS_FILE)] = str(out / COLOURS_FILE)
-    split_flags, split_notes = propose_splits(folder, pairing)
+        flags[flags.index(COLOURS_FILE)] = write_beside(store, COLOURS_FILE, proposal.table)
+    split_flags, split_notes = propose_splits(pairing, folder, content.others)
     return [*words, *flags, *split_flags], [*notes, *proposal.notes, *split_notes]
 
 
-def describe_others(layouts: list[Layout], extensions: Counter[str]) -> list[str]:
-    """Name the candidates that were not chosen, and annotations that are not image files."""
+def propose_pairing(
+    folder: Path, content: FolderContent, store: Store
+) -> tuple[PairingOptions, list[str]]:
+    """Return the options that pair the files of the best layout, and their flags."""
+    best = content.layouts[0]
+    fit = best.fit
+    if not fit.has_flags:
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows(
+            [("image", "mask"), *list_pairs(best, content.images)]
+        )
+        path = Path(write_beside(store, PAIRS_FILE, text.getvalue()))
+        words = ["--pairs", str(path), "--images", str(folder), "--masks", str(folder)]
+        return PairingOptions(pairs=(path,), images=(folder,), masks=(folder,)), words
+    options = PairingOptions(
+        images=tuple(folder / name for name in best.images),
+        masks=tuple(folder / name for name in best.masks),
+        image_suffix=fit.image_suffix,
+        mask_suffix=fit.mask_suffix,
+        image_ext=fit.image_ext,
+        mask_ext=fit.mask_ext,
+        pair_regex=fit.regex,
+    )
+    words = ["--images", *map(str, options.images), "--masks", *map(str, options.masks)]
+    return options, [*words, *fit.flags]
+
+
+def write_beside(store: Store, name: str, text: str) -> str:
+    """Write a file that the proposed command reads; returns its path."""
+    store.create_folder()
+    store.write(name, text.encode("utf-8", "surrogateescape"))
+    return store.path(name)
+
+
+def use_class_names(proposal: Proposal, folder: Path, names: Sequence[str]) -> Proposal:
+    """Replace placeholders of classes by the names in a file of the folder, if it fits."""
+    found = read_class_file(folder, names)
+    if found is None or not {"--classes", "--colours"} & {*proposal.flags}:
+        return proposal
+    path, classes = found
+    notes = tuple(note for note in proposal.notes if note != RENAME_NOTE)
+    if proposal.table:
+        table = {n: tuple(colour) for n, colour in yaml.safe_load(proposal.table).items()}
+        named = name_table(table, classes)
+        if named is None:
+            return replace(proposal, notes=(*proposal.notes, f"{path}: lists other colours"))
+        text = yaml.safe_dump({n: list(c) for n, c in named.items()}, sort_keys=False)
+        return replace(proposal, table=text, notes=(*notes, f"the names are those of {path}"))
+    try:
+        flags, void = apply_names(proposal.flags, classes)
+    except DataError as error:
+        return replace(proposal, notes=(*proposal.notes, f"{path}: not used, it has {error}"))
+    note = f"the class names are those of {path}" + (f"; {void!r} is ignored" if void else "")
+    return replace(proposal, flags=tuple(flags), notes=(*notes, note))
+
+
+def describe_others(layouts: Sequence[Layout]) -> list[str]:
+    """Name the candidates that were not chosen."""
     best = layouts[0]
-    rivals = [x for x in layouts[1:] if x.images == best.images and x.mask_place != best.mask_place]
-    places = list(dict.fromkeys(layout.mask_place for layout in rivals))[:MAX_OTHERS]
-    notes = [f"masks are those in {best.mask_place}; also possible: {place}" for place in places]
-    images = [x for x in layouts[1:] if x.masks == best.masks and x.images != best.images]
-    names = list(dict.fromkeys(" ".join(layout.images) for layout in images))[:MAX_OTHERS]
-    notes += [f"images are those in {' '.join(best.images)}; also possible: {n}" for n in names]
-    other = [f"{extensions[ext]} {ext}" for ext in ANNOTATIONS if extensions[ext]]
-    if other:
-        notes.append(f"{', '.join(other)} files are not read: masks are image files")
-    return notes
+    rivals = [
+        x.mask_place
+        for x in layouts[1:]
+        if {*x.images} & {*best.images} and x.mask_place != best.mask_place
+    ]
+    notes = [
+        f"masks are those in {best.mask_place}; also possible: {place}"
+        for place in list(dict.fromkeys(rivals))[:MAX_OTHERS]
+    ]
+    images = [
+        " ".join(x.images)
+        for x in layouts[1:]
+        if {*x.masks} & {*best.masks}
+        and x.shows_images
+        and not any(i == b or contains(i, b) for i in x.images for b in best.images)
+    ]
+    return notes + [
+        f"images are those in {' '.join(best.images)}; also possible: {names}"
+        for names in list(dict.fromkeys(images))[:MAX_OTHERS]
+    ]
 
 
-def propose_splits(folder: Path, pairing: Pairing) -> tuple[list[str], list[str]]:
-    """Propose the split flags that lists or folders suggest, and list what is unsure."""
-    declared = {pair.split for pair in pairing.pairs if pair.split is not None}
-    flags: list[str] = []
-    notes = []
-    firsts = {pair.source.partition("/")[0].lower() for pair in pairing.pairs if "/" in pair.source}
-    if not declared and firsts and firsts <= SPLIT_NAMES.keys() and not pairing.refused:
-        flags, declared = ["--split-folders"], {SPLIT_NAMES[name] for name in firsts}
-    lists = find_split_lists(folder)
-    if not declared and lists:
-        try:
-            splits, _ = SplitRule(files=tuple(lists)).assign_splits(pairing.pairs)
-        except DataError:
-            notes.append(f"{' '.join(map(str, lists))}: not used, they list other files")
-        else:
-            flags, declared = ["--split-file", *map(str, lists)], set(splits)
-    if "train" in declared and "val" not in declared:
-        flags += ["--val-fraction", "0.1"]
-        notes.append("the data declare no val: 10 % of train become val")
-    if not declared:
-        notes.append("no splits found: 10 % become val, by hash; see --group-by and --split-file")
-    return flags, notes
+def describe_unused(folder: Path, content: FolderContent, pairing: Pairing) -> list[str]:
+    """Count the files that the command does not pack, and the folders that were not compared."""
+    base = os.path.abspath(folder)
+    used = {
+        os.path.relpath(os.path.abspath(f"{root}/{name}"), base)
+        for pair in pairing.pairs
+        for root, name in ((pairing.images, pair.source), (pairing.masks, pair.mask))
+    }
+    unused = [name for name in content.images if name not in used]
+    counts = Counter(os.path.dirname(name) or "." for name in unused)
+    notes = [f"{counts[place]} image files in {place} are not packed" for place in sorted(counts)]
+    if len(notes) > 2 * MAX_OTHERS:
+        notes = [
+            *notes[: 2 * MAX_OTHERS],
+            f"{len(unused)} image files in {len(counts)} folders are not packed",
+        ]
+    if cap := describe_cap(content):
+        notes.append(cap.lstrip(": "))
+    return [*notes, *describe_annotations(content.others)]
 
 
-def find_split_lists(folder: Path) -> list[Path]:
-    """Find a CSV `path,split`, or else the lists of one folder that are named after splits."""
-    texts = sorted(p for ext in ("csv", "txt") for p in folder.rglob(f"*.{ext}"))
-    for path in texts:
-        with path.open(errors="replace") as file:
-            if {"path", "split"} <= {word.strip() for word in file.readline().split(",")}:
-                return [path]
-    by_folder: dict[Path, list[Path]] = {}
-    for path in texts:
-        if path.suffix == ".txt" and find_named_split(path.stem):
-            by_folder.setdefault(path.parent, []).append(path)
-    return max(by_folder.values(), key=len, default=[])
+def describe_cap(content: FolderContent) -> str:
+    """Describe which folders were not compared; empty if all were."""
+    if content.num_folders <= MAX_FOLDERS:
+        return ""
+    return (
+        f": only {MAX_FOLDERS} of {content.num_folders} folders were compared, the first within "
+        f"{MAX_DEPTH} levels"
+    )

@@ -69,7 +69,7 @@ def list_leaks(report: PairReport, splits: dict[str, str]) -> list[str]:
         if len({splits.get(name) for name in names}) > 1:
             named = " = ".join(f"{name} ({splits[name]})" for name in sorted(names)[:5])
             problems.append(
-                f"{named} are the same image in two splits; remove one, or put both into one "
-                "split with --split-file"
+                f"{named} are the same image in two splits; remove one, put both into one split "
+                "with --split-file, or add --duplicates same-split"
             )
     return problems

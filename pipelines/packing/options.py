@@ -9,13 +9,8 @@ from pipelines.packing.colours import ColourTable, read_colour_table, read_first
 from pipelines.packing.duplicates import DuplicatePolicy
 from pipelines.runtime.errors import UsageError, parse_part, refuse_url
 from pipelines.runtime.yaml_flags import Flat, refuse_unused
-from shards.folders.pairs import (
-    Pairing,
-    PairRule,
-    find_pairs,
-    find_pairs_in_folders,
-    read_pair_lists,
-)
+from shards.folders.pair_lists import read_pair_lists
+from shards.folders.pairs import Pairing, PairRule, find_pairs, find_pairs_in_folders
 from shards.folders.split_names import Split, find_declared_splits
 from shards.folders.splits import SplitRule
 from shards.images.files import (

@@ -3,10 +3,12 @@
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from pipelines.packing.options import SourceOptions
+from pipelines.packing.repair import repair_pairing
 from pipelines.runtime.errors import REFUSED, describe_read_error
 from pipelines.runtime.processes import chunks, num_workers, run_all
 from pipelines.runtime.progress import progress
@@ -15,38 +17,57 @@ from shards.folders.pairs import Pairing
 from shards.images.files import ImageRule
 from shards.masks.proposal import propose_flags
 from shards.masks.survey import MaskSurvey, survey_mask
-from shards.sample import AggregateDataError, DataError
+from shards.sample import AggregateDataError, DataError, list_problems
 
-MAX_SHOWN = 20
-"""Unreadable masks that are printed."""
 PROPOSED = frozenset(
     {
         *("mask_format", "mask_values", "mask_threshold", "invert", "ignore_value", "colours"),
-        *("unknown", "tolerance", "classes"),
+        *("unknown", "tolerance", "classes", "allow_absent_classes"),
     }
 )
 """Settings that a proposal replaces."""
 
 
-def propose_format(source: SourceOptions, workers: int, command: str) -> int:
-    """Survey all masks and print `command` with the flags that read them.
+def propose_format(config: Any, verb: str) -> int:
+    """Survey all masks and print the command of `config` with the flags that read them.
 
-    Nothing is packed. Returns exit code 0 with a proposal, else 1. Raises DataError if no image has
-    a mask.
+    Where its flags pair nothing, the command has others that do. Nothing is packed. Returns exit
+    code 0 with a proposal, else 1. Raises DataError if no image has a mask.
     """
-    pairing = source.pairing.find_pairs()
-    if not pairing.pairs:
-        problems = [*pairing.refused, *pairing.unpaired] or ["no image has a mask"]
-        raise AggregateDataError(problems, "no mask can be surveyed before the pairing is correct")
-    survey, problems = survey_pairing(source, pairing, workers)
-    for problem in sorted(problems)[:MAX_SHOWN]:
-        print(problem, file=sys.stderr)
+    config, pairing = find_proposed_pairs(config)
+    survey, problems = survey_pairing(config.source, pairing, config.workers)
+    for line in list_problems(problems):
+        print(line, file=sys.stderr)
     if survey.num_files == 0:
         print(f"none of {len(problems)} masks can be read", file=sys.stderr)
         return REFUSED
     proposal = propose_flags(survey)
-    print(proposal.text(command))
+    print(proposal.text(format_command(config, verb)))
     return 0 if proposal.flags else REFUSED
+
+
+def find_proposed_pairs(config: Any) -> tuple[Any, Pairing]:
+    """Find the pairs of a configuration, if there are none with other pairing flags.
+
+    Returns the configuration with the flags that were used. Raises DataError if there is no pair.
+    """
+    options = config.source.pairing
+    try:
+        pairing = options.find_pairs()
+        if pairing.pairs:
+            return config, pairing
+        problems = [*pairing.refused, *pairing.unpaired] or ["no image has a mask"]
+        raise AggregateDataError(problems, "no mask can be surveyed before the pairing is correct")
+    except DataError as error:
+        repaired = repair_pairing(options)
+        if repaired is None:
+            raise
+        print(f"{error}\n", file=sys.stderr)
+    pairing = repaired.find_pairs()
+    print(f"the command below pairs {len(pairing.pairs)} images", file=sys.stderr)
+    for note in pairing.notes:
+        print(note, file=sys.stderr)
+    return replace(config, source=replace(config.source, pairing=repaired)), pairing
 
 
 def survey_pairing(

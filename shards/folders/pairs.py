@@ -3,20 +3,13 @@
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from shards.folders.split_names import Split
 from shards.folders.suffixes import describe_fit
-from shards.folders.walk import (
-    find_common_root,
-    list_images,
-    read_lines,
-    relative_path,
-    split_columns,
-)
-from shards.images.files import IMAGE_EXTENSIONS
+from shards.folders.walk import list_images, relative_path
 from shards.sample import DataError, encode_key
 
 
@@ -51,6 +44,8 @@ class Pairing:
     """Images without a mask and masks without an image, one message each."""
     refused: list[str]
     """Files whose names collide and files in unsupported formats, one message each."""
+    notes: list[str] = field(default_factory=list)
+    """What else was found or changed, one line each."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,11 +114,14 @@ def find_pairs(images: Path, masks: Path | None, rule: PairRule) -> Pairing:
     Raises DataError if a folder is missing or has no images, or if no image has a mask.
     """
     refused: list[str] = []
-    names = list_images(images, refused)
+    notes: list[str] = []
+    names = list_images(images, refused, notes)
     if masks is None:
         image_names, _ = group_by_stem(names, rule, images, refused, mask=False)
         pairs = [Pair(name, None) for name in image_names.values()]
-        return Pairing(images, None, drop_key_collisions(pairs, images, refused), [], refused)
+        return Pairing(
+            images, None, drop_key_collisions(pairs, images, refused), [], refused, notes
+        )
     unpaired: list[str] = []
     if masks.resolve() == images.resolve():
         if not rule.distinguishes_masks:
@@ -143,7 +141,7 @@ def find_pairs(images: Path, masks: Path | None, rule: PairRule) -> Pairing:
     else:
         image_names, rest = group_by_stem(names, rule, images, refused, mask=False)
         unpaired += [f"{images / name} does not match the rule for images" for name in rest]
-        names = list_images(masks, refused)
+        names = list_images(masks, refused, notes)
         mask_names, rest = group_by_stem(names, rule, masks, refused, mask=True)
         unpaired += [f"{masks / name} does not match the rule for masks" for name in rest]
     unpaired += [
@@ -161,8 +159,10 @@ def find_pairs(images: Path, masks: Path | None, rule: PairRule) -> Pairing:
             f"{first_name(image_names)} and {first_name(mask_names)}); "
             f"{describe_fit(image_names.values(), mask_names.values())}"
         )
-    pairs = [Pair(image_names[stem], mask_names[stem]) for stem in common]
-    return Pairing(images, masks, drop_key_collisions(pairs, images, refused), unpaired, refused)
+    pairs = drop_key_collisions(
+        (Pair(image_names[stem], mask_names[stem]) for stem in common), images, refused
+    )
+    return Pairing(images, masks, pairs, unpaired, refused, notes)
 
 
 def find_pairs_in_folders(
@@ -177,19 +177,21 @@ def find_pairs_in_folders(
     pairs: list[Pair] = []
     unpaired: list[str] = []
     refused: list[str] = []
+    notes: list[str] = []
     for folder, mask_folder, split in zip(
         images, masks or [None] * len(images), splits, strict=True
     ):
         found = find_pairs(folder, mask_folder, rule)
         unpaired += found.unpaired
         refused += found.refused
+        notes += found.notes
         for pair in found.pairs:
             mask = None
             if mask_folder is not None:
                 mask = join_below(mask_root, mask_folder, str(pair.mask))
             pairs.append(Pair(join_below(image_root, folder, pair.source), mask, split))
     pairs = drop_key_collisions(pairs, image_root, refused)
-    return Pairing(image_root, mask_root if masks else None, pairs, unpaired, refused)
+    return Pairing(image_root, mask_root if masks else None, pairs, unpaired, refused, notes)
 
 
 def common_folder(folders: Sequence[Path]) -> Path:
@@ -245,85 +247,3 @@ def group_by_stem(
     for stem, more in sorted(collisions.items()):
         refused.append(f"{folder / stems.pop(stem)} and {', '.join(more)} have the same name")
     return stems, others
-
-
-def read_pair_lists(
-    files: Sequence[Path],
-    images: Path | None,
-    masks: Path | None,
-    splits: Sequence[Split | None] = (),
-) -> Pairing:
-    """Read pairs from files with an image and its mask on each line.
-
-    `.csv` and `.tsv` are split at commas and tabs, all others at white space. Empty lines, lines
-    that start with # and a first line `image,mask` are skipped. Paths are relative to `images` and
-    `masks`, or to the folder of the list if these are None. Every pair of a list gets its split.
-    Raises DataError for a line that is not a pair, and if no listed image exists.
-    """
-    image_paths, mask_paths, declared = [], [], []
-    for file, split in zip(files, splits or [None] * len(files), strict=True):
-        here = file.parent.resolve()
-        for image, mask in read_pair_columns(file):
-            image_paths.append(os.path.normpath((images or here).resolve() / image))
-            mask_paths.append(os.path.normpath((masks or here).resolve() / mask))
-            declared.append(split)
-    if not image_paths:
-        raise DataError(f"{files[0]} lists no pairs; write an image and its mask on each line")
-    if not any(map(os.path.isfile, image_paths)):
-        base = (images or files[0].parent).resolve()
-        raise DataError(
-            f"{files[0]}: none of the {len(image_paths)} listed images exists, the first is read "
-            f"as {image_paths[0]}; listed paths are relative to {base}: set --images and --masks "
-            "to the folders that they are relative to, or correct the list"
-        )
-    image_root, mask_root = (
-        find_common_root(image_paths, images or files[0].parent),
-        find_common_root(mask_paths, masks or files[0].parent),
-    )
-    refused: list[str] = []
-    partner: dict[str, str] = {}
-    pairs = []
-    for image, mask, split in zip(image_paths, mask_paths, declared, strict=True):
-        wrong = [problem for path in (image, mask) if (problem := explain_unusable_path(path))]
-        if image in partner:
-            wrong.append(f"{image} is listed twice")
-        elif mask in partner:
-            wrong.append(f"{mask} is listed for {partner[mask]} and for {image}")
-        refused += wrong
-        if not wrong:
-            partner |= {image: mask, mask: image}
-            source, target = relative_path(image, image_root), relative_path(mask, mask_root)
-            pairs.append(Pair(source, target, split))
-    pairs = drop_key_collisions(pairs, image_root, refused)
-    return Pairing(image_root, mask_root, pairs, [], refused)
-
-
-def explain_unusable_path(path: str) -> str | None:
-    """Return what is wrong with a path in a list of pairs; None if it can be used."""
-    if not os.path.isfile(path):
-        return f"{path} is listed but does not exist"
-    if os.path.splitext(path)[1].lower() not in IMAGE_EXTENSIONS:
-        return f"{path} does not have an image extension ({' '.join(sorted(IMAGE_EXTENSIONS))})"
-    return None
-
-
-def read_pair_columns(file: Path) -> Iterator[tuple[str, str]]:
-    """Yield the two columns of a list of pairs. Raises DataError for a line without exactly two."""
-    delimiter = {".csv": ",", ".tsv": "\t"}.get(file.suffix.lower())
-    for number, line in enumerate(read_lines(file), 1):
-        if not line.strip() or line.startswith("#"):
-            continue
-        words = [word.strip() for word in split_columns(line, delimiter)]
-        if number == 1 and [word.lower() for word in words] == ["image", "mask"]:
-            continue
-        if len(words) != 2 or not all(words):
-            raise DataError(
-                f"{file}, line {number}: expected 2 names, an image and its mask, got "
-                f"{len(words)}; "
-                + (
-                    "names with spaces need a .csv or .tsv"
-                    if delimiter is None
-                    else f"separate them with {'a comma' if delimiter == ',' else 'a tab'}"
-                )
-            )
-        yield words[0], words[1]

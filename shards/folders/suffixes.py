@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 BOUNDARY = re.compile(r"[_\-. ]|(?<=[0-9])(?=[A-Za-z])")
 """Where the end of a name may begin: `_mask` in `cell_mask`, `mask` in `7mask`."""
+PREFIX = re.compile(r"[A-Za-z]+[_\-. ]?(?=[^/])")
+"""Where the beginning of a name may end: `mask_` in `mask_7`, `mask` in `mask7`."""
 MAX_SUFFIXES = 8
 FIRST_NUMBER = r"(\d+)[^/]*$"
 """The first number of a file name."""
@@ -23,6 +25,24 @@ class Fit:
     regex: str | None = None
     image_ext: str | None = None
     mask_ext: str | None = None
+    image_prefix: str = ""
+    mask_prefix: str = ""
+    """Beginnings of names, for which there are no flags: such pairs need a list."""
+
+    @property
+    def image_words(self) -> str:
+        """Parts of names that only images have."""
+        return self.image_prefix + self.image_suffix
+
+    @property
+    def mask_words(self) -> str:
+        """Parts of names that only masks have."""
+        return self.mask_prefix + self.mask_suffix
+
+    @property
+    def has_flags(self) -> bool:
+        """Whether flags can set this."""
+        return not self.image_prefix and not self.mask_prefix
 
     @property
     def flags(self) -> tuple[str, ...]:
@@ -38,7 +58,7 @@ class Fit:
 
 
 def find_fit(images: Collection[str], masks: Collection[str], *, shared: bool = False) -> Fit:
-    """Find the settings that pair the most names: equal names, ends, extensions, numbers.
+    """Find the settings that pair the most names: equal names, ends, extensions, numbers, starts.
 
     Of equally many pairs, the simplest wins. `shared`: both lists are those of one folder.
     """
@@ -56,9 +76,18 @@ def find_fit(images: Collection[str], masks: Collection[str], *, shared: bool = 
         left, right = find_numbers(images), find_numbers(masks)
         if len(left) == len(images) and len(right) == len(masks):
             fits.append(Fit(len(left & right), regex=FIRST_NUMBER))
+    cut_images, cut_masks = cut_prefixes(image_stems), cut_prefixes(mask_stems)
+    for image_prefix, left in cut_images.items():
+        for mask_prefix, right in cut_masks.items():
+            if image_prefix != mask_prefix:
+                pairs = len(left & right)
+                fits.append(Fit(pairs, image_prefix=image_prefix, mask_prefix=mask_prefix))
     return max(
         fits,
-        key=lambda fit: (fit.pairs, fit.regex is None, -len("".join(fit.flags))),
+        key=lambda fit: (
+            *(fit.pairs, fit.has_flags, fit.regex is None),
+            -len("".join(fit.flags) + fit.image_words + fit.mask_words),
+        ),
         default=Fit(0),
     )
 
@@ -74,6 +103,17 @@ def cut_suffixes(stems: set[str]) -> dict[str, set[str]]:
     common = [end for end, count in ranked if count > 1]
     cut = {end: {s[: -len(end)] for s in stems if s.endswith(end)} for end in common}
     return {"": stems, **cut}
+
+
+def cut_prefixes(stems: set[str]) -> dict[str, set[str]]:
+    """Return {beginning: names without it} of the most frequent words that names begin with."""
+    cut: dict[str, set[str]] = {}
+    for stem in stems:
+        folder, slash, name = stem.rpartition("/")
+        if match := PREFIX.match(name):
+            cut.setdefault(match[0], set()).add(folder + slash + name[match.end() :])
+    ranked = sorted(cut, key=lambda start: (-len(cut[start]), start))[:MAX_SUFFIXES]
+    return {"": stems, **{start: cut[start] for start in ranked if len(cut[start]) > 1}}
 
 
 def fit_extensions(names: Iterable[str]) -> list[Fit]:
@@ -98,7 +138,7 @@ def find_numbers(names: Iterable[str]) -> set[str]:
 def describe_fit(images: Collection[str], masks: Collection[str]) -> str:
     """Describe which flags pair two lists of names that have no name in common."""
     fit = find_fit(images, masks)
-    if fit.pairs:
+    if fit.pairs and fit.has_flags:
         words = " ".join(f"'{word}'" if "(" in word else word for word in fit.flags)
         return f"{words} pairs {fit.pairs} of them"
     return "see --image-suffix, --mask-suffix, --pair-regex and --pairs"

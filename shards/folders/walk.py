@@ -2,11 +2,22 @@
 
 import csv
 import os
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from shards.images.files import IMAGE_EXTENSIONS, UNSUPPORTED_EXTENSIONS
 from shards.sample import DataError
+
+ANNOTATIONS = frozenset({".json", ".xml", ".npy", ".npz", ".mat", ".svg", ".yaml", ".yml", ".h5"})
+"""Extensions of files that may hold annotations."""
+
+
+def describe_annotations(names: Iterable[str]) -> list[str]:
+    """Describe files that may be annotations but are not read, in at most one line."""
+    found = Counter(os.path.splitext(name)[1].lower() for name in names)
+    counts = [f"{found[ext]} {ext}" for ext in sorted(ANNOTATIONS & found.keys())]
+    return [f"{', '.join(counts)} files are not read: masks are image files"] if counts else []
 
 
 def split_columns(line: str, delimiter: str | None) -> list[str]:
@@ -37,15 +48,18 @@ def relative_path(path: str, root: Path) -> str:
     return os.path.relpath(path, root).replace(os.sep, "/")
 
 
-def list_images(folder: Path, refused: list[str] | None = None) -> list[str]:
+def list_images(
+    folder: Path, refused: list[str] | None = None, notes: list[str] | None = None
+) -> list[str]:
     """List the relative paths of all images below a folder, without hidden files, sorted.
 
-    Files in unsupported image formats are reported in `refused`, if it is given. Raises DataError
+    Files in unsupported image formats are reported in `refused`, and files that may be annotations
+    in `notes`, if these are given. Raises DataError
     if the folder is missing or has neither.
     """
     if not folder.is_dir():
         raise DataError(f"{folder} is not a directory")
-    names = []
+    names, others = [], []
     for name in walk_files(str(folder)):
         lower = name.lower()
         if os.path.splitext(lower)[1] in IMAGE_EXTENSIONS:
@@ -54,10 +68,14 @@ def list_images(folder: Path, refused: list[str] | None = None) -> list[str]:
             problem = next(
                 (p for ext, p in UNSUPPORTED_EXTENSIONS.items() if lower.endswith(ext)), None
             )
-            if problem is not None:
+            if problem is None:
+                others.append(name)
+            else:
                 refused.append(f"{folder / name} is {problem}")
     if not names and not refused:
         raise DataError(f"{folder} contains no images ({' '.join(sorted(IMAGE_EXTENSIONS))})")
+    if notes is not None:
+        notes += [f"{folder}: {line}" for line in describe_annotations(others)]
     return sorted(names)
 
 

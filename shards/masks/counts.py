@@ -38,6 +38,16 @@ def count_colours(image: Image.Image, mode: str) -> tuple[NDArray[np.int64], ...
     return unique.view(np.uint8).reshape(-1, 4).astype(np.int64), counts, runs, lengths
 
 
+def find_solid(pixels: NDArray[Any]) -> NDArray[np.bool_]:
+    """Return which pixels [H, W] equal all of their up to four neighbours."""
+    solid = np.ones(pixels.shape, dtype=bool)
+    for one, other in ((np.s_[1:], np.s_[:-1]), (np.s_[:, 1:], np.s_[:, :-1])):
+        equal = pixels[one] == pixels[other]
+        solid[one] &= equal
+        solid[other] &= equal
+    return solid
+
+
 def find_runs(flat: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.int64]]:
     """Return the value and the length of each run of equal neighbours; masks have few runs."""
     starts = np.flatnonzero(flat[1:] != flat[:-1]) + 1

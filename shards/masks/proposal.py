@@ -2,13 +2,20 @@
 
 import shlex
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from math import dist
 
 from shards.masks.formats import MAX_CLASS_COLOURS
-from shards.masks.survey import MAX_ROWS, MaskSurvey, PixelValue, format_value, rank_by_count
+from shards.masks.survey import (
+    MAX_ROWS,
+    RARITY,
+    MaskSurvey,
+    PixelValue,
+    format_value,
+    rank_by_count,
+)
 from shards.sample import IGNORE
 
 MAX_VALUES = 32
@@ -19,9 +26,12 @@ EXTREME_MARGIN = 16
 """Grey levels this close to 0 or 255 count as black or white."""
 GREY_TOLERANCE, COLOUR_TOLERANCE = 10, 30
 """Maximum difference, per channel, of a pixel from its class in lossy or smoothed masks."""
-MIN_PROMINENCE, RARITY = 8, 1000
+MIN_PROMINENCE = 8
 """A class has at least 8 times the pixels of an average rarer value, and 1 in 1,000 pixels."""
+MAX_STRAY = 64
+"""More rare values or colours than these are soft edges, which need a tolerance."""
 COLOURS_FILE = "colours.yaml"
+UNKNOWN_FLAGS = ("--unknown", "ignore")
 RGB_FLAGS = ("--mask-format", "rgb", "--colours", COLOURS_FILE)
 VALUES_ADVICE = (
     "are these photographs, probabilities or instance labels? Check the folder of the masks; "
@@ -72,7 +82,10 @@ def propose_flags(survey: MaskSurvey) -> Proposal:
     """Propose the flags that read all masks of a survey, or explain why there are none."""
     if survey.num_files == 0:
         return Proposal((), "there are no masks; check the folder of the masks")
-    by_value = (propose_binary, propose_threshold, propose_index, propose_values)
+    by_value = (
+        *(propose_binary, propose_threshold, propose_instances),
+        *(propose_index, propose_values),
+    )
     rules = (
         *(by_value if not survey.needs_colours else ()),
         propose_colours,
@@ -115,20 +128,50 @@ def propose_threshold(survey: MaskSurvey) -> Proposal | None:
     return Proposal(("--mask-format", "binary", "--mask-threshold", "128"), why, notes=(note,))
 
 
+def propose_instances(survey: MaskSurvey) -> Proposal | None:
+    """Propose one class for all objects of masks that number their objects."""
+    if survey.lossy or not survey.are_instances:
+        return None
+    top = max(survey.tops)
+    why = f"every mask has all values from 0 to its highest, which is {min(survey.tops)} to {top}"
+    note = (
+        "these look like instance labels: all objects become one class; if the values are classes: "
+        "--mask-format index --classes with their names"
+    )
+    return Proposal(("--mask-format", "binary", "--mask-threshold", "1"), why, notes=(note,))
+
+
 def propose_index(survey: MaskSurvey) -> Proposal | None:
     """Propose `index` or `palette` if values or palette indices are classes, 255 perhaps ignore."""
-    values = {value for _, value in survey.values} - {IGNORE}
+    counts = survey.value_counts
+    values = {value for (value,) in counts} - {IGNORE}
+    filled, stray = survey.find_rare(counts)
+    # Rare values without which the others have no gap are classes too.
+    if len(values) == max(values, default=0) + 1:
+        filled, stray = sorted([*filled, *stray]), []
+    stray = [value for value in stray if value != (IGNORE,)]
+    values -= {value for (value,) in stray}
     if survey.lossy or not are_class_indices(survey, values):
         return None
     max_index = max(values)
+    absent = sorted({*range(max_index + 1)} - values)
     is_palette = survey.modes.keys() == {"P"} and max_index < survey.min_palette_size
     kind = "palette" if is_palette else "index"
     flags = ("--mask-format", kind, "--classes", *(f"class_{i}" for i in range(max_index + 1)))
-    notes = [RENAME_NOTE]
+    notes = [RENAME_NOTE, *note_rare(survey, counts, filled, stray)]
+    if absent:
+        notes.append(
+            f"{' '.join(map(str, absent))}: no mask has these values; remove the flag "
+            "--allow-absent-classes if they are a mistake"
+        )
     if ignored := survey.count_pixels(IGNORE, IGNORE):
         flags += ("--ignore-value", str(IGNORE))
         note = "is ignored; if it is a class, or the foreground of some files: --mask-format values"
         notes.append(f"255 ({survey.format_share(ignored)}) {note}")
+    elif max_index > 2:
+        what = f"if class_{max_index} is void (pixels of no class), remove it and add"
+        notes.append(f"{what} --ignore-value {max_index}; the same holds for any other class")
+    flags += ("--allow-absent-classes",) * bool(absent) + UNKNOWN_FLAGS * bool(stray)
     if max_index > MAX_ROWS:
         notes.append("if these are instance labels: --mask-format binary --mask-threshold 1")
     why = f"the masks have values from 0 to {max_index}" + " and 255" * (ignored > 0)
@@ -149,41 +192,63 @@ def are_class_indices(survey: MaskSurvey, values: set[int]) -> bool:
 
 def propose_values(survey: MaskSurvey) -> Proposal | None:
     """Propose `values` for a few arbitrary values."""
-    values = {value for (value,) in survey.value_counts}
-    if survey.lossy or len(values) > MAX_VALUES:
-        return None
     counts = survey.value_counts
-    stray = {value for value in values if counts[value,] * RARITY < survey.num_pixels}
-    notes = [RENAME_NOTE]
-    if IGNORE in values - stray:
+    filled, stray = survey.find_rare(counts)
+    values = sorted(value for (value,) in counts.keys() - {*stray})
+    if survey.lossy or len(values) > MAX_VALUES or len(counts) > MAX_VALUES + MAX_STRAY:
+        return None
+    if len(values) < 2:
+        values, filled, stray = sorted(value for (value,) in counts), filled + stray, []
+    notes = [RENAME_NOTE, *note_rare(survey, counts, filled, stray)]
+    flags = value_flags(values)
+    if stray and len(values) == 2 and values[0] == 0:
+        # `binary` refuses a third value.
+        flags = (*flags[: flags.index("--classes")], "--classes", "background", "foreground")
+        notes.remove(RENAME_NOTE)
+    elif IGNORE in values:
         notes.append(
             "if 255 marks pixels to ignore, remove it from both lists and add --ignore-value 255"
         )
-    flags = value_flags(values - stray)
-    if stray:
-        flags += ("--unknown", "ignore")
-        share = survey.format_share(sum(counts[value,] for value in stray))
-        notes.append(
-            f"rare values are ignored, {share}: {' '.join(map(str, sorted(stray)))}; if one is a "
-            "class, add it to both lists"
-        )
+    flags += UNKNOWN_FLAGS * bool(stray)
     return Proposal(flags, f"the masks have {survey.summary}", notes=tuple(notes))
+
+
+def note_rare(
+    survey: MaskSurvey,
+    counts: Counter[PixelValue],
+    filled: Sequence[PixelValue],
+    stray: Sequence[PixelValue],
+) -> list[str]:
+    """Describe rare values or colours: those that are classes, and those that are ignored."""
+    notes = []
+    if filled:
+        listed = survey.describe_rare(counts, filled)
+        notes.append(f"rare but classes, as they fill areas or are consecutive: {listed}")
+    if stray:
+        listed = survey.describe_rare(counts, stray)
+        notes.append(
+            f"ignored as edges or noise, since hardly any of these pixels has equal neighbours: "
+            f"{listed}; if one is a class, add it"
+        )
+    return notes
 
 
 def propose_colours(survey: MaskSurvey) -> Proposal | None:
     """Propose `rgb` for a few colours, each of which is a class."""
     counts = survey.colour_counts
     exact = not survey.lossy and counts.total() == survey.num_pixels
-    if not survey.has_colours or not exact or not 2 <= len(counts) <= MAX_CLASS_COLOURS:
+    filled, stray = survey.find_rare(counts)
+    if len(counts) - len(stray) < 2:
+        filled, stray = sorted([*filled, *stray]), []
+    num_classes = len(counts) - len(stray)
+    few = 2 <= num_classes <= MAX_CLASS_COLOURS and len(stray) <= MAX_STRAY
+    if not survey.has_colours or not exact or not few:
         return None
-    rare = [pixels for pixels in counts.values() if pixels * RARITY < survey.num_pixels]
-    note = (
-        f"{len(rare)} of the colours are rare, {survey.format_share(sum(rare))} together: if they "
-        "are edges, not classes, remove them from the table and add --unknown ignore"
-    )
-    notes = (RENAME_NOTE, *(note,) * bool(rare))
-    table = format_colour_table(colour for colour, _ in rank_by_count(counts))
-    return Proposal(RGB_FLAGS, f"the masks have {len(counts)} colours", table, notes)
+    notes = (RENAME_NOTE, *note_rare(survey, counts, filled, stray))
+    kept = [colour for colour, _ in rank_by_count(counts) if colour not in stray]
+    why = f"the masks have {len(counts)} colours"
+    flags = RGB_FLAGS + UNKNOWN_FLAGS * bool(stray)
+    return Proposal(flags, why, format_colour_table(kept), notes)
 
 
 def propose_tolerance(survey: MaskSurvey) -> Proposal | None:

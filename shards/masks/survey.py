@@ -1,13 +1,14 @@
 """A survey of masks in an undeclared format, and the flags proposed to read all of them."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from shards.images.files import ImageRule, open_image
 from shards.images.tiff import GREY16_MODES
-from shards.masks.counts import count_colours, count_pixel_values
+from shards.masks.counts import count_colours, count_pixel_values, find_solid
 from shards.masks.palettes import read_palette
 from shards.masks.stored import describe_loss, load_mask
 from shards.sample import Colour, DataError
@@ -18,6 +19,10 @@ MAX_COLOURS_PER_FILE = 512
 MAX_COLOURS = 4096
 """Colours that are kept, the most common: photographs have hundreds of thousands."""
 MAX_ROWS = 12
+RARITY, MIN_SOLID = 1000, 10
+"""A rare class has less than 1 in 1,000 pixels; 1 in 10 of them equal all of their neighbours."""
+MIN_TOPS = 4
+"""Instance labels have at least so many different numbers of objects per file, and one more."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -42,6 +47,12 @@ class MaskSurvey:
     """Pixels of each colour (R, G, B, A), for the most common colours."""
     palette: dict[int, Colour | None] = field(default_factory=dict)
     """Colour of each palette index, None if files differ."""
+    tops: Counter[int] = field(default_factory=Counter)
+    """Files whose values are 0, 1, ... to a top without a gap, by that top."""
+    spread: Counter[PixelValue] = field(default_factory=Counter)
+    """Files in which each stored value, and each colour (R, G, B, A), occurs."""
+    solid: Counter[PixelValue] = field(default_factory=Counter)
+    """Pixels of each that equal all of their neighbours: edges and noise have hardly any."""
     min_palette_size: int = 256
     """Number of colours in the shortest palette."""
 
@@ -55,6 +66,9 @@ class MaskSurvey:
         self.transparent |= other.transparent
         self.colourless |= other.colourless
         self.values.update(other.values)
+        self.tops.update(other.tops)
+        self.spread.update(other.spread)
+        self.solid.update(other.solid)
         self.colours.update(other.colours)
         for index, colour in other.palette.items():
             same = self.palette.get(index, colour) == colour
@@ -63,6 +77,9 @@ class MaskSurvey:
         # Twice as many may accumulate, so that they are rarely sorted.
         if len(self.colours) > 2 * MAX_COLOURS:
             self.colours = Counter(dict(rank_by_count(self.colours)[:MAX_COLOURS]))
+            for counts in (self.spread, self.solid):
+                for colour in [key for key in counts if len(key) > 1 and key not in self.colours]:
+                    del counts[colour]
 
     @property
     def palettes_conflict(self) -> bool:
@@ -74,6 +91,12 @@ class MaskSurvey:
         """Whether palettes have white at index 0 and black at the only other index in use."""
         used = sorted({0, *(value for mode, value in self.values if mode == "P")})
         return [self.palette.get(index) for index in used] == [(255, 255, 255), (0, 0, 0)]
+
+    @property
+    def are_instances(self) -> bool:
+        """Whether every file numbers its objects from 1, and the files differ in their number."""
+        differ = len(self.tops) >= MIN_TOPS and max(self.tops) > MIN_TOPS
+        return differ and self.tops.total() == self.num_files
 
     @property
     def needs_colours(self) -> bool:
@@ -99,10 +122,33 @@ class MaskSurvey:
     @property
     def colour_counts(self) -> Counter[PixelValue]:
         """Pixels of each colour, without alpha unless it varies."""
-        counts = Counter[PixelValue]()
-        for colour, pixels in self.colours.items():
-            counts[colour if self.transparent else colour[:3]] += pixels
-        return counts
+        return self.join_alpha(self.colours)
+
+    def join_alpha(self, counts: Counter[PixelValue]) -> Counter[PixelValue]:
+        """Add up counts of colours (R, G, B, A) that are one colour, and those of stored values."""
+        joined = Counter[PixelValue]()
+        for value, count in counts.items():
+            joined[value if self.transparent else value[:3]] += count
+        return joined
+
+    def find_rare(self, counts: Counter[PixelValue]) -> tuple[list[PixelValue], list[PixelValue]]:
+        """Find values or colours with less than 1 in 1,000 pixels.
+
+        Returns those that are classes, as they fill areas, and stray ones: edges and noise.
+        """
+        solid = self.join_alpha(self.solid)
+        rare = sorted(value for value, n in counts.items() if n * RARITY < self.num_pixels)
+        filled = [value for value in rare if solid[value] * MIN_SOLID >= counts[value]]
+        return filled, [value for value in rare if value not in filled]
+
+    def describe_rare(self, counts: Counter[PixelValue], rare: Sequence[PixelValue]) -> str:
+        """Format as `7: 12 px (0.01 %) in 3 masks`, for the first 12."""
+        spread = self.join_alpha(self.spread)
+        listed = ", ".join(
+            f"{format_value(value)}: {self.format_share(counts[value])} in {spread[value]} masks"
+            for value in rare[:MAX_ROWS]
+        )
+        return listed + f" and {len(rare) - MAX_ROWS} more" * (len(rare) > MAX_ROWS)
 
     @property
     def summary(self) -> str:
@@ -137,8 +183,12 @@ def survey_mask(data: bytes, where: str, rule: ImageRule) -> MaskSurvey:
     lossy = describe_loss(opened, data) is not None
     stored = load_mask(opened, where, rule.exif)
     image = stored.image
+    solid = Counter[PixelValue]()
     try:
-        counts = count_pixel_values(stored.read_values(where))
+        pixels = stored.read_values(where)
+        counts = count_pixel_values(pixels)
+        solid_counts = np.bincount(pixels[find_solid(pixels)])
+        solid = Counter({(int(v),): int(solid_counts[v]) for v in np.flatnonzero(solid_counts)})
     except DataError:
         if image.mode not in ("RGB", "RGBA", "LA"):
             raise
@@ -151,6 +201,9 @@ def survey_mask(data: bytes, where: str, rule: ImageRule) -> MaskSurvey:
         modes=Counter((image.mode,)),
         lossy=lossy,
         values=Counter({(image.mode, value): int(counts[value]) for value in values}),
+        spread=Counter((value,) for value in values),
+        solid=solid,
+        tops=Counter([len(values) - 1] if values[-1:] == [len(values) - 1] else ()),
     )
     if image.mode == "P":
         survey.palette = dict(enumerate(read_palette(image)))
@@ -159,10 +212,16 @@ def survey_mask(data: bytes, where: str, rule: ImageRule) -> MaskSurvey:
         image.mode in GREY16_MODES or max(values, default=0) >= survey.min_palette_size
     )
     if not survey.colourless:
-        colours, counts, *_ = count_colours(image, "RGBA")
+        colours, counts, runs, lengths = count_colours(image, "RGBA")
         survey.transparent = bool((colours[:, 3] != colours[0, 3]).any())
         kept = np.argsort(-counts, kind="stable")[:MAX_COLOURS_PER_FILE]
-        survey.colours.update({tuple(colours[i].tolist()): int(counts[i]) for i in kept})
+        rows = np.repeat(runs, lengths).reshape(image.height, image.width)
+        solid_counts = np.bincount(rows[find_solid(rows)], minlength=len(colours))
+        for i in kept:
+            colour = tuple(colours[i].tolist())
+            survey.colours[colour] = int(counts[i])
+            survey.solid[colour] = int(solid_counts[i])
+            survey.spread[colour] = 1
     return survey
 
 

@@ -47,7 +47,7 @@ def test_the_command_for_drive_packs_train_val_and_test(save, call, tmp_path: Pa
         save(*names, 20, start)
         save(names[0], f"{split}/mask/{{:02d}}_{end}_mask.gif", 20, start)
     out, command = look(call, tmp_path)
-    assert "1st_manual; also possible: test/mask training/mask" in out
+    assert "1st_manual; also possible: training/mask test/mask" in out
     assert "the data declare no val: 10 % of train become val" in out
     ended = call(*command)
     assert ended.code == 0, ended.err
@@ -74,7 +74,7 @@ def test_images_without_masks_are_left_out_by_the_command(save, call, tmp_path: 
     (tmp_path / "data" / "masks" / "3_mask.png").unlink()
     out, command = look(call, tmp_path)
     assert "--mask-suffix _mask" in shlex.join(command)
-    assert "unsure: 1 files have no pair" in out
+    assert "unsure: 1 image files in images are not packed" in out
     assert call(*command).code == 0
     assert sum(splits(tmp_path).values()) == 7
 
@@ -91,3 +91,39 @@ def test_other_flags_beside_the_folder_are_refused(save, call, tmp_path: Path) -
     ended = call("check", tmp_path / "data", "--alpha", "drop", "--out", tmp_path / "out")
     assert ended.code == 2
     assert "--alpha has no effect with FOLDER; use --images and --masks" in ended.said
+
+
+@pytest.mark.parametrize("verb", ["check", "pack"])
+def test_annotations_beside_the_images_are_mentioned(save, call, tmp_path: Path, verb: str) -> None:
+    save("images/{}.png", "masks/{}.png", 6)
+    for name in ("0.json", "1.json", "2.xml"):
+        (tmp_path / "data" / "images" / name).write_text("{}")
+    data = tmp_path / "data"
+    flags = ("--images", data / "images", "--masks", data / "masks", "--mask-format", "binary")
+    ended = call(verb, *flags, "--out", tmp_path / "out", "--workers", 1)
+    assert ended.code == 0, ended.err
+    what = "2 .json, 1 .xml files are not read: masks are image files"
+    assert f"{data / 'images'}: {what}" in ended.out
+
+
+def test_folders_that_were_not_compared_are_counted(save, call, tmp_path: Path) -> None:
+    for number in range(45):
+        save(f"a{number:02d}/x{{}}.png", f"b{number:02d}/x{{}}.png", 1, number)
+    ended = call("check", tmp_path / "data", "--out", tmp_path / "out", "--workers", 1)
+    text = ended.out + ended.err
+    assert "only 40 of 90 folders were compared, the first within 3 levels" in text
+
+
+def test_images_that_are_equal_in_two_splits_have_a_remedy_that_packs(
+    save, call, tmp_path: Path
+) -> None:
+    save("train/images/{}.png", "train/masks/{}.png", 6)
+    save("val/images/{}.png", "val/masks/{}.png", 2)
+    data, out = tmp_path / "data", tmp_path / "out"
+    ended = call("check", data, "--out", out, "--workers", 1)
+    assert ended.code == 1
+    assert "add --duplicates same-split" in ended.err
+    ((line),) = [line for line in ended.out.splitlines() if line.startswith("unet pack ")]
+    words = [*shlex.split(line)[1:-1], str(tmp_path / "shards"), "--duplicates", "same-split"]
+    ended = call(*words)
+    assert (ended.code, splits(tmp_path)) == (0, {"train": 8}), ended.err

@@ -168,3 +168,74 @@ def test_a_folder_without_masks_is_refused(folder: Path, call) -> None:
     ended = call("pack", "--images", folder / "images", "--mask-format", "auto", "--out", "out")
     assert ended.code == 2
     assert "--mask-format needs --masks" in ended.said
+
+
+def move(folder: Path, template: str, part: str = "masks") -> None:
+    """Rename all masks: `lab/{}_m.png`."""
+    for path in sorted((folder / part).iterdir()):
+        target = folder / template.format(path.stem)
+        target.parent.mkdir(exist_ok=True)
+        path.rename(target)
+
+
+def lists(folder: Path, prefix: str) -> Path:
+    path = folder / "pairs.txt"
+    names = [path.name for path in sorted((folder / "images").iterdir())]
+    path.write_text("".join(f"{prefix}images/{n} {prefix}masks/{n}\n" for n in names))
+    return path
+
+
+REPAIRS = {
+    "an end of the masks": ("masks/{}_m.png", "--mask-suffix _m"),
+    "sibling folder": ("imagesannot/{}.png", "--masks 'my data/imagesannot'"),
+    "sibling folder with an end": ("labels/{}_gt.png", "--mask-suffix _gt"),
+    "numbers": ("masks/m_{}_x.png", "--pair-regex"),
+}
+
+
+@pytest.mark.parametrize("case", REPAIRS)
+def test_flags_that_pair_nothing_are_replaced_in_the_proposed_command(
+    case: str, folder: Path, call, samples, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template, flag = REPAIRS[case]
+    monkeypatch.chdir(folder.parent)
+    for number, path in enumerate(sorted((folder / "images").iterdir())):
+        path.rename(folder / "images" / f"{number + 100}.png")
+        (folder / "masks" / path.name).rename(folder / "masks" / f"{number + 100}.png")
+    move(folder, template)
+    ended = call(
+        *("pack", "--images", "my data/images", "--masks", "my data/masks"),
+        *("--mask-format", "auto", "--workers", 1, "--out", "out"),
+    )
+    assert ended.code == 0, ended.err
+    assert "the command below pairs 6 images" in ended.err
+    words = proposed(ended.out)
+    assert flag in shlex.join(words)
+    ended = call(*words[1:])
+    assert ended.code == 0, ended.err
+    assert len(samples(Path("out"))) == 6
+
+
+@pytest.mark.parametrize("prefix", ["/gone/data/", "data/"])
+def test_lists_with_folders_of_another_machine_are_proposed_with_their_root(
+    prefix: str, folder: Path, call, samples, tmp_path: Path
+) -> None:
+    path = lists(folder, prefix)
+    flags = ("--pairs", path, "--workers", 1, "--out", tmp_path / "out")
+    ended = call("pack", *flags, "--mask-format", "auto")
+    assert ended.code == 0, ended.err
+    assert "does not exist here and is read as" in ended.err
+    words = proposed(ended.out)
+    ended = call(*words[1:])
+    assert ended.code == 0, ended.err
+    assert "in 6 paths" in ended.out
+    assert len(samples(tmp_path / "out")) == 6
+
+
+def test_flags_that_cannot_be_repaired_get_the_reason(folder: Path, call) -> None:
+    for number, path in enumerate(sorted((folder / "masks").iterdir())):
+        path.rename(folder / "masks" / f"{'abcdef'[number]}.png")
+    ended = call("pack", *auto(folder, "--out", "out"))
+    assert ended.code == 1
+    assert "no image in" in ended.err
+    assert "unet pack --" not in ended.out

@@ -15,15 +15,15 @@ LAYOUTS: dict[str, tuple[list[str], tuple[str, ...], tuple[str, ...], str]] = {
             *("training/mask/{2}_training_mask.gif", "test/images/{1}_test.tif"),
             *("test/1st_manual/{1}_manual1.gif", "test/mask/{1}_test_mask.gif"),
         ],
-        ("test/images", "training/images"),
-        ("test/1st_manual", "training/1st_manual"),
+        ("training/images", "test/images"),
+        ("training/1st_manual", "test/1st_manual"),
         f"--pair-regex {FIRST_NUMBER}",
     ),
     "CamVid": (
         [f"{split}{end}/x{{{i}}}.png" for i, split in enumerate(("train", "val", "test"))
          for end in ("", "annot")],
-        ("test", "train", "val"),
-        ("testannot", "trainannot", "valannot"),
+        ("train", "val", "test"),
+        ("trainannot", "valannot", "testannot"),
         "",
     ),
     "CVPPP": (
@@ -82,18 +82,18 @@ def make(root: Path, templates: list[str], count: int = 6) -> None:
 def test_a_common_layout_is_found(name: str, tmp_path: Path) -> None:
     templates, images, masks, flags = LAYOUTS[name]
     make(tmp_path, templates)
-    best = find_layouts(tmp_path)[0][0]
+    best = find_layouts(tmp_path).layouts[0]
     assert (best.images, best.masks) == (images, masks)
     assert " ".join(best.fit.flags) == flags
 
 
 @pytest.mark.parametrize(
     ("name", "decoy"),
-    [("DRIVE", "test/mask training/mask"), ("CWFID", "masks (*_mask)"), ("VOC", "SegmentationObj")],
+    [("DRIVE", "training/mask test/mask"), ("CWFID", "masks (*_mask)"), ("VOC", "SegmentationObj")],
 )
 def test_decoys_are_candidates_too(name: str, decoy: str, tmp_path: Path) -> None:
     make(tmp_path, LAYOUTS[name][0])
-    best, *others = find_layouts(tmp_path)[0]
+    best, *others = find_layouts(tmp_path).layouts
     assert [x for x in others if x.images == best.images and x.mask_place.startswith(decoy)]
 
 
@@ -105,4 +105,4 @@ def test_a_folder_without_images_is_refused_with_what_it_has(tmp_path: Path) -> 
 
 def test_images_without_masks_have_no_layout(tmp_path: Path) -> None:
     make(tmp_path, ["images/a{0}.png"])
-    assert find_layouts(tmp_path)[0] == []
+    assert find_layouts(tmp_path).layouts == []

@@ -8,18 +8,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shards.folders.pair_lists import read_pair_lists
 from shards.folders.pairs import (
     Pair,
     PairRule,
     find_pairs,
     find_pairs_in_folders,
-    read_pair_lists,
 )
 from shards.folders.separation import plan_separation
 from shards.folders.split_names import find_declared_splits, find_named_split
 from shards.folders.splits import SPLITS, SplitRule, hash_fraction
 from shards.folders.walk import list_images
-from shards.sample import DataError, format_problems
+from shards.sample import DataError, format_problems, list_problems
 
 PLAIN = PairRule()
 
@@ -261,6 +261,20 @@ def test_twenty_problems_are_listed_and_the_others_counted(count, rest):
     assert [line.strip() for line in lines[21:]] == ([rest] if rest else [])
 
 
+def test_problems_that_differ_only_in_a_file_are_one_line_with_three_names():
+    """Also in paths with spaces and in numbers of lines, but not in values and remedies."""
+    empty = [f"/my data/{n}.png is empty; repair it" for n in range(9)]
+    lines = [f"l.txt, line {n}: {n}.png is listed twice" for n in range(4)]
+    values = [f"m/{n}.png has values without a class: {n}: 5 px" for n in range(4)]
+    few = [f"m/{n}.png has no image" for n in range(3)]
+    assert list_problems([*empty, *lines, *values, *few]) == [
+        "9 times: /my data/0.png is empty; repair it (also data/1.png, data/2.png, ...)",
+        "4 times: l.txt, line 0: 0.png is listed twice (also 1 1.png, 2 2.png, ...)",
+        *values,
+        *few,
+    ]
+
+
 def test_folders_without_any_pair_are_refused_with_examples(tree):
     images, masks = tree("images", "b.jpg", "a.jpg"), tree("masks", "a_m.png")
     assert refusal(find_pairs, images, masks, PLAIN) == (
@@ -424,10 +438,11 @@ def test_wrong_lines_of_a_list_are_reported_and_left_out(lists, tmp_path, tree):
     )
     pairing = read_pair_lists([lists("p.txt", text)], None, None)
     assert pairing.pairs == [Pair("images/a.jpg", "masks/a.png")]
+    base = f"(paths in {tmp_path}/p.txt are relative to {tmp_path})"
     assert pairing.refused == [
         f"{tmp_path}/images/a.jpg is listed twice",
-        f"{tmp_path}/images/no.jpg is listed but does not exist",
-        f"{tmp_path}/masks/no.png is listed but does not exist",
+        f"{tmp_path}/images/no.jpg is listed but does not exist {base}",
+        f"{tmp_path}/masks/no.png is listed but does not exist {base}",
     ]
     text = "images/a.jpg masks/a.png\nimages/a.png masks/z.png\n"
     pairing = read_pair_lists([lists("p.txt", text)], None, None)
@@ -1013,6 +1028,26 @@ def test_lists_of_which_no_path_exists_are_one_line_with_the_folder(lists, tmp_p
     assert error.startswith(f"{tmp_path}/p.txt: none of the 30 listed images exists, the first is")
     assert f"listed paths are relative to {tmp_path}: set --images and --masks" in error
     assert "\n" not in error
+
+
+@pytest.mark.parametrize("dead", ["/SegNet/CamVid", "CamVid", "x/y"])
+def test_folders_of_another_machine_are_replaced_by_the_given_root(lists, tmp_path, dead):
+    for name in ("images/a.jpg", "images/b.jpg", "masks/a.png", "masks/b.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    text = "".join(f"{dead}/images/{n}.jpg {dead}/masks/{n}.png\n" for n in "abc")
+    file = lists("p.txt", text)
+    error = refusal(read_pair_lists, [file], None, None)
+    remedy = f"without {dead} they exist in {tmp_path}; add --images {tmp_path} --masks {tmp_path}"
+    assert error.endswith(remedy)
+    pairing = read_pair_lists([file], tmp_path, tmp_path)
+    assert [(p.source, p.mask) for p in pairing.pairs] == [
+        ("images/a.jpg", "masks/a.png"),
+        ("images/b.jpg", "masks/b.png"),
+    ]
+    assert len(pairing.refused) == 2
+    note = f"{file}: {dead} does not exist here and is read as {tmp_path}, in 3 paths"
+    assert pairing.notes == [note]
 
 
 @pytest.mark.parametrize(

@@ -122,6 +122,8 @@ def form_of(proposal, masks):
     if "--invert" in values_of:
         assert values_of.pop("--invert") == []
         options["invert"] = True
+    if "--allow-absent-classes" in values_of:
+        assert values_of.pop("--allow-absent-classes") == []
     if "--unknown" in values_of:
         (options["unknown"],) = values_of.pop("--unknown")
     assert not values_of
@@ -301,7 +303,8 @@ def test_many_classes_of_which_each_file_has_few(top):
 
 
 def test_a_small_gap_in_the_indices_is_a_class_that_does_not_occur():
-    check([grey([0, 1, 2, 4, 5, 6, 7])], *index_flags(7))
+    proposal, _ = check([grey([0, 1, 2, 4, 5, 6, 7])], *index_flags(7), "--allow-absent-classes")
+    assert has_note(proposal, "3: no mask has these values")
 
 
 @pytest.mark.parametrize("values", [(0, 128, 255), (5, 7), (1, 2, 3), (0, 10, 20, 30)])
@@ -315,7 +318,62 @@ def test_stray_values_do_not_become_classes():
     values = [0] * 4000 + [128] * 3000 + [255] * 3000 + [3, 9, 77, 130, 201]
     proposal = propose_flags(survey_mask(grey(values), "m.png", ImageRule()))
     assert proposal.flags == (*value_flags(0, 128, 255), "--unknown", "ignore")
-    assert has_note(proposal, "rare values are ignored, 5 px (0.05 %): 3 9 77 130 201; if one is")
+    assert has_note(proposal, "equal neighbours: 3: 1 px (0.01 %) in 1 masks, 9: 1 px (0.01 %)")
+
+
+def scatter(index, value, count, seed=0):
+    """Set isolated pixels on the border of the first class."""
+    drawn = index.copy()
+    rows, columns = np.nonzero((drawn[:, 1:-1] != drawn[:, :-2]) & (drawn[:, 1:-1] == 0))
+    chosen = np.random.default_rng(seed).choice(len(rows), count, replace=False)
+    drawn[rows[chosen], columns[chosen] + 1] = value
+    return drawn
+
+
+def test_stray_values_among_indices_do_not_become_classes():
+    clean = [discs((0, 1, 2, 3), seed=n) for n in range(8)]
+    masks = [grey(scatter(index, 90 + n % 2, 2)) for n, index in enumerate(clean)]
+    proposal, indices = check(masks, *index_flags(3), "--unknown", "ignore")
+    assert has_note(proposal, "90: 8 px (0.0109 %) in 4 masks, 91: 8 px (0.0109 %) in 4 masks")
+    for index, expected in zip(indices, clean, strict=True):
+        assert (index == IGNORE).sum() == 2
+        assert np.array_equal(index[index != IGNORE], expected[index != IGNORE])
+
+
+def test_stray_values_in_binary_masks_are_ignored():
+    masks = [grey(scatter(discs((0, 255), seed=n), (1, 254, 128)[n % 3], 2)) for n in range(8)]
+    names = ("--classes", "background", "foreground")
+    flags = ("--mask-format", "values", "--mask-values", "0", "255", *names)
+    proposal, _ = check(masks, *flags, "--unknown", "ignore")
+    assert has_note(proposal, "128: 4 px (0.00543 %) in 2 masks")
+
+
+def test_stray_colours_do_not_become_classes():
+    colours = (BLACK, RED, GREEN, (130, 0, 0), (0, 90, 0))
+    masks = [coloured(scatter(discs((0, 1, 2), seed=n), 3 + n % 2, 2), *colours) for n in range(8)]
+    proposal, _ = check(masks, *RGB, "--unknown", "ignore")
+    assert {*yaml.safe_load(proposal.table)} == {"background", "red", "green"}
+    assert has_note(proposal, "0, 90, 0: 8 px (0.0109 %) in 4 masks")
+
+
+@pytest.mark.parametrize("kind", ["values", "index", "rgb"])
+def test_a_rare_class_that_fills_an_area_is_a_class(kind):
+    """32 of 73,728 pixels, all in one mask: 1 in 2,300."""
+    masks = [discs((0, 1, 2), seed=n) for n in range(8)]
+    masks[5][2:6, 2:10] = 3
+    colours = (BLACK, RED, GREEN, BLUE)
+    values = np.array([0, 70, 140, 210], np.uint8)
+    encoders = {
+        "values": lambda index: grey(values[index]),
+        "index": grey,
+        "rgb": lambda index: coloured(index, *colours),
+    }
+    files = [encoders[kind](index) for index in masks]
+    flags = {"values": value_flags(*values), "index": index_flags(3), "rgb": RGB}[kind]
+    proposal, indices = check(files, *flags)
+    assert has_note(proposal, "rare but classes")
+    assert has_note(proposal, "32 px (0.0434 %) in 1 masks")
+    assert len(np.unique(indices[5])) == 4
 
 
 def test_a_few_arbitrary_values_of_16_bits():
@@ -373,8 +431,7 @@ def test_coloured_masks():
 
 def test_rare_colours_may_be_edges():
     proposal, _ = check([coloured([0] * 2000 + [1, 2], BLACK, RED, GREEN)], *RGB)
-    assert has_note(proposal, "2 of the colours are rare, 2 px (0.0999 %) together")
-    assert has_note(proposal, "add --unknown ignore")
+    assert has_note(proposal, "255, 0, 0: 1 px (0.05 %) in 1 masks")
 
 
 def test_palette_indices_that_are_not_classes_are_read_by_colour():
@@ -466,7 +523,15 @@ def test_photographs_with_a_palette_are_not_masks():
 def test_instance_labels_are_not_classes():
     rng = np.random.default_rng(0)
     masks = [grey16(np.minimum(np.arange(int(n)), 900)) for n in rng.integers(200, 900, 5)]
-    assert "instance labels" in reason_for_none(masks)
+    proposal, indices = check(masks, *BINARY, "--mask-threshold", "1")
+    assert has_note(proposal, "these look like instance labels: all objects become one class")
+    assert indices[0].sum() == indices[0].size - 1
+
+
+def test_classes_of_which_files_have_the_same_or_few_numbers_are_not_instances():
+    nested = [grey(range(top + 1)) for top in (1, 2, 3, 4)]
+    check(nested, *index_flags(4))
+    check([grey(range(9)), grey(range(9))], *index_flags(8))
 
 
 def test_rare_instance_labels_are_not_soft_edges():
