@@ -85,13 +85,13 @@ def run(config: CheckConfig) -> int:
     source = config.source
     if source.mask.mask_format == "auto":
         return propose_format(source, config.workers, format_command(config, "check"))
-    pairing = source.pairing.find_pairs()
+    pairing = source.find_pairs()
     skip_unpaired = source.pairing.skip_unpaired
     pairs = PairReport(
         SampleStatistics(), [], list_pairing_problems(pairing, skip_unpaired), [], set()
     )
     rule, splits = None, {}
-    notes = source.describe_splits()
+    notes = [*source.describe_splits(), *source.describe_annotations()]
     if pairing.pairs:
         rule = source.sample_rule(pairing)
         inspect_all(pairing, rule, config.workers, pairs)
@@ -100,10 +100,10 @@ def run(config: CheckConfig) -> int:
         )
         pairs.problems += list_leaks(pairs, splits)
     found, class_notes = find_class_problems(
-        source.mask.class_names(),
+        source.class_names(),
         None if rule is None else rule.masks,
         pairs.tally,
-        allow_absent=source.mask.allow_absent_classes,
+        allow_absent=source.allow_absent_classes,
         remedy=IGNORED_REMEDY,
     )
     pairs.problems += found
@@ -112,10 +112,10 @@ def run(config: CheckConfig) -> int:
     store = Store(str(config.out))
     store.create_folder()
     form = source.make_image_format(pairs.tally)
-    report = make_report(source.mask.class_names(), form, pairing, pairs, splits, problems)
+    report = make_report(source.class_names(), form, pairing, pairs, splits, problems)
     store.write(REPORT_NAME, (json.dumps(report, indent=1) + "\n").encode())
     path = save_problems(problems, store)
-    table = format_table(report, "pairs" if source.pairing.has_masks else "images")
+    table = format_table(report, "pairs" if source.has_masks else "images")
     print("\n".join([*table, *(f"  {note}" for note in notes)]))
     if rule is not None and draw_sheet(pairing, rule, form, pairs, report, config.out / SHEET_NAME):
         print(f"contact sheet: {store.path(SHEET_NAME)}")

@@ -32,7 +32,7 @@ from pipelines.packing.problems import PROBLEMS, save_problems
 from pipelines.packing.propose import format_command, propose_format
 from pipelines.packing.shard_job import EMPTY_SUFFIX, PackRule, pack_shard, read_shard_report
 from pipelines.runtime.command import run_command
-from pipelines.runtime.errors import INCOMPLETE, RunError, parse_part, refuse_url
+from pipelines.runtime.errors import INCOMPLETE, RunError, UsageError, parse_part, refuse_url
 from pipelines.runtime.processes import num_workers, refuse_negative_workers, run_all
 from pipelines.runtime.progress import progress
 from pipelines.runtime.yaml_flags import Flat, refuse_unused
@@ -79,10 +79,10 @@ class PackConfig:
             )
         if self.job.scheduler is not None and self.workers:
             raise ValueError("--workers has no effect with --scheduler, which has its own workers")
-        if not self.source.pairing.has_masks:
+        if not self.source.has_masks:
             refuse_unused(self.border, "needs --masks")
-        if self.source.mask.mask_format != "auto":
-            # With `auto`, the class names are not known yet.
+        if self.source.mask.mask_format != "auto" and self.source.annotation.annotations is None:
+            # With `auto` and annotations, the class names are not known yet.
             self.border.make_rule(self.source.mask.class_names())
 
 
@@ -147,7 +147,7 @@ def pack_into(config: PackConfig, store: Store) -> int:
 
     Raises DataError for bad input, RunError if shards of other parts are missing.
     """
-    for note in config.source.describe_splits():
+    for note in (*config.source.describe_splits(), *config.source.describe_annotations()):
         print(note)
     pairing, problems = find_valid_pairs(config)
     rule = make_pack_rule(config, store, pairing)
@@ -179,7 +179,7 @@ def find_valid_pairs(config: PackConfig) -> tuple[Pairing, list[str]]:
 
     Raises DataError if there is no pair, or for problems without --keep-going.
     """
-    pairing = config.source.pairing.find_pairs()
+    pairing = config.source.find_pairs()
     problems = list_refused_files(config, pairing)
     if not pairing.pairs:
         raise AggregateDataError(problems or ["no pairs found"], "nothing to pack")
@@ -197,7 +197,10 @@ def list_refused_files(config: PackConfig, pairing: Pairing) -> list[str]:
 def make_pack_rule(config: PackConfig, store: Store, pairing: Pairing) -> PackRule:
     """Build what every worker needs to know; the plan is added later."""
     stride = 1 if config.verify == "full" else -(-len(pairing.pairs) // NUM_MEASURED)
-    border = config.border.make_rule(config.source.mask.class_names())
+    try:
+        border = config.border.make_rule(config.source.class_names())
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     sample = replace(config.source.sample_rule(pairing), border=border)
     images, masks = pairing.images, pairing.masks
     if config.job.scheduler is not None:
@@ -209,10 +212,11 @@ def make_pack_rule(config: PackConfig, store: Store, pairing: Pairing) -> PackRu
 
 def plan_settings(config: PackConfig, rule: PackRule) -> dict[str, Any]:
     """Settings that decide the bytes of a shard, named as in messages to users."""
-    classes = config.source.mask.class_names()
+    classes = config.source.class_names()
     return {
         "classes": classes,
         "mask format": asdict(rule.sample.masks) if rule.sample.masks else None,
+        **({"annotations": asdict(rule.sample.annotations)} if rule.sample.annotations else {}),
         "resize mask": rule.sample.resize_mask,
         "images": asdict(rule.sample.images),
         "verify": config.verify,
@@ -256,7 +260,7 @@ def finish_data_set(
     shards: dict[str, list[ShardInfo]] = {}
     tallies: dict[str, SampleStatistics] = {}
     digests: list[str] = []
-    classes = config.source.mask.class_names()
+    classes = config.source.class_names()
     counted = len(classes) if config.verify == "full" else 0
     for planned in progress(plan, desc="count", unit="shard", delay=2):
         report = read_shard_report(store, planned, rule.plan)
@@ -303,10 +307,10 @@ def refuse_class_problems(config: PackConfig, rule: PackRule, total: SampleStati
     allowed. Without counts of all pixels (--verify headers), classes cannot be absent.
     """
     problems, notes = find_class_problems(
-        config.source.mask.class_names(),
+        config.source.class_names(),
         rule.sample.masks,
         total,
-        allow_absent=config.source.mask.allow_absent_classes or config.verify == "headers",
+        allow_absent=config.source.allow_absent_classes or config.verify == "headers",
         remedy=IGNORED_REMEDY,
     )
     if problems:
@@ -328,7 +332,7 @@ def describe_mask_format(rule: PackRule, total: SampleStatistics) -> dict[str, A
 
 def suggest_next(config: PackConfig, manifest: Manifest) -> Iterator[str]:
     """Suggest what to do next."""
-    if config.source.pairing.has_masks and "train" in manifest.splits:
+    if config.source.has_masks and "train" in manifest.splits:
         if "val" not in manifest.splits:
             yield "  warning: split val is empty; --val-fraction 0.1 cuts it out of train"
         if not is_url(config.out):

@@ -5,10 +5,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+from pipelines.packing.annotation_options import AnnotationOptions, find_annotated
 from pipelines.packing.colours import ColourTable, read_colour_table, read_first_palette
 from pipelines.packing.duplicates import DuplicatePolicy
+from pipelines.packing.image_options import GeometryOptions, ImageOptions
 from pipelines.runtime.errors import UsageError, parse_part, refuse_url
-from pipelines.runtime.yaml_flags import Flat, refuse_unused
+from pipelines.runtime.yaml_flags import Flat, refuse_unused, settings_of
+from shards.annotations.source import Annotated
 from shards.folders.pairs import (
     Pairing,
     PairRule,
@@ -18,17 +21,10 @@ from shards.folders.pairs import (
 )
 from shards.folders.split_names import Split, find_declared_splits
 from shards.folders.splits import SplitRule
-from shards.images.files import (
-    MAX_PIXELS,
-    AlphaPolicy,
-    ExifPolicy,
-    ImageFormat,
-    ImageRule,
-    check_image_range,
-)
+from shards.images.files import ImageFormat, ImageRule
 from shards.masks.formats import MaskFormat, MaskKind
 from shards.masks.palettes import default_palette
-from shards.statistics import GREY16, SampleRule, SampleStatistics, percentile_range
+from shards.statistics import SampleRule, SampleStatistics
 
 MASK_NAMES = ("mask_suffix", "mask_ext", "pair_regex", "skip_unpaired")
 """Fields of `PairingOptions` that have no effect without masks."""
@@ -137,8 +133,9 @@ class MaskOptions:
     colours: Path | None = None
     """YAML, JSON or CSV file of `name: [r, g, b]`, in the order of the classes (format `rgb`);
     pixels of a colour called `ignore` are ignored."""
-    unknown: Literal["error", "ignore"] = "error"
-    """Values and colours that belong to no class: refuse the mask, or ignore these pixels."""
+    unknown: Literal["error", "ignore", "background"] = "error"
+    """Values, colours and annotations that belong to no class: refuse them, ignore their pixels, or
+    (annotations only) leave them background."""
     tolerance: int = 0
     """How far a value or each channel of a colour may be off (formats `values` and `rgb`, JPEG)."""
     resize_mask: bool = False
@@ -147,6 +144,8 @@ class MaskOptions:
     """Accept classes that have no pixel in any mask; default: they are an error."""
 
     def __post_init__(self) -> None:
+        if self.mask_format is not None and self.unknown == "background":
+            raise ValueError("--unknown background applies to --annotations only")
         if (self.mask_format == "rgb") != (self.colours is not None):
             raise ValueError("--mask-format rgb requires --colours FILE, and the reverse")
         if self.mask_format not in (None, "auto", "palette"):
@@ -196,67 +195,9 @@ class MaskOptions:
             invert=self.invert,
             threshold=self.mask_threshold,
             ignore_value=self.ignore_value,
-            unknown=self.unknown,
+            unknown="ignore" if self.unknown == "ignore" else "error",
             tolerance=self.tolerance,
         )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ImageOptions:
-    """Which images are accepted, and how 16-bit values are scaled."""
-
-    alpha: AlphaPolicy = "refuse"
-    """Images with transparent pixels: refuse them, or drop the alpha channel."""
-    image_range: tuple[int, int] | None = None
-    """16-bit values that become 0 and 255, such as 0 65535."""
-    image_percentiles: tuple[float, float] | None = None
-    """The range of 16-bit values, as percentiles over all pixels of the data set."""
-    max_pixels: int = MAX_PIXELS
-    """Images whose header declares more pixels are refused before decoding."""
-
-    def __post_init__(self) -> None:
-        if self.image_range is not None and self.image_percentiles is not None:
-            raise ValueError("--image-range and --image-percentiles exclude each other")
-        check_image_range(self.image_range)
-        low, high = self.image_percentiles or (0, 100)
-        if not 0 <= low < high <= 100:
-            raise ValueError(f"--image-percentiles {low:g} {high:g}: must be LOW HIGH within 0 100")
-        self.make_rule()
-
-    def make_rule(
-        self, *, exif: ExifPolicy = "upright", frame: int | None = None, resize: int | None = None
-    ) -> ImageRule:
-        """Build the rule that decides which images are accepted and how they are stored."""
-        return ImageRule(
-            alpha=self.alpha,
-            allow_16_bit=self.image_range is not None or self.image_percentiles is not None,
-            exif=exif,
-            frame=frame,
-            resize=resize,
-            max_pixels=self.max_pixels,
-        )
-
-    def make_format(self, total: SampleStatistics) -> ImageFormat:
-        """Build the format that all images are decoded to; `total`: tally of all images."""
-        bounds = self.image_range
-        if GREY16 not in total.levels:
-            bounds = None
-        elif self.image_percentiles is not None:
-            bounds = percentile_range(total.levels[GREY16], self.image_percentiles)
-        channels = "RGB" if "RGB" in total.channels else "L"
-        return ImageFormat(channels, self.alpha, bounds, self.max_pixels)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GeometryOptions:
-    """Orientation, frame and size of the images."""
-
-    exif: ExifPolicy = "upright"
-    """Images with an EXIF orientation: rotate them upright, or ignore the orientation."""
-    frame: int | None = None
-    """Frame of multi-frame files (TIFF stacks, GIF), from 0; default: such files are refused."""
-    resize: int | None = None
-    """Scale images and masks down so that the longer side has this many pixels."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -307,6 +248,7 @@ class SourceOptions:
     """Images and masks, and how they are paired, read and split."""
 
     pairing: Flat[PairingOptions]
+    annotation: Flat[AnnotationOptions] = field(default_factory=AnnotationOptions)
     mask: Flat[MaskOptions] = field(default_factory=MaskOptions)
     image: Flat[ImageOptions] = field(default_factory=ImageOptions)
     geometry: Flat[GeometryOptions] = field(default_factory=GeometryOptions)
@@ -314,7 +256,9 @@ class SourceOptions:
     duplicate: Flat[DuplicateOptions] = field(default_factory=DuplicateOptions)
 
     def __post_init__(self) -> None:
-        if not self.pairing.has_masks:
+        if self.annotation.annotations is not None:
+            self.refuse_masks()
+        elif not self.pairing.has_masks:
             reason = "needs --masks"
             refuse_unused(self.pairing, reason, *MASK_NAMES)
             refuse_unused(self.mask, reason)
@@ -326,6 +270,58 @@ class SourceOptions:
                 "--mask-format auto reads the masks and proposes one"
             )
         self.image_rule()
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether the images have masks or annotations."""
+        return self.pairing.has_masks or self.annotation.annotations is not None
+
+    def refuse_masks(self) -> None:
+        """Raise ValueError for settings that have no effect with annotations."""
+        if self.pairing.has_masks or len(self.pairing.images) != 1:
+            raise ValueError("--annotations needs one --images FOLDER, without --masks and --pairs")
+        reason = "has no effect with --annotations, which name their images"
+        names = ("image_suffix", "image_ext", *MASK_NAMES[:-1])
+        refuse_unused(self.pairing, reason, *names)
+        used = {"classes", "unknown", "resize_mask", "allow_absent_classes"}
+        others = {setting.name for setting, _ in settings_of(self.mask)} - used
+        refuse_unused(self.mask, "has no effect with --annotations", *others)
+
+    def find_annotated(self) -> Annotated:
+        """Read the annotations, once in a run. Raises DataError if they cannot be used."""
+        unknown = self.mask.unknown
+        return find_annotated(
+            self.annotation.make_source(self.pairing.images[0], self.mask.classes, unknown)
+        )
+
+    def find_pairs(self) -> Pairing:
+        """Find all pairs. Raises DataError if there are no images."""
+        if self.annotation.annotations is not None:
+            return self.find_annotated().pairing
+        return self.pairing.find_pairs()
+
+    def class_names(self) -> tuple[str, ...]:
+        """Class names by index, from the flags or from the annotations."""
+        if self.annotation.annotations is not None:
+            return self.find_annotated().classes
+        return self.mask.class_names()
+
+    @property
+    def allow_absent_classes(self) -> bool:
+        """Whether classes may have no pixel: annotations name theirs, so that none is misread."""
+        return self.mask.allow_absent_classes or self.annotation.annotations is not None
+
+    def describe_annotations(self) -> list[str]:
+        """Return what is unusual about the annotations, one line each."""
+        if self.annotation.annotations is None:
+            return []
+        found = self.find_annotated()
+        notes = list(found.notes)
+        if found.pairing.unpaired and self.pairing.skip_unpaired:
+            notes.append(
+                f"{len(found.pairing.unpaired)} images and records without each other are skipped"
+            )
+        return notes
 
     def describe_splits(self) -> list[str]:
         """Return a line if several lists or folders do not decide the splits, else nothing."""
@@ -367,9 +363,12 @@ class SourceOptions:
             UsageError: the palette of the first mask contradicts the flags.
             DataError: the first mask cannot be read or has no palette.
         """
-        names = self.mask.class_names()
-        masks, palette = None, default_palette(names)
-        if self.mask.mask_format == "palette":
+        names = self.class_names()
+        masks, palette, annotations = None, default_palette(names), None
+        if self.annotation.annotations is not None:
+            annotations = self.find_annotated().rule
+            masks = MaskFormat(kind="index", num_classes=len(names))
+        elif self.mask.mask_format == "palette":
             assert pairing.masks is not None
             first = pairing.masks / str(pairing.pairs[0].mask)
             palette = read_first_palette(first, len(names), self.image_rule())
@@ -386,4 +385,5 @@ class SourceOptions:
             masks=masks,
             palette=palette,
             resize_mask=self.mask.resize_mask,
+            annotations=annotations,
         )

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,12 +29,12 @@ class Runs:
         """Number of pixels."""
         return int((self.stops - self.starts).sum())
 
-    def paint(self, flat: NDArray[np.generic], value: int) -> None:
+    def paint(self, flat: NDArray[Any], value: int) -> None:
         """Set the pixels of a canvas of shape [W * H] to a value."""
         for start, stop in zip(self.starts.tolist(), self.stops.tolist(), strict=True):
             flat[start:stop] = value
 
-    def crop(self, flat: NDArray[np.generic]) -> NDArray[np.generic]:
+    def crop(self, flat: NDArray[Any]) -> NDArray[Any]:
         """Return the values of a canvas of shape [W * H] in the region."""
         bounds = zip(self.starts.tolist(), self.stops.tolist(), strict=True)
         return np.concatenate([flat[:0], *(flat[start:stop] for start, stop in bounds)])

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 from shards.sample import DataError, is_safe_path
 
@@ -61,21 +62,19 @@ class Scan:
         self.records.append(Record(path, file, spans, len(found)))
 
 
-def read_spans(file: int, spans: Spans, size: int) -> bytes:
-    """Read the bytes of a record from an open file, a comma between its parts.
-
-    Args:
-        file: file descriptor.
-        spans: which bytes.
-        size: bytes of the file.
+def read_spans(file: BinaryIO, spans: Spans) -> bytes:
+    """Read the bytes of a record from an open file, a comma between its parts; () for all bytes.
 
     Raises DataError for a record too large for memory.
     """
-    total = size if not spans else sum(spans[1::2]) - sum(spans[::2])
+    spans = spans or (0, os.fstat(file.fileno()).st_size)
+    total = sum(spans[1::2]) - sum(spans[::2])
     if total > MAX_RECORD:
-        raise DataError(f"its annotations have {total:,} bytes; the limit is {MAX_RECORD:,}")
-    bounds = zip(spans[::2], spans[1::2], strict=True) if spans else [(0, size)]
-    return b",".join(os.pread(file, stop - start, start) for start, stop in bounds)
+        raise DataError(
+            f"{file.name} has {total:,} bytes for one image; the limit is {MAX_RECORD:,}"
+        )
+    bounds = zip(spans[::2], spans[1::2], strict=True)
+    return b",".join(os.pread(file.fileno(), stop - start, start) for start, stop in bounds)
 
 
 def require_file(path: Path, kind: str, suffix: str) -> None:

@@ -50,7 +50,7 @@ class Workplace:
         if pair.mask is not None:
             path = found.pairing.masks / pair.mask
             with path.open("rb") as file:
-                data = read_spans(file.fileno(), pair.spans, path.stat().st_size)
+                data = read_spans(file, pair.spans)
         with Image.open(self.images / pair.source) as image:
             return rule.read_mask(data, image.size, f"{pair.mask} ({pair.source})")
 
