@@ -22,6 +22,7 @@ from pipelines.packing.inspection import PairReport, inspect_pairs, list_leaks, 
 from pipelines.packing.options import SourceOptions
 from pipelines.packing.problems import save_problems
 from pipelines.packing.propose import format_command, propose_format
+from pipelines.packing.propose_layout import propose_layout
 from pipelines.runtime.command import parse, run_command
 from pipelines.runtime.errors import REFUSED, refuse_url
 from pipelines.runtime.processes import chunks, num_workers, refuse_negative_workers, run_all
@@ -60,7 +61,7 @@ class CheckConfig:
 
     def __post_init__(self) -> None:
         if self.folder is None:
-            self.source.pairing.require_input()
+            self.source.require_input()
         else:
             refuse_url("FOLDER", self.folder)
             refuse_unused(self.source, "has no effect with FOLDER; use --images and --masks")
@@ -83,6 +84,8 @@ def run(config: CheckConfig) -> int:
     if config.folder is not None:
         return check_folder(config.folder, config)
     source = config.source
+    if (layout := source.layout.layout) is not None and layout[0] == "auto":
+        return propose_layout(layout[1], "check")
     if source.mask.mask_format == "auto":
         return propose_format(source, config.workers, format_command(config, "check"))
     pairing = source.find_pairs()
@@ -91,12 +94,12 @@ def run(config: CheckConfig) -> int:
         SampleStatistics(), [], list_pairing_problems(pairing, skip_unpaired), [], set()
     )
     rule, splits = None, {}
-    notes = [*source.describe_splits(), *source.describe_annotations()]
+    notes = [*source.describe_splits(), *source.describe_input()]
     if pairing.pairs:
         rule = source.sample_rule(pairing)
         inspect_all(pairing, rule, config.workers, pairs)
         splits = assign_splits(
-            source.split.make_rule(), pairing, pairs, source.duplicate.duplicates, notes
+            source.make_split_rule(), pairing, pairs, source.duplicate.duplicates, notes
         )
         pairs.problems += list_leaks(pairs, splits)
     found, class_notes = find_class_problems(

@@ -30,6 +30,7 @@ from pipelines.packing.plan import (
 )
 from pipelines.packing.problems import PROBLEMS, save_problems
 from pipelines.packing.propose import format_command, propose_format
+from pipelines.packing.propose_layout import propose_layout
 from pipelines.packing.shard_job import EMPTY_SUFFIX, PackRule, pack_shard, read_shard_report
 from pipelines.runtime.command import run_command
 from pipelines.runtime.errors import INCOMPLETE, RunError, UsageError, parse_part, refuse_url
@@ -69,7 +70,7 @@ class PackConfig:
     job: Flat[JobOptions] = field(default_factory=JobOptions)
 
     def __post_init__(self) -> None:
-        self.source.pairing.require_input()
+        self.source.require_input()
         refuse_negative_workers(self.workers)
         if not is_url(self.out):
             refuse_url("--out", self.out)
@@ -81,13 +82,15 @@ class PackConfig:
             raise ValueError("--workers has no effect with --scheduler, which has its own workers")
         if not self.source.has_masks:
             refuse_unused(self.border, "needs --masks")
-        if self.source.mask.mask_format != "auto" and self.source.annotation.annotations is None:
-            # With `auto` and annotations, the class names are not known yet.
+        if self.source.mask.mask_format != "auto" and not self.source.names_classes:
+            # With `auto`, annotations and layouts, the class names are not known yet.
             self.border.make_rule(self.source.mask.class_names())
 
 
 def run(config: PackConfig) -> int:
     """Plan, write the missing shards, then the manifest."""
+    if (layout := config.source.layout.layout) is not None and layout[0] == "auto":
+        return propose_layout(layout[1], "pack")
     if config.source.mask.mask_format == "auto":
         return propose_format(config.source, config.workers, format_command(config, "pack"))
     store = Store(config.out)
@@ -135,7 +138,7 @@ def plan_shards(config: PackConfig, pairing: Pairing) -> tuple[list[PlannedShard
     """Plan the shards; also describes the images that are left out, one line each."""
     return make_plan(
         pairing,
-        config.source.split.make_rule(),
+        config.source.make_split_rule(),
         config.shard.make_rule(),
         keep_going=config.keep_going,
         duplicates=config.source.duplicate.duplicates,
@@ -147,7 +150,7 @@ def pack_into(config: PackConfig, store: Store) -> int:
 
     Raises DataError for bad input, RunError if shards of other parts are missing.
     """
-    for note in (*config.source.describe_splits(), *config.source.describe_annotations()):
+    for note in (*config.source.describe_splits(), *config.source.describe_input()):
         print(note)
     pairing, problems = find_valid_pairs(config)
     rule = make_pack_rule(config, store, pairing)

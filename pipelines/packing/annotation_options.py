@@ -3,12 +3,13 @@
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
-from pipelines.runtime.errors import refuse_url
+from pipelines.runtime.errors import UsageError, refuse_url
 from pipelines.runtime.yaml_flags import load_yaml, refuse_unused
+from shards.annotations.layouts import CityscapesIds, KnownLayout, LayoutName, read_layout
 from shards.annotations.regions import AnnotationFormat, OverlapPolicy
 from shards.annotations.source import Annotated, AnnotationSource, UnannotatedPolicy
 from shards.sample import DataError
@@ -71,6 +72,47 @@ class AnnotationOptions:
             line_width=self.line_width,
             annotator=self.annotator,
         )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayoutOptions:
+    """The directory layout of a public data set."""
+
+    layout: tuple[LayoutName | Literal["auto"], Path] | None = None
+    """NAME FOLDER: voc (VOCdevkit/VOC2012), cityscapes (with leftImg8bit and gtFine), ade20k
+    (ADEChallengeData2016), camvid (SegNet's), nnunet (Dataset001_NAME, 2-D). Gives images, masks,
+    classes, colours and splits; --classes renames them. auto: print the command for what lies in
+    FOLDER, and stop."""
+    cityscapes_ids: CityscapesIds = "train"
+    """Classes of Cityscapes: the 19 training classes, others ignored, or all 34 labels."""
+
+    def __post_init__(self) -> None:
+        if self.layout is not None:
+            refuse_url("--layout", self.layout[1])
+        if self.cityscapes_ids != "train" and (self.layout or ("",))[0] != "cityscapes":
+            raise ValueError("--cityscapes-ids applies to --layout cityscapes only")
+
+    def find(self, classes: tuple[str, ...]) -> KnownLayout | None:
+        """Read the layout, once in a run; None without one. `classes` replace its names.
+
+        Raises:
+            UsageError: another number of names.
+            DataError: the folder does not have the layout.
+        """
+        if self.layout is None or self.layout[0] == "auto":
+            return None
+        known = find_layout(self.layout[0], self.layout[1], self.cityscapes_ids)
+        if not classes:
+            return known
+        if len(classes) != len(known.classes):
+            raise UsageError(
+                f"--classes: {len(classes)} names for the {len(known.classes)} classes of --layout "
+                f"{self.layout[0]}; give one per class"
+            )
+        return replace(known, classes=classes)
+
+
+find_layout = lru_cache(maxsize=1)(read_layout)
 
 
 @lru_cache(maxsize=1)

@@ -5,11 +5,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from pipelines.packing.annotation_options import AnnotationOptions, find_annotated
+from pipelines.packing.annotation_options import (
+    AnnotationOptions,
+    LayoutOptions,
+    find_annotated,
+)
 from pipelines.packing.colours import ColourTable, read_colour_table, read_first_palette
-from pipelines.packing.duplicates import DuplicatePolicy
 from pipelines.packing.image_options import GeometryOptions, ImageOptions
-from pipelines.runtime.errors import UsageError, parse_part, refuse_url
+from pipelines.packing.split_options import DuplicateOptions, SplitOptions
+from pipelines.runtime.errors import UsageError, refuse_url
 from pipelines.runtime.yaml_flags import Flat, refuse_unused, settings_of
 from shards.annotations.source import Annotated
 from shards.folders.pairs import (
@@ -132,7 +136,8 @@ class MaskOptions:
     """Pixel value that is ignored in training and in scores."""
     colours: Path | None = None
     """YAML, JSON or CSV file of `name: [r, g, b]`, in the order of the classes (format `rgb`);
-    pixels of a colour called `ignore` are ignored."""
+    pixels of a colour called `ignore` are ignored. Or a known table: voc, cityscapes, camvid
+    (its original 31 colours)."""
     unknown: Literal["error", "ignore", "background"] = "error"
     """Values, colours and annotations that belong to no class: refuse them, ignore their pixels, or
     (annotations only) leave them background."""
@@ -201,54 +206,12 @@ class MaskOptions:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SplitOptions:
-    """How samples are split into train, val and test."""
-
-    val_fraction: float | None = None
-    """Fraction of the samples in val, chosen by a hash of the key; default: 0.1. Where files,
-    folders or names of lists declare splits: the fraction of train that becomes val; default: 0."""
-    test_fraction: float = 0.0
-    """Fraction of the samples in test."""
-    group_by: str | None = None
-    """Regular expression; images in whose paths it matches the same text stay in one split."""
-    fold: str | None = None
-    """i/k: of k folds of the samples (or of a declared train), chosen by a hash of the key, fold i
-    (from 1) is val."""
-    split_file: tuple[Path, ...] = ()
-    """A CSV file with the columns path,split; or lists named train.txt, val.txt, test.txt."""
-    split_folders: bool = False
-    """The first folder in an image's path names its split: train, val, test."""
-
-    def __post_init__(self) -> None:
-        self.make_rule()
-
-    def make_rule(self) -> SplitRule:
-        """Build the rule that assigns pairs to splits."""
-        return SplitRule(
-            val_fraction=self.val_fraction,
-            test_fraction=self.test_fraction,
-            group_by=self.group_by,
-            fold=None if self.fold is None else parse_part("--fold", self.fold),
-            files=self.split_file,
-            by_folder=self.split_folders,
-        )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DuplicateOptions:
-    """Identical images in different splits."""
-
-    duplicates: DuplicatePolicy = "error"
-    """Identical images in different splits: refuse them, or keep each with its group in the first
-    of their splits (train, val, test)."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class SourceOptions:
     """Images and masks, and how they are paired, read and split."""
 
     pairing: Flat[PairingOptions]
     annotation: Flat[AnnotationOptions] = field(default_factory=AnnotationOptions)
+    layout: Flat[LayoutOptions] = field(default_factory=LayoutOptions)
     mask: Flat[MaskOptions] = field(default_factory=MaskOptions)
     image: Flat[ImageOptions] = field(default_factory=ImageOptions)
     geometry: Flat[GeometryOptions] = field(default_factory=GeometryOptions)
@@ -256,7 +219,9 @@ class SourceOptions:
     duplicate: Flat[DuplicateOptions] = field(default_factory=DuplicateOptions)
 
     def __post_init__(self) -> None:
-        if self.annotation.annotations is not None:
+        if self.layout.layout is not None:
+            self.refuse_folders()
+        elif self.annotation.annotations is not None:
             self.refuse_masks()
         elif not self.pairing.has_masks:
             reason = "needs --masks"
@@ -272,55 +237,81 @@ class SourceOptions:
         self.image_rule()
 
     @property
+    def names_classes(self) -> bool:
+        """Whether annotations or a layout name the classes, which are known once these are read."""
+        return self.annotation.annotations is not None or self.layout.layout is not None
+
+    @property
     def has_masks(self) -> bool:
         """Whether the images have masks or annotations."""
-        return self.pairing.has_masks or self.annotation.annotations is not None
+        return self.pairing.has_masks or self.names_classes
+
+    def require_input(self) -> None:
+        """Raise ValueError if no images are declared."""
+        if self.layout.layout is None:
+            self.pairing.require_input()
 
     def refuse_masks(self) -> None:
         """Raise ValueError for settings that have no effect with annotations."""
         if self.pairing.has_masks or len(self.pairing.images) != 1:
             raise ValueError("--annotations needs one --images FOLDER, without --masks and --pairs")
         reason = "has no effect with --annotations, which name their images"
-        names = ("image_suffix", "image_ext", *MASK_NAMES[:-1])
-        refuse_unused(self.pairing, reason, *names)
+        refuse_unused(self.pairing, reason, "image_suffix", "image_ext", *MASK_NAMES[:-1])
         used = {"classes", "unknown", "resize_mask", "allow_absent_classes"}
         others = {setting.name for setting, _ in settings_of(self.mask)} - used
         refuse_unused(self.mask, "has no effect with --annotations", *others)
 
+    def refuse_folders(self) -> None:
+        """Raise ValueError for settings that have no effect with a layout."""
+        others = {setting.name for setting, _ in settings_of(self.pairing)} - {"skip_unpaired"}
+        refuse_unused(self.pairing, "has no effect with --layout, which names the folders", *others)
+        used = {"classes", "resize_mask", "allow_absent_classes"}
+        others = {setting.name for setting, _ in settings_of(self.mask)} - used
+        refuse_unused(self.mask, "has no effect with --layout, which declares the masks", *others)
+        refuse_unused(self.annotation, "has no effect with --layout")
+
     def find_annotated(self) -> Annotated:
         """Read the annotations, once in a run. Raises DataError if they cannot be used."""
-        unknown = self.mask.unknown
-        return find_annotated(
-            self.annotation.make_source(self.pairing.images[0], self.mask.classes, unknown)
-        )
+        images, mask = self.pairing.images[0], self.mask
+        return find_annotated(self.annotation.make_source(images, mask.classes, mask.unknown))
 
     def find_pairs(self) -> Pairing:
         """Find all pairs. Raises DataError if there are no images."""
+        if (known := self.layout.find(self.mask.classes)) is not None:
+            return known.pairing
         if self.annotation.annotations is not None:
             return self.find_annotated().pairing
         return self.pairing.find_pairs()
 
     def class_names(self) -> tuple[str, ...]:
-        """Class names by index, from the flags or from the annotations."""
+        """Class names by index, from the flags, the annotations or the layout."""
+        if (known := self.layout.find(self.mask.classes)) is not None:
+            return known.classes
         if self.annotation.annotations is not None:
             return self.find_annotated().classes
         return self.mask.class_names()
 
+    def make_split_rule(self) -> SplitRule:
+        """Build the rule that assigns pairs to splits; a layout may declare groups."""
+        rule = self.split.make_rule()
+        known = self.layout.find(self.mask.classes)
+        if known is not None and rule.group_by is None:
+            return replace(rule, group_by=known.group_by)
+        return rule
+
     @property
     def allow_absent_classes(self) -> bool:
-        """Whether classes may have no pixel: annotations name theirs, so that none is misread."""
-        return self.mask.allow_absent_classes or self.annotation.annotations is not None
+        """Whether classes may have no pixel: where data name them, none can be misread."""
+        return self.mask.allow_absent_classes or self.names_classes
 
-    def describe_annotations(self) -> list[str]:
-        """Return what is unusual about the annotations, one line each."""
-        if self.annotation.annotations is None:
+    def describe_input(self) -> list[str]:
+        """Return what annotations or a layout leave out, one line each."""
+        known = self.layout.find(self.mask.classes)
+        if known is None and self.annotation.annotations is None:
             return []
-        found = self.find_annotated()
-        notes = list(found.notes)
-        if found.pairing.unpaired and self.pairing.skip_unpaired:
-            notes.append(
-                f"{len(found.pairing.unpaired)} images and records without each other are skipped"
-            )
+        notes = list(known.notes if known is not None else self.find_annotated().notes)
+        if self.pairing.skip_unpaired and (unpaired := self.find_pairs().unpaired):
+            notes.append(f"{len(unpaired)} files without a partner are skipped: {unpaired[0]}")
         return notes
 
     def describe_splits(self) -> list[str]:
@@ -365,7 +356,9 @@ class SourceOptions:
         """
         names = self.class_names()
         masks, palette, annotations = None, default_palette(names), None
-        if self.annotation.annotations is not None:
+        if (known := self.layout.find(self.mask.classes)) is not None:
+            masks, palette = known.masks, known.palette
+        elif self.annotation.annotations is not None:
             annotations = self.find_annotated().rule
             masks = MaskFormat(kind="index", num_classes=len(names))
         elif self.mask.mask_format == "palette":
