@@ -22,6 +22,7 @@ from pipelines.packing.inspection import PairReport, inspect_pairs, list_leaks, 
 from pipelines.packing.options import SourceOptions
 from pipelines.packing.problems import save_problems
 from pipelines.packing.propose import propose_format
+from pipelines.packing.propose_layout import propose_layout
 from pipelines.runtime.command import parse, run_command
 from pipelines.runtime.errors import REFUSED, refuse_url
 from pipelines.runtime.processes import chunks, num_workers, refuse_negative_workers, run_all
@@ -60,7 +61,7 @@ class CheckConfig:
 
     def __post_init__(self) -> None:
         if self.folder is None:
-            self.source.pairing.require_input()
+            self.source.require_input()
         else:
             refuse_url("FOLDER", self.folder)
             refuse_unused(self.source, "has no effect with FOLDER; use --images and --masks")
@@ -83,27 +84,29 @@ def run(config: CheckConfig) -> int:
     if config.folder is not None:
         return check_folder(config.folder, config)
     source = config.source
+    if (layout := source.layout.layout) is not None and layout[0] == "auto":
+        return propose_layout(layout[1], "check")
     if source.mask.mask_format == "auto":
         return propose_format(config, "check")
-    pairing = source.pairing.find_pairs()
+    pairing = source.find_pairs()
     skip_unpaired = source.pairing.skip_unpaired
     pairs = PairReport(
         SampleStatistics(), [], list_pairing_problems(pairing, skip_unpaired), [], set()
     )
     rule, splits = None, {}
-    notes = source.describe_splits() + pairing.notes
+    notes = [*source.describe_splits(), *source.describe_input(), *pairing.notes]
     if pairing.pairs:
         rule = source.sample_rule(pairing)
         inspect_all(pairing, rule, config.workers, pairs)
         splits = assign_splits(
-            source.split.make_rule(), pairing, pairs, source.duplicate.duplicates, notes
+            source.make_split_rule(), pairing, pairs, source.duplicate.duplicates, notes
         )
         pairs.problems += list_leaks(pairs, splits)
     found, class_notes = find_class_problems(
-        source.mask.class_names(),
+        source.class_names(),
         None if rule is None else rule.masks,
         pairs.tally,
-        allow_absent=source.mask.allow_absent_classes,
+        allow_absent=source.allow_absent_classes,
         remedy=IGNORED_REMEDY,
     )
     pairs.problems += found
@@ -112,10 +115,10 @@ def run(config: CheckConfig) -> int:
     store = Store(str(config.out))
     store.create_folder()
     form = source.make_image_format(pairs.tally)
-    report = make_report(source.mask.class_names(), form, pairing, pairs, splits, problems)
+    report = make_report(source.class_names(), form, pairing, pairs, splits, problems)
     store.write(REPORT_NAME, (json.dumps(report, indent=1) + "\n").encode())
     path = save_problems(problems, store)
-    table = format_table(report, "pairs" if source.pairing.has_masks else "images")
+    table = format_table(report, "pairs" if source.has_masks else "images")
     print("\n".join([*table, *(f"  {note}" for note in notes)]))
     if rule is not None and draw_sheet(pairing, rule, form, pairs, report, config.out / SHEET_NAME):
         print(f"contact sheet: {store.path(SHEET_NAME)}")

@@ -30,9 +30,10 @@ from pipelines.packing.plan import (
 )
 from pipelines.packing.problems import PROBLEMS, save_problems
 from pipelines.packing.propose import propose_format
+from pipelines.packing.propose_layout import propose_layout
 from pipelines.packing.shard_job import EMPTY_SUFFIX, PackRule, pack_shard, read_shard_report
 from pipelines.runtime.command import run_command
-from pipelines.runtime.errors import INCOMPLETE, RunError, parse_part, refuse_url
+from pipelines.runtime.errors import INCOMPLETE, RunError, UsageError, parse_part, refuse_url
 from pipelines.runtime.processes import num_workers, refuse_negative_workers, run_all
 from pipelines.runtime.progress import progress
 from pipelines.runtime.yaml_flags import Flat, refuse_unused
@@ -69,7 +70,7 @@ class PackConfig:
     job: Flat[JobOptions] = field(default_factory=JobOptions)
 
     def __post_init__(self) -> None:
-        self.source.pairing.require_input()
+        self.source.require_input()
         refuse_negative_workers(self.workers)
         if not is_url(self.out):
             refuse_url("--out", self.out)
@@ -79,15 +80,17 @@ class PackConfig:
             )
         if self.job.scheduler is not None and self.workers:
             raise ValueError("--workers has no effect with --scheduler, which has its own workers")
-        if not self.source.pairing.has_masks:
+        if not self.source.has_masks:
             refuse_unused(self.border, "needs --masks")
-        if self.source.mask.mask_format != "auto":
-            # With `auto`, the class names are not known yet.
+        if self.source.mask.mask_format != "auto" and not self.source.names_classes:
+            # With `auto`, annotations and layouts, the class names are not known yet.
             self.border.make_rule(self.source.mask.class_names())
 
 
 def run(config: PackConfig) -> int:
     """Plan, write the missing shards, then the manifest."""
+    if (layout := config.source.layout.layout) is not None and layout[0] == "auto":
+        return propose_layout(layout[1], "pack")
     if config.source.mask.mask_format == "auto":
         return propose_format(config, "pack")
     store = Store(config.out)
@@ -135,7 +138,7 @@ def plan_shards(config: PackConfig, pairing: Pairing) -> tuple[list[PlannedShard
     """Plan the shards; also describes the images that are left out, one line each."""
     return make_plan(
         pairing,
-        config.source.split.make_rule(),
+        config.source.make_split_rule(),
         config.shard.make_rule(),
         keep_going=config.keep_going,
         duplicates=config.source.duplicate.duplicates,
@@ -148,7 +151,8 @@ def pack_into(config: PackConfig, store: Store) -> int:
     Raises DataError for bad input, RunError if shards of other parts are missing.
     """
     pairing, problems = find_valid_pairs(config)
-    for note in (*config.source.describe_splits(), *pairing.notes):
+    source = config.source
+    for note in (*source.describe_splits(), *source.describe_input(), *pairing.notes):
         print(note)
     rule = make_pack_rule(config, store, pairing)
     plan, left_out = plan_shards(config, pairing)
@@ -179,7 +183,7 @@ def find_valid_pairs(config: PackConfig) -> tuple[Pairing, list[str]]:
 
     Raises DataError if there is no pair, or for problems without --keep-going.
     """
-    pairing = config.source.pairing.find_pairs()
+    pairing = config.source.find_pairs()
     problems = list_refused_files(config, pairing)
     if not pairing.pairs:
         raise AggregateDataError(problems or ["no pairs found"], "nothing to pack")
@@ -197,7 +201,10 @@ def list_refused_files(config: PackConfig, pairing: Pairing) -> list[str]:
 def make_pack_rule(config: PackConfig, store: Store, pairing: Pairing) -> PackRule:
     """Build what every worker needs to know; the plan is added later."""
     stride = 1 if config.verify == "full" else -(-len(pairing.pairs) // NUM_MEASURED)
-    border = config.border.make_rule(config.source.mask.class_names())
+    try:
+        border = config.border.make_rule(config.source.class_names())
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     sample = replace(config.source.sample_rule(pairing), border=border)
     images, masks = pairing.images, pairing.masks
     if config.job.scheduler is not None:
@@ -209,10 +216,11 @@ def make_pack_rule(config: PackConfig, store: Store, pairing: Pairing) -> PackRu
 
 def plan_settings(config: PackConfig, rule: PackRule) -> dict[str, Any]:
     """Settings that decide the bytes of a shard, named as in messages to users."""
-    classes = config.source.mask.class_names()
+    classes = config.source.class_names()
     return {
         "classes": classes,
         "mask format": asdict(rule.sample.masks) if rule.sample.masks else None,
+        **({"annotations": asdict(rule.sample.annotations)} if rule.sample.annotations else {}),
         "resize mask": rule.sample.resize_mask,
         "images": asdict(rule.sample.images),
         "verify": config.verify,
@@ -256,7 +264,7 @@ def finish_data_set(
     shards: dict[str, list[ShardInfo]] = {}
     tallies: dict[str, SampleStatistics] = {}
     digests: list[str] = []
-    classes = config.source.mask.class_names()
+    classes = config.source.class_names()
     counted = len(classes) if config.verify == "full" else 0
     for planned in progress(plan, desc="count", unit="shard", delay=2):
         report = read_shard_report(store, planned, rule.plan)
@@ -303,10 +311,10 @@ def refuse_class_problems(config: PackConfig, rule: PackRule, total: SampleStati
     allowed. Without counts of all pixels (--verify headers), classes cannot be absent.
     """
     problems, notes = find_class_problems(
-        config.source.mask.class_names(),
+        config.source.class_names(),
         rule.sample.masks,
         total,
-        allow_absent=config.source.mask.allow_absent_classes or config.verify == "headers",
+        allow_absent=config.source.allow_absent_classes or config.verify == "headers",
         remedy=IGNORED_REMEDY,
     )
     if problems:
@@ -328,7 +336,7 @@ def describe_mask_format(rule: PackRule, total: SampleStatistics) -> dict[str, A
 
 def suggest_next(config: PackConfig, manifest: Manifest) -> Iterator[str]:
     """Suggest what to do next."""
-    if config.source.pairing.has_masks and "train" in manifest.splits:
+    if config.source.has_masks and "train" in manifest.splits:
         if "val" not in manifest.splits:
             yield "  warning: split val is empty; --val-fraction 0.1 cuts it out of train"
         if not is_url(config.out):

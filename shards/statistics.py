@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from shards.annotations.rule import AnnotationRule
 from shards.images.files import ImageFormat, ImageRule, StoredImage, read_image
 from shards.images.pixels import build_scale_table
 from shards.images.tiff import GREY16_MODES
@@ -19,7 +20,7 @@ from shards.masks.canonical import CanonicalMask, read_mask
 from shards.masks.formats import MaskFormat
 from shards.masks.readings import Occurrence, Reading
 from shards.outliers import Extremes, Outlier
-from shards.sample import IGNORE, Channels, DataError, Palette
+from shards.sample import IGNORE, MAX_LISTED, Channels, DataError, Palette
 
 Histogram = NDArray[np.int64]
 GREY16 = "I;16"
@@ -31,12 +32,14 @@ class SampleRule:
 
     images: ImageRule
     masks: MaskFormat | None
-    """None: there are no masks."""
+    """None: there are no masks. With annotations: that of the masks that are drawn."""
     palette: Palette
     resize_mask: bool = False
     """Whether a mask of another size than its image is resized to it, by nearest neighbour."""
     border: BorderRule | None = None
     """How border maps are computed, for which masks are decoded; None: no border maps."""
+    annotations: AnnotationRule | None = None
+    """How masks are drawn from annotations; None: masks are image files."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +70,7 @@ def read_sample(
 
     Args:
         image: bytes of the image file.
-        mask: bytes of the mask file, None if unlabelled.
+        mask: bytes of the mask file or of the image's annotations, None if it has none.
         rule: the rules of the data set.
         image_where: name of the image file in error messages.
         mask_where: name of the mask file in error messages.
@@ -78,13 +81,16 @@ def read_sample(
     """
     stored = read_image(image, rule.images, image_where, pixels=pixels)
     digest = "" if unique else hashlib.sha256(image).hexdigest()
-    if mask is None or rule.masks is None:
+    if rule.annotations is not None:
+        canonical = rule.annotations.read_mask(mask, stored.full_size, mask_where)
+    elif mask is None or rule.masks is None:
         return StoredSample(stored, None, digest, image_where)
-    changed = rule.images.resize is not None or rule.resize_mask
-    pixels = pixels or changed or rule.border is not None
-    canonical = read_mask(
-        mask, rule.masks, rule.palette, mask_where, rule=rule.images, pixels=pixels
-    )
+    else:
+        changed = rule.images.resize is not None or rule.resize_mask
+        pixels = pixels or changed or rule.border is not None
+        canonical = read_mask(
+            mask, rule.masks, rule.palette, mask_where, rule=rule.images, pixels=pixels
+        )
     refuse_other_orientation(canonical, stored, rule, mask_where, image_where)
     stored = replace(stored, notes=(*stored.notes, *canonical.notes))
     if canonical.size != stored.full_size:
@@ -145,6 +151,8 @@ class SampleStatistics:
         """Number of images of each width, height and mode."""
         self.mask_modes: Counter[str] = Counter()
         self.notes: Counter[str] = Counter()
+        self.remarks: list[str] = []
+        """The first annotations, by name, that draw nothing."""
         self.values: set[int] = set()
         """Pixel values that occur in the mask files."""
         self.readings: dict[Reading, Occurrence] = {}
@@ -167,6 +175,7 @@ class SampleStatistics:
             self.levels[kind] = self.levels.get(kind, 0) + levels
         if sample.mask is not None:
             self.mask_modes[sample.mask.mode] += 1
+            self.add_remarks(sample.mask.remarks)
             self.add_readings({r: Occurrence(1, sample.mask_name) for r in sample.mask.readings})
             if sample.mask.class_map is not None:
                 self.pixels += sample.mask.class_map.pixels
@@ -179,6 +188,10 @@ class SampleStatistics:
         for reading, occurrence in readings.items():
             known = self.readings.get(reading)
             self.readings[reading] = occurrence if known is None else known + occurrence
+
+    def add_remarks(self, remarks: Iterable[str]) -> None:
+        """Add annotations that draw nothing; keeps the first by name."""
+        self.remarks = sorted([*self.remarks, *remarks])[:MAX_LISTED]
 
     def add_omitted(self) -> None:
         """Add an empty digest for a sample that is not packed, so that digests stay aligned."""
@@ -195,6 +208,7 @@ class SampleStatistics:
         self.notes.update(other.notes)
         self.values |= other.values
         self.add_readings(other.readings)
+        self.add_remarks(other.remarks)
         self.digests += other.digests
         self.channels |= other.channels
         self.extremes.merge(other.extremes)
@@ -228,6 +242,7 @@ class SampleStatistics:
                 [r.index, r.value, r.bits, r.colour, n.masks, n.first]
                 for r, n in self.readings.items()
             ],
+            "remarks": self.remarks,
             "digests": self.digests,
             "channels": sorted(self.channels),
             "extremes": self.extremes.to_plain(),
@@ -247,6 +262,7 @@ class SampleStatistics:
         for index, value, bits, colour, masks, first in plain["readings"]:
             reading = Reading(index, value, bits, None if colour is None else tuple(colour))
             statistics.readings[reading] = Occurrence(masks, first)
+        statistics.remarks = plain["remarks"]
         statistics.digests = plain["digests"]
         statistics.channels = set(plain["channels"])
         statistics.extremes = Extremes.from_plain(plain["extremes"])

@@ -36,6 +36,7 @@ def find_class_problems(
     problems, notes = compare_readings(total.readings, names, mask_format)
     if not allow_absent and total.pixels.any():
         problems += list_absent_classes(names, mask_format, total, remedy)
+    notes += [f"draws nothing: {remark}" for remark in total.remarks]
     return problems, notes
 
 

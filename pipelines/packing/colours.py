@@ -10,10 +10,17 @@ from typing import Any
 import yaml
 
 from pipelines.runtime.yaml_flags import load_yaml
+from shards.annotations.class_tables import CAMVID_COLOURS, CITYSCAPES, VOC
 from shards.images.files import ImageRule, open_image
 from shards.masks.palettes import read_palette
 from shards.sample import DataError
 
+TABLES = {
+    "voc": VOC,
+    "cityscapes": CITYSCAPES,
+    "camvid": CAMVID_COLOURS,
+}
+"""Colour tables that --colours knows by name."""
 IGNORED_NAME = "ignore"
 """Name of a colour whose pixels are ignored."""
 
@@ -47,6 +54,14 @@ def read_first_palette(
 @cache
 def read_colour_table(path: Path) -> ColourTable:
     """Read classes and colours from a YAML, JSON or CSV file. Raises ValueError if invalid."""
+    if str(path) == "ade20k" and not path.exists():
+        raise ValueError(
+            "--colours ade20k: road and skyscraper share the colour (140, 140, 140); use the index "
+            "masks of the benchmark: --layout ade20k"
+        )
+    if str(path) in TABLES and not path.exists():
+        known = TABLES[str(path)]
+        return ColourTable(known.names, known.colours, known.ignored)
     try:
         text = path.read_text(encoding="utf-8-sig")
         rows = (

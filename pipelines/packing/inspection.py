@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipelines.runtime.errors import describe_read_error
+from shards.annotations.scan import read_spans
 from shards.folders.pairs import Pair
 from shards.sample import DataError
 from shards.statistics import (
@@ -58,7 +59,9 @@ def read_pair(pair: Pair, images: str, masks: str, rule: SampleRule) -> StoredSa
     mask = None
     if pair.mask is not None:
         with open(mask_path, "rb") as file:
-            mask = file.read()
+            mask = read_spans(file, pair.spans)
+        if pair.spans:
+            mask_path = f"{mask_path} ({pair.source})"
     return read_sample(image, mask, rule, image_path, mask_path)
 
 

@@ -5,25 +5,25 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+from pipelines.packing.annotation_options import (
+    AnnotationOptions,
+    LayoutOptions,
+    find_annotated,
+)
 from pipelines.packing.colours import ColourTable, read_colour_table, read_first_palette
-from pipelines.packing.duplicates import DuplicatePolicy
-from pipelines.runtime.errors import UsageError, parse_part, refuse_url
-from pipelines.runtime.yaml_flags import Flat, refuse_unused
+from pipelines.packing.image_options import GeometryOptions, ImageOptions
+from pipelines.packing.split_options import DuplicateOptions, SplitOptions
+from pipelines.runtime.errors import UsageError, refuse_url
+from pipelines.runtime.yaml_flags import Flat, refuse_unused, settings_of
+from shards.annotations.source import Annotated
 from shards.folders.pair_lists import read_pair_lists
 from shards.folders.pairs import Pairing, PairRule, find_pairs, find_pairs_in_folders
 from shards.folders.split_names import Split, find_declared_splits
 from shards.folders.splits import SplitRule
-from shards.images.files import (
-    MAX_PIXELS,
-    AlphaPolicy,
-    ExifPolicy,
-    ImageFormat,
-    ImageRule,
-    check_image_range,
-)
+from shards.images.files import ImageFormat, ImageRule
 from shards.masks.formats import MaskFormat, MaskKind
 from shards.masks.palettes import default_palette
-from shards.statistics import GREY16, SampleRule, SampleStatistics, percentile_range
+from shards.statistics import SampleRule, SampleStatistics
 
 MASK_NAMES = ("mask_suffix", "mask_ext", "pair_regex", "skip_unpaired")
 """Fields of `PairingOptions` that have no effect without masks."""
@@ -131,9 +131,11 @@ class MaskOptions:
     """Pixel value that is ignored in training and in scores."""
     colours: Path | None = None
     """YAML, JSON or CSV file of `name: [r, g, b]`, in the order of the classes (format `rgb`);
-    pixels of a colour called `ignore` are ignored."""
-    unknown: Literal["error", "ignore"] = "error"
-    """Values and colours that belong to no class: refuse the mask, or ignore these pixels."""
+    pixels of a colour called `ignore` are ignored. Or a known table: voc, cityscapes, camvid
+    (its original 31 colours)."""
+    unknown: Literal["error", "ignore", "background"] = "error"
+    """Values, colours and annotations that belong to no class: refuse them, ignore their pixels, or
+    (annotations only) leave them background."""
     tolerance: int = 0
     """How far a value or each channel of a colour may be off (formats `values` and `rgb`, JPEG)."""
     resize_mask: bool = False
@@ -142,6 +144,8 @@ class MaskOptions:
     """Accept classes that have no pixel in any mask; default: they are an error."""
 
     def __post_init__(self) -> None:
+        if self.mask_format is not None and self.unknown == "background":
+            raise ValueError("--unknown background applies to --annotations only")
         if (self.mask_format == "rgb") != (self.colours is not None):
             raise ValueError("--mask-format rgb requires --colours FILE, and the reverse")
         if self.mask_format not in (None, "auto", "palette"):
@@ -191,110 +195,9 @@ class MaskOptions:
             invert=self.invert,
             threshold=self.mask_threshold,
             ignore_value=self.ignore_value,
-            unknown=self.unknown,
+            unknown="ignore" if self.unknown == "ignore" else "error",
             tolerance=self.tolerance,
         )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ImageOptions:
-    """Which images are accepted, and how 16-bit values are scaled."""
-
-    alpha: AlphaPolicy = "refuse"
-    """Images with transparent pixels: refuse them, or drop the alpha channel."""
-    image_range: tuple[int, int] | None = None
-    """16-bit values that become 0 and 255, such as 0 65535."""
-    image_percentiles: tuple[float, float] | None = None
-    """The range of 16-bit values, as percentiles over all pixels of the data set."""
-    max_pixels: int = MAX_PIXELS
-    """Images whose header declares more pixels are refused before decoding."""
-
-    def __post_init__(self) -> None:
-        if self.image_range is not None and self.image_percentiles is not None:
-            raise ValueError("--image-range and --image-percentiles exclude each other")
-        check_image_range(self.image_range)
-        low, high = self.image_percentiles or (0, 100)
-        if not 0 <= low < high <= 100:
-            raise ValueError(f"--image-percentiles {low:g} {high:g}: must be LOW HIGH within 0 100")
-        self.make_rule()
-
-    def make_rule(
-        self, *, exif: ExifPolicy = "upright", frame: int | None = None, resize: int | None = None
-    ) -> ImageRule:
-        """Build the rule that decides which images are accepted and how they are stored."""
-        return ImageRule(
-            alpha=self.alpha,
-            allow_16_bit=self.image_range is not None or self.image_percentiles is not None,
-            exif=exif,
-            frame=frame,
-            resize=resize,
-            max_pixels=self.max_pixels,
-        )
-
-    def make_format(self, total: SampleStatistics) -> ImageFormat:
-        """Build the format that all images are decoded to; `total`: tally of all images."""
-        bounds = self.image_range
-        if GREY16 not in total.levels:
-            bounds = None
-        elif self.image_percentiles is not None:
-            bounds = percentile_range(total.levels[GREY16], self.image_percentiles)
-        channels = "RGB" if "RGB" in total.channels else "L"
-        return ImageFormat(channels, self.alpha, bounds, self.max_pixels)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GeometryOptions:
-    """Orientation, frame and size of the images."""
-
-    exif: ExifPolicy = "upright"
-    """Images with an EXIF orientation: rotate them upright, or ignore the orientation."""
-    frame: int | None = None
-    """Frame of multi-frame files (TIFF stacks, GIF), from 0; default: such files are refused."""
-    resize: int | None = None
-    """Scale images and masks down so that the longer side has this many pixels."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SplitOptions:
-    """How samples are split into train, val and test."""
-
-    val_fraction: float | None = None
-    """Fraction of the samples in val, chosen by a hash of the key; default: 0.1. Where files,
-    folders or names of lists declare splits: the fraction of train that becomes val; default: 0."""
-    test_fraction: float = 0.0
-    """Fraction of the samples in test."""
-    group_by: str | None = None
-    """Regular expression; images in whose paths it matches the same text stay in one split."""
-    fold: str | None = None
-    """i/k: of k folds of the samples (or of a declared train), chosen by a hash of the key, fold i
-    (from 1) is val."""
-    split_file: tuple[Path, ...] = ()
-    """A CSV file with the columns path,split; or lists named train.txt, val.txt, test.txt."""
-    split_folders: bool = False
-    """The first folder in an image's path names its split: train, val, test."""
-
-    def __post_init__(self) -> None:
-        self.make_rule()
-
-    def make_rule(self) -> SplitRule:
-        """Build the rule that assigns pairs to splits."""
-        return SplitRule(
-            val_fraction=self.val_fraction,
-            test_fraction=self.test_fraction,
-            group_by=self.group_by,
-            fold=None if self.fold is None else parse_part("--fold", self.fold),
-            files=self.split_file,
-            by_folder=self.split_folders,
-        )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DuplicateOptions:
-    """Identical images in different splits."""
-
-    duplicates: DuplicatePolicy = "error"
-    """Identical images in different splits: refuse them, or keep each with its group in the first
-    of their splits (train, val, test)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -302,6 +205,8 @@ class SourceOptions:
     """Images and masks, and how they are paired, read and split."""
 
     pairing: Flat[PairingOptions]
+    annotation: Flat[AnnotationOptions] = field(default_factory=AnnotationOptions)
+    layout: Flat[LayoutOptions] = field(default_factory=LayoutOptions)
     mask: Flat[MaskOptions] = field(default_factory=MaskOptions)
     image: Flat[ImageOptions] = field(default_factory=ImageOptions)
     geometry: Flat[GeometryOptions] = field(default_factory=GeometryOptions)
@@ -309,7 +214,11 @@ class SourceOptions:
     duplicate: Flat[DuplicateOptions] = field(default_factory=DuplicateOptions)
 
     def __post_init__(self) -> None:
-        if not self.pairing.has_masks:
+        if self.layout.layout is not None:
+            self.refuse_folders()
+        elif self.annotation.annotations is not None:
+            self.refuse_masks()
+        elif not self.pairing.has_masks:
             reason = "needs --masks"
             refuse_unused(self.pairing, reason, *MASK_NAMES)
             refuse_unused(self.mask, reason)
@@ -321,6 +230,84 @@ class SourceOptions:
                 "--mask-format auto reads the masks and proposes one"
             )
         self.image_rule()
+
+    @property
+    def names_classes(self) -> bool:
+        """Whether annotations or a layout name the classes, which are known once these are read."""
+        return self.annotation.annotations is not None or self.layout.layout is not None
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether the images have masks or annotations."""
+        return self.pairing.has_masks or self.names_classes
+
+    def require_input(self) -> None:
+        """Raise ValueError if no images are declared."""
+        if self.layout.layout is None:
+            self.pairing.require_input()
+
+    def refuse_masks(self) -> None:
+        """Raise ValueError for settings that have no effect with annotations."""
+        if self.pairing.has_masks or len(self.pairing.images) != 1:
+            raise ValueError("--annotations needs one --images FOLDER, without --masks and --pairs")
+        reason = "has no effect with --annotations, which name their images"
+        refuse_unused(self.pairing, reason, "image_suffix", "image_ext", *MASK_NAMES[:-1])
+        used = {"classes", "unknown", "resize_mask", "allow_absent_classes"}
+        others = {setting.name for setting, _ in settings_of(self.mask)} - used
+        refuse_unused(self.mask, "has no effect with --annotations", *others)
+
+    def refuse_folders(self) -> None:
+        """Raise ValueError for settings that have no effect with a layout."""
+        others = {setting.name for setting, _ in settings_of(self.pairing)} - {"skip_unpaired"}
+        refuse_unused(self.pairing, "has no effect with --layout, which names the folders", *others)
+        used = {"classes", "resize_mask", "allow_absent_classes"}
+        others = {setting.name for setting, _ in settings_of(self.mask)} - used
+        refuse_unused(self.mask, "has no effect with --layout, which declares the masks", *others)
+        refuse_unused(self.annotation, "has no effect with --layout")
+
+    def find_annotated(self) -> Annotated:
+        """Read the annotations, once in a run. Raises DataError if they cannot be used."""
+        images, mask = self.pairing.images[0], self.mask
+        return find_annotated(self.annotation.make_source(images, mask.classes, mask.unknown))
+
+    def find_pairs(self) -> Pairing:
+        """Find all pairs. Raises DataError if there are no images."""
+        if (known := self.layout.find(self.mask.classes)) is not None:
+            return known.pairing
+        if self.annotation.annotations is not None:
+            return self.find_annotated().pairing
+        return self.pairing.find_pairs()
+
+    def class_names(self) -> tuple[str, ...]:
+        """Class names by index, from the flags, the annotations or the layout."""
+        if (known := self.layout.find(self.mask.classes)) is not None:
+            return known.classes
+        if self.annotation.annotations is not None:
+            return self.find_annotated().classes
+        return self.mask.class_names()
+
+    def make_split_rule(self) -> SplitRule:
+        """Build the rule that assigns pairs to splits; a layout may declare groups."""
+        rule = self.split.make_rule()
+        known = self.layout.find(self.mask.classes)
+        if known is not None and rule.group_by is None:
+            return replace(rule, group_by=known.group_by)
+        return rule
+
+    @property
+    def allow_absent_classes(self) -> bool:
+        """Whether classes may have no pixel: where data name them, none can be misread."""
+        return self.mask.allow_absent_classes or self.names_classes
+
+    def describe_input(self) -> list[str]:
+        """Return what annotations or a layout leave out, one line each."""
+        known = self.layout.find(self.mask.classes)
+        if known is None and self.annotation.annotations is None:
+            return []
+        notes = list(known.notes if known is not None else self.find_annotated().notes)
+        if self.pairing.skip_unpaired and (unpaired := self.find_pairs().unpaired):
+            notes.append(f"{len(unpaired)} files without a partner are skipped: {unpaired[0]}")
+        return notes
 
     def describe_splits(self) -> list[str]:
         """Return a line if several lists or folders do not decide the splits, else nothing."""
@@ -362,9 +349,14 @@ class SourceOptions:
             UsageError: the palette of the first mask contradicts the flags.
             DataError: the first mask cannot be read or has no palette.
         """
-        names = self.mask.class_names()
-        masks, palette = None, default_palette(names)
-        if self.mask.mask_format == "palette":
+        names = self.class_names()
+        masks, palette, annotations = None, default_palette(names), None
+        if (known := self.layout.find(self.mask.classes)) is not None:
+            masks, palette = known.masks, known.palette
+        elif self.annotation.annotations is not None:
+            annotations = self.find_annotated().rule
+            masks = MaskFormat(kind="index", num_classes=len(names))
+        elif self.mask.mask_format == "palette":
             assert pairing.masks is not None
             first = pairing.masks / str(pairing.pairs[0].mask)
             palette = read_first_palette(first, len(names), self.image_rule())
@@ -381,4 +373,5 @@ class SourceOptions:
             masks=masks,
             palette=palette,
             resize_mask=self.mask.resize_mask,
+            annotations=annotations,
         )

@@ -50,6 +50,8 @@ class PlannedSample:
     group: str | None
     unique: bool = False
     """No other image has the same size in bytes, so it has no duplicate."""
+    spans: tuple[int, ...] = ()
+    """Bytes of the mask's file that hold its annotations: start, stop, ...; () for all of it."""
 
     @property
     def key(self) -> str:
@@ -59,7 +61,8 @@ class PlannedSample:
     @property
     def bytes(self) -> int:
         """Bytes that its files take in a tar."""
-        files = [self.image[0], *([self.mask_stat[0]] if self.mask_stat else [])]
+        mask = sum(self.spans[1::2]) - sum(self.spans[::2])
+        files = [self.image[0], *([mask or self.mask_stat[0]] if self.mask_stat else [])]
         return sum(TAR_HEADER + -(-size // TAR_HEADER) * TAR_HEADER for size in files)
 
 
@@ -184,7 +187,7 @@ def plan_sample(folders: tuple[str, str], pair: Pair, group: str | None) -> Plan
     """Add sizes and times of its files to a pair; `folders`: those of images and masks."""
     image = stat_file(f"{folders[0]}/{pair.source}")
     mask = None if pair.mask is None else stat_file(f"{folders[1]}/{pair.mask}")
-    return PlannedSample(pair.source, image, pair.mask, mask, group)
+    return PlannedSample(pair.source, image, pair.mask, mask, group, spans=pair.spans)
 
 
 def stat_file(path: str) -> FileStat:
@@ -274,7 +277,7 @@ def encode_plan(plan: Sequence[PlannedShard]) -> Iterator[bytes]:
     """Serialise the plan as JSON lines, one per sample."""
     for shard in plan:
         for s in shard.samples:
-            line = [shard.name, s.source, s.image, s.mask, s.mask_stat, s.group]
+            line = [shard.name, s.source, s.image, s.mask, s.mask_stat, s.group, *s.spans]
             yield json.dumps(line).encode() + b"\n"
 
 
@@ -384,15 +387,6 @@ def describe_change(
     if changed := sorted(source for source in old if old[source] != new[source]):
         return f"{len(changed)} images or masks have changed, the first: {changed[0]}"
     return "other splits, shard sizes or seed"
-
-
-def read_planned_file(path: str, planned: FileStat) -> bytes:
-    """Read a file. Raises DataError if it has changed since the plan was made."""
-    with open(path, "rb") as file:
-        status = os.fstat(file.fileno())
-        if (status.st_size, status.st_mtime_ns) != tuple(planned):
-            raise DataError(f"{path} has changed during packing; rerun the same command")
-        return file.read()
 
 
 def list_sources(plan: Iterable[PlannedShard]) -> Iterator[str]:

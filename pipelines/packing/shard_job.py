@@ -1,14 +1,16 @@
 """The work of one packing worker: read pairs, write one shard."""
 
 import json
+import os
 import tarfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from pipelines.packing.plan import WORK_DIR, PlannedSample, PlannedShard, read_planned_file
+from pipelines.packing.plan import WORK_DIR, FileStat, PlannedSample, PlannedShard
 from pipelines.runtime.errors import RunError, describe_read_error
+from shards.annotations.scan import Spans, read_spans
 from shards.manifest import ShardInfo
 from shards.masks.borders import NEEDS_SCIPY, has_scipy
 from shards.sample import BORDER_EXTENSION, INFO_EXTENSION, MASK_EXTENSION, DataError
@@ -163,10 +165,21 @@ def read_planned_pair(sample: PlannedSample, rule: PackRule, *, pixels: bool) ->
     mask_path, mask = "", None
     if sample.mask is not None and sample.mask_stat is not None:
         mask_path = f"{rule.masks}/{sample.mask}"
-        mask = read_planned_file(mask_path, sample.mask_stat)
+        mask = read_planned_file(mask_path, sample.mask_stat, sample.spans)
+        if sample.spans:
+            mask_path = f"{mask_path} ({sample.source})"
     return read_sample(
         image, mask, rule.sample, image_path, mask_path, pixels=pixels, unique=sample.unique
     )
+
+
+def read_planned_file(path: str, planned: FileStat, spans: Spans = ()) -> bytes:
+    """Read a file, or parts of it. Raises DataError if it has changed since the plan was made."""
+    with open(path, "rb") as file:
+        status = os.fstat(file.fileno())
+        if (status.st_size, status.st_mtime_ns) != tuple(planned):
+            raise DataError(f"{path} has changed during packing; rerun the same command")
+        return read_spans(file, spans) if spans else file.read()
 
 
 def encode_members(sample: PlannedSample, read: StoredSample, rule: PackRule) -> dict[str, bytes]:

@@ -23,6 +23,8 @@ class Pair:
     """Path of the mask relative to the mask folder."""
     split: Split | None = None
     """Split that the name of its list or folder declares."""
+    spans: tuple[int, ...] = ()
+    """Bytes of the mask's file that hold its annotations: start, stop, ...; () for all of it."""
 
     @property
     def key(self) -> str:

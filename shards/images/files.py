@@ -162,6 +162,8 @@ NOTES = {
     "alpha": "have transparent pixels; alpha is kept in the shard and dropped when decoding",
     "colour": "are CMYK or YCbCr; kept in the shard and converted to RGB when decoding",
     "white_is_zero": "have a TIFF mask shown with white as 0; its values are read as stored",
+    "clipped": "have annotations that leave the image, which are clipped",
+    "degenerate": "have annotations without an area, which draw nothing",
     "deep": "have 16 bits; kept in the shard and scaled to 8 bits when decoding",
 }
 

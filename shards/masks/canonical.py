@@ -34,6 +34,8 @@ class CanonicalMask:
     """What reading undid: keys of NOTES."""
     readings: tuple[Reading, ...] = ()
     """What has to agree with the other masks of the data set."""
+    remarks: tuple[str, ...] = ()
+    """Annotations that draw nothing, one line each."""
 
     def resize(self, size: tuple[int, int]) -> "CanonicalMask":
         """Resize to (width, height) by nearest neighbour."""

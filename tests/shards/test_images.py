@@ -208,8 +208,8 @@ def test_every_note_occurs(to_bytes, raw_png, noise):
         (raw_png([b"\7" * 24] * 2, 4, 16, 2), {}),
     ):
         notes |= set(read(data, **rule).notes)
-    # Notes on masks are added when a mask is read with its image.
-    assert notes | {"mask", "white_is_zero"} == set(NOTES)
+    # Notes on masks and annotations are added when they are read with their image.
+    assert notes | {"mask", "white_is_zero", "clipped", "degenerate"} == set(NOTES)
 
 
 # ------------------------------------------------------------------------------------ 16 bits

@@ -1,0 +1,149 @@
+"""Options of `check` and `pack` for annotations that are not mask images."""
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from pipelines.runtime.errors import UsageError, refuse_url
+from pipelines.runtime.yaml_flags import load_yaml, refuse_unused
+from shards.annotations.layouts import CityscapesIds, KnownLayout, LayoutName, read_layout
+from shards.annotations.regions import AnnotationFormat, OverlapPolicy
+from shards.annotations.source import Annotated, AnnotationSource, UnannotatedPolicy
+from shards.sample import DataError
+
+YOLO_FILES = ("data.yaml", "data.yml", "dataset.yaml")
+"""Files beside or above the labels that name the classes."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AnnotationOptions:
+    """Annotations instead of masks: their outlines are drawn while packing."""
+
+    annotations: Path | None = None
+    """File of annotations (coco, cvat, label-studio), or folder with one for each image (labelme,
+    yolo). Class 0 is `background`; the other classes are those of the file, or --classes."""
+    annotation_format: AnnotationFormat | None = None
+    """coco: instances JSON. labelme: JSON files. cvat: `CVAT for images 1.1`. label-studio: JSON
+    export. yolo: segmentation labels, with --classes, a data.yaml or a classes.txt."""
+    unannotated: UnannotatedPolicy | None = None
+    """Images without annotations: all background, skipped, or an error; default: background for
+    coco and yolo, else error."""
+    overlap: OverlapPolicy = "order"
+    """order: a smaller region is on top of a larger one (coco), a later one on top of earlier ones
+    (other formats; cvat: the higher z_order). error: regions of two classes may not overlap."""
+    line_width: int | None = None
+    """Width in pixels in which lines are drawn (labelme, cvat); default: lines are refused."""
+    annotator: str = "error"
+    """Whose annotation of a task is used if there are several (label-studio): `first`, or the id or
+    email of the annotator; error: they are refused."""
+
+    def __post_init__(self) -> None:
+        if self.annotations is None:
+            refuse_unused(self, "needs --annotations")
+            return
+        refuse_url("--annotations", self.annotations)
+        if self.annotation_format is None:
+            raise ValueError(
+                "--annotations needs --annotation-format coco, labelme, cvat, label-studio or yolo"
+            )
+        if self.line_width is not None:
+            if self.line_width < 1:
+                raise ValueError(f"--line-width must be >= 1, got {self.line_width}")
+            if self.annotation_format not in ("labelme", "cvat"):
+                raise ValueError("--line-width applies to labelme and cvat only")
+        if self.annotator != "error" and self.annotation_format != "label-studio":
+            raise ValueError("--annotator applies to label-studio only")
+
+    def make_source(self, images: Path, classes: tuple[str, ...], unknown: Any) -> AnnotationSource:
+        """Describe where annotations are; `unknown`: what labels without a class become."""
+        assert self.annotations is not None
+        assert self.annotation_format is not None
+        return AnnotationSource(
+            path=self.annotations,
+            kind=self.annotation_format,
+            images=images,
+            classes=classes,
+            unannotated=self.unannotated,
+            unknown=unknown,
+            overlap=self.overlap,
+            line_width=self.line_width,
+            annotator=self.annotator,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayoutOptions:
+    """The directory layout of a public data set."""
+
+    layout: tuple[LayoutName | Literal["auto"], Path] | None = None
+    """NAME FOLDER: voc (VOCdevkit/VOC2012), cityscapes (with leftImg8bit and gtFine), ade20k
+    (ADEChallengeData2016), camvid (SegNet's), nnunet (Dataset001_NAME, 2-D). Gives images, masks,
+    classes, colours and splits; --classes renames them. auto: print the command for what lies in
+    FOLDER, and stop."""
+    cityscapes_ids: CityscapesIds = "train"
+    """Classes of Cityscapes: the 19 training classes, others ignored, or all 34 labels."""
+
+    def __post_init__(self) -> None:
+        if self.layout is not None:
+            refuse_url("--layout", self.layout[1])
+        if self.cityscapes_ids != "train" and (self.layout or ("",))[0] != "cityscapes":
+            raise ValueError("--cityscapes-ids applies to --layout cityscapes only")
+
+    def find(self, classes: tuple[str, ...]) -> KnownLayout | None:
+        """Read the layout, once in a run; None without one. `classes` replace its names.
+
+        Raises:
+            UsageError: another number of names.
+            DataError: the folder does not have the layout.
+        """
+        if self.layout is None or self.layout[0] == "auto":
+            return None
+        known = find_layout(self.layout[0], self.layout[1], self.cityscapes_ids)
+        if not classes:
+            return known
+        if len(classes) != len(known.classes):
+            raise UsageError(
+                f"--classes: {len(classes)} names for the {len(known.classes)} classes of --layout "
+                f"{self.layout[0]}; give one per class"
+            )
+        return replace(known, classes=classes)
+
+
+find_layout = lru_cache(maxsize=1)(read_layout)
+
+
+@lru_cache(maxsize=1)
+def find_annotated(source: AnnotationSource) -> Annotated:
+    """Read annotations once in a run. Raises DataError as `AnnotationSource.find` does."""
+    if source.kind == "yolo" and not source.classes:
+        source = replace(source, classes=read_yolo_yaml(source.path))
+    return source.find()
+
+
+def read_yolo_yaml(folder: Path) -> tuple[str, ...]:
+    """Read `names` from a YAML file beside or above the labels; () if there is none.
+
+    Raises DataError for a file without a list of names.
+    """
+    places = (folder, *folder.absolute().parents[:2])
+    file = next((p / name for p in places for name in YOLO_FILES if (p / name).is_file()), None)
+    if file is None:
+        return ()
+    try:
+        plain = load_yaml(file.read_text(encoding="utf-8-sig"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise DataError(f"{file}: {' '.join(str(error).split())}; add --classes instead") from error
+    names = plain.get("names") if isinstance(plain, dict) else None
+    if isinstance(names, dict):
+        keys = [str(key) for key in names]
+        if keys != [str(number) for number in range(len(names))]:
+            raise DataError(
+                f"{file}: the keys of names are not 0, 1, 2, ...; add --classes instead"
+            )
+        names = list(names.values())
+    if not isinstance(names, list) or not names:
+        raise DataError(f"{file} has no list of names; add --classes instead")
+    return tuple(map(str, names))

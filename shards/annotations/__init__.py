@@ -1,0 +1,1 @@
+"""Annotations that are not mask images: COCO, LabelMe, CVAT, Label Studio, YOLO."""

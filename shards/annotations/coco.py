@@ -1,0 +1,223 @@
+"""COCO instances: polygons and run-length encodings in one JSON file."""
+
+import json
+from array import array
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shards.annotations.json_stream import read_elements
+from shards.annotations.polygons import read_points
+from shards.annotations.regions import ImageRegions, Outline, Region, Stencil
+from shards.annotations.runs import Runs, Size, counts_to_runs, decode_counts
+from shards.annotations.scan import Scan, require_file
+from shards.annotations.signatures import name_other_format
+from shards.sample import DataError
+
+KEYS = ("images", "annotations", "categories")
+
+
+class CocoIndex:
+    """Where the images and annotations of a file are, and which belong together."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.scan = Scan()
+        self.keys: set[str] = set()
+        self.images: dict[Any, tuple[Any, int, int]] = {}
+        """(file name, start, stop) by id."""
+        self.owners: list[Any] = []
+        """Image id of each annotation."""
+        self.labels: list[str] = []
+        self.starts, self.stops, self.ids = array("q"), array("q"), array("q")
+
+    def add(self, key: str, value: Any, start: int, stop: int) -> None:
+        """Add an image, a category or an annotation."""
+        where = f"{self.path}: {key}[{start:,}]"
+        if not isinstance(value, dict):
+            raise DataError(f"{self.path}, byte {start:,}: an entry of {key} is not an object")
+        if key == "annotations":
+            self.add_annotation(value, start, stop)
+            return
+        identity = value.get("id")
+        if not isinstance(identity, int | str):
+            raise DataError(f"{where} has no id; add it")
+        if key == "categories":
+            self.add_category(str(identity), value)
+        elif identity in self.images:
+            raise DataError(f"{self.path}: two images have the id {identity!r}; renumber them")
+        else:
+            self.images[identity] = (value.get("file_name"), start, stop)
+
+    def add_category(self, label: str, value: dict[str, Any]) -> None:
+        """Add a category."""
+        name = value.get("name")
+        if not isinstance(name, str) or not name.strip():
+            raise DataError(f"{self.path}: category {label} has no name; add it")
+        if label in self.scan.names:
+            raise DataError(f"{self.path}: two categories have the id {label}; renumber them")
+        if name in self.scan.names.values():
+            raise DataError(f"{self.path}: two categories are called {name!r}; merge or rename one")
+        self.scan.names[label] = name
+
+    def add_annotation(self, value: dict[str, Any], start: int, stop: int) -> None:
+        """Add the position of an annotation."""
+        name = value.get("id", "without id")
+        if "segments_info" in value:
+            raise DataError(
+                f"{self.path} is panoptic COCO, whose masks are PNG files; convert it to instances "
+                "(panopticapi: panoptic2detection_coco_format.py)"
+            )
+        for key in ("image_id", "category_id"):
+            if not isinstance(value.get(key), int | str):
+                raise DataError(f"{self.path}: annotation {name} has no {key}; add it")
+        self.owners.append(value["image_id"])
+        self.labels.append(str(value["category_id"]))
+        self.starts.append(start)
+        self.stops.append(stop)
+        if isinstance(name, int) and abs(name) < 2**63:
+            self.ids.append(name)
+
+    def finish(self) -> Scan:
+        """Group the annotations by image and build the records."""
+        if missing := [key for key in ("images", "annotations") if key not in self.keys]:
+            raise DataError(
+                f"{self.path} is not COCO: it has no {missing[0]!r}"
+                + name_other_format(self.path, "coco")
+            )
+        ids, counts = np.unique(np.array(self.ids, dtype=np.int64), return_counts=True)
+        if (repeated := ids[counts > 1]).size:
+            raise DataError(
+                f"{self.path}: {len(repeated)} annotation ids occur twice, the first: "
+                f"{repeated[0]}; renumber the annotations"
+            )
+        self.refuse_unknown_ids()
+        members: dict[Any, list[int]] = {}
+        for number, owner in enumerate(self.owners):
+            members.setdefault(owner, []).append(number)
+        for identity, (name, start, stop) in self.images.items():
+            own = members.pop(identity, [])
+            spans = [start, stop]
+            for number in own:
+                spans += (self.starts[number], self.stops[number])
+            labels = [self.labels[number] for number in own]
+            where = f"{self.path}: image {identity}"
+            self.scan.add(name, self.path.name, tuple(spans), labels, where)
+        self.scan.declared = tuple(self.scan.names)
+        return self.scan
+
+    def refuse_unknown_ids(self) -> None:
+        """Raise DataError for annotations of images or categories that the file does not list."""
+        orphans = Counter(str(owner) for owner in self.owners if owner not in self.images)
+        strangers = Counter(label for label in self.labels if label not in self.scan.names)
+        for key, place, missing in (
+            ("image", "images", orphans),
+            ("category", "categories", strangers),
+        ):
+            if missing:
+                listed = ", ".join(f"{identity}: {n}" for identity, n in missing.most_common(5))
+                raise DataError(
+                    f"{self.path}: {missing.total()} annotations have an unlisted {key}_id "
+                    f"({listed}); add it to {place}, or remove them"
+                )
+
+
+def scan_coco(path: Path) -> Scan:
+    """Index a COCO file: reads it once, and keeps positions, not annotations.
+
+    Raises DataError for another format, damaged JSON, and ids that do not fit.
+    """
+    require_file(path, "coco", ".json")
+    index = CocoIndex(path)
+    for element in read_elements(path):
+        index.keys.add(element.key)
+        if element.key in KEYS:
+            if element.value == [] and not element.in_array:
+                continue
+            if not element.in_array:
+                raise DataError(
+                    f"{path} is not COCO: {element.key!r} is not a list"
+                    + name_other_format(path, "coco")
+                )
+            index.add(element.key, element.value, element.start, element.stop)
+    return index.finish()
+
+
+def read_coco(data: bytes) -> ImageRegions:
+    """Parse the record of an image: its entry in `images`, then its annotations.
+
+    Raises DataError for an image without a size and for annotations that cannot be drawn.
+    """
+    image, *annotations = json.loads(b"[" + data + b"]")
+    size = read_size(image)
+    regions = [read_annotation(annotation, size) for annotation in annotations]
+    return ImageRegions(size, regions, small_on_top=True)
+
+
+def read_size(image: dict[str, Any]) -> Size:
+    """Return (width, height) of an entry in `images`. Raises DataError if it has none."""
+    width, height = image.get("width"), image.get("height")
+    if (
+        not (isinstance(width, int | float) and isinstance(height, int | float))
+        or not (width > 0 and height > 0)
+        or width != int(width)
+        or height != int(height)
+    ):
+        raise DataError(
+            f"image {image.get('id')} has the size {width} x {height}; correct its width and height"
+        )
+    return int(width), int(height)
+
+
+def read_annotation(annotation: dict[str, Any], size: Size) -> Region:
+    """Parse an annotation. Raises DataError naming it if it cannot be drawn."""
+    where = f"annotation {annotation.get('id', 'without id')}"
+    try:
+        shape = read_segmentation(annotation, size)
+    except DataError as error:
+        raise DataError(f"{where}: {error}; correct or remove it") from error
+    crowd = bool(annotation.get("iscrowd"))
+    return Region(str(annotation["category_id"]), shape, where, crowd)
+
+
+def read_segmentation(annotation: dict[str, Any], size: Size) -> Outline | Stencil:
+    """Parse the segmentation of an annotation: polygons, or a run-length encoding."""
+    segmentation = annotation.get("segmentation")
+    if isinstance(segmentation, dict):
+        runs = read_rle(segmentation, size)
+        return Stencil(lambda _: runs)
+    if not segmentation:
+        raise DataError(
+            "it has a bounding box only, no segmentation; boxes do not make masks"
+            if annotation.get("bbox")
+            else "it has no segmentation"
+        )
+    if not isinstance(segmentation, list):
+        raise DataError(f"its segmentation is {type(segmentation).__name__}, not a list or an RLE")
+    if not isinstance(segmentation[0], list):
+        raise DataError("its polygon must be a list in a list: [[x, y, x, y, ...]]")
+    return Outline(tuple(read_points(part) for part in segmentation))
+
+
+def read_rle(segmentation: dict[str, Any], size: Size) -> Runs:
+    """Decode a run-length encoding. Raises DataError if it does not fit the image."""
+    declared, counts = segmentation.get("size"), segmentation.get("counts")
+    if declared != [size[1], size[0]]:
+        raise DataError(
+            f"its RLE has the size {declared}, but [height, width] of its image is "
+            f"[{size[1]}, {size[0]}]"
+        )
+    if isinstance(counts, str):
+        try:
+            return counts_to_runs(decode_counts(counts.encode("ascii")), size)
+        except UnicodeEncodeError as error:
+            raise DataError(
+                "its compressed RLE has characters that the encoding does not use"
+            ) from error
+    if not isinstance(counts, list) or not all(type(count) is int for count in counts):
+        raise DataError("its RLE has no counts: a list of integers or a compressed string")
+    if any(abs(count) > 2**40 for count in counts):
+        raise DataError("its RLE has a count beyond any image")
+    return counts_to_runs(np.array(counts, dtype=np.int64), size)

@@ -1,0 +1,56 @@
+"""Which annotation format a file has, judged by its content."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from shards.annotations.json_stream import read_elements
+from shards.sample import DataError
+
+MAX_PEEKED = 2000
+"""Elements that are looked at."""
+
+
+def name_other_format(path: Path, expected: str) -> str:
+    """Return `; it looks like X: use --annotation-format X`, or what else may help."""
+    found = recognise_file(path)
+    if found is None or found == expected:
+        return "; export it again"
+    return f"; it is {found}: use --annotation-format {found}"
+
+
+def recognise_file(path: Path) -> str | None:
+    """Return the annotation format of a file, None if it is none of ours."""
+    suffix = path.suffix.lower()
+    if suffix == ".txt":
+        return "yolo"
+    with path.open("rb") as file:
+        start = file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
+    if start[:1] == b"<":
+        return "cvat" if b"<annotations" in start else None
+    return recognise_json(path) if start[:1] in (b"{", b"[") else None
+
+
+def recognise_json(path: Path) -> str | None:
+    """Return the annotation format of a JSON file, None if it is none of ours."""
+    keys: dict[str, Any] = {}
+    try:
+        for number, element in enumerate(read_elements(path)):
+            keys.setdefault(element.key, element.value)
+            if number > MAX_PEEKED or (element.key == "" and element.in_array):
+                break
+    except (DataError, json.JSONDecodeError):
+        # What could be read may be enough; the error is reported when the file is read for good.
+        pass
+    first = keys.get("")
+    if (
+        isinstance(first, dict)
+        and "data" in first
+        and {"annotations", "completions"} & first.keys()
+    ):
+        return "label-studio"
+    if "shapes" in keys or "imageData" in keys:
+        return "labelme"
+    if {"images", "categories"} <= keys.keys() or "annotations" in keys:
+        return "coco"
+    return None
