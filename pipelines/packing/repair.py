@@ -23,8 +23,8 @@ def repair_pairing(options: PairingOptions) -> PairingOptions | None:
         roots = (*options.images, here, here.resolve().parent)
         root = next((root for root in roots if find_dead_prefix(names, root) is not None), None)
         return None if root is None else replace(options, images=(root,), masks=(root,))
-    beside = [find_masks_beside(folder) for folder in options.images]
-    choices = [options.masks, *([tuple(map(Path, beside))] if all(beside) else [])]
+    beside = [b for folder in options.images if (b := find_masks_beside(folder)) is not None]
+    choices = [options.masks, *([tuple(beside)] if len(beside) == len(options.images) else [])]
     fitted = [found for masks in choices if (found := fit_folders(options, masks)) is not None]
     return max(fitted, key=lambda found: found[0])[1] if fitted else None
 
@@ -57,7 +57,7 @@ def fit_folders(
     return fit.pairs, replace(settings, skip_unpaired=options.skip_unpaired or incomplete)
 
 
-def find_masks_beside(folder: Path) -> str | None:
+def find_masks_beside(folder: Path) -> Path | None:
     """Return the folder beside one of images that is most likely named after its masks."""
     here = folder.resolve()
     found = [
@@ -66,4 +66,4 @@ def find_masks_beside(folder: Path) -> str | None:
         if other.is_dir() and other != here
         if score_mask(other.name) > 0
     ]
-    return str(folder.parent / max(found)[2]) if found else None
+    return folder.parent / max(found)[2] if found else None

@@ -25,7 +25,7 @@ def read_pair_lists(
     Raises DataError for a line that is not a pair, and if no listed image exists.
     """
     notes: list[str] = []
-    lines = [
+    lines: list[tuple[Path, tuple[str, str], Split | None]] = [
         (file, words, split)
         for file, split in zip(files, splits or [None] * len(files), strict=True)
         for words in read_pair_columns(file)
@@ -36,7 +36,6 @@ def read_pair_lists(
         resolve_listed([(file, words[column]) for file, words, _ in lines], root, notes)
         for column, root in ((0, images), (1, masks))
     )
-    declared = [split for _, _, split in lines]
     if not any(map(os.path.isfile, image_paths)):
         base = (images or files[0].parent).resolve()
         raise DataError(
@@ -51,9 +50,7 @@ def read_pair_lists(
     refused: list[str] = []
     partner: dict[str, str] = {}
     pairs = []
-    for (file, *_), image, mask, split in zip(
-        lines, image_paths, mask_paths, declared, strict=True
-    ):
+    for (file, _, split), image, mask in zip(lines, image_paths, mask_paths, strict=True):
         wrong = [
             explain_unusable_path(path, file, root)
             for path, root in ((image, images), (mask, masks))
