@@ -18,7 +18,7 @@ from pipelines.evaluation.examples import predict_examples
 from pipelines.evaluation.per_image import SCORES_CSV, Floats, ImageCounts, lowest, write_scores
 from pipelines.evaluation.score import count_split
 from pipelines.evaluation.stored_predictions import open_predictions
-from pipelines.loading.dataset import DataConfig, DataSet, open_data, split_in_use
+from pipelines.loading.dataset import DataConfig, DataSet, open_data, split_bytes_in_use
 from pipelines.model.load import LoadedModel, find_checkpoint, load_model
 from pipelines.runtime.command import run_command
 from pipelines.runtime.devices import choose_batch_size, start
@@ -105,7 +105,7 @@ def run(config: EvaluateConfig) -> int:
     accelerator = start(rank_timeout=config.rank_timeout)
     batch_size = choose_batch_size(config.batch_size, accelerator.device)
     config = replace(config, batch_size=batch_size)
-    in_use = split_in_use(manifest, config.split)
+    in_use = split_bytes_in_use(manifest, config.split)
     data = open_data(config, manifest, [config.split], accelerator, in_use, "raise it")
     counted, surface = counted_classes(manifest.classes), None
     if config.surface:

@@ -41,7 +41,7 @@ from pipelines.inference.job import (
 from pipelines.inference.options import WORK_DIR, PredictConfig
 from pipelines.inference.specks import NEEDS_SCIPY
 from pipelines.inference.tiles import predictor
-from pipelines.loading.dataset import MOST_WORKERS, rank_cpus
+from pipelines.loading.dataset import MAX_WORKERS, rank_cpus
 from pipelines.model.load import LoadedModel, load_model
 from pipelines.runtime.command import run_command
 from pipelines.runtime.devices import start
@@ -126,7 +126,7 @@ def predict_shards(
         config.longest_key(len(loaded.spec.classes)),
     )
     encode = Encoder(config, store, loaded, figure=len(inputs) == 1)
-    workers = min(MOST_WORKERS, rank_cpus()) if config.workers is None else config.workers
+    workers = min(MAX_WORKERS, rank_cpus()) if config.workers is None else config.workers
     remote = store.local is None or inputs.remote
     decoded = load(decode, cutting, shards, workers, remote=remote)
     total = sum(cutting.size(shard) for shard in shards)

@@ -29,7 +29,7 @@ class ReportConfig:
 
 
 def run(config: ReportConfig) -> int:
-    """Write the report, on one rank."""
+    """Write the report on the main process."""
     accelerator = start()
     if accelerator.is_main_process:
         path = write_report(
@@ -37,7 +37,7 @@ def run(config: ReportConfig) -> int:
             accelerator,
             out=config.out,
             data=config.data,
-            pictures=config.pictures,
+            images=config.pictures,
         )
         print(f"report: {path}")
     accelerator.end_training()
@@ -45,7 +45,7 @@ def run(config: ReportConfig) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line."""
+    """Run the command line and return the exit code."""
     return run_command(ReportConfig, run, argv, "report")
 
 

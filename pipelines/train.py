@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from pipelines.evaluation import score, table
 from pipelines.evaluation.examples import draw_batch, draw_validation
 from pipelines.loading.augment import Augment
-from pipelines.loading.dataset import open_data, train_in_use
+from pipelines.loading.dataset import open_data, train_bytes_in_use
 from pipelines.model.build import build_loss
 from pipelines.model.load import require_spec
-from pipelines.reporting.compose import close_run
+from pipelines.reporting.compose import write_report_safely
 from pipelines.runtime.command import run_command
 from pipelines.runtime.devices import (
     choose_batch_size,
@@ -112,7 +112,7 @@ def train(config: TrainConfig, checkpoints: Checkpoints) -> int:
     )
     model.train()
 
-    in_use = train_in_use(order, manifest, accelerator, config.tiles.num_together)
+    in_use = train_bytes_in_use(order, manifest, accelerator, config.tiles.num_together)
     remedy = "raise it, or begin a run with a smaller --window"
     data = open_data(config, manifest, ["train", "val"], accelerator, in_use, remedy)
     criterion = build_loss(config.loss, manifest).to(accelerator.device)
@@ -329,7 +329,7 @@ def conclude(
             why = f", no better for {state.stale} validations" if given_up(config, state) else ""
             print(f"finished at step {state.step}, {state.seconds:.0f} s{why}")
             print(table.table(scores))
-            print(close_run(config.run_dir, accelerator))
+            print(write_report_safely(config.run_dir, accelerator))
         if finished:
             checkpoint = f"--checkpoint {config.run_dir}"
             print(f"next: unet evaluate {checkpoint} --data {config.data} --split val")

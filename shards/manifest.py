@@ -1,22 +1,29 @@
-"""The manifest of a data set (`index.json`) and the byte offsets of a shard (`.idx`)."""
+"""The manifest of a data set, `index.json`."""
 
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from math import isfinite
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+import msgspec
 import numpy as np
 
+from shards.documents import MAX_INTEGER, Byte, Count, Name, Positive, Sha256, convert, parse_json
 from shards.images.files import ImageFormat
-from shards.sample import DataError, Palette
+from shards.sample import DataError, is_safe_path
 from shards.store import Store
 
 MANIFEST = "index.json"
 FORMAT = "unet-shards"
 VERSION = 2
+MIN_SAMPLE_BYTES = 1024
+"""Of a sample in a shard: the header and the content of its image, in blocks of 512 bytes."""
+MAX_SIDE = 2**31 - 1
+Level = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 MAX_SIZES = 4096
 """Distinct image sizes that a manifest lists; if there are more, they are rounded down."""
 
@@ -25,11 +32,12 @@ MAX_SIZES = 4096
 class ShardInfo:
     """One shard of a split."""
 
-    name: str
-    samples: int
-    bytes: int
-    sha256: str
-    pixels: tuple[int, ...]
+    name: Name
+    """Path within the folder."""
+    samples: Count
+    bytes: Count
+    sha256: Sha256
+    pixels: tuple[Count, ...]
     """Mask pixels of each class, then of ignore; empty if unlabelled."""
 
 
@@ -37,10 +45,10 @@ class ShardInfo:
 class SizeCount:
     """Number of images with one size and mode."""
 
-    width: int
-    height: int
-    mode: str
-    images: int
+    width: Annotated[int, msgspec.Meta(ge=1, le=MAX_SIDE)]
+    height: Annotated[int, msgspec.Meta(ge=1, le=MAX_SIDE)]
+    mode: Annotated[str, msgspec.Meta(pattern="^[A-Za-z0-9;]{1,16}$")]
+    images: Positive
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +69,9 @@ class SplitInfo:
 class Manifest:
     """Description of a folder of shards. Written last: without it, a folder is not a data set."""
 
-    classes: tuple[str, ...]
+    classes: tuple[Name, ...]
     """Class names by index."""
-    palette: Palette
+    palette: tuple[tuple[Byte, Byte, Byte], ...]
     """RGB colour of each class."""
     image_format: ImageFormat
     """How every image is decoded."""
@@ -124,44 +132,102 @@ def read_manifest(place: Store | Path | str) -> Manifest:
             f"{store} is not a data set: {MANIFEST} is missing (unet pack writes it last)"
         ) from error
     try:
-        plain = json.loads(data)
+        plain = parse_json(data)
         if plain.pop("format", None) != FORMAT:
             raise DataError(f"{path} is not a manifest written by unet pack")
-        if (version := plain.pop("version")) != VERSION:
+        version = plain.pop("version", None)
+        if type(version) is not int:
+            raise ValueError(f"version {version!r} is not an integer")
+        if version != VERSION:
             remedy = "update unet-shards" if version > VERSION else "pack the data set again"
             raise DataError(
                 f"{path} has version {version}, but this program reads version {VERSION}; {remedy}"
             )
-        splits = {name: parse_split(info) for name, info in plain.pop("splits").items()}
-        tuples = {
-            name: to_tuple(plain.pop(name))
-            for name in ("classes", "palette", "mean", "std", "duplicates")
-        }
-        # Manifests written before border maps existed do not have this field.
-        tuples["border_classes"] = to_tuple(plain.pop("border_classes", []))
-        image_format = plain.pop("image_format")
-        return Manifest(
-            **plain,
-            **tuples,
-            image_format=ImageFormat(**{**image_format, "range": to_tuple(image_format["range"])}),
-            splits=splits,
-            digest=hashlib.sha256(data).hexdigest(),
-        )
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        counts = pop_sample_counts(plain)
+        manifest = convert(plain, Manifest)
+        for problem in find_contradictions(manifest, counts):
+            raise ValueError(problem)
+    except ValueError as error:
         raise DataError(f"{path} is damaged ({error}); pack the data set again") from error
+    return replace(manifest, digest=hashlib.sha256(data).hexdigest())
 
 
-def parse_split(plain: dict[str, Any]) -> SplitInfo:
-    """Build a split from its JSON object."""
-    shards = tuple(
-        ShardInfo(**{**shard, "pixels": tuple(shard["pixels"])}) for shard in plain["shards"]
-    )
-    return SplitInfo(shards, tuple(SizeCount(**size) for size in plain["sizes"]))
+@dataclass(frozen=True, slots=True)
+class StoredMaskFormat:
+    """What a manifest may say of the mask files; see `shards.masks.formats.MaskFormat`."""
+
+    kind: Literal["binary", "index", "values", "palette", "rgb"] | None = None
+    num_classes: Annotated[int, msgspec.Meta(ge=2, le=255)] | None = None
+    values: tuple[Level, ...] = ()
+    colours: tuple[tuple[Byte, ...], ...] = ()
+    ignore_colours: tuple[tuple[Byte, ...], ...] = ()
+    invert: bool = False
+    threshold: Level | None = None
+    ignore_value: Level | None = None
+    unknown: Literal["error", "ignore"] = "error"
+    tolerance: Level = 0
+    source_values: tuple[Level, ...] = ()
 
 
-def to_tuple(value: Any) -> Any:
-    """Convert JSON lists to tuples, at any depth."""
-    return tuple(to_tuple(item) for item in value) if isinstance(value, list) else value
+def pop_sample_counts(plain: dict[str, Any]) -> dict[str, Any]:
+    """Remove the number of samples that each split lists beside its shards, and return them."""
+    splits = plain.get("splits")
+    if not isinstance(splits, dict):
+        return {}
+    return {
+        name: info.pop("samples")
+        for name, info in splits.items()
+        if isinstance(info, dict) and "samples" in info
+    }
+
+
+def find_contradictions(manifest: Manifest, counts: dict[str, Any]) -> Iterator[str]:
+    """Describe fields that are valid alone, but not beside each other or the size of the shards."""
+    form, num_classes = manifest.image_format, len(manifest.classes)
+    channels = 3 if form.channels == "RGB" else 1
+    if form.range is not None and not 0 <= form.range[0] < form.range[1] <= 65535:
+        yield f"image_format: range {list(form.range)}; expected 0 <= low < high <= 65535"
+    if not 1 <= form.max_pixels <= MAX_INTEGER:
+        yield f"image_format: max_pixels {form.max_pixels}; expected at least 1"
+    if num_classes > 255 or len(set(manifest.classes)) != num_classes:
+        yield f"{num_classes} classes; expected at most 255, each once"
+    if len(manifest.palette) != num_classes:
+        yield f"{len(manifest.palette)} palette colours for {num_classes} classes"
+    for name, values, lowest in (("mean", manifest.mean, 0.0), ("std", manifest.std, 1e-9)):
+        if len(values) != channels or not all(isfinite(v) and lowest <= v <= 1 for v in values):
+            yield f"{name} {list(values)}; expected {channels} numbers from {lowest:g} to 1"
+    sigma = manifest.border_sigma
+    if sigma is not None and not (isfinite(sigma) and sigma > 0):
+        yield f"border_sigma {sigma}; expected a number above 0"
+    stored = convert(manifest.mask_format, StoredMaskFormat)
+    bands = {len(colour) for colour in (*stored.colours, *stored.ignore_colours)}
+    if stored.kind == "rgb" and (len(stored.colours) != num_classes or bands not in ({3}, {4})):
+        yield f"mask_format: expected one colour (RGB or RGBA) for each of {num_classes} classes"
+    if len(stored.source_values) > num_classes:
+        yield f"mask_format: {len(stored.source_values)} source_values for {num_classes} classes"
+    names = set()
+    for split, info in manifest.splits.items():
+        yield from find_shard_contradictions(split, info, num_classes)
+        if split in counts and counts[split] != info.samples:
+            yield f"split {split} lists {counts[split]} samples, its shards {info.samples}"
+        for shard in info.shards:
+            if shard.name in names:
+                yield f"shard {shard.name} is listed twice"
+            names.add(shard.name)
+
+
+def find_shard_contradictions(split: str, info: SplitInfo, num_classes: int) -> Iterator[str]:
+    """Describe shards of a split that no file can be like, and sizes that do not add up."""
+    for shard in info.shards:
+        if not is_safe_path(shard.name) or "::" in shard.name or not shard.name.endswith(".tar"):
+            yield f"shard {shard.name!r} is not the path of a tar within the folder"
+        if shard.samples * MIN_SAMPLE_BYTES > shard.bytes:
+            yield f"{shard.name}: {shard.samples} samples do not fit into {shard.bytes} bytes"
+        if shard.pixels and len(shard.pixels) != num_classes + 1:
+            yield f"{shard.name}: {len(shard.pixels)} pixel counts for {num_classes} classes"
+    images = sum(size.images for size in info.sizes)
+    if images > MAX_INTEGER or images != info.samples:
+        yield f"split {split}: sizes of {images} images, but {info.samples} samples"
 
 
 def merge_size_counts(counts: Sequence[SizeCount]) -> tuple[SizeCount, ...]:
@@ -187,7 +253,7 @@ def merge_size_counts(counts: Sequence[SizeCount]) -> tuple[SizeCount, ...]:
 
 
 def rare_classes(manifest: Manifest) -> tuple[int, ...]:
-    """The classes that occur in training, less the commonest; all but the first if not counted."""
+    """Return the classes of the train split but the most common (all but 0 if not counted)."""
     counted = [shard.pixels for shard in manifest.splits["train"].shards if shard.pixels]
     if not counted:
         return tuple(range(1, len(manifest.classes)))
@@ -196,11 +262,11 @@ def rare_classes(manifest: Manifest) -> tuple[int, ...]:
 
 
 def common_side(split: SplitInfo) -> int:
-    """The longest side of a square that half of the images hold."""
+    """Return the side in pixels of the largest square that fits into half of the images."""
     total = sum(size.images for size in split.sizes)
-    held = 0
+    fitting = 0
     for size in sorted(split.sizes, key=lambda s: -min(s.width, s.height)):
-        held += size.images
-        if 2 * held >= total:
+        fitting += size.images
+        if 2 * fitting >= total:
             return min(size.width, size.height)
     raise AssertionError("a split with samples has sizes")

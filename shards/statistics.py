@@ -225,6 +225,10 @@ def percentile_range(levels: Histogram, percentiles: tuple[float, float]) -> tup
     return low, max(min(high, 65535), low + 1)
 
 
+MIN_DEVIATION = 1e-6
+"""Of images of one colour, so that pixels can be divided by it."""
+
+
 def compute_mean_std(
     levels: dict[str, Histogram], image_format: ImageFormat
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -251,7 +255,8 @@ def compute_mean_std(
         count, total, squares = (int((band * power).sum()) for power in (1, scale, scale**2))
         mean = total / max(1, count)
         means.append(round(mean / 255, 6))
-        deviations.append(round(max(0.0, squares / max(1, count) - mean**2) ** 0.5 / 255, 6))
+        deviation = max(0.0, squares / max(1, count) - mean**2) ** 0.5 / 255
+        deviations.append(max(MIN_DEVIATION, round(deviation, 6)))
     return tuple(means), tuple(deviations)
 
 

@@ -201,6 +201,6 @@ def write_json(path: Path, plain: Any, within: Path | None = None) -> None:
 
 
 def flush_to_disk(file: Path) -> None:
-    """Return when a file's bytes would survive a power cut."""
+    """Flush a written file to disk, so that it survives a power failure."""
     with file.open("rb") as handle:
         os.fsync(handle.fileno())

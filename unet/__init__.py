@@ -1,6 +1,6 @@
 """The U-Net and the mathematics around it: torch in, torch out.
 
-Nothing here opens a file but weights, asks for a rank, or knows what a shard is.
+Nothing here knows shards or ranks, or opens files other than weights.
 """
 
 from unet.encoder import Encoder, EncoderConfig, find_stages

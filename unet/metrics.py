@@ -276,10 +276,10 @@ def mean(values: list[float | None]) -> float | None:
 
 
 MeanName = Literal["dice", "iou", "image_dice", "image_iou"]
-"""Means over the classes that count: over all pixels, or over those of single pictures."""
+"""Means over the counted classes: global scores, or means of per-image scores."""
 
 
 def mean_of(scores: Scores, name: MeanName) -> float | None:
-    """One of the mean scores."""
+    """Return one of the mean scores; None if undefined."""
     means = scores.per_image if name.startswith("image_") else scores.macro
     return means.iou if name.endswith("iou") else means.dice

@@ -275,7 +275,11 @@ class UNet(nn.Module, ModelHubMixin):
         header = weights.read_header(folder)
         config = read_config(header, folder)
         spec = weights.from_plain(DataSpec, header["data"], folder) if header.get("data") else None
-        model = cls(config, spec)
+        # config.json may ask for any size: no memory before the file is known to hold it.
+        with torch.device("meta"):
+            model = cls(config, spec)
+        weights.check_weights(model.state_dict(), folder)
+        model = model.to_empty(device="cpu")
         weights.load_weights(model, folder)
         return model.eval()
 
@@ -320,7 +324,7 @@ class UNet(nn.Module, ModelHubMixin):
             Class indices, uint8 [H, W].
 
         Raises:
-            ValueError: for an image that the training data rules out, or a model without a spec.
+            ValueError: the model has no data spec, or the image does not fit it (see `to_pixels`).
         """
         spec = self.spec
         if spec is None:

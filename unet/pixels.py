@@ -1,4 +1,4 @@
-"""Images as people hold them -> the uint8 tensor that a model was trained on."""
+"""Converts PIL images, arrays and tensors to the uint8 tensors that a model was trained on."""
 
 import numpy as np
 import torch
@@ -17,8 +17,8 @@ def to_pixels(image: AnyImage, spec: DataSpec) -> Tensor:
     Args:
         image: a PIL image; an array [H, W], [H, W, 1] or [H, W, 3]; or a tensor [H, W], [1, H, W]
             or [3, H, W]. uint8, or uint16 for a data set of 16-bit images. An EXIF orientation is
-            not applied: the mask lies over the pixels that were given.
-        spec: what the model knows of its data.
+            not applied: the mask has the orientation of the pixels.
+        spec: data spec of the model.
 
     Returns:
         uint8 [C, H, W] on the device of a tensor, else on the CPU; C is 1 or 3.

@@ -1,7 +1,8 @@
-"""What a model knows of the data it was trained on."""
+"""The data spec of a model: classes, channels and normalisation of its training data."""
 
 from dataclasses import dataclass
 from functools import lru_cache
+from math import isfinite
 from typing import Literal
 
 import torch
@@ -28,6 +29,22 @@ class DataSpec:
     """Values of 16-bit images that are mapped to 0 and 255; None: 8-bit images only."""
     alpha: Literal["refuse", "drop"] = "refuse"
     """Images with transparent pixels are refused, or used without their alpha channel."""
+
+    def __post_init__(self) -> None:
+        channels = {"L": 1, "RGB": 3}[self.channels]
+        if len(self.palette) != len(self.classes):
+            raise ValueError(f"{len(self.palette)} palette colours, {len(self.classes)} classes")
+        if any(not 0 <= level <= 255 for colour in self.palette for level in colour):
+            raise ValueError("palette levels must be in 0-255")
+        for name, values, lowest in (("mean", self.mean, 0.0), ("std", self.std, 1e-9)):
+            fits = all(isfinite(value) and lowest <= value <= 1 for value in values)
+            if len(values) != channels or not fits:
+                expected = f"{channels} numbers from {lowest:g} to 1"
+                raise ValueError(f"{name} {list(values)}; expected {expected}")
+        if self.crop_size < 1:
+            raise ValueError(f"crop_size must be at least 1, got {self.crop_size}")
+        if self.image_range is not None and not 0 <= self.image_range[0] < self.image_range[1]:
+            raise ValueError(f"image_range {list(self.image_range)}; expected 0 <= low < high")
 
     @property
     def counted(self) -> tuple[int, ...]:

@@ -34,7 +34,7 @@ MIRRORS = ([-1], [-2], [-2, -1])
 
 
 class NetworkGeometry(Protocol):
-    """What tiling must know of a network. `UNetConfig` provides it."""
+    """The properties of a network that tiling depends on; `UNetConfig` has them."""
 
     @property
     def margin(self) -> int:

@@ -1,4 +1,4 @@
-"""Batches: from shards through worker processes to the device, as three tensors of bytes."""
+"""Batches of one rank, read from shards by worker processes; all pixels uint8."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from pipelines.loading.augment import AugmentConfig
 from pipelines.loading.crop import Cropper
 from pipelines.loading.dataset import DataSet
-from pipelines.loading.stages import Batch, CropStage, Filled, Substitutes, WholeStage
+from pipelines.loading.stages import Batch, CropStage, SharedBatch, Substitutes, WholeStage
 from pipelines.runtime.loader_workers import start_forkserver, start_method, start_worker
 from pipelines.runtime.shared_memory import WAITING, Buffers
 from shards.manifest import rare_classes
@@ -31,30 +31,41 @@ def train_batches(
     skip: bool = False,
     pin: bool = False,
 ) -> Iterator[Batch]:
-    """The endless training batches of one rank, beginning where the plan does.
+    """Yield the training batches of one rank, endlessly.
 
-    `margin`: of the network. `border`: with border maps. `skip`: another sample stands in for one
-    that cannot be decoded, which is told with the batch.
+    Args:
+        data: the opened data set.
+        plan: which samples, from which position of the stream.
+        crop_size: side of the crops in pixels.
+        augment: how crops are chosen and scaled.
+        seed: seed of the crops.
+        margin: pixels that the network loses on each side.
+        border: whether batches contain border maps.
+        skip: replace samples that cannot be decoded and list them in `Batch.skipped`.
+        pin: copy batches to page-locked memory, in a thread.
+
+    Raises:
+        DataError: a sample cannot be read, or without `skip`, decoded.
     """
     manifest, reader = data.manifest, data.reader("train", borders=border)
     fill = tuple(round(m * 255) for m in manifest.mean)
     cropper = Cropper(augment, crop_size, fill, rare_classes(manifest), seed, margin)
-    # With a reader of its own: the other may be at work in a thread.
-    others = data.reader("train", borders=border)
-    substitutes = Substitutes(others, plan.order) if skip else None
+    # A separate reader, since the first one may be in use by a thread.
+    substitute_reader = data.reader("train", borders=border)
+    substitutes = Substitutes(substitute_reader, plan.order) if skip else None
     form, num_classes = manifest.image_format, len(manifest.classes)
     stage = CropStage(form, num_classes, cropper, substitutes, border)
     if data.workers and start_method(reader) == "fork":
         buffers = Buffers(data.workers, stage.num_bytes(plan.batch_size))
         stage = replace(stage, buffers=buffers)
-    # Here, so that the workers are children of this thread and not of the one that pins.
-    loader = iter(load(reader, plan, stage, data.workers))
-    batches = receive(loader, stage)
-    return ahead(batch.pin_memory() for batch in batches) if pin else batches
+    # Started here, so that workers are children of this thread, not of the one that pins.
+    loader = iter(make_loader(reader, plan, stage, data.workers))
+    batches = receive_batches(loader, stage)
+    return prefetch(batch.pin_memory() for batch in batches) if pin else batches
 
 
-def receive(sent: Iterator[Batch | Filled], stage: CropStage) -> Iterator[Batch]:
-    """The batches that workers sent, those in shared memory among them."""
+def receive_batches(sent: Iterator[Batch | SharedBatch], stage: CropStage) -> Iterator[Batch]:
+    """Yield the batches that workers sent, as tensors in shared memory if they are there."""
     for batch in sent:
         if isinstance(batch, Batch):
             yield batch
@@ -64,18 +75,18 @@ def receive(sent: Iterator[Batch | Filled], stage: CropStage) -> Iterator[Batch]
             yield stage.batch(pixels, batch.position, batch.skipped)
 
 
-def ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
-    """The same batches, each made in a thread while the one before is in use."""
+def prefetch(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """Yield the batches, each made in a thread while the previous one is in use."""
     device = torch.cuda.current_device() if torch.cuda.is_available() else 0
     with ThreadPoolExecutor(1, initializer=set_device, initargs=(device,)) as thread:
-        coming = thread.submit(next, batches, None)
-        while (batch := coming.result()) is not None:
-            coming = thread.submit(next, batches, None)
+        pending = thread.submit(next, batches, None)
+        while (batch := pending.result()) is not None:
+            pending = thread.submit(next, batches, None)
             yield batch
 
 
 def set_device(device: int) -> None:
-    """Make a thread use the GPU of its rank."""
+    """Make the current thread use the GPU of its rank."""
     if torch.cuda.is_available():
         torch.cuda.set_device(device)
 
@@ -83,17 +94,17 @@ def set_device(device: int) -> None:
 def eval_batches(
     data: DataSet, split: str, *, batch_size: int, rank: int, world: int, pin: bool = False
 ) -> Iterator[Batch]:
-    """Every sample of a split on exactly one rank, unpadded, whole."""
+    """Yield the whole images of one rank, unpadded; each sample is on exactly one rank."""
     reader = data.reader(split)
     plan = EvalPlan(tuple(s.samples for s in reader.shards), batch_size, rank, world)
     stage = WholeStage(data.manifest.image_format, len(data.manifest.classes))
-    return iter(load(reader, plan, stage, data.workers, pin))
+    return iter(make_loader(reader, plan, stage, data.workers, pin))
 
 
-def load(
+def make_loader(
     reader: ShardReader, plan: TrainPlan | EvalPlan, stage: Stage, workers: int, pin: bool = False
 ) -> DataLoader[Any]:
-    """A DataLoader whose workers read, decode and stack."""
+    """Make a DataLoader whose workers read, decode and stack batches."""
     method = start_method(reader) if workers else None
     if method == "forkserver":
         start_forkserver()

@@ -1,4 +1,4 @@
-"""Which network and which loss a run has, as its configuration and its data set decide."""
+"""Builds model and loss from the configuration and the data set."""
 
 from dataclasses import dataclass, fields, replace
 from typing import Literal
@@ -25,59 +25,63 @@ CROP_SIZE = {"modern": 512, "paper": 572, "small": 256}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
-    """Which U-Net."""
+    """Architecture of the U-Net."""
 
     preset: Literal["modern", "paper", "small"] = "modern"
-    """modern: 31 M parameters. small: 1.9 M, for laptops. paper: the network of 2015, which sees a
-    margin of mirrored pixels around each picture."""
+    """modern: 31 M parameters. small: 1.9 M, for laptops. paper: the U-Net of 2015, with unpadded
+    convolutions; images are mirrored at their borders."""
     base_channels: int | None = None
-    """Channels of the first level; left out: the preset's (64, 16)."""
+    """Channels of the first level; default: that of the preset (64; small: 16)."""
     depth: int | None = None
-    """How many times the image is halved; left out: the preset's (4)."""
+    """Number of times the image is downsampled by 2; default: that of the preset (4)."""
     norm: Norm | None = None
-    """Normalisation; left out: the preset's (instance; none in paper). batch is over all GPUs."""
+    """Normalisation; default: that of the preset (instance; paper: none). batch: synchronised over
+    all GPUs."""
     activation: Activation | None = None
-    """Nonlinearity; left out: relu."""
+    """Activation after each normalisation; default: relu."""
     up: Upsampling | None = None
-    """How maps are doubled in size; left out: transpose."""
+    """Upsampling in the expanding path; default: transpose."""
     dropout: float | None = None
-    """Share of values dropped at the end of the contracting path; left out: 0 (0.5 in paper)."""
+    """Dropout probability at the end of the contracting path; default: 0 (paper: 0.5)."""
 
     def __post_init__(self) -> None:
         self.network()
 
     def network(self, **data: int) -> UNetConfig:
-        """What decides the shape of the network; `data`: its in_channels and num_classes."""
+        """Return the architecture; `data` sets in_channels and num_classes."""
         names = ("base_channels", "depth", "norm", "activation", "up", "dropout")
         given = {name: getattr(self, name) for name in names}
         changes = {name: value for name, value in given.items() if value is not None}
         return replace(PRESETS[self.preset], **changes, **data)
 
 
-def choose_crop_size(model: ModelConfig, asked: int | None, manifest: Manifest) -> int:
-    """The side of the training crops. Raises UsageError for one that the network cannot take."""
+def choose_crop_size(model: ModelConfig, wanted: int | None, manifest: Manifest) -> int:
+    """Return the side of the training crops, `wanted` or chosen for the images.
+
+    Raises UsageError for a side that the network cannot take.
+    """
     network = model.network()
-    if asked is None:
-        shown = common_side(manifest.splits["train"]) + 2 * network.margin
-        asked = default_crop_size(network, min(shown, CROP_SIZE[model.preset]))
+    if wanted is None:
+        covered = common_side(manifest.splits["train"]) + 2 * network.margin
+        wanted = default_crop_size(network, min(covered, CROP_SIZE[model.preset]))
     try:
-        network.require_side(asked)
+        network.require_side(wanted)
     except ValueError as error:
         raise UsageError(f"--crop-size: {error}") from error
-    return asked
+    return wanted
 
 
-def default_crop_size(network: UNetConfig, most: int) -> int:
-    """The largest side of crops, at most `most` pixels; the least where there is none."""
+def default_crop_size(network: UNetConfig, max_side: int) -> int:
+    """Return the largest valid side of at most `max_side` pixels, else the smallest valid one."""
     if network.padding == "same":
-        return max(32, most // 32 * 32)
+        return max(32, max_side // 32 * 32)
     step = 2**network.depth
-    larger = valid_input(most - 2 * network.margin + 1, network.depth)
+    larger = valid_input(max_side - 2 * network.margin + 1, network.depth)
     return max(valid_input(1, network.depth), larger - step)
 
 
 def build_model(model: ModelConfig, manifest: Manifest, crop_size: int) -> UNet:
-    """A fresh model that knows its data."""
+    """Build an untrained model with the data spec of a data set."""
     form = manifest.image_format
     spec = DataSpec(
         classes=manifest.classes,
@@ -93,47 +97,47 @@ def build_model(model: ModelConfig, manifest: Manifest, crop_size: int) -> UNet:
     return UNet(model.network(**data), spec)
 
 
-def begin_with(model: UNet, checkpoint: str) -> None:
-    """Take the weights of a checkpoint; the head only where it knows the same classes.
+def load_initial_weights(model: UNet, checkpoint: str) -> None:
+    """Load the weights of a checkpoint; those of the head only if the classes are the same.
 
-    Raises UsageError where the networks differ, with the flag that makes them alike, and DataError
-    where there is no such checkpoint.
+    Raises UsageError if the architectures differ, naming the flag that changes that, and DataError
+    if the checkpoint cannot be loaded.
     """
-    found = load_model(checkpoint)
-    theirs, ours = found.model.config, model.config
-    for field in fields(ours):
-        value, own = getattr(theirs, field.name), getattr(ours, field.name)
-        if value != own and field.name not in ("num_classes", "dropout"):
-            raise UsageError(
-                f"--init-from {checkpoint} has {field.name} = {value}, this run {own}; "
-                f"give --model.{field.name.replace('_', '-')} {value}"
-                if field.name not in ("in_channels", "padding")
-                else f"--init-from {checkpoint} has {field.name} = {value}, this run {own}; they "
-                "must be the same"
+    source = load_model(checkpoint)
+    for field in fields(model.config):
+        name = field.name
+        value, own = getattr(source.model.config, name), getattr(model.config, name)
+        if value != own and name not in ("num_classes", "dropout"):
+            can_change = name not in ("in_channels", "padding")
+            remedy = (
+                f"set --model.{name.replace('_', '-')} {value}" if can_change else "use another"
             )
-    tensors = found.model.state_dict()
-    if found.spec.classes != require_spec(model).classes:
+            raise UsageError(
+                f"--init-from {checkpoint} has {name} = {value}, this run has {own}; {remedy}"
+            )
+    tensors = source.model.state_dict()
+    if source.spec.classes != require_spec(model).classes:
         own_head = {name: t for name, t in model.state_dict().items() if name.startswith("head.")}
         tensors |= own_head
     model.load_state_dict(tensors)
 
 
 def refuse_missing(loss: LossConfig, manifest: Manifest, data: str) -> None:
-    """Raise UsageError where the data set lacks what the loss needs."""
+    """Raise UsageError if the data set lacks border maps or pixel counts that the loss needs."""
     if loss.border_weight and manifest.border_sigma is None:
         raise UsageError(
-            f"--loss.border-weight needs border maps, {data} has none; pack it with "
+            f"--loss.border-weight needs border maps, but {data} has none; pack it with "
             "--border-sigma 5"
         )
     if loss.class_weights != "none" and not class_pixels(manifest):
         raise UsageError(
-            f"--loss.class-weights needs the pixels of each class, which {data} does not "
-            "know; pack it with --verify full"
+            f"--loss.class-weights needs the number of pixels of each class, which {data} does not "
+            "list; pack it with --verify full"
         )
 
 
 def build_loss(loss: LossConfig, manifest: Manifest) -> SegmentationLoss:
-    """The loss, with the weights of this data set's classes."""
+    """Build the loss, with class weights computed from the data set."""
     weights = None
     if loss.class_weights != "none":
         power = 0.5 if loss.class_weights == "inverse_sqrt" else 1.0
@@ -142,6 +146,6 @@ def build_loss(loss: LossConfig, manifest: Manifest) -> SegmentationLoss:
 
 
 def class_pixels(manifest: Manifest) -> list[int]:
-    """Pixels of each class in the training split; none where they were not counted."""
+    """Return the pixels of each class in the training split; empty if they were not counted."""
     counts = [shard.pixels for shard in manifest.splits["train"].shards]
     return [sum(pixels) for pixels in zip(*counts, strict=True)][: len(manifest.classes)]

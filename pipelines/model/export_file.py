@@ -1,4 +1,4 @@
-"""A model as one ONNX or torch.export file, and the check that it computes the same."""
+"""Exports a model to ONNX or torch.export and verifies that the file computes the same logits."""
 
 import copy
 import json
@@ -126,25 +126,25 @@ def fitting_sides(loaded: LoadedModel) -> tuple[int, int]:
 
 def sides_name(loaded: LoadedModel) -> str:
     """Describe the sides that an image may have."""
-    least, step = fitting_sides(loaded)
+    min_side, step = fitting_sides(loaded)
     if step == 1:
         return "any height and width"
-    return f"height and width {least}, {least + step}, {least + 2 * step}, ..."
+    return f"height and width {min_side}, {min_side + step}, {min_side + 2 * step}, ..."
 
 
 def side_dim(name: str, loaded: LoadedModel) -> Dim:
     """Return the sides that an image may have, for torch.export."""
-    least, step = fitting_sides(loaded)
+    min_side, step = fitting_sides(loaded)
     if step == 1:
-        return Dim(name, min=least)
-    return step * Dim(f"_{name}", min=least // step) + least % step
+        return Dim(name, min=min_side)
+    return step * Dim(f"_{name}", min=min_side // step) + min_side % step
 
 
 def trace(loaded: LoadedModel) -> ExportedProgram:
     """Trace the graph for any batch size, height and width that the model takes."""
-    least, step = fitting_sides(loaded)
+    min_side, step = fitting_sides(loaded)
     channels = loaded.model.config.in_channels
-    image = torch.zeros(2, channels, least + 3 * step, least + 4 * step, dtype=torch.uint8)
+    image = torch.zeros(2, channels, min_side + 3 * step, min_side + 4 * step, dtype=torch.uint8)
     dims = {0: Dim("batch", min=1), 2: side_dim("height", loaded), 3: side_dim("width", loaded)}
     # torch.export assumes that no side is ever 1, and at the bottom of a padded network it may be;
     # torch's own ONNX exporter sets the same option.
@@ -223,10 +223,10 @@ def read_torch(file: Path) -> RunFile:
 
 def sizes_to_try(loaded: LoadedModel) -> tuple[Size, ...]:
     """Return sizes to verify: the smallest, an uneven one, and a batch of about the crop size."""
-    least, step = fitting_sides(loaded)
-    uneven = (1, 37, 53) if step == 1 else (1, least + step, least)
-    side = least + max(0, loaded.spec.crop_size - least) // step * step
-    return (1, least, least), uneven, (2, side, side)
+    min_side, step = fitting_sides(loaded)
+    uneven = (1, 37, 53) if step == 1 else (1, min_side + step, min_side)
+    side = min_side + max(0, loaded.spec.crop_size - min_side) // step * step
+    return (1, min_side, min_side), uneven, (2, side, side)
 
 
 def size_name(size: Size) -> str:

@@ -1,4 +1,4 @@
-"""uint8 images -> logits, halving the batch where memory runs out."""
+"""Forward passes, uint8 images -> logits, with smaller batches if memory runs out."""
 
 import sys
 from collections.abc import Callable
@@ -15,63 +15,63 @@ from unet import UNet
 
 
 class TileTooLargeError(RunError):
-    """One tile alone does not fit into the memory of a GPU."""
+    """A single tile exceeds the memory of a GPU."""
 
     def __init__(self, height: int, width: int, reason: str) -> None:
-        """`reason`: the message of torch, which may mean something else."""
+        """`reason`: the message of torch, which may have another cause."""
         super().__init__(
-            f"a tile of {height} x {width} pixels alone does not fit into the memory of this GPU "
-            f"({reason}); lower --tile, to {max(height, width) // 2} perhaps"
+            f"a single tile of {height} x {width} pixels exceeds the memory of this GPU "
+            f"({reason}); lower --tile, for example to {max(height, width) // 2}"
         )
         self.height, self.width, self.reason = height, width, reason
 
 
 def make_forward(model: UNet, accelerator: Accelerator) -> Callable[[Tensor], Tensor]:
-    """uint8 images [B, C, H, W] -> logits, in the precision of the accelerator.
+    """Make a function from uint8 images [B, C, H, W] to logits, in the accelerator's precision.
 
-    A batch that does not fit into a GPU's memory is halved until it does, and so are those after
-    it; that is said once. Raises TileTooLargeError where half of it would be no picture.
+    If a batch exceeds the memory of a GPU, it and all later ones are halved until they fit, with
+    one warning. The function raises TileTooLargeError if a single image does not fit.
     """
     spec, device = require_spec(model), accelerator.device
-    most, said, reason = sys.maxsize, False, ""
+    max_batch, warned, reason = sys.maxsize, False, ""
 
     def attempt(image: Tensor) -> Tensor | None:
         nonlocal reason
         try:
-            parts = [compute(part) for part in image.split(min(most, len(image)))]
+            parts = [compute(part) for part in image.split(min(max_batch, len(image)))]
             return parts[0] if len(parts) == 1 else torch.cat(parts)
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
-            # Only the text is kept: the traceback, which holds what was allocated, ends here.
+            # Only the text is kept: the traceback would keep the allocated tensors alive.
             reason = summary(error)
             return None
 
     def compute(image: Tensor) -> Tensor:
         if device.type == "cuda" and image.device.type == "cpu":
-            # Else the copy would wait for all that the GPU has to do.
+            # A copy from pageable memory would wait for all queued GPU work.
             image = image.pin_memory()
         with accelerator.autocast():
-            # Elsewhere, on MPS for one, memory may be used again before an overlapped copy is done.
+            # On other devices, such as MPS, memory may be reused before an asynchronous copy ends.
             overlap = device.type == "cuda"
             return model(spec.normalise(image.to(device, non_blocking=overlap)))
 
     def forward(image: Tensor) -> Tensor:
-        nonlocal most, said
-        before = most
+        nonlocal max_batch, warned
+        before = max_batch
         while (logits := attempt(image)) is None:
-            size = min(most, len(image))
+            size = min(max_batch, len(image))
             if size == 1:
                 height, width = image.shape[-2:]
                 raise TileTooLargeError(height, width, reason)
-            most = size // 2
+            max_batch = size // 2
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-        if most < before and not said:
-            said = True
+        if max_batch < before and not warned:
+            warned = True
             tqdm.write(
-                f"{len(image)} tiles at a time do not fit into the memory of this GPU ({device}): "
-                f"going on with {most}, as --batch-size {most} would have from the start",
+                f"a batch of {len(image)} tiles exceeds the memory of this GPU ({device}); "
+                f"continuing with --batch-size {max_batch}",
                 file=sys.stderr,
             )
         return logits

@@ -1,4 +1,4 @@
-"""Find and load a trained model."""
+"""Find a checkpoint and load its model."""
 
 import hashlib
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from unet import DataSpec, UNet, weights
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A model to evaluate or predict with."""
+    """A trained model, in evaluation mode, with its data spec."""
 
     model: UNet
     spec: DataSpec
@@ -21,14 +21,14 @@ class LoadedModel:
 
     @property
     def image_format(self) -> ImageFormat:
-        """How images are decoded for it."""
+        """How images must be decoded for the model."""
         return ImageFormat(self.spec.channels, self.spec.alpha, self.spec.image_range)
 
 
 def load_model(checkpoint: str) -> LoadedModel:
-    """The model of a run folder (its `best`, else `last`), a checkpoint folder or a hub id.
+    """Load the model of a run folder (`best`, else `last`), a checkpoint folder or a hub id.
 
-    Raises DataError saying what is missing or damaged.
+    Raises DataError if the checkpoint is missing, damaged or has no data spec.
     """
     try:
         folder = weights.find_folder(str(find_checkpoint(checkpoint)))
@@ -39,35 +39,38 @@ def load_model(checkpoint: str) -> LoadedModel:
         raise DataError(f"--checkpoint {checkpoint}: {error}") from error
     except OSError as error:
         raise DataError(
-            f"--checkpoint {checkpoint} is no folder and was not found on the hub: {error}"
+            f"--checkpoint {checkpoint} is neither a local folder nor a model on the hub: {error}"
         ) from error
     if model.spec is None:
         raise DataError(
-            f"--checkpoint {checkpoint}: config.json says nothing of classes and pixels"
+            f"--checkpoint {checkpoint}: config.json has no data spec (classes, normalisation)"
         )
     return LoadedModel(model, model.spec, digest)
 
 
 def require_spec(model: UNet) -> DataSpec:
-    """What a model that was built for data, or loaded here, knows of its data."""
+    """Return the data spec of a model that was built or loaded with one."""
     assert model.spec is not None
     return model.spec
 
 
 def find_checkpoint(checkpoint: str) -> Path | str:
-    """The folder with the weights, or the hub id as it is."""
+    """Return the folder with the weights, or a hub id unchanged.
+
+    Raises DataError for a path that does not exist and a run folder without a checkpoint.
+    """
     folder = Path(checkpoint)
     if (folder / CHECKPOINTS).is_dir():
         for name in ("best", "last"):
             if (folder / CHECKPOINTS / name).is_dir():
                 return (folder / CHECKPOINTS / name).resolve()
-        raise DataError(f"--checkpoint {checkpoint}: this run has saved no checkpoint yet")
+        raise DataError(f"--checkpoint {checkpoint}: the run has no checkpoint yet")
     if not folder.is_dir() and (
         folder.is_absolute() or checkpoint.startswith(".") or checkpoint.count("/") > 1
     ):
         raise DataError(f"--checkpoint {checkpoint} does not exist")
     if not folder.is_dir() and "/" not in checkpoint:
         raise DataError(
-            f"--checkpoint {checkpoint} is neither a folder here nor a hub id (owner/name)"
+            f"--checkpoint {checkpoint} is neither a local folder nor a hub id (owner/name)"
         )
     return folder if folder.is_dir() else checkpoint

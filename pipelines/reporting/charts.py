@@ -1,4 +1,4 @@
-"""Charts of the report, as SVG."""
+"""SVG charts of the report."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,16 +8,16 @@ from statistics import median
 from markupsafe import Markup
 
 WIDTH, HEIGHT = 420, 240
-"""Of a chart, in units of its text's size / 11."""
+"""Size of a chart in SVG units; text is 11 units high."""
 LEFT, RIGHT, TOP, BOTTOM = 46, 12, 8, 36
 SPARK_WIDTH, SPARK_HEIGHT = 96, 20
-MOST_DOTS = 60
-"""Points of a curve that are drawn as dots, each with its numbers."""
+MAX_DOTS = 60
+"""Curves of up to this many points show each of them as a dot with a tooltip."""
 
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """A curve and its name."""
+    """A named curve."""
 
     name: str
     x: Sequence[float]
@@ -26,22 +26,22 @@ class Series:
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """Curves over the steps of a run."""
+    """Curves over the optimizer steps of a run."""
 
     title: str
     series: tuple[Series, ...]
-    """At least one, each with a point; the first is the one to be seen first."""
+    """At least one, each with at least one point; the first is highlighted."""
     last: float
-    """Step at which the axis ends; it begins at 0."""
+    """Last step of the x axis, which starts at 0."""
     best: tuple[float, float] | None = None
-    """A point of the first curve to mark."""
+    """Point (step, value) of the first curve to mark."""
     from_zero: bool = True
-    """Whether the axis of the values begins at 0."""
+    """Whether the y axis includes 0."""
 
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """Numbers -> places on a line of some length."""
+    """Maps values to positions on an axis."""
 
     low: float
     high: float
@@ -49,22 +49,22 @@ class Axis:
     log: bool = False
 
     def share(self, value: float) -> float:
-        """0 at the low end, 1 at the high one; never beyond."""
+        """Return the position of a value: 0 at the low end, 1 at the high end, clamped."""
         low, high = self.low, self.high
         if self.log:
             low, high, value = log10(low), log10(high), log10(max(value, low))
         return min(1.0, max(0.0, (value - low) / (high - low)))
 
 
-def nice_step(span: float, about: int) -> float:
-    """1, 2 or 5 times a power of ten, of which about so many fit."""
-    rough = span / about
+def choose_tick_step(span: float, num_ticks: int) -> float:
+    """Choose a step of 1, 2 or 5 times a power of ten that gives about `num_ticks` ticks."""
+    rough = span / num_ticks
     power = 10.0 ** floor(log10(rough))
     return next(m * power for m in (1.0, 2.0, 5.0, 10.0) if m * power >= rough * 0.999)
 
 
 def value_axis(values: Sequence[float], *, from_zero: bool = False) -> Axis:
-    """An axis that shows all values; by powers of ten where one is 30 times the median."""
+    """Make an axis for all values; logarithmic if the largest exceeds 30 times the median."""
     low, high = min(values), max(values)
     if low > 0 and high > 30 * median(values):
         first, last = floor(log10(low)), ceil(log10(high))
@@ -73,21 +73,21 @@ def value_axis(values: Sequence[float], *, from_zero: bool = False) -> Axis:
         low, high = min(0.0, low), max(0.0, high)
     if low == high:
         low, high = low - (abs(low) or 1) / 10, high + (abs(high) or 1) / 10
-    step = nice_step(high - low, 5)
+    step = choose_tick_step(high - low, 5)
     first, last = floor(low / step + 1e-9), ceil(high / step - 1e-9)
     ticks = tuple(n * step for n in range(first, last + 1))
     return Axis(ticks[0], ticks[-1], ticks)
 
 
 def step_axis(last: float) -> Axis:
-    """An axis from 0 to the last step, which need not be round."""
+    """Make an axis from 0 to the last step, which need not be a tick."""
     last = max(1.0, last)
-    step = max(1.0, nice_step(last, 5))
+    step = max(1.0, choose_tick_step(last, 5))
     return Axis(0.0, last, tuple(n * step for n in range(floor(last / step) + 1)))
 
 
 def label(value: float, *, whole: bool = False) -> str:
-    """A number on an axis, short."""
+    """Format a tick label; `whole`: an integer, abbreviated with k, M or G."""
     if value == 0:
         return "0"
     if whole:
@@ -99,7 +99,7 @@ def label(value: float, *, whole: bool = False) -> str:
 
 
 def draw_chart(chart: Chart) -> Markup:
-    """An SVG with axes, ticks and labels; the template writes title and legend."""
+    """Draw a chart with axes, ticks and labels; the template adds title and legend."""
     across = step_axis(chart.last)
     values = [y for series in chart.series for y in series.y]
     up = value_axis(values, from_zero=chart.from_zero)
@@ -132,11 +132,11 @@ def draw_chart(chart: Chart) -> Markup:
     parts.append(
         Markup('<text class="up" x="{}" y="{}">step</text>').format(WIDTH - RIGHT, HEIGHT - 4)
     )
-    # The first on top of the others.
+    # In reverse, so that the first curve is on top.
     for number, series in reversed([*enumerate(chart.series)]):
         points = [(left(x), top(y)) for x, y in zip(series.x, series.y, strict=True)]
         parts.append(Markup('<path class="s{}" d="{}"/>').format(number, path(points)))
-        if len(points) <= MOST_DOTS:
+        if len(points) <= MAX_DOTS:
             parts += [
                 Markup(
                     '<circle class="s{}" cx="{:.1f}" cy="{:.1f}" r="{}"><title>'
@@ -159,12 +159,12 @@ def draw_chart(chart: Chart) -> Markup:
 
 
 def path(points: Sequence[tuple[float, float]]) -> str:
-    """A line through points, as SVG writes it."""
+    """Format a polyline as SVG path data."""
     return "M" + " ".join(f"{x:.1f} {y:.1f}" for x, y in points)
 
 
 def draw_spark(series: Series) -> Markup:
-    """A score over the steps as a small line between 0 and 1."""
+    """Draw a sparkline of a score, from 0 to 1."""
     first, last = series.x[0], series.x[-1]
     width, height = SPARK_WIDTH - 4, SPARK_HEIGHT - 4
     points = [
@@ -179,7 +179,7 @@ def draw_spark(series: Series) -> Markup:
 
 
 def draw_confusion(classes: Sequence[str], confusion: Sequence[Sequence[int]]) -> Markup:
-    """A table of the share of each true class's pixels that went to each class."""
+    """Draw the confusion matrix: the share of the pixels of each true class by predicted class."""
     head = Markup("").join(
         Markup('<th scope="col"><span>{}</span></th>').format(name) for name in classes
     )

@@ -1,4 +1,4 @@
-"""`RUN/report.html`: what the folder of a run, its best checkpoint and its data tell."""
+"""Composes `RUN/report.html` from a run folder, its best checkpoint and its data."""
 
 import logging
 import re
@@ -14,32 +14,32 @@ from accelerate import Accelerator
 from pipelines.drawing.panels import IGNORED, WRONG
 from pipelines.reporting.charts import Chart, Series
 from pipelines.reporting.checkpoint_results import CheckpointResults, load_results
-from pipelines.reporting.page import MOST_CLASSES, Report, Row, Swatch, Table, render
+from pipelines.reporting.page import MAX_CLASSES, Report, Row, Swatch, Table, render
 from pipelines.reporting.run_record import RunRecord, number, read_record
 from pipelines.runtime.run_folder import CONFIG
 from shards.sample import Palette
 from shards.writer import write_atomically
 
 REPORT = "report.html"
-LEFT_OUT = {
-    "train/skipped": "samples that could not be decoded, replaced by others",
+EXCLUDED = {
+    "train/skipped": "samples that could not be decoded and were replaced",
     "train/overflows": "steps whose gradients overflowed",
 }
 logger = logging.getLogger(__name__)
 
 
-def close_run(run_dir: Path, accelerator: Accelerator) -> str:
-    """Make the report at the end of a run, on its main process alone; a line that says where it is.
+def write_report_safely(run_dir: Path, accelerator: Accelerator) -> str:
+    """Write the report at the end of a run and return a line with its path, or with the error.
 
-    The other ranks may have ended: nobody is waited for. RUN/state.json should be there. A report
-    that fails is told in the line and ends nothing.
+    Runs on the main process without collectives, since other ranks may have exited. Never raises:
+    a failed report must not fail the run. Call it after RUN/state.json is written.
     """
     try:
         return f"report: {write_report(run_dir, accelerator)}"
-    except Exception as error:  # whatever it is: the run itself is done
+    except Exception as error:  # whatever it is: training has succeeded
         logger.debug("no report", exc_info=True)
-        again = shlex.join(["unet", "report", "--run-dir", str(run_dir)])
-        return f"no report ({' '.join(str(error).split())[:200]}); again: {again}"
+        command = shlex.join(["unet", "report", "--run-dir", str(run_dir)])
+        return f"no report ({' '.join(str(error).split())[:200]}); to retry: {command}"
 
 
 def write_report(
@@ -48,72 +48,82 @@ def write_report(
     *,
     out: Path | None = None,
     data: str | None = None,
-    pictures: bool = True,
+    images: bool = True,
 ) -> Path:
-    """Write the page, whole or not at all: the same bytes for the same folder, program and device.
+    """Write the page atomically; equal inputs on the same device give equal bytes.
 
-    `out`: the file, RUN/report.html by default; the others: see `findings.load_results`. Raises
-    DataError where `run_dir` is no run folder.
+    Args:
+        run_dir: run folder.
+        accelerator: provides the device.
+        out: file to write; default: report.html in the run folder.
+        data: location of the training data, if it has moved.
+        images: whether to read the data and show images.
+
+    Returns:
+        The file.
+
+    Raises:
+        DataError: `run_dir` is not a run folder.
     """
     record = read_record(run_dir)
-    found = load_results(record, accelerator, data, images=pictures)
-    page = render(compose(record, found))
+    results = load_results(record, accelerator, data, images=images)
+    page = render(compose(record, results))
     path = out or run_dir / REPORT
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Names of files may be no text.
+    # File names may not be valid text.
     write_atomically(path, page.encode("utf-8", "backslashreplace"))
     return path
 
 
-def compose(record: RunRecord, found: CheckpointResults) -> Report:
-    """What the page says."""
-    confusion = found.scores["confusion"] if found.scores else ()
-    notes = [*record.notes, *found.notes]
-    if len(confusion) > MOST_CLASSES:
+def compose(record: RunRecord, results: CheckpointResults) -> Report:
+    """Compose the contents of the page."""
+    confusion = results.scores["confusion"] if results.scores else ()
+    notes = [*record.notes, *results.notes]
+    if len(confusion) > MAX_CLASSES:
         notes.append(f"A confusion matrix of {len(confusion)} classes is not drawn.")
         confusion = ()
-    spec = found.loaded.spec if found.loaded else None
+    spec = results.loaded.spec if results.loaded else None
     swatches = zip(spec.classes, spec.palette, strict=True) if spec else ()
     return Report(
         title=record.name,
-        subtitle=subtitle(record, found),
+        subtitle=subtitle(record, results),
         verdict=verdict(record),
         notes=tuple(notes),
         charts=tuple(charts(record)),
-        table=table(record, found),
+        table=table(record, results),
         classes=spec.classes if spec else (),
         confusion=tuple(tuple(row) for row in confusion),
-        galleries=found.galleries,
+        galleries=results.galleries,
         gallery_note=(
-            f"From {found.among}, by the Dice of each. Left to right, then down: image, truth, "
+            f"Chosen from {results.among} by Dice. Left to right, then down: image, mask, "
             "prediction, difference."
         ),
         legends=(
             tuple(Swatch(name, colour) for name, colour in swatches),
-            (Swatch("wrong", WRONG), Swatch("ignored, counts nowhere", IGNORED)),
+            (Swatch("wrong", WRONG), Swatch("ignored in all scores", IGNORED)),
         ),
-        facts=tuple(facts(record, found)),
+        facts=tuple(facts(record, results)),
         versions=tuple(versions(record)),
         config=tuple(blocks(record.config_text)),
         commands=tuple(commands(record)),
     )
 
 
-def subtitle(record: RunRecord, found: CheckpointResults) -> str:
-    """Network and data in a line."""
+def subtitle(record: RunRecord, results: CheckpointResults) -> str:
+    """Describe network and data in one line."""
     parts = []
     if preset := record.setting("model", "preset"):
         parts.append(f"U-Net, preset {preset}")
     if (data := record.setting("data")) is not None:
         parts.append(f"data {data}")
-    if found.manifest is not None:
-        counts = {name: split.samples for name, split in found.manifest.splits.items()}
+    if results.manifest is not None:
+        counts = {name: split.samples for name, split in results.manifest.splits.items()}
         parts.append(", ".join(f"{count:,} {name}" for name, count in counts.items()) + " images")
     return " · ".join(parts)
 
 
 def verdict(record: RunRecord) -> str:
-    """How good it is and how it ended, in two sentences."""
+    """Describe the best scores and how the run ended, in two sentences."""
     best, loss = record.metrics.best, record.metrics.curves.get("train/loss")
     if best:
         iou = f" and IoU {best['val/iou']:.4f}" if "val/iou" in best else ""
@@ -129,24 +139,24 @@ def verdict(record: RunRecord) -> str:
 
 
 def ended(record: RunRecord) -> str:
-    """How the run ended, if it did."""
+    """Describe how the run ended."""
     state, last = record.state, record.metrics.last_step or 0
     step = number(state.get("step"))
     if step is None or step < last:
-        return f"It has not ended: it goes on, or was killed after step {last:,}."
+        return f"Still running, or killed after step {last:,}."
     if state.get("finished") is True:
         return f"Finished at step {step:,.0f}{after(record)}."
-    return f"Interrupted at step {step:,.0f}{after(record)}; it can go on."
+    return f"Interrupted at step {step:,.0f}{after(record)}; it can be resumed."
 
 
 def after(record: RunRecord) -> str:
-    """How long it took."""
+    """Describe how long the run took."""
     seconds = number(record.state.get("seconds"))
     return "" if seconds is None else f" after {duration(seconds)}"
 
 
 def duration(seconds: float) -> str:
-    """The two largest units."""
+    """Format a duration by its two largest units."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)
@@ -156,19 +166,19 @@ def duration(seconds: float) -> str:
 
 
 def charts(record: RunRecord) -> Iterator[Chart]:
-    """Loss, scores, learning rate and speed over the steps, those that were recorded."""
+    """Yield charts of loss, scores, learning rate and speed, as far as they were recorded."""
     curves = record.metrics.curves
     losses = [name for name in curves if name.startswith("train/loss_")]
     checks = [name for name in curves if name.startswith("val/loss")]
     best = record.metrics.best
     mark = (best["step"], best["val/dice"]) if best else None
     last = record.metrics.last_step or 0
-    # From 0, scores that matter in the end could not be told apart.
+    # An axis from 0 would hide the differences between good scores.
     for title, names, from_zero, point in (
         ("Loss", ["train/loss", *losses, *checks], True, None),
         ("Validation", ["val/dice", "val/iou"], False, mark),
         ("Learning rate", ["train/lr"], True, None),
-        ("Samples a second", ["train/samples_per_second"], True, None),
+        ("Samples per second", ["train/samples_per_second"], True, None),
     ):
         series = tuple(named(record, name) for name in names if name in curves)
         if series:
@@ -176,35 +186,35 @@ def charts(record: RunRecord) -> Iterator[Chart]:
 
 
 def named(record: RunRecord, name: str) -> Series:
-    """A curve as the page names it."""
+    """Return a curve under its name on the page."""
     curve = record.metrics.curves[name]
     words = {"train/loss": "loss", "val/dice": "Dice", "val/iou": "IoU"}
     shown = words.get(name, name.removeprefix("train/loss_").replace("_", " "))
     return Series(shown, curve.steps, curve.values)
 
 
-def table(record: RunRecord, found: CheckpointResults) -> Table | None:
-    """The scores of each class: of the best checkpoint, else as they were validated."""
+def table(record: RunRecord, results: CheckpointResults) -> Table | None:
+    """Return the scores of each class, of the best checkpoint or its validation, if any."""
     best = record.metrics.best
-    if found.scores is not None and found.loaded is not None:
-        return scored_table(record, found.of, found.scores, found.loaded.spec.palette)
+    if results.scores is not None and results.loaded is not None:
+        return scored_table(record, results.of, results.scores, results.loaded.spec.palette)
     names = [name.removeprefix("val/dice/") for name in best if name.startswith("val/dice/")]
     if not names:
         return None
     rows = [Row(n, cells(best, f"val/dice/{n}", f"val/iou/{n}"), history(record, n)) for n in names]
     rows.append(Row("macro", cells(best, "val/dice", "val/iou"), is_mean=True))
-    caption = f"As validated at step {best['step']:,.0f}."
+    caption = f"Validation at step {best['step']:,.0f}."
     return Table(caption, ("Dice", "IoU"), tuple(rows))
 
 
 def scored_table(record: RunRecord, of: str, scores: dict[str, Any], palette: Palette) -> Table:
-    """Dice, IoU, precision, recall and share of the pixels."""
+    """Return Dice, IoU, precision, recall and share of pixels, by class."""
     pixels = [sum(line) for line in scores["confusion"]]
     rows = []
     for place, (name, values) in enumerate(scores["classes"].items()):
         share = f"{pixels[place] / max(1, sum(pixels)):.1%}"
         shown = (*cells(values, "dice", "iou", "precision", "recall"), share)
-        note = "" if name in scores["counted"] else "in no mean"
+        note = "" if name in scores["counted"] else "not in the means"
         rows.append(Row(name, shown, history(record, name), palette[place], note))
     for name in ("macro", "micro", "per_image"):
         shown = cells(scores[name], "dice", "iou")
@@ -214,19 +224,19 @@ def scored_table(record: RunRecord, of: str, scores: dict[str, Any], palette: Pa
 
 
 def history(record: RunRecord, name: str) -> Series | None:
-    """The Dice of a class over the steps."""
+    """Return the Dice of a class over the steps."""
     curve = record.metrics.curves.get(f"val/dice/{name}")
     return Series(f"Dice of {name}", curve.steps, curve.values) if curve else None
 
 
 def cells(values: dict[str, Any], *names: str) -> tuple[str, ...]:
-    """Scores as text."""
+    """Format scores; n/a if undefined."""
     scores = (number(values.get(name)) for name in names)
     return tuple("n/a" if score is None else f"{score:.4f}" for score in scores)
 
 
-def facts(record: RunRecord, found: CheckpointResults) -> Iterator[tuple[str, str]]:
-    """Names and values, those that are known."""
+def facts(record: RunRecord, results: CheckpointResults) -> Iterator[tuple[str, str]]:
+    """Yield (name, value) of the facts that are known."""
     yield "Ended", ended(record)
     seconds = number(record.last.get("seconds"))
     if seconds is not None:
@@ -234,36 +244,36 @@ def facts(record: RunRecord, found: CheckpointResults) -> Iterator[tuple[str, st
     position = number(record.last.get("position"))
     if position is not None:
         epochs = ""
-        if found.manifest is not None and found.manifest.splits["train"].samples:
-            samples = found.manifest.splits["train"].samples
+        if results.manifest is not None and results.manifest.splits["train"].samples:
+            samples = results.manifest.splits["train"].samples
             epochs = f", {position / samples:.1f} epochs of {samples:,}"
         yield "Samples", f"{position:,.0f}{epochs}"
     if (size := record.setting("global_batch_size")) is not None:
         crop = record.setting("crop_size")
-        yield "Batch", f"{size} crops of {crop} x {crop} pixels a step"
+        yield "Batch", f"{size} crops of {crop} x {crop} pixels per step"
     if speed := record.metrics.curves.get("train/samples_per_second"):
         wait = record.metrics.curves.get("train/data_wait")
         waited = f"; waited for data {mean(wait.values):.1%} of the time" if wait else ""
         yield "Speed", f"{median(speed.values):,.1f} samples/s{waited}"
     if tflops := record.metrics.curves.get("train/tflops"):
         mfu = record.metrics.curves.get("train/mfu")
-        share = f", {median(mfu.values):.1%} of its peak (MFU)" if mfu else ""
+        share = f", {median(mfu.values):.1%} of peak (MFU)" if mfu else ""
         yield "Compute", f"{median(tflops.values):.3g} TFLOP/s per device{share}"
     if memory := record.metrics.curves.get("train/memory_gib"):
         where = " on the GPU" if "train/gpu_memory_gib" in record.metrics.curves else ""
-        yield "Memory", f"{max(memory.values):.1f} GiB at most{where}"
-    for name, said in LEFT_OUT.items():
+        yield "Memory", f"peak {max(memory.values):.1f} GiB{where}"
+    for name, what in EXCLUDED.items():
         if count := record.metrics.latest.get(name):
-            yield "Left out", f"{count:,.0f} {said}"
-    if found.loaded is not None:
-        parameters = sum(p.numel() for p in found.loaded.model.parameters())
+            yield "Excluded", f"{count:,.0f} {what}"
+    if results.loaded is not None:
+        parameters = sum(p.numel() for p in results.loaded.model.parameters())
         yield "Network", f"{parameters:,} parameters"
-        yield "Weights", f"sha256 {found.loaded.digest}"
+        yield "Weights", f"sha256 {results.loaded.digest}"
     yield "Devices", devices(record.environment)
 
 
 def devices(environment: dict[str, Any]) -> str:
-    """What was computed on."""
+    """Describe the devices."""
     gpus = environment.get("gpus")
     names = Counter(map(str, gpus)) if isinstance(gpus, list) else Counter()
     parts = [f"{count} x {name}" for name, count in names.items()]
@@ -275,12 +285,12 @@ def devices(environment: dict[str, Any]) -> str:
     if "ranks" in environment:
         ranks, precision = environment["ranks"], environment.get("precision", "no")
         parts.append(f"{ranks} {'rank' if ranks == 1 else 'ranks'} on {environment.get('device')}")
-        parts.append("float32" if precision == "no" else f"{precision} where it is safe")
+        parts.append("float32" if precision == "no" else f"{precision} mixed precision")
     return ", ".join(parts)
 
 
 def blocks(text: str) -> Iterator[str]:
-    """The configuration, parted where a group of settings begins."""
+    """Split config.yaml before each group of settings."""
     lines: list[str] = []
     for line in text.splitlines():
         if lines and re.fullmatch(r"\w+:", line):
@@ -292,7 +302,7 @@ def blocks(text: str) -> Iterator[str]:
 
 
 def versions(record: RunRecord) -> Iterator[tuple[str, str]]:
-    """Packages and their versions."""
+    """Yield packages and their versions."""
     known = record.environment.get("versions")
     if isinstance(known, dict):
         yield from ((str(name), str(value)) for name, value in known.items())
@@ -301,21 +311,21 @@ def versions(record: RunRecord) -> Iterator[tuple[str, str]]:
 
 
 def commands(record: RunRecord) -> Iterator[tuple[str, str]]:
-    """What to do next, and how."""
+    """Yield (purpose, command) of what to do next."""
     run_dir, data = str(record.run_dir), str(record.setting("data") or "SHARDS")
-    told = ("--checkpoint", run_dir)
-    # The folder may have moved.
+    checkpoint = ("--checkpoint", run_dir)
+    # --run-dir again, since the folder may have moved.
     same = ("--config", str(record.run_dir / CONFIG), "--run-dir", run_dir)
     if record.state.get("finished") is True:
-        yield "Train on", command("train", *same, "--minutes", "MORE")
+        yield "Train longer", command("train", *same, "--minutes", "MORE")
     else:
-        yield "Go on with this run", command("train", *same)
-    yield "Score every image", command("evaluate", *told, "--data", data, "--split", "val")
-    masks = ("--input", "PICTURES", "--out", "MASKS", "--png", "--overlay")
-    yield "Predict", command("predict", *told, *masks)
-    yield "Take it elsewhere", command("export", *told, "--format", "onnx", "--out", "model.onnx")
+        yield "Resume this run", command("train", *same)
+    yield "Score every image", command("evaluate", *checkpoint, "--data", data, "--split", "val")
+    masks = ("--input", "IMAGES", "--out", "MASKS", "--png", "--overlay")
+    yield "Predict", command("predict", *checkpoint, *masks)
+    yield "Export", command("export", *checkpoint, "--format", "onnx", "--out", "model.onnx")
 
 
 def command(verb: str, *words: str) -> str:
-    """A command line, quoted where the shell needs it."""
+    """Format a command line, quoted for the shell where needed."""
     return shlex.join(["unet", verb, *words])

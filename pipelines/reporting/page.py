@@ -1,6 +1,6 @@
-"""The report as HTML: numbers in, markup out. No script, no network, light and dark.
+"""The report as one HTML page: no scripts, no network, light and dark.
 
-Everything that is text is escaped: names of classes, keys and paths may be anything.
+All text is escaped, since class names, keys and paths are arbitrary.
 """
 
 from dataclasses import dataclass
@@ -12,17 +12,17 @@ from pipelines.reporting.charts import Chart, Series, draw_chart, draw_confusion
 from shards.sample import Colour
 
 TEMPLATE = "report.html.j2"
-MOST_CLASSES = 32
-"""Classes that a confusion matrix is drawn for."""
+MAX_CLASSES = 32
+"""Maximum number of classes for which a confusion matrix is drawn."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A class, or a mean over classes, in the table of scores."""
+    """A row of the table of scores: a class, or a mean over classes."""
 
     name: str
     cells: tuple[str, ...]
-    """One for each column, or for the first few."""
+    """One per column; may be fewer than there are columns."""
     history: Series | None = None
     colour: Colour | None = None
     note: str = ""
@@ -31,7 +31,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """The scores of classes, then their means."""
+    """Table of scores: classes, then means."""
 
     caption: str
     columns: tuple[str, ...]
@@ -40,14 +40,14 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Strip:
-    """One image: itself, truth, prediction, difference."""
+    """Image, mask, prediction and difference of one sample."""
 
     key: str
     dice: float
     sources: tuple[str, ...]
-    """data: URIs."""
+    """data: URIs of the four panels."""
     small: bool
-    """So few pixels that each should be seen when it is drawn larger."""
+    """Whether the image is so small that pixels are shown enlarged without smoothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ class Gallery:
 
 @dataclass(frozen=True, slots=True)
 class Swatch:
-    """What a colour means."""
+    """An entry of a legend."""
 
     name: str
     colour: Colour
@@ -68,7 +68,7 @@ class Swatch:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """All that the page shows. What is empty has no section."""
+    """Contents of the page; empty fields have no section."""
 
     title: str
     subtitle: str
@@ -85,13 +85,13 @@ class Report:
     facts: tuple[tuple[str, str], ...] = ()
     versions: tuple[tuple[str, str], ...] = ()
     config: tuple[str, ...] = ()
-    """Its parts."""
+    """Blocks of config.yaml."""
     commands: tuple[tuple[str, str], ...] = ()
-    """What it does, and the command."""
+    """(purpose, command)."""
 
 
 def render(report: Report) -> str:
-    """The page, the same for the same report."""
+    """Render the page; equal reports give equal bytes."""
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -106,5 +106,5 @@ def render(report: Report) -> str:
 
 
 def css_colour(colour: Colour) -> str:
-    """As CSS writes it."""
+    """Format a colour for CSS."""
     return f"rgb({colour[0]} {colour[1]} {colour[2]})"

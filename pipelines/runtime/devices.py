@@ -1,4 +1,4 @@
-"""Starting on devices: one Accelerator, the precision, and the proof that all ranks are one job."""
+"""Devices: the Accelerator, its precision, and a check that all ranks belong to one job."""
 
 import ctypes
 import os
@@ -16,9 +16,10 @@ from pipelines.runtime.errors import UsageError
 from unet.tiling import BATCH_SIZE
 
 GPU_BATCH_SIZE = 16
-"""Images or tiles of a forward pass on a GPU, which smaller ones leave idle between launches."""
+"""Default number of images or tiles per forward pass on a GPU; fewer leave it idle between kernel
+launches."""
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-"""Parameters of mallopt, from malloc.h."""
+"""Parameters of mallopt(3), from malloc.h."""
 
 
 def start(
@@ -28,21 +29,28 @@ def start(
     project_dir: Path | None = None,
     rank_timeout: float | None = None,
 ) -> Accelerator:
-    """The Accelerator of this process.
+    """Create the Accelerator of this process.
 
-    Process count and precision are the launcher's; without one, a GPU that has bf16 uses it. A
-    process that computes on a CPU keeps the memory that it frees. `rank_timeout`: minutes that a
-    rank waits for others; left out: the backend's own, for ranks that never meet.
+    The launcher sets process count and precision; without one, a GPU that computes in bf16 uses it.
+    On a CPU, the process keeps freed memory.
 
-    Raises UsageError where processes were started that do not know of each other, or that would
-    have to share a GPU.
+    Args:
+        accumulate: passes per optimizer step.
+        trackers: names of Accelerate's trackers.
+        project_dir: folder in which trackers write.
+        rank_timeout: minutes that a rank waits for the others in a collective; None: the default
+            of the backend, for ranks that never wait.
+
+    Raises:
+        UsageError: the processes were not connected to one job, or would share a GPU.
     """
     refuse_shared_gpus()
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ
-    # Gradients lie in the buckets that ranks exchange: no second copy, none of them copied there.
+    # Gradients are views of the buckets that DDP reduces: no second copy in memory.
     handlers: list[Any] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
     if rank_timeout is not None:
-        # A millisecond more: Accelerate leaves out what equals NCCL's 10 minutes, and Gloo has 30.
+        # A millisecond more: Accelerate ignores a timeout equal to NCCL's default, 10 minutes, and
+        # the default of Gloo is 30.
         timeout = timedelta(minutes=rank_timeout, milliseconds=1)
         handlers.append(InitProcessGroupKwargs(timeout=timeout))
     accelerator = Accelerator(
@@ -55,7 +63,7 @@ def start(
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world != accelerator.num_processes:
         raise UsageError(
-            f"{world} processes were launched but each runs alone, {world} jobs side by side; "
+            f"{world} processes were launched, but each would run a job of its own; "
             "without GPUs set ACCELERATE_USE_CPU=true before accelerate launch --multi_gpu"
         )
     if accelerator.device.type == "cpu":
@@ -64,18 +72,18 @@ def start(
 
 
 def native_precision() -> Literal["bf16", "no"]:
-    """bf16 where the GPU computes in it, else float32.
+    """Return bf16 if the GPU computes in it natively, else no (float32).
 
-    V100 and T4 emulate it, without their matrix units.
+    V100 and T4 only emulate it, without tensor cores.
     """
     native = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     return "bf16" if native else "no"
 
 
 def refuse_shared_gpus() -> None:
-    """Raise UsageError where a launcher has started more processes here than there are GPUs.
+    """Raise UsageError if more processes were launched on this machine than it has GPUs.
 
-    Accelerate would give a GPU to several ranks, and NCCL refuse that minutes later.
+    Accelerate would assign one GPU to several ranks, which NCCL refuses minutes later.
     """
     if not torch.cuda.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU"):
         return
@@ -91,9 +99,9 @@ def refuse_shared_gpus() -> None:
 
 
 def use_deterministic(enabled: bool) -> None:
-    """Make torch compute the same bits on the same GPU every time, or let it choose the fastest.
+    """Enable or disable deterministic algorithms: bit-identical results on the same GPU.
 
-    Call it before CUDA starts: cuBLAS reads its variable only then.
+    Must be called before CUDA is initialised: cuBLAS reads its environment variable only then.
     """
     if enabled:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -103,11 +111,10 @@ def use_deterministic(enabled: bool) -> None:
 
 
 def hold_memory() -> None:
-    """Let this process keep what it frees, for what it allocates next (mallopt(3)).
+    """Make malloc keep freed memory for later allocations (mallopt(3)); no effect outside glibc.
 
-    glibc gives large blocks back to the system at once and takes them anew, page by page, for each
-    layer of each pass: on a CPU a sixth of a training step, half of some predictions. Elsewhere
-    nothing happens.
+    By default, glibc returns large blocks to the system at once and faults them in again, page by
+    page, for each layer: a sixth of the time of a training step on a CPU, half of some predictions.
     """
     if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
         mallopt(M_MMAP_MAX, 0)
@@ -115,14 +122,13 @@ def hold_memory() -> None:
 
 
 def choose_batch_size(wanted: int | None, device: torch.device) -> int:
-    """Images or tiles that a forward pass sees at once: where nobody said, 16 on CUDA GPUs."""
+    """Return the number of images or tiles per forward pass; default: 16 on CUDA GPUs, else 4."""
     return wanted or (GPU_BATCH_SIZE if device.type == "cuda" else BATCH_SIZE)
 
 
 def choose_channels_last(wanted: bool | None, device: torch.device, *, compiled: bool) -> bool:
-    """Whether maps are kept as [B, H, W, C] in memory: where nobody said, if it pays.
+    """Return whether to keep feature maps channels-last; default: for compiled CUDA networks only.
 
-    It does in a compiled network on a CUDA GPU. Uncompiled, instance norm brings every map back to
-    [B, C, H, W].
+    Without compilation, instance norm converts every map back to contiguous [B, C, H, W].
     """
     return (compiled and device.type == "cuda") if wanted is None else wanted

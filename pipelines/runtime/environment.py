@@ -1,4 +1,4 @@
-"""Versions and devices of this machine, as a run folder records them."""
+"""Versions and devices of this machine: `environment.json` of a run folder."""
 
 import os
 import platform

@@ -1,8 +1,8 @@
-"""Errors that PyTorch raises about the machine: what they mean, in one line; leaving other ranks.
+"""One-line descriptions of errors that PyTorch raises about the machine, and exit of a failed rank.
 
-They are told apart by their text: torch raises most of them as a plain RuntimeError, and which have
-a class of their own depends on its version. Nothing here imports torch, so that commands which need
-no device start without it.
+Errors are recognised by their text: torch raises most of them as plain RuntimeError, and which of
+them have a class depends on its version. Nothing here imports torch, so that commands without a
+device start quickly.
 """
 
 import os
@@ -16,17 +16,17 @@ MEMORY_ERRORS = (
     "cublas_status_alloc_failed",
     "unable to find an engine",
 )
-"""Parts of messages, in lower case: of the allocators of CUDA and MPS, of cuDNN, of cuBLAS, and of
-a convolution for which no algorithm of cuDNN could run, mostly because none got its workspace."""
+"""Lower-case substrings of out-of-memory messages: of the CUDA and MPS allocators, cuDNN, cuBLAS,
+and of a convolution for which no cuDNN algorithm could allocate its workspace."""
 LEAVE_SECONDS = 5.0
-"""How long a rank that has failed may take to leave its process group."""
+"""Seconds that a failed rank waits for its process group to be destroyed."""
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that the memory of a device does not suffice.
+    """Return whether a device ran out of memory.
 
-    cuDNN reports "unable to find an engine" for other reasons as well: whoever retries with less
-    and gives up must keep the message.
+    cuDNN also reports "unable to find an engine" for other reasons: callers that retry with less
+    memory must include the message when they fail.
     """
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(error, torch.OutOfMemoryError):
@@ -36,31 +36,31 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def is_killed_worker(error: BaseException) -> bool:
-    """Whether a worker process of a DataLoader was killed.
+    """Return whether a DataLoader worker was killed.
 
-    Its handler of SIGCHLD raises this in the main thread, at whatever line that is.
+    torch's SIGCHLD handler raises the error in the main thread, at any line.
     """
     return isinstance(error, RuntimeError) and "DataLoader worker (pid" in str(error)
 
 
 def is_device_error(error: BaseException) -> bool:
-    """Whether CUDA or a library on top of it failed, perhaps in a kernel launched long before."""
+    """Return whether CUDA or a library on it failed, possibly in a kernel launched long before."""
     text = str(error)
-    # torch.AcceleratorError since 2.8; before, and in libraries, a RuntimeError of the same text.
+    # torch.AcceleratorError since 2.8; a RuntimeError with the same text before, and in libraries.
     return isinstance(error, RuntimeError) and ("CUDA error" in text or "cuDNN error" in text)
 
 
 def is_compile_error(error: BaseException) -> bool:
-    """Whether torch.compile failed."""
+    """Return whether torch.compile failed."""
     dynamo = sys.modules.get("torch._dynamo.exc")
     return dynamo is not None and isinstance(error, dynamo.TorchDynamoException)
 
 
 def is_distributed_error(error: BaseException) -> bool:
-    """Whether a collective failed.
+    """Return whether a collective failed.
 
-    The store and NCCL's own calls raise torch's DistError; Gloo, inside autograd, a plain
-    RuntimeError. NCCL's watchdog raises nothing: it aborts the process.
+    The store and NCCL raise torch's DistError; Gloo inside autograd raises a plain RuntimeError.
+    NCCL's watchdog raises nothing: it aborts the process.
     """
     distributed = sys.modules.get("torch.distributed")
     known = distributed is not None and isinstance(error, distributed.DistError)
@@ -68,9 +68,9 @@ def is_distributed_error(error: BaseException) -> bool:
 
 
 def describe(error: RuntimeError) -> str | None:
-    """One line for the user: the problem and its remedy. None where the error is not known.
+    """Return the problem and its remedy in one line; None if the error is unknown.
 
-    Also None where the user has asked torch for the traceback.
+    Also None if the user enabled torch's own traceback by an environment variable.
     """
     if is_killed_worker(error):
         return describe_worker(error)
@@ -78,62 +78,62 @@ def describe(error: RuntimeError) -> str | None:
         return describe_distributed(error)
     if out_of_memory(error):
         return (
-            f"the GPU is out of memory ({summary(error)}); end other processes that use it "
-            "(nvidia-smi lists them), or use a larger one"
+            f"the GPU is out of memory ({summary(error)}); end other processes that use it (see "
+            "nvidia-smi), or use a larger GPU"
         )
     if is_compile_error(error) and os.environ.get("TORCHDYNAMO_VERBOSE") != "1":
         return (
-            f"--compile: torch.compile failed ({summary(error)}); it needs a C++ compiler and the "
-            "headers of Python (apt-get install g++ python3-dev): install them, or leave --compile "
-            "out; with TORCHDYNAMO_VERBOSE=1 you get the traceback"
+            f"--compile: torch.compile failed ({summary(error)}); install a C++ compiler and the "
+            "Python headers (apt-get install g++ python3-dev), or run without --compile; set "
+            "TORCHDYNAMO_VERBOSE=1 for the traceback"
         )
     if is_device_error(error) and os.environ.get("CUDA_LAUNCH_BLOCKING") != "1":
         return (
-            f"the GPU failed ({summary(error)}); rerun the same command, with "
-            "CUDA_LAUNCH_BLOCKING=1 to get the traceback of the operation that fails"
+            f"the GPU failed ({summary(error)}); rerun the same command; set "
+            "CUDA_LAUNCH_BLOCKING=1 for the traceback of the failed operation"
         )
     if "does not have a deterministic implementation" in str(error):
-        return f"--deterministic: {summary(error)}; leave it out, or choose other settings"
+        return f"--deterministic: {summary(error)}; run without it, or change the settings"
     return None
 
 
 def describe_worker(error: RuntimeError) -> str:
-    """One line about a worker that was killed."""
+    """Describe a killed worker in one line."""
     if "shared memory" in str(error):
         return (
-            "a data loading worker has died: shared memory (/dev/shm) is full; raise its limit "
-            "(docker run --shm-size 8g) or lower --workers, then rerun the same command"
+            "a data loading worker died: shared memory (/dev/shm) is full; raise its limit (docker "
+            "run --shm-size 8g) or lower --workers, then rerun the same command"
         )
     return (
-        f"a data loading worker has died ({summary(error)}); if memory ran out, lower --workers or "
-        "give the job more, then rerun the same command"
+        f"a data loading worker died ({summary(error)}); if memory ran out, lower --workers or "
+        "raise the job's memory limit, then rerun the same command"
     )
 
 
 def describe_distributed(error: RuntimeError) -> str:
-    """One line about a collective that failed."""
+    """Describe a failed collective in one line."""
     what, text = summary(error), str(error).lower()
     if "duplicate gpu" in text:
         return (
-            f"two ranks use the same GPU ({what}); start no more processes than there are GPUs "
-            "(accelerate launch --num_processes)"
+            f"two ranks use the same GPU ({what}); launch at most one process per GPU (accelerate "
+            "launch --num_processes)"
         )
     if "unhandled cuda error" in text or "invalid usage" in text:
         return (
-            f"NCCL failed ({what}); rerun with NCCL_DEBUG=WARN, which prints the cause, and check "
-            "that every rank has a GPU of its own with free memory"
+            f"NCCL failed ({what}); rerun with NCCL_DEBUG=WARN to see the cause, and check that "
+            "every rank has its own GPU with free memory"
         )
-    late = ", or is late by more than --rank-timeout" if "timed out" in text else ""
+    late = ", or did not answer within --rank-timeout" if "timed out" in text else ""
     return (
-        f"another rank has ended, or cannot be reached{late} ({what}): what it said last is "
-        "the cause; then give the same command again"
+        f"another rank exited or is unreachable{late} ({what}); see its last message for the "
+        "cause, then rerun the same command"
     )
 
 
 def summary(error: BaseException) -> str:
-    """What a message says first, in one line of at most 200 characters.
+    """Return the start of an error message, in one line of at most 200 characters.
 
-    NCCL's own last words follow far behind, after where it failed and in which version.
+    For NCCL, the line after `Last error:`, which follows source lines and versions.
     """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if "Last error:" in lines[:-1]:
@@ -145,11 +145,11 @@ def summary(error: BaseException) -> str:
 
 
 def leave_process_group(code: int) -> None:
-    """Leave the process group of a rank that has failed, or end the process with `code`.
+    """Destroy the process group of a failed rank, or end the process with `code`.
 
-    NCCL warns of a group that was not destroyed, after the line that matters. Destroying it waits
-    for what is under way, which a rank that is lost never finishes: the process then ends here,
-    without waiting for anything.
+    NCCL prints a warning if the group is not destroyed, after the message that matters. Destroying
+    it waits for pending collectives, which a lost rank never completes: after `LEAVE_SECONDS` the
+    process exits without cleanup.
     """
     accelerate = sys.modules.get("accelerate.state")
     if accelerate is None or not accelerate.is_initialized():

@@ -1,4 +1,4 @@
-"""The life of a DataLoader's worker processes: started, signalled, ended."""
+"""Start DataLoader workers so that signals and a killed trainer do not leave them behind."""
 
 import os
 import signal
@@ -10,20 +10,20 @@ from pipelines.runtime.processes import follow_parent
 from shards.reader import ShardReader
 
 STOPPING = (signal.SIGTERM, signal.SIGUSR1)
-"""Signals that ask a run to save and end; they may be sent to all its processes."""
+"""Signals that ask a run to checkpoint and exit; schedulers may send them to all its processes."""
 
 
 def start_worker(number: int) -> None:
-    """Leave it to the trainer to end worker `number`, and end with it if it is killed."""
+    """Initialise worker `number`: ignore the stop signals of the run and exit with the trainer."""
     del number
-    # In a group of its own, so that what is sent to the run's group does not reach it.
+    # In its own process group, which signals to the group of the run do not reach.
     os.setpgid(0, 0)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     follow_parent()
 
 
 def start_forkserver() -> None:
-    """Start the process that remote workers are forked from, deaf to the same signals."""
+    """Start the server that remote workers are forked from; it ignores the stop signals too."""
     get_context("forkserver").set_forkserver_preload(["pipelines.loading.batches"])
     before = {name: signal.signal(name, signal.SIG_IGN) for name in STOPPING}
     try:
@@ -34,7 +34,7 @@ def start_forkserver() -> None:
 
 
 def start_method(reader: ShardReader) -> str | None:
-    """How workers are started; None: as the platform does."""
+    """Return the start method of workers; None: the default of the platform."""
     if reader.store.local is None:
         # The threads and connections of remote clients do not survive a fork.
         return "forkserver"

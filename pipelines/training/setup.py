@@ -14,10 +14,10 @@ from pipelines.loading.batches import train_batches
 from pipelines.loading.dataset import DataSet
 from pipelines.loading.stages import Batch
 from pipelines.model.build import (
-    begin_with,
     build_loss,
     build_model,
     choose_crop_size,
+    load_initial_weights,
     refuse_missing,
 )
 from pipelines.runtime.errors import UsageError
@@ -99,7 +99,7 @@ def prepare_model(
     assert config.crop_size is not None
     model = build_model(config.model, manifest, config.crop_size)
     if init_from is not None:
-        begin_with(model, init_from)
+        load_initial_weights(model, init_from)
     model = model.to(accelerator.device)
     if config.channels_last:
         # Which torch's stubs leave out.

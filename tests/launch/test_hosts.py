@@ -188,7 +188,7 @@ def test_losses_equal_those_of_an_uninterrupted_run_after_a_host_died_and_return
     b = host(B, A, 2, *train_flags(resumed, steps))
     assert a.process.wait(timeout=300) == 0
     assert b.process.wait(timeout=60) == 0
-    assert "another rank has ended, or cannot be reached" in a.line("unet train: ")
+    assert "another rank exited or is unreachable" in a.line("unet train: ")
     assert ranks(resumed) == 2
     ended = launch(2, "train", *train_flags(uninterrupted, steps))
     assert ended.code == 0, ended.err

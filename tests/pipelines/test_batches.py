@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from pipelines.loading.augment import AugmentConfig
-from pipelines.loading.batches import ahead, eval_batches, train_batches
+from pipelines.loading.batches import eval_batches, prefetch, train_batches
 from pipelines.loading.crop import Cropper
 from pipelines.loading.dataset import DataSet
 from pipelines.loading.stages import Batch, CropStage, WholeStage
@@ -184,12 +184,12 @@ def test_batches_made_ahead_come_in_order_and_so_does_their_error():
         yield from range(3)
         raise DataError("s.tar: k")
 
-    coming: Any = ahead(batches())
+    coming: Any = prefetch(batches())
     assert [next(coming) for _ in range(3)] == [0, 1, 2]
     with pytest.raises(DataError, match=r"s\.tar: k"):
         next(coming)
     whole: Any = iter(range(3))
-    assert list(ahead(whole)) == [0, 1, 2]
+    assert list(prefetch(whole)) == [0, 1, 2]
 
 
 def test_nothing_decoded_is_kept():

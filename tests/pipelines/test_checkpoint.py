@@ -172,7 +172,7 @@ def test_a_run_means_its_best_else_its_last(learner: Learner, tmp_path: Path) ->
         ("/nowhere/at/all", "/nowhere/at/all does not exist"),
         ("./nowhere", "./nowhere does not exist"),
         ("runs/one/two", "runs/one/two does not exist"),
-        ("nowhere", "nowhere is neither a folder here nor a hub id (owner/name)"),
+        ("nowhere", "nowhere is neither a local folder nor a hub id (owner/name)"),
     ],
 )
 def test_a_checkpoint_that_is_not_there_is_said(given: str, said: str) -> None:
@@ -186,7 +186,7 @@ def test_a_hub_id_that_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch) -> 
         raise OSError("404")
 
     monkeypatch.setattr(weights, "find_folder", missing)
-    with pytest.raises(DataError, match="is no folder and was not found on the hub: 404"):
+    with pytest.raises(DataError, match="is neither a local folder nor a model on the hub: 404"):
         load_model("owner/name")
 
 
@@ -198,7 +198,10 @@ DAMAGES = {
     "no model": (lambda f: (f / "config.json").write_text("{}"), "it has no 'model'"),
     "a number": (lambda f: (f / "config.json").write_text('{"model": 3}'), "config.json"),
     "bad data": (lambda f: edit(f, data=3), "config.json"),
-    "no data": (lambda f: edit(f, data=None), "config.json says nothing of classes and pixels"),
+    "no data": (
+        lambda f: edit(f, data=None),
+        "config.json has no data spec (classes, normalisation)",
+    ),
     "new field": (lambda f: edit(f, model={"wings": 2}), "UNetConfig has no field 'wings'"),
     "other size": (
         lambda f: edit(f, model={"num_classes": 5, "base_channels": 1, "depth": 1, "norm": "none"}),
@@ -240,7 +243,7 @@ def test_a_checkpoint_that_is_damaged_is_refused_by_name(
 
 def test_a_run_that_has_saved_nothing_yet_is_said(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
-    with pytest.raises(DataError, match="this run has saved no checkpoint yet"):
+    with pytest.raises(DataError, match="the run has no checkpoint yet"):
         load_model(str(tmp_path))
 
 

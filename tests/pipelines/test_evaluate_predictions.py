@@ -214,7 +214,15 @@ def test_two_predictions_of_one_picture_are_refused(predicted, shards, call, tmp
     masks = tmp_path / "masks"
     shutil.copytree(predicted, masks)
     manifest = json.loads((masks / "index.json").read_text())
-    manifest["splits"]["predicted"]["shards"] *= 2
+    split = manifest["splits"]["predicted"]
+    for shard in [*split["shards"]]:
+        for suffix in (".tar", ".idx"):
+            file = (masks / shard["name"]).with_suffix(suffix)
+            shutil.copy(file, file.with_name(f"again-{file.name}"))
+        split["shards"].append({**shard, "name": f"again-{shard['name']}"})
+    split["samples"] *= 2
+    for size in split["sizes"]:
+        size["images"] *= 2
     (masks / "index.json").write_text(json.dumps(manifest))
     ended = evaluate(call, shards, tmp_path / "out", "--predictions", masks)
     assert ended.code == 1

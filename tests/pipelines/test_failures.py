@@ -82,12 +82,12 @@ def test_other_errors_are_not_taken_for_it(error: Exception) -> None:
     [
         (
             RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
-            "a data loading worker has died (DataLoader worker (pid 7) is killed by signal",
+            "a data loading worker died (DataLoader worker (pid 7) is killed by signal",
             "if memory ran out, lower --workers",
         ),
         (
             RuntimeError("DataLoader worker (pid(s) 7, 8) exited unexpectedly"),
-            "a data loading worker has died (DataLoader worker (pid(s) 7, 8) exited unexpectedly)",
+            "a data loading worker died (DataLoader worker (pid(s) 7, 8) exited unexpectedly)",
             "rerun the same command",
         ),
         (
@@ -96,7 +96,7 @@ def test_other_errors_are_not_taken_for_it(error: Exception) -> None:
                 "dataloader's workers are out of shared memory. Please try to raise your shared "
                 "memory limit."
             ),
-            "a data loading worker has died: shared memory (/dev/shm) is full",
+            "a data loading worker died: shared memory (/dev/shm) is full",
             "docker run --shm-size 8g",
         ),
         (
@@ -107,18 +107,18 @@ def test_other_errors_are_not_taken_for_it(error: Exception) -> None:
         (UNHANDLED, "NCCL failed (Cuda failure 2 'out of memory')", "NCCL_DEBUG=WARN"),
         (
             REMOTE,
-            "another rank has ended, or cannot be reached (socketProgress: Connection closed",
-            "what it said last is the cause",
+            "another rank exited or is unreachable (socketProgress: Connection closed",
+            "see its last message for the cause",
         ),
         (
             RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer"),
-            "another rank has ended, or cannot be reached ([../gloo/transport",
-            "what it said last is the cause",
+            "another rank exited or is unreachable ([../gloo/transport",
+            "see its last message for the cause",
         ),
         (
             _DistStoreError("wait timeout after 60000ms, timed out"),
-            "another rank has ended, or cannot be reached, or is late by more than --rank-timeout",
-            "what it said last is the cause",
+            "another rank exited or is unreachable, or did not answer within --rank-timeout",
+            "see its last message for the cause",
         ),
         (
             torch.AcceleratorError(ASSERTED),
@@ -151,7 +151,7 @@ def test_other_errors_are_not_taken_for_it(error: Exception) -> None:
                 "implementation, but you set 'torch.use_deterministic_algorithms(True)'."
             ),
             "--deterministic: upsample_bilinear2d_backward_out_cuda does not have a determin",
-            "leave it out",
+            "run without it",
         ),
     ],
     ids=lambda value: str(value)[:60],

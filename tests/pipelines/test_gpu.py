@@ -369,7 +369,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_the_masks_are_the_same(
         ended, _ = predict("bounded", 16)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    assert "16 tiles at a time do not fit into the memory of this GPU" in ended.err
+    assert "a batch of 16 tiles exceeds the memory of this GPU" in ended.err
     found = masks(tmp_path / "bounded")
     assert len(found) == 16
     assert found == masks(tmp_path / "large") == masks(tmp_path / "small")

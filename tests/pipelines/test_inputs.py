@@ -12,7 +12,7 @@ from pipelines.inference.inputs import find_inputs
 from pipelines.runtime.errors import UsageError
 from shards.images.files import ImageFormat
 from shards.images.pixels import decode_image
-from shards.manifest import Manifest, ShardInfo, SplitInfo, write_manifest
+from shards.manifest import Manifest, ShardInfo, SizeCount, SplitInfo, write_manifest
 from shards.sample import AggregateDataError, DataError, encode_key
 from shards.store import Store
 from shards.writer import ShardWriter
@@ -232,9 +232,12 @@ def packed(tmp_path):
                     writer.add(f"{split}/p%20{row}", members)
                 file = writer.seal()
             infos.append(ShardInfo(file.name, file.samples, file.bytes, file.sha256, ()))
-        splits[split] = SplitInfo(tuple(infos), ())
+        sizes = (SizeCount(1, 1, "RGB", samples),) if samples else ()
+        splits[split] = SplitInfo(tuple(infos), sizes)
     form = ImageFormat("RGB")
-    manifest = Manifest(("a", "b"), ((0, 0, 0), (1, 1, 1)), form, {}, (0.5,), (0.5,), splits)
+    manifest = Manifest(
+        ("a", "b"), ((0, 0, 0), (1, 1, 1)), form, {}, (0.5,) * 3, (0.5,) * 3, splits
+    )
     write_manifest(Store(str(folder)), manifest)
     return folder
 

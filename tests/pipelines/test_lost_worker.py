@@ -82,7 +82,7 @@ def test_a_killed_worker_is_reported_in_one_line(
     )
     assert ended.returncode == 1, ended.stderr
     assert re.fullmatch(
-        rf"unet {verb}: a data loading worker has died \(DataLoader worker \(pid \d+\) is killed "
+        rf"unet {verb}: a data loading worker died \(DataLoader worker \(pid \d+\) is killed "
         r"by signal: Killed\.\); if memory ran out, lower --workers or give the job more, then "
         r"rerun the same command\n",
         ended.stderr,

@@ -456,6 +456,8 @@ def test_a_hostile_source_cannot_leave_the_folder(bright: Path, draw, call, tmp_
     manifest["splits"]["unlabelled"]["shards"][0].update(
         samples=file.samples, bytes=file.bytes, sha256=file.sha256
     )
+    manifest["splits"]["unlabelled"]["sizes"][0]["images"] = file.samples
+    manifest["splits"]["unlabelled"]["samples"] = file.samples
     (data / "index.json").write_text(json.dumps(manifest))
     out = tmp_path / "deep" / "out"
     ended = call("predict", *told(bright, data, out, "--png"))

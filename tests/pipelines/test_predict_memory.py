@@ -90,8 +90,8 @@ def test_a_batch_that_does_not_fit_is_halved_once_and_said_once(
     fits = 2 if most > 1 else 1
     ((line,),) = (ended.err.splitlines(),)
     assert line == (
-        "4 tiles at a time do not fit into the memory of this GPU (cpu): going on with "
-        f"{fits}, as --batch-size {fits} would have from the start"
+        "a batch of 4 tiles exceeds the memory of this GPU (cpu); continuing with "
+        f"--batch-size {fits}"
     )
     # 4, perhaps 2, and from then on what fits.
     refused = [size for size, _ in asked if size > most]
@@ -108,7 +108,7 @@ def test_evaluation_halves_batches_too(
     asked = memory(1)
     ended = call("evaluate", *given, "--out", tmp_path / "b")
     assert ended.code == 0, ended.err
-    assert ended.err.count("4 tiles at a time do not fit") == 1
+    assert ended.err.count("a batch of 4 tiles exceeds") == 1
     assert asked
     scores = [(tmp_path / out / "scores.json").read_bytes() for out in "ab"]
     assert scores[0] == scores[1]
@@ -162,8 +162,8 @@ def test_other_tiles_that_do_not_fit_are_said_in_a_line_that_names_the_flag(
     assert ended.code == 1
     ((line,),) = (ended.err.splitlines(),)
     assert line.startswith(
-        f"unet {verb}: a tile of 48 x 48 pixels alone does not fit into the memory of this GPU "
-        "(CUDA out of memory. Tried to allocate 2.00 GiB.); lower --tile, to 24 perhaps"
+        f"unet {verb}: a single tile of 48 x 48 pixels exceeds the memory of this GPU (CUDA out of "
+        "memory. Tried to allocate 2.00 GiB.); lower --tile, for example to 24"
     )
     assert ("give another --out, since other tiles make other masks" in line) == (verb == "predict")
     assert not (tmp_path / "index.json").exists()
@@ -206,7 +206,7 @@ def test_a_batch_is_halved_in_whichever_words_memory_runs_out(
     memory(1, error=RuntimeError(message))
     ended = call("predict", *told(bright, pictures, tmp_path / "b"))
     assert ended.code == 0, ended.err
-    assert ended.err.count("do not fit into the memory of this GPU") == 1
+    assert ended.err.count("exceeds the memory of this GPU") == 1
     assert content(tmp_path / "b") == content(tmp_path / "a")
 
 

@@ -192,16 +192,18 @@ def test_predictions_go_on_with_another_number_of_ranks_after_a_kill(
 def test_processes_that_do_not_know_of_each_other_are_refused(
     uneven: Path, tiny, launch: Callable, tmp_path: Path
 ) -> None:
-    ended = launch(2, "train", *training(uneven, tmp_path / "run", tiny), use_cpu=False)
+    ended = launch(
+        2, "train", *training(uneven, tmp_path / "run", tiny), accelerate=True, use_cpu=False
+    )
     assert ended.code != 0
-    assert "2 processes were launched but each runs alone" in ended.err
+    assert "2 processes were launched, but each would run a job of its own" in ended.err
     assert "ACCELERATE_USE_CPU=true" in ended.err
     assert not (tmp_path / "run").exists()
 
 
 def test_a_usage_error_is_said_once(uneven: Path, tiny, launch, tmp_path: Path) -> None:
     given = training(uneven, tmp_path / "run", tiny)
-    ended = launch(2, "train", *given, "--stepz", 3)
+    ended = launch(2, "train", *given, "--stepz", 3, accelerate=True)
     assert ended.code != 0
     assert ended.err.count("Unrecognized options: --stepz") == 1
 
@@ -210,6 +212,6 @@ def test_a_global_batch_that_does_not_divide_is_said_once(
     uneven: Path, tiny, launch, tmp_path: Path
 ) -> None:
     given = training(uneven, tmp_path / "run", tiny)
-    ended = launch(2, "train", *given, "--global-batch-size", 5)
+    ended = launch(2, "train", *given, "--global-batch-size", 5, accelerate=True)
     assert ended.code != 0
     assert ended.err.count("does not divide among 2 ranks x 1 accumulated passes; 4 or 6") == 1

@@ -291,7 +291,7 @@ def test_one_process_says_once_what_would_change_the_cache(tmp_path: Path, capsy
         )
     assert capsys.readouterr().err == (
         f"{URL} is read by range requests: --cache-bytes 99 is less than the 1,000 bytes of "
-        "shards that are read at a time; raise it\n"
+        "shards in use at the same time; raise it\n"
     )
 
 

@@ -132,7 +132,7 @@ def test_a_run_is_told_on_one_page(report, run_dir: Path, shards: Path, metrics)
     )
     good = f"Dice {best['val/dice']:.4f} and IoU {best['val/iou']:.4f} in validation, best at step"
     assert f"{good} {best['step']}. Finished at step 6 after " in made.text
-    for title in ("Loss", "Validation", "Learning rate", "Samples a second"):
+    for title in ("Loss", "Validation", "Learning rate", "Samples per second"):
         assert title in [attrs.get("aria-label") for attrs in made.named("svg")]
     for words in ("cross entropy", "8 train, 4 val images", "24, 3.0 epochs of 8", "parameters"):
         assert words in made.text
@@ -141,8 +141,8 @@ def test_a_run_is_told_on_one_page(report, run_dir: Path, shards: Path, metrics)
         1
     ].split(" Versions ")[0].split()
     assert re.search(r"torch \d+\.\d+", made.text)
-    # All four images, each as image, truth, prediction and difference.
-    assert "From all val images, by the Dice of each." in made.text
+    # All four images, each as image, mask, prediction and difference.
+    assert "Chosen from all val images by Dice." in made.text
     assert made.pictures == 4 * 4
     assert made.text.rindex("The worst") < made.text.rindex("The best")
     shown = [
@@ -203,8 +203,8 @@ def test_the_commands_to_go_on_with_are_commands(report, run_dir: Path, shards: 
         "predict": PredictConfig,
         "export": ExportConfig,
     }
-    said = made.text.split(" Go on ")[1].split(" Configuration ")[0]
-    lines = re.findall(r"unet (\w+) (.*?)(?= Score every| Predict| Take it|$)", said)
+    shown = made.text.split(" Next steps ")[1].split(" Configuration ")[0]
+    lines = re.findall(r"unet (\w+) (.*?)(?= Score every| Predict| Export|$)", shown)
     assert [verb for verb, _ in lines] == list(configs)
     for verb, flags in lines:
         words = ["2" if word == "MORE" else word for word in shlex.split(flags)]
@@ -281,7 +281,7 @@ def test_data_that_is_gone_is_said_and_done_without(
     best = max(
         (line for line in metrics(run_dir) if "val/dice" in line), key=lambda v: v["val/dice"]
     )
-    assert f"As validated at step {best['step']}." in made.text
+    assert f"Validation at step {best['step']}." in made.text
     assert f"foreground {best['val/dice/foreground']:.4f}" in made.text
     # It has moved.
     shutil.copytree(shards, tmp_path / "moved")
@@ -322,7 +322,7 @@ def test_pictures_can_be_left_out(report) -> None:
         (['{"step": 8, "train/loss": 1' + 400 * "0" + "}\n"], ["after step 8."]),
     ],
 )
-def test_what_is_cut_or_damaged_in_the_metrics_is_said(
+def test_what_is_cut_or_damaged_in_the_metrics_is_noted(
     lines: list[str], said: list[str], report, run_dir: Path
 ) -> None:
     append(run_dir / "metrics.jsonl", *lines)
@@ -332,7 +332,7 @@ def test_what_is_cut_or_damaged_in_the_metrics_is_said(
     assert ("are damaged" in made.text) == ("are damaged" in said[0])
 
 
-def test_a_run_that_has_just_begun_has_a_page(report, run_dir: Path) -> None:
+def test_a_run_that_has_just_started_has_a_page(report, run_dir: Path) -> None:
     shutil.rmtree(run_dir / "checkpoints")
     for name in ("state.json", "metrics.jsonl"):
         (run_dir / name).unlink()
@@ -341,18 +341,18 @@ def test_a_run_that_has_just_begun_has_a_page(report, run_dir: Path) -> None:
         "No step is recorded yet.",
         "metrics.jsonl does not exist yet.",
         "There are no images: the run has no checkpoint yet.",
-        "It has not ended: it goes on, or was killed after step 0.",
-        "Go on with this run",
+        "Still running, or killed after step 0.",
+        "Resume this run",
     ):
         assert words in made.text
     append(run_dir / "metrics.jsonl", {"step": 2, "train/loss": 0.75}, "\n")
     made = report()
-    assert "Not validated yet; the loss is 0.7500. It has not ended" in made.text
+    assert "Not validated yet; the loss is 0.7500. Still running" in made.text
     assert [a["aria-label"] for a in made.named("svg") if "aria-label" in a] == ["Loss"]
 
 
 @pytest.mark.parametrize(
-    ("state", "last", "said"),
+    ("state", "last", "ending"),
     [
         ({"finished": True, "step": 6, "seconds": 90061}, 6, "Finished at step 6 after 1 d 1 h."),
         (
@@ -360,26 +360,28 @@ def test_a_run_that_has_just_begun_has_a_page(report, run_dir: Path) -> None:
             6,
             "Interrupted at step 6 after 1 min 1 s;",
         ),
-        ({"finished": False, "step": 6, "seconds": 61}, 9, "or was killed after step 9."),
+        ({"finished": False, "step": 6, "seconds": 61}, 9, "or killed after step 9."),
         ({"finished": True, "step": 6}, 6, "Finished at step 6."),
         ([], 6, "state.json is damaged."),
     ],
 )
-def test_how_a_run_ended_is_said(state: Any, last: int, said: str, report, run_dir: Path) -> None:
+def test_how_a_run_ended_is_reported(
+    state: Any, last: int, ending: str, report, run_dir: Path
+) -> None:
     (run_dir / "state.json").write_text(json.dumps(state))
     append(run_dir / "metrics.jsonl", {"step": last, "train/loss": 0.5}, "\n")
-    assert said in report("--no-pictures").text
+    assert ending in report("--no-pictures").text
 
 
 def test_what_was_left_out_and_what_decided_is_said(report, run_dir: Path) -> None:
-    assert "Left out" not in report("--no-pictures").text
+    assert "Excluded" not in report("--no-pictures").text
     values = {"step": 6, "train/skipped": 3, "train/overflows": 2, "train/memory_gib": 1.25}
     append(run_dir / "metrics.jsonl", values, "\n")
     append(run_dir / "config.yaml", "best_by: iou\n")
     made = report("--no-pictures")
-    for words in ("3 samples that could not be", "2 steps whose gradients", "1.2 GiB at most"):
+    for words in ("3 samples that could not be", "2 steps whose gradients", "peak 1.2 GiB"):
         assert words in made.text
-    assert "GiB at most on the GPU" not in made.text
+    assert "GiB on the GPU" not in made.text
     assert "in validation, best by iou at step" in made.text
 
 
@@ -393,8 +395,8 @@ def test_the_rate_of_arithmetic_is_reported_with_its_share_of_the_peak(
         line = {"step": step, **values, "train/gpu_memory_gib": 20.0 + step}
         append(run_dir / "metrics.jsonl", line, "\n")
     text = report("--no-pictures").text
-    assert "Compute 310 TFLOP/s per device, 31.3% of its peak (MFU)" in text
-    assert "30.0 GiB at most on the GPU" in text
+    assert "Compute 310 TFLOP/s per device, 31.3% of peak (MFU)" in text
+    assert "peak 30.0 GiB on the GPU" in text
 
 
 @pytest.mark.parametrize("broken", ["a: [", "- 1", "a: &a [*a]", 200_000 * "x"])
@@ -565,7 +567,7 @@ def test_a_chart_draws_each_point_where_it_belongs() -> None:
 def test_a_matrix_of_very_many_classes_is_not_drawn(
     report, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compose, "MOST_CLASSES", 1)
+    monkeypatch.setattr(compose, "MAX_CLASSES", 1)
     made = report()
     assert "A confusion matrix of 2 classes is not drawn." in made.text
     assert "Per cent of the pixels" not in made.text
@@ -600,7 +602,7 @@ class Alone:
 
 def test_at_the_end_of_a_run_the_main_process_reports_alone(run_dir: Path) -> None:
     environment.write_environment(run_dir, Alone())
-    line = compose.close_run(run_dir, Alone())
+    line = compose.write_report_safely(run_dir, Alone())
     assert line == f"report: {run_dir / 'report.html'}"
     made = Page((run_dir / "report.html").read_text())
     assert made.pictures == 16
@@ -631,8 +633,8 @@ def test_a_report_that_fails_does_not_fail_the_run(
         raise RuntimeError("out of\nmemory")
 
     monkeypatch.setattr(compose, "load_results", fail)
-    line = compose.close_run(run_dir, Alone())
-    assert line == f"no report (out of memory); again: unet report --run-dir {run_dir}"
+    line = compose.write_report_safely(run_dir, Alone())
+    assert line == f"no report (out of memory); to retry: unet report --run-dir {run_dir}"
     assert not (run_dir / "report.html").exists()
 
 

@@ -586,7 +586,7 @@ def test_data_of_which_nothing_decodes_end_the_run_all_the_same(
     assert ended.code == 1
     last = ended.err.strip().splitlines()[-1]
     assert any(name in last for name in names)
-    assert "(and so are the 15 that were tried instead)" in last
+    assert "(and so are 15 substitutes)" in last
     assert "Traceback" not in ended.err
 
 
@@ -631,14 +631,14 @@ def test_a_flipped_byte_is_found_by_verify_shards_alone(
         (("--keep-checkpoints", 0), "keep_checkpoints must be at least 1, got 0"),
         (("--max-bad-share", 1.5), "max_bad_share is a share, 0 to 1, got 1.5"),
         (("--bad-samples", "ignore"), "ignore"),
-        (("--workers", -1), "workers must not be below 0, got -1"),
-        (("--cache-bytes", 0), "cache_bytes must be above 0, got 0"),
-        (("--cache-dir", "/tmp/c"), "--cache-dir is for data at a URL; "),
-        (("--augment.foreground-share", 2), "augment.foreground_share is a share, 0 to 1"),
+        (("--workers", -1), "workers must be >= 0, got -1"),
+        (("--cache-bytes", 0), "cache_bytes must be > 0, got 0"),
+        (("--cache-dir", "/tmp/c"), "--cache-dir applies to data at a URL; "),
+        (("--augment.foreground-share", 2), "augment.foreground_share must be in [0, 1], got 2.0"),
         (("--seed", -1), "seed must not be below 0"),
         (("--optim.lr", 0), "optim.lr must be above 0"),
         (("--optim.warmup", 1), "optim.warmup must be in [0, 1), got 1"),
-        (("--augment.scale", 0.5), "augment.scale is a factor, 1 or more"),
+        (("--augment.scale", 0.5), "augment.scale must be >= 1, got 0.5"),
         (("--loss.dice", -1), "loss.dice must be a finite number >= 0, got -1"),
         (("--tiles.tile", 4), "tile must be at least 16 pixels, got 4"),
         (("--model.preset", "papre"), "papre"),

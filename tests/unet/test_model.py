@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import resource
 from pathlib import Path
 
 import pytest
@@ -298,7 +299,7 @@ def test_all_classes_but_background_are_counted():
     assert SPEC.counted == (1,)
     spec = DataSpec(
         classes=("sky", "Background", "road"),
-        palette=(),
+        palette=((0, 0, 0), (1, 1, 1), (2, 2, 2)),
         channels="L",
         mean=(0.0,),
         std=(1.0,),
@@ -421,6 +422,68 @@ def test_a_folder_without_config_is_not_a_checkpoint(saved):
         UNet.from_pretrained(saved)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: torch.full_like(t, torch.nan), "contains NaN or infinity"),
+        (lambda t: torch.full_like(t, torch.inf), "contains NaN or infinity"),
+        (lambda t: t.long(), "has the type I64, the model needs a floating-point type"),
+        (lambda t: t.to(torch.complex64), "has the type C64, the model needs a floating-point"),
+        (lambda t: t.bool(), "has the type BOOL, the model needs a floating-point type"),
+        (lambda t: t[None], "the model needs"),
+    ],
+)
+def test_weights_that_are_no_numbers_are_refused_by_name(saved, change, message):
+    path = saved / "model.safetensors"
+    save_file({name: change(tensor) for name, tensor in load_file(path).items()}, path)
+    with pytest.raises(ValueError, match=rf"model\.safetensors: \S+ (is \(1, .*)?{message}"):
+        UNet.from_pretrained(saved)
+
+
+def test_half_precision_weights_are_loaded_as_float32(saved):
+    path = saved / "model.safetensors"
+    save_file({name: tensor.bfloat16() for name, tensor in load_file(path).items()}, path)
+    model = UNet.from_pretrained(saved)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("size", [{"base_channels": 8192, "depth": 1}, {"depth": 14}])
+def test_a_config_larger_than_its_weights_takes_no_memory(saved, size):
+    path = saved / "config.json"
+    header = json.loads(path.read_text())
+    header["model"] |= {"base_channels": 1, **size}
+    path.write_text(json.dumps(header))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match=r"model\.safetensors: .*(the model needs|is missing)"):
+        UNet.from_pretrained(saved)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 1024
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mean": [0.5, 0.5]}, "expected 3 numbers from 0 to 1"),
+        ({"std": [0.5, 0.0, 0.5]}, "expected 3 numbers from 1e-09 to 1"),
+        ({"std": [0.5, 0.5, -0.1]}, "expected 3 numbers from 1e-09 to 1"),
+        ({"classes": ["a"]}, "palette colours, 1 classes"),
+        ({"classes": "ab"}, "Expected `array`, got `str`"),
+        ({"channels": "CMYK"}, "Invalid enum value 'CMYK'"),
+        ({"crop_size": 0}, "crop_size must be at least 1"),
+        ({"crop_size": 1.5}, "Expected `int`"),
+        ({"image_range": [5, 5]}, "expected 0 <= low < high"),
+    ],
+)
+def test_a_wrong_data_spec_is_refused_by_field(tmp_path, change, message):
+    tiny().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    header = json.loads(path.read_text())
+    header["data"] |= change
+    path.write_text(json.dumps(header))
+    with pytest.raises(ValueError, match=rf"config\.json: .*{message}"):
+        UNet.from_pretrained(tmp_path)
+
+
 def test_truncated_weights_are_refused_by_name(saved):
     path = saved / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-5])
@@ -458,9 +521,12 @@ def test_weights_of_another_model_are_refused_by_tensor(saved):
         ),
         (
             lambda h: {**h, "data": {"classes": ["a", "b"]}},
-            "missing 5 required keyword-only arguments: 'palette'",
+            "missing required field `palette`",
         ),
-        (lambda h: {**h, "model": {**h["model"], "depth": "2"}}, "depth must be an integer"),
+        (
+            lambda h: {**h, "model": {**h["model"], "depth": "2"}},
+            r"Expected `int`, got `str` - at `\$\.depth`",
+        ),
     ],
 )
 def test_a_foreign_config_is_refused_by_name(saved, change, message):

@@ -1,4 +1,4 @@
-"""Manifests and .idx files: what is written is read back, damage is named."""
+"""The manifest and .idx files (shards/offsets.py): a round trip; errors name what is damaged."""
 
 import hashlib
 import json
@@ -34,8 +34,8 @@ MANIFEST = Manifest(
     splits={
         "train": SplitInfo(
             (
-                ShardInfo("train-000000.tar", 3, 10_240, "ab", (1, 2, 3, 4)),
-                ShardInfo("train-000001.tar", 2, 20_480, "cd", (0, 0, 0, 9)),
+                ShardInfo("train-000000.tar", 3, 10_240, "ab" * 32, (1, 2, 3, 4)),
+                ShardInfo("train-000001.tar", 2, 20_480, "cd" * 32, (0, 0, 0, 9)),
             ),
             (SizeCount(64, 48, "RGB", 4), SizeCount(10, 10, "L", 1)),
         ),

@@ -339,10 +339,10 @@ def test_mean_and_std_match_the_decoded_pixels(image_file, modes, image_format):
 
 
 def test_mean_and_std_of_no_images_and_of_one_level():
-    assert compute_mean_std({}, ImageFormat("RGB")) == ((0, 0, 0), (0, 0, 0))
+    assert compute_mean_std({}, ImageFormat("RGB")) == ((0, 0, 0), (1e-6,) * 3)
     levels = np.zeros(256, dtype=np.int64)
     levels[51] = 10**12
-    assert compute_mean_std({"L": levels}, ImageFormat("L")) == ((0.2,), (0,))
+    assert compute_mean_std({"L": levels}, ImageFormat("L")) == ((0.2,), (1e-6,))
 
 
 def test_computing_mean_and_std_does_not_change_the_levels():
