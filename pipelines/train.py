@@ -39,6 +39,11 @@ from pipelines.runtime.run_folder import RunLock
 from pipelines.runtime.yaml_flags import to_plain
 from pipelines.training.budget import Budget, NotFinite
 from pipelines.training.checkpoints import Checkpoints, TrainState
+from pipelines.training.encoders import (
+    drop_gradients,
+    freeze_encoder,
+    refuse_encoder_batch_norm,
+)
 from pipelines.training.flops import count_flops
 from pipelines.training.meter import Meter, Progress
 from pipelines.training.optim import Learner, build_learner, learning_rate, set_learning_rate
@@ -94,7 +99,9 @@ def train(config: TrainConfig, checkpoints: Checkpoints) -> int:
 
     set_seed(config.seed)
     init_from = None if checkpoints.begun else config.init_from
-    model = prepare_model(config, manifest, accelerator, init_from)
+    resumed = checkpoints.folder / "last" if checkpoints.begun else None
+    model = prepare_model(config, manifest, accelerator, init_from, resumed)
+    refuse_encoder_batch_norm(model, config, accelerator, batch_size)
     learner, spec = build_learner(model, config.optim), require_spec(model)
     state = checkpoints.resume(fixed_settings(config, manifest), learner, accelerator.scaler)
     if config.compile:
@@ -103,6 +110,7 @@ def train(config: TrainConfig, checkpoints: Checkpoints) -> int:
         config = find_passes(config, manifest, accelerator, learner)
         batch_size = rank_batch_size(config, world)
         refuse_batch_norm(config, accelerator, batch_size)
+        refuse_encoder_batch_norm(learner.model, config, accelerator, batch_size)
     # Only these two: a prepared loader is split or dispatched a second time. The optimizer's state
     # is where it belongs; placed again after a resume, AdamW's step counters would lie on the GPU,
     # and each step would wait for every one of them.
@@ -164,6 +172,7 @@ def train(config: TrainConfig, checkpoints: Checkpoints) -> int:
 
         lr = learning_rate(config.optim, budget.progress)
         set_learning_rate(optimizer, lr)
+        frozen = freeze_encoder(learner.model, config.model.freeze_until, budget.progress)
         for number in range(config.passes):
             with meter.waiting():
                 batch = next(batches)
@@ -177,6 +186,8 @@ def train(config: TrainConfig, checkpoints: Checkpoints) -> int:
                     tracker.show(0, "train/first_batch", drawn)
                 loss, parts = criterion(model(image), mask, border)
                 accelerator.backward(loss)
+                if frozen:
+                    drop_gradients(learner.model)
                 norm = clip_gradients(accelerator, model, config.optim.clip_norm)
                 optimizer.step()
                 optimizer.zero_grad()

@@ -23,6 +23,8 @@ UNUSED = (
     *("_out_features", "_out_indices", "transformers_version", "problem_type"),
 )
 """Keys of a backbone's configuration that do not describe the network or are set here."""
+DROP_PATH = "drop_path_rate"
+"""Key of a backbone's configuration: probability that the deepest block is skipped in training."""
 NO_DECAY_MODULES = ("continuous_position_bias_mlp",)
 """Modules whose weights Swin V2 does not decay (Liu et al. 2022)."""
 
@@ -40,6 +42,8 @@ class EncoderConfig:
     """Stride of each feature map: 4, 8, 16, 32 for most backbones."""
     channels: tuple[int, ...]
     """Channels of each feature map."""
+    unused: tuple[str, ...] = field(default=(), compare=False)
+    """Parameters of the backbone that no feature map depends on: they are not trained."""
     source: str = field(default="", compare=False)
     """Hub id, or name of the local folder."""
     weights: str = field(default="none", compare=False)
@@ -66,6 +70,12 @@ class EncoderConfig:
         if len(self.channels) != count or min(self.channels) < 1:
             raise ValueError(f"encoder.channels must be {count} numbers, got {self.channels}")
 
+    def same_network(self, other: "EncoderConfig | None") -> bool:
+        """Whether the weights of one fit the other: drop path has none."""
+        return other is not None and (
+            {**self.backbone, DROP_PATH: None} == {**other.backbone, DROP_PATH: None}
+        )
+
     @property
     def depth(self) -> int:
         """Number of times the image is downsampled by 2."""
@@ -84,6 +94,9 @@ class Encoder(nn.Module):
         super().__init__()
         self.backbone = build_backbone(config.backbone)
         self.frozen = False
+        for name in config.unused:
+            # Several ranks wait for the gradient of every parameter that requires one.
+            self.backbone.get_parameter(name).requires_grad_(False)
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         """Compute feature maps [B, channels[i], H / strides[i], W / strides[i]], finest first."""
@@ -186,8 +199,10 @@ def find_stages(plain: Mapping[str, Any], in_channels: int, **origin: Any) -> En
             f"{kept['model_type']} is a plain transformer: all its feature maps have stride "
             f"{strides[0] if strides else 1}; use a hierarchical backbone (ConvNeXt, Swin, ResNet)"
         )
+    chosen = {**kept, "out_features": [found[stride][0] for stride in strides]}
     return EncoderConfig(
-        backbone={**kept, "out_features": [found[stride][0] for stride in strides]},
+        backbone=chosen,
+        unused=find_unused(chosen, in_channels),
         strides=strides,
         channels=tuple(found[stride][1] for stride in strides),
         **origin,
@@ -213,3 +228,12 @@ def probe_maps(plain: Mapping[str, Any], in_channels: int) -> list[tuple[int, in
             raise ValueError(f"{name}: a feature map of {height} x {width} pixels is {shape}")
         found.append((shape[1], stride))
     return found
+
+
+def find_unused(plain: Mapping[str, Any], in_channels: int) -> tuple[str, ...]:
+    """Return the names of the parameters that no feature map depends on."""
+    with torch.device("meta"), torch.inference_mode(False), torch.enable_grad():
+        backbone = build_backbone(plain).eval()
+        maps = backbone(torch.empty(1, in_channels, *PROBE_SIZE)).feature_maps
+        torch.stack([of_stage.sum() for of_stage in maps]).sum().backward()
+    return tuple(name for name, p in backbone.named_parameters() if p.grad is None)

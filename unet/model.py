@@ -279,7 +279,8 @@ class UNet(nn.Module, ModelHubMixin):
         with torch.device("meta"):
             model = cls(config, spec)
         weights.check_weights(model.state_dict(), folder)
-        model = model.to_empty(device="cpu")
+        # A backbone computes some of its buffers, which no file has.
+        model = model.to_empty(device="cpu") if config.encoder is None else cls(config, spec)
         weights.load_weights(model, folder)
         return model.eval()
 
@@ -355,8 +356,7 @@ def read_config(header: dict[str, Any], folder: Path) -> UNetConfig:
     """Build the model config of a parsed `config.json`. Raises ValueError if it is not one."""
     plain = header["model"]
     if isinstance(plain, dict) and plain.get("encoder") is not None:
-        encoder = weights.from_plain(EncoderConfig, plain["encoder"], folder)
-        plain = {**plain, "encoder": encoder}
+        weights.from_plain(EncoderConfig, plain["encoder"], folder)
     return weights.from_plain(UNetConfig, plain, folder)
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from pipelines.runtime.run_folder import CHECKPOINTS
 from shards.images.files import ImageFormat
 from shards.sample import DataError
-from unet import DataSpec, UNet, weights
+from unet import DataSpec, UNet, UNetConfig, weights
+from unet.model import read_config
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,7 @@ def load_model(checkpoint: str) -> LoadedModel:
         model = UNet.from_pretrained(str(folder))
         with (folder / weights.WEIGHTS).open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, ImportError) as error:
         raise DataError(f"--checkpoint {checkpoint}: {error}") from error
     except OSError as error:
         raise DataError(
@@ -46,6 +47,18 @@ def load_model(checkpoint: str) -> LoadedModel:
             f"--checkpoint {checkpoint}: config.json has no data spec (classes, normalisation)"
         )
     return LoadedModel(model, model.spec, digest)
+
+
+def load_config(checkpoint: str) -> UNetConfig:
+    """Read the model config of a checkpoint, as `load_model` finds it, without its weights.
+
+    Raises DataError if the checkpoint is missing or damaged.
+    """
+    try:
+        folder = weights.find_folder(str(find_checkpoint(checkpoint)))
+        return read_config(weights.read_header(folder), folder)
+    except (ValueError, OSError) as error:
+        raise DataError(f"--checkpoint {checkpoint}: {error}") from error
 
 
 def require_spec(model: UNet) -> DataSpec:

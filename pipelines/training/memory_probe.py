@@ -133,7 +133,10 @@ def reserve_memory(learner: Learner, accelerator: Accelerator) -> list[Tensor]:
 
     The optimizer's moments, DDP's copy of the gradients where there are several ranks, a margin.
     """
-    optimizer, parameters = learner.optimizer, [*learner.model.parameters()]
+    optimizer, parameters = (
+        learner.optimizer,
+        [p for p in learner.model.parameters() if p.requires_grad],
+    )
     fresh = [parameter for parameter in parameters if parameter not in optimizer.state]
     copies = fresh * num_moments(optimizer)
     if accelerator.num_processes > 1:

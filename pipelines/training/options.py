@@ -118,6 +118,11 @@ class TrainConfig(DataConfig):
                 "--gradient-checkpointing would update the running averages of --model.norm batch "
                 "twice per batch; use instance or group"
             )
+        if self.optim.encoder_lr_scale is not None and (
+            self.model.encoder is None or self.model.freeze_encoder
+        ):
+            needs = "requires" if self.model.encoder is None else "has no effect without a trained"
+            raise ValueError(f"--optim.encoder-lr-scale {needs} --model.encoder")
         DataConfig.__post_init__(self)
 
     def limits(self, num_samples: int) -> Limits:

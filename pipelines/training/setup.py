@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from pipelines.loading.augment import Augment
 from pipelines.loading.batches import train_batches
 from pipelines.loading.dataset import DataSet
 from pipelines.loading.stages import Batch
+from pipelines.model.backbone import Backbone, choose_backbone
 from pipelines.model.build import (
     build_loss,
     build_model,
@@ -20,6 +22,7 @@ from pipelines.model.build import (
     load_initial_weights,
     refuse_missing,
 )
+from pipelines.model.load import load_config
 from pipelines.runtime.errors import UsageError
 from pipelines.runtime.yaml_flags import to_plain
 from pipelines.training.memory_probe import Probe, describe_passes
@@ -28,6 +31,12 @@ from pipelines.training.options import TrainConfig
 from shards.manifest import Manifest
 from shards.order import ORDER_VERSION, Order, TrainPlan
 from unet import UNet
+
+OF_ENCODERS = (
+    *("model.encoder", "model.encoder_weights", "model.freeze_encoder", "model.freeze_until"),
+    *("model.drop_path", "optim.encoder_lr_scale"),
+)
+"""Settings that are fixed for a run with an encoder."""
 
 
 def resolve(config: TrainConfig, manifest: Manifest) -> tuple[TrainConfig, Order]:
@@ -93,22 +102,65 @@ def refuse_batch_norm(config: TrainConfig, accelerator: Accelerator, batch_size:
 
 
 def prepare_model(
-    config: TrainConfig, manifest: Manifest, accelerator: Accelerator, init_from: str | None
+    config: TrainConfig,
+    manifest: Manifest,
+    accelerator: Accelerator,
+    init_from: str | None,
+    resumed: Path | None,
 ) -> UNet:
-    """A fresh model on its device, as the run wants it there; `init_from`: with these weights."""
+    """Build the model on its device, in the memory format of the run.
+
+    Args:
+        config: the run.
+        manifest: its data set.
+        accelerator: its device and ranks.
+        init_from: checkpoint whose weights the model gets.
+        resumed: checkpoint that is loaded later: the encoder's weights are in it.
+    """
     assert config.crop_size is not None
-    model = build_model(config.model, manifest, config.crop_size)
+    saved = str(resumed) if resumed is not None else init_from
+    backbone = prepare_backbone(config, manifest, accelerator, saved)
+    model = build_model(
+        config.model, manifest, config.crop_size, None if backbone is None else backbone.config
+    )
+    if model.encoder is not None and backbone is not None:
+        if backbone.tensors is not None:
+            model.encoder.backbone.load_state_dict(backbone.tensors)
+        if config.model.freeze_encoder:
+            model.encoder.requires_grad_(False)
+            model.encoder.set_frozen(True)
     if init_from is not None:
         load_initial_weights(model, init_from)
     model = model.to(accelerator.device)
     if config.channels_last:
-        # Which torch's stubs leave out.
+        # torch's stubs lack this overload.
         model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
-        # In place; on CPUs there is no such norm.
+        # It works in place, and there is none on CPUs.
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model.gradient_checkpointing = config.gradient_checkpointing
     return model
+
+
+def prepare_backbone(
+    config: TrainConfig, manifest: Manifest, accelerator: Accelerator, saved: str | None
+) -> Backbone | None:
+    """Find the encoder, in `saved` if that checkpoint has it; None for a run without one."""
+    model = config.model
+    if model.encoder is None:
+        return None
+    backbone = choose_backbone(
+        model.encoder,
+        model.encoder_weights,
+        model.drop_path,
+        len(manifest.image_format.channels),
+        None if saved is None else load_config(saved),
+        accelerator,
+    )
+    if accelerator.is_main_process:
+        for note in backbone.notes:
+            print(note, file=sys.stderr)
+    return backbone
 
 
 def fixed_settings(config: TrainConfig, manifest: Manifest) -> dict[str, Any]:
@@ -132,6 +184,9 @@ def fixed_settings(config: TrainConfig, manifest: Manifest) -> dict[str, Any]:
         for name, group in groups.items()
         for key, value in (group.items() if isinstance(group, dict) else [("", group)])
     }
+    if config.model.encoder is None:
+        # Runs of versions without encoders are resumed.
+        flat = {name: value for name, value in flat.items() if name not in OF_ENCODERS}
     return {**flat, "order_version": ORDER_VERSION, "manifest": manifest.digest}
 
 
