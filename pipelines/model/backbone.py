@@ -221,6 +221,8 @@ def read_weights(
         loaded, info = type(backbone).from_pretrained(
             None,
             config=backbone.config,
+            # Reported below, in one line.
+            ignore_mismatched_sizes=True,
             state_dict=floats,
             output_loading_info=True,
         )
@@ -230,7 +232,7 @@ def read_weights(
     missing, unused = set(info["missing_keys"]), len(set(info["unexpected_keys"]))
     lacking = sorted(n for n in missing if not any(part in n for part in NEW_TENSORS))
     if lacking or info["mismatched_keys"]:
-        what = lacking or sorted(str(key) for key in info["mismatched_keys"])
+        what = lacking or sorted(str(key[0]) for key in info["mismatched_keys"])
         raise ValueError(
             f"the weights lack {len(what)} tensors of {config.backbone['model_type']}, or have "
             f"them in another shape: {what[0]}"

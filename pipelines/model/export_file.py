@@ -18,6 +18,7 @@ from torch.export import Dim, ExportedProgram
 
 from pipelines.model.load import LoadedModel
 from pipelines.runtime.errors import RunError
+from unet import UNet
 from unet.model import valid_input
 
 METADATA = "metadata.json"
@@ -140,6 +141,20 @@ def side_dim(name: str, loaded: LoadedModel) -> Dim:
     if step == 1:
         return Dim(name, min=min_side)
     return step * Dim(f"_{name}", min=min_side // step) + min_side % step
+
+
+def refuse_windows(model: UNet) -> None:
+    """Raise RunError for an encoder that pads its maps to whole windows: Swin, Swin V2.
+
+    torch.export cannot trace a branch on the size of an image.
+    """
+    encoder = model.config.encoder
+    if encoder is not None and "window_size" in encoder.backbone:
+        raise RunError(
+            f"encoder {encoder.source} ({encoder.backbone['model_type']}) attends in windows, "
+            "which torch.export cannot trace for images of any size; use a ConvNeXt or ResNet "
+            "encoder for models to export"
+        )
 
 
 def trace(loaded: LoadedModel) -> ExportedProgram:

@@ -101,8 +101,9 @@ def test_a_run_starts_from_the_weights_of_the_folder(
     ended = call("train", *flags(shards, tmp_path, backbones / name, "--model.freeze-encoder"))
     assert ended.code == 0, ended.err
     model = model_of(tmp_path)
-    source = load_file(backbones / name / "model.safetensors")
-    ours = weights_of(tmp_path)
+    # Read by transformers, which renames some tensors of its own files.
+    source = transformers.AutoModelForImageClassification.from_pretrained(backbones / name)
+    source, ours = source.state_dict(), weights_of(tmp_path)
     shared = {key: tensor for key, tensor in source.items() if "classifier" not in key}
     found = 0
     for key, tensor in shared.items():
@@ -158,7 +159,7 @@ def test_weights_come_from_a_file(convnext: Path, shards: Path, call, tmp_path: 
         ("resnet", ()),
         ("convnextv2", ("--model.freeze-until", "0.5", "--optim.encoder-lr-scale", "0.5")),
         ("swin", ("--model.drop-path", "0.4", "--gradient-checkpointing")),
-        ("convnextv2", ("--accumulate", "2", "--channels-last", "--optim.ema-decay", "0")),
+        ("convnextv2", ("--accumulate", "2", "--channels-last")),
     ],
 )
 def test_a_run_resumes_bit_for_bit_without_the_folder(
