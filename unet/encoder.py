@@ -112,7 +112,7 @@ class Encoder(nn.Module):
         self.frozen = frozen
         self.train(training)
 
-    def decayed_weights(self) -> list[nn.Parameter]:
+    def decayed_weights(self) -> list[Tensor]:
         """Return the weights of convolutions and linear layers: what weight decay applies to.
 
         Norms, biases, layer scale, global response norm, and position biases have none, as in the
