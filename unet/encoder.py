@@ -159,6 +159,9 @@ def make_config(plain: Mapping[str, Any]) -> Any:
         from transformers import AutoConfig
     except ImportError as error:
         raise ImportError(NEEDS_TRANSFORMERS) from error
+    if plain.get("model_type") == "timm_backbone":
+        # timm reads names such as hf-hub:owner/name from the network.
+        raise ValueError("encoder timm_backbone: use a backbone of transformers itself")
     values = {name: value for name, value in plain.items() if name != "model_type"}
     try:
         return AutoConfig.for_model(plain["model_type"], **values)

@@ -191,6 +191,7 @@ def test_a_plain_transformer_is_refused_in_one_line() -> None:
         ({"model_type": "wings"}, "encoder wings: "),
         ({"model_type": "bert"}, "bert is not a backbone"),
         ({}, "encoder None: "),
+        ({"model_type": "timm_backbone", "backbone": "resnet18"}, "use a backbone of transformers"),
         ({"model_type": "resnet", "hidden_sizes": "wide"}, "encoder resnet"),
         ({"model_type": "resnet", **FAMILIES["resnet"], "layer_type": "x"}, "encoder resnet"),
     ],
