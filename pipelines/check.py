@@ -1,6 +1,7 @@
 """`unet check`: decode every image and mask of a data set before it is packed."""
 
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -8,19 +9,25 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import tyro
 from PIL import Image
 
 from pipelines.drawing.contact_sheet import Cell, draw_contact_sheet
+from pipelines.drawing.overlay import choose_overlay_colours
+from pipelines.packing.classes import IGNORED_REMEDY, find_class_problems
+from pipelines.packing.duplicates import DuplicatePolicy, describe_moves, unite_duplicates
+from pipelines.packing.first_look import propose_source
 from pipelines.packing.inspection import PairReport, inspect_pairs, list_leaks, read_pair
 from pipelines.packing.options import SourceOptions
 from pipelines.packing.problems import save_problems
 from pipelines.packing.propose import format_command, propose_format
-from pipelines.runtime.command import run_command
+from pipelines.runtime.command import parse, run_command
 from pipelines.runtime.errors import REFUSED, refuse_url
 from pipelines.runtime.processes import chunks, num_workers, refuse_negative_workers, run_all
 from pipelines.runtime.progress import progress
-from pipelines.runtime.yaml_flags import Flat
-from shards.folders.pairs import Pairing
+from pipelines.runtime.yaml_flags import Flat, refuse_unused
+from shards.folders.pairs import Pair, Pairing
 from shards.folders.splits import SplitRule
 from shards.images.files import NOTES, ImageFormat
 from shards.images.pixels import to_array
@@ -29,7 +36,7 @@ from shards.statistics import SampleRule, SampleStatistics, compute_mean_std, fi
 from shards.store import Store
 
 SHEET_CELLS = 30
-"""Images on the contact sheet, spread evenly over the data set."""
+"""Images on the contact sheet."""
 REPORT_NAME = "check.json"
 SHEET_NAME = "sheet.png"
 
@@ -42,6 +49,9 @@ class CheckConfig:
     images, OUT/check.json and OUT/problems.txt. Exits with 1 where packing would refuse.
     """
 
+    folder: tyro.conf.Positional[Path | None] = None
+    """Folder to look at instead of --images and --masks: proposes all flags of `unet pack` as one
+    command, and checks the data with them."""
     out: Path = Path("check")
     """Folder for the contact sheet, the JSON and the list of problems."""
     workers: int = 0
@@ -49,10 +59,19 @@ class CheckConfig:
     source: Flat[SourceOptions]
 
     def __post_init__(self) -> None:
+        if self.folder is None:
+            self.source.pairing.require_input()
+        else:
+            refuse_url("FOLDER", self.folder)
+            refuse_unused(self.source, "has no effect with FOLDER; use --images and --masks")
         refuse_negative_workers(self.workers)
         refuse_url("--out", self.out)
-        for folder in (self.source.pairing.images, self.source.pairing.masks):
-            if folder is not None and self.out.resolve().is_relative_to(folder.resolve()):
+        for folder in (
+            *((self.folder,) if self.folder else ()),
+            *self.source.pairing.images,
+            *self.source.pairing.masks,
+        ):
+            if self.out.resolve().is_relative_to(folder.resolve()):
                 raise ValueError(
                     f"--out {self.out} is inside {folder}, so its files would be read as images; "
                     "choose another --out"
@@ -61,6 +80,8 @@ class CheckConfig:
 
 def run(config: CheckConfig) -> int:
     """Inspect all pairs, print a table, write the report and the contact sheet."""
+    if config.folder is not None:
+        return check_folder(config.folder, config)
     source = config.source
     if source.mask.mask_format == "auto":
         return propose_format(source, config.workers, format_command(config, "check"))
@@ -70,19 +91,32 @@ def run(config: CheckConfig) -> int:
         SampleStatistics(), [], list_pairing_problems(pairing, skip_unpaired), [], set()
     )
     rule, splits = None, {}
+    notes = source.describe_splits()
     if pairing.pairs:
         rule = source.sample_rule(pairing)
         inspect_all(pairing, rule, config.workers, pairs)
-        splits = assign_splits(source.split.make_rule(), pairing, pairs)
+        splits = assign_splits(
+            source.split.make_rule(), pairing, pairs, source.duplicate.duplicates, notes
+        )
         pairs.problems += list_leaks(pairs, splits)
+    found, class_notes = find_class_problems(
+        source.mask.class_names(),
+        None if rule is None else rule.masks,
+        pairs.tally,
+        allow_absent=source.mask.allow_absent_classes,
+        remedy=IGNORED_REMEDY,
+    )
+    pairs.problems += found
+    notes += class_notes
     problems = sorted(pairs.problems)
     store = Store(str(config.out))
     store.create_folder()
-    form = source.image.make_format(pairs.tally)
+    form = source.make_image_format(pairs.tally)
     report = make_report(source.mask.class_names(), form, pairing, pairs, splits, problems)
     store.write(REPORT_NAME, (json.dumps(report, indent=1) + "\n").encode())
     path = save_problems(problems, store)
-    print("\n".join(format_table(report, "pairs" if source.pairing.has_masks else "images")))
+    table = format_table(report, "pairs" if source.pairing.has_masks else "images")
+    print("\n".join([*table, *(f"  {note}" for note in notes)]))
     if rule is not None and draw_sheet(pairing, rule, form, pairs, report, config.out / SHEET_NAME):
         print(f"contact sheet: {store.path(SHEET_NAME)}")
     if not problems:
@@ -90,6 +124,19 @@ def run(config: CheckConfig) -> int:
         return 0
     print_problems(problems, path)
     return REFUSED
+
+
+def check_folder(folder: Path, config: CheckConfig) -> int:
+    """Propose flags for a folder, check the data with them, and print them as one command."""
+    words, notes = propose_source(folder, config.out, config.workers)
+    more = ["--out", str(config.out), "--workers", str(config.workers)]
+    code = run(parse(CheckConfig, [*words, *more], "check"))
+    print(
+        "\nproposed command:\n\n" + shlex.join(["unet", "pack", *words, "--out", "SHARDS"]) + "\n"
+    )
+    for note in notes:
+        print(f"unsure: {note}")
+    return code
 
 
 def print_problems(problems: Sequence[str], path: str) -> None:
@@ -131,19 +178,33 @@ def inspect_all(pairing: Pairing, rule: SampleRule, workers: int, report: PairRe
             bar.update(len(chunk))
 
 
-def assign_splits(rule: SplitRule, pairing: Pairing, report: PairReport) -> dict[str, str]:
+def assign_splits(
+    rule: SplitRule,
+    pairing: Pairing,
+    report: PairReport,
+    duplicates: DuplicatePolicy,
+    notes: list[str],
+) -> dict[str, str]:
     """Return {source: split} of all pairs; problems with the splits are added to the report."""
     if pairing.masks is None:
         return {pair.source: "unlabelled" for pair in pairing.pairs}
     try:
-        splits, _ = rule.assign_splits(pairing.pairs)
+        names, groups = rule.assign_splits(pairing.pairs, notes)
     except AggregateDataError as error:
         report.problems += [f"{line}; {error.remedy}" for line in error.problems]
         return {}
     except DataError as error:
         report.problems.append(str(error))
         return {}
-    return {pair.source: split for pair, split in zip(pairing.pairs, splits, strict=True)}
+    splits = {pair.source: name for pair, name in zip(pairing.pairs, names, strict=True)}
+    if duplicates == "same-split":
+        by_source = {pair.source: g for pair, g in zip(pairing.pairs, groups, strict=True)}
+        identical = find_duplicates(report.tally.digests, report.sources).values()
+        leaks = [group for group in identical if len({splits[name] for name in group}) > 1]
+        if moved := unite_duplicates(splits, by_source, leaks):
+            print(describe_moves(splits, moved))
+            splits |= moved
+    return splits
 
 
 def make_report(
@@ -192,6 +253,7 @@ def make_report(
         "empty": sorted(pairs.empty),
         "duplicates": sorted(sorted(names) for names in duplicates.values()),
         "notes": dict(sorted(tally.notes.items())),
+        "outliers": [asdict(outlier) for outlier in tally.find_outliers(names)],
     }
 
 
@@ -216,6 +278,7 @@ def format_table(report: dict[str, Any], unit: str) -> list[str]:
                 f"  {name:<20}{counts['share']:>8.2%} of pixels, in {counts['images']} masks"
             )
     lines += [f"  {count} images {NOTES[note]}" for note, count in report["notes"].items()]
+    lines += [f"  outlier: {o['name']} {o['reason']}" for o in report["outliers"]]
     if form := report["image_format"]["range"]:
         lines.append(f"  16-bit values {form[0]} to {form[1]} become 0 to 255")
     if empty := report["empty"]:
@@ -253,8 +316,7 @@ def draw_sheet(
     Returns:
         Whether there was a valid pair.
     """
-    good = [pair for pair in pairing.pairs if pair.source not in pairs.bad]
-    chosen = good[:: max(1, -(-len(good) // SHEET_CELLS))]
+    chosen = choose_cells(pairing, pairs, [outlier["name"] for outlier in report["outliers"]])
     form = replace(form, channels="RGB")
     cells = []
     for pair in chosen:
@@ -271,9 +333,29 @@ def draw_sheet(
         for name, counts in report["classes"].items()
         if counts["pixels"] or name != "ignored"
     }
-    sheet = draw_contact_sheet(cells, rule.palette, list(shares.values()))
+    palette = choose_overlay_colours([np.asarray(cell.image) for cell in cells], rule.palette)
+    sheet = draw_contact_sheet(cells, palette, list(shares.values()))
     sheet.save(path)
     return True
+
+
+def choose_cells(pairing: Pairing, pairs: PairReport, outliers: Sequence[str]) -> list[Pair]:
+    """Choose the pairs on the contact sheet: outliers, then masks with foreground, then others.
+
+    Each kind is spread evenly over the data set. `outliers`: paths of images.
+    """
+    good = [pair for pair in pairing.pairs if pair.source not in pairs.bad]
+    empty = set(pairs.empty)
+    kinds: tuple[list[Pair], list[Pair], list[Pair]] = ([], [], [])
+    for pair in good:
+        kind = 0 if f"{pairing.images}/{pair.source}" in outliers else 1 + (pair.source in empty)
+        kinds[kind].append(pair)
+    chosen: list[Pair] = []
+    for kind in kinds:
+        room = SHEET_CELLS - len(chosen)
+        if room:
+            chosen += kind[:: max(1, -(-len(kind) // room))]
+    return chosen
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from pipelines.runtime.command import run_command
 from pipelines.runtime.errors import RunError
+from pipelines.runtime.run_folder import RunFolder
 from shards.images.files import encode_png
 from shards.manifest import MANIFEST
 from shards.writer import write_atomically
@@ -54,6 +55,7 @@ def run(config: DemoConfig) -> int:
     """Run all steps and print where the results are."""
     out = config.out
     samples, shards, run_dir, masks = out / "pictures", out / "shards", out / "run", out / "masks"
+    folder = RunFolder(run_dir)
     draw_samples(samples, config)
     if not (shards / MANIFEST).exists():
         folders = quote("--images", samples / "images", "--masks", samples / "masks")
@@ -67,13 +69,13 @@ def run(config: DemoConfig) -> int:
     what = quote("--checkpoint", run_dir, "--input", samples / "unseen", "--out", masks)
     run_step("predict", f"{what} --png --overlay")
     run_step("report", quote("--run-dir", run_dir))
-    scores = json.loads((run_dir / "scores.json").read_text())
+    scores = json.loads(folder.scores.read_text(encoding="utf-8"))
     print(
         f"\nDice of class cell on {scores['num_images']} held-out images: "
         f"{scores['classes']['cell']['dice']:.4f}"
     )
-    print(f"report:    {run_dir / 'report.html'}")
-    print(f"scores:    {run_dir / 'scores.json'}")
+    print(f"report:    {folder.report}")
+    print(f"scores:    {folder.scores}")
     print(f"overlays:  {masks / 'overlay'}")
     print(f"shards:    {masks}")
     return 0

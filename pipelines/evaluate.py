@@ -3,14 +3,16 @@
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.util import find_spec
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from accelerate import Accelerator
+from numpy.typing import NDArray
 
 from pipelines.drawing.panels import Example, draw_panels, side_by_side
 from pipelines.evaluation import score, table
@@ -18,18 +20,20 @@ from pipelines.evaluation.examples import predict_examples
 from pipelines.evaluation.per_image import SCORES_CSV, Floats, ImageCounts, lowest, write_scores
 from pipelines.evaluation.score import count_split
 from pipelines.evaluation.stored_predictions import open_predictions
-from pipelines.loading.dataset import DataConfig, DataSet, open_data, split_bytes_in_use
+from pipelines.loading.dataset import DataSet, LoadingOptions, open_data, split_bytes_in_use
 from pipelines.model.load import LoadedModel, find_checkpoint, load_model
 from pipelines.runtime.command import run_command
-from pipelines.runtime.devices import choose_batch_size, start
+from pipelines.runtime.devices import choose_batch_size, refuse_rank_timeout, start
 from pipelines.runtime.errors import RunError, UsageError
 from pipelines.runtime.failures import out_of_memory, summary
+from pipelines.runtime.run_folder import SCORES
+from pipelines.runtime.yaml_flags import Flat, refuse_unused
 from shards.images.files import encode_png
 from shards.manifest import Manifest, read_manifest
 from shards.sample import DataError, Palette
 from shards.store import is_url
 from shards.writer import write_atomically, write_json
-from unet import DataSpec, Empty, Scores, SurfaceScores, TileConfig
+from unet import DataSpec, Empty, Scores, Surface, SurfaceScores, TileConfig
 from unet.spec import counted_classes
 
 TILES = ("tile", "overlap", "tta")
@@ -41,10 +45,34 @@ WORST_SIDE = 1000
 """Longest side of an image in that folder, in pixels."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(DataConfig, TileConfig):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MetricOptions:
+    """What is measured."""
+
+    empty: Empty = "skip"
+    """Dice and IoU of a class that is absent from both mask and prediction, of an image or of the
+    split: excluded from means, 1, or 0."""
+    surface: bool = False
+    """Also score boundaries per image, on the CPU: HD95 in pixels, and surface Dice. Requires
+    unet-shards[scipy]."""
+    surface_tolerance: float = SURFACE_TOLERANCE
+    """Distance in pixels up to which boundaries agree, for surface Dice."""
+
+    def __post_init__(self) -> None:
+        if not (isfinite(self.surface_tolerance) and self.surface_tolerance >= 0):
+            raise ValueError(
+                f"--surface-tolerance must be a number >= 0, got {self.surface_tolerance}"
+            )
+        if not self.surface:
+            refuse_unused(self, "requires --surface", "surface_tolerance")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluateConfig:
     """Score a checkpoint, or stored predictions, on every image of a split."""
 
+    data: str
+    """Folder of shards, or a URL such as s3://bucket/folder."""
     checkpoint: str | None = None
     """Run folder (its best, else last, checkpoint), checkpoint folder or hub id."""
     predictions: str | None = None
@@ -59,87 +87,94 @@ class EvaluateConfig(DataConfig, TileConfig):
     worst: int = 8
     """Number of images with the lowest Dice to draw into OUT/worst: image, mask, prediction and
     difference, side by side."""
-    empty: Empty = "skip"
-    """Dice and IoU of a class that is absent from both mask and prediction, of an image or of the
-    split: excluded from means, 1, or 0."""
-    surface: bool = False
-    """Also score boundaries per image, on the CPU: HD95 in pixels, and surface Dice. Requires
-    unet-shards[scipy]."""
-    surface_tolerance: float = SURFACE_TOLERANCE
-    """Distance in pixels up to which boundaries agree, for surface Dice."""
+    metrics: Flat[MetricOptions] = field(default_factory=MetricOptions)
+    tiles: Flat[TileConfig] = field(default_factory=TileConfig)
+    loading: Flat[LoadingOptions] = field(default_factory=LoadingOptions)
 
     def __post_init__(self) -> None:
-        DataConfig.__post_init__(self)
-        TileConfig.__post_init__(self)
+        refuse_rank_timeout(self.rank_timeout)
+        self.loading.refuse_local_cache(self.data)
         if (self.checkpoint is None) == (self.predictions is None):
             raise ValueError("give either --checkpoint or --predictions")
         if self.predictions is not None:
-            for name in TILES:
-                if getattr(self, name) != getattr(TileConfig(), name):
-                    raise ValueError(
-                        f"--{name} requires --checkpoint; --predictions are already made"
-                    )
+            refuse_unused(
+                self.tiles, "requires --checkpoint; --predictions are already made", *TILES
+            )
         if self.worst < 0:
             raise ValueError(f"--worst must be >= 0, got {self.worst}")
-        if not (isfinite(self.surface_tolerance) and self.surface_tolerance >= 0):
-            raise ValueError(
-                f"--surface-tolerance must be a number >= 0, got {self.surface_tolerance}"
-            )
-        if self.surface_tolerance != SURFACE_TOLERANCE and not self.surface:
-            raise ValueError("--surface-tolerance requires --surface")
 
 
 def run(config: EvaluateConfig) -> int:
     """Score the split; print the table; write scores.json, scores.csv and the worst images."""
-    if config.surface and find_spec("scipy") is None:
+    if config.metrics.surface and find_spec("scipy") is None:
         raise UsageError("--surface requires SciPy: pip install 'unet-shards[scipy]'")
     manifest = read_manifest(config.data)
     split = manifest.split(config.split, config.data)
     out = folder_of(config)
-    loaded = None
+    loaded, differences = None, list[str]()
     if config.checkpoint is not None:
         loaded = load_model(config.checkpoint)
         refuse_incompatible_checkpoint(config, loaded.spec, manifest)
-        # The range of 16-bit images is part of what the model has learned.
-        manifest = replace(manifest, image_format=loaded.image_format)
+        differences = loaded.describe_differences(manifest.image_format)
+        # The model was trained with its own range of 16-bit values.
+        manifest = replace(manifest, image_format=loaded.stored_format(manifest.image_format))
     accelerator = start(rank_timeout=config.rank_timeout)
-    batch_size = choose_batch_size(config.batch_size, accelerator.device)
-    config = replace(config, batch_size=batch_size)
+    if accelerator.is_main_process and differences:
+        print("\n".join(differences), file=sys.stderr)
+    batch_size = choose_batch_size(config.tiles.batch_size, accelerator.device)
+    config = replace(config, tiles=replace(config.tiles, batch_size=batch_size))
     in_use = split_bytes_in_use(manifest, config.split)
-    data = open_data(config, manifest, [config.split], accelerator, in_use, "raise it")
-    counted, surface = counted_classes(manifest.classes), None
-    if config.surface:
-        tolerance = config.surface_tolerance
+    data = open_data(
+        config.data, config.loading, manifest, [config.split], accelerator, in_use, "raise it"
+    )
+    surface = None
+    if config.metrics.surface:
+        counted, tolerance = counted_classes(manifest.classes), config.metrics.surface_tolerance
         surface = SurfaceScores(manifest.classes, counted, tolerance).to(accelerator.device)
     images = ImageCounts(
         tuple(shard.samples for shard in split.shards),
         len(manifest.classes),
-        batch_size=config.num_together,
+        batch_size=config.tiles.effective_batch_size,
         rank=accelerator.process_index,
         world=accelerator.num_processes,
     )
+    measured = score.Metrics(config.metrics.empty, surface, images)
     if loaded is not None:
-        scored = score_model(config, loaded, accelerator, data, surface, images)
+        scored = score_model(config, loaded, accelerator, data, measured)
     else:
-        scored = score_predictions(config, accelerator, data, surface, images)
+        scored = score_predictions(config, accelerator, data, measured)
     surface_scores = None if surface is None else surface.scores()
     rows = images.gather(accelerator)
     if rows is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        # Written last, so that the files beside it always belong to it.
-        (out / table.SCORES).unlink(missing_ok=True)
-        dice = write_scores(
-            out / SCORES_CSV, rows, data, config.split, manifest.classes, counted, config.empty
-        )
-        about = {"split": config.split, "manifest": manifest.digest, **scored.about}
-        plain = {**about, **table.to_plain(scored.scores, surface_scores)}
-        write_json(out / table.SCORES, plain)
-        print(table.table(scored.scores, surface_scores))
-        where = f"{out / table.SCORES}, {SCORES_CSV}"
-        print(f"{scored.scores.num_images} images of {config.split}: {where}")
-        draw_worst(out / WORST, config.worst, scored.load_examples, manifest.palette, dice)
+        write_results(config, out, data, scored, surface_scores, rows)
     accelerator.end_training()
     return 0
+
+
+def write_results(
+    config: EvaluateConfig,
+    out: Path,
+    data: DataSet,
+    scored: "ScoredSplit",
+    surface: Surface | None,
+    rows: NDArray[np.uint32],
+) -> None:
+    """Write scores.json, scores.csv and the worst images; print the table.
+
+    `rows`: counts per image of the whole split, from `ImageCounts.gather`.
+    """
+    manifest, split = data.manifest, config.split
+    counted = counted_classes(manifest.classes)
+    out.mkdir(parents=True, exist_ok=True)
+    # Written last, so that the files beside it always belong to it.
+    (out / SCORES).unlink(missing_ok=True)
+    path, empty = out / SCORES_CSV, config.metrics.empty
+    dice = write_scores(path, rows, data, split, manifest.classes, counted, empty)
+    about = {"split": split, "manifest": manifest.digest, **scored.about}
+    write_json(out / SCORES, {**about, **table.to_plain(scored.scores, surface)})
+    print(table.table(scored.scores, surface))
+    print(f"{scored.scores.num_images} images of {split}: {out / SCORES}, {SCORES_CSV}")
+    draw_worst(out / WORST, config.worst, scored.load_examples, manifest.palette, dice)
 
 
 def folder_of(config: EvaluateConfig) -> Path:
@@ -174,14 +209,12 @@ def score_model(
     loaded: LoadedModel,
     accelerator: Accelerator,
     data: DataSet,
-    surface: SurfaceScores | None,
-    images: ImageCounts,
+    measured: score.Metrics,
 ) -> ScoredSplit:
     """Predict and score every image of the split. Raises RunError if GPU memory runs out."""
     model = loaded.model.to(accelerator.device)
-    counting = {"empty": config.empty, "surface": surface, "images": images}
     try:
-        scores = score.score(model, accelerator, data, config.split, config, **counting)
+        scores = score.score(model, accelerator, data, config.split, config.tiles, measured)
     except RuntimeError as error:
         if not out_of_memory(error):
             raise
@@ -189,8 +222,10 @@ def score_model(
             f"the GPU ({accelerator.device}) is out of memory ({summary(error)}); "
             "lower --batch-size or --tile"
         ) from error
-    load_examples = partial(predict_examples, model, accelerator, data, config.split, tiles=config)
-    tiles = {name: getattr(config, name) for name in TILES}
+    load_examples = partial(
+        predict_examples, model, accelerator, data, config.split, tiles=config.tiles
+    )
+    tiles = {name: getattr(config.tiles, name) for name in TILES}
     return ScoredSplit(scores, {"checkpoint": loaded.digest, **tiles}, load_examples)
 
 
@@ -198,8 +233,7 @@ def score_predictions(
     config: EvaluateConfig,
     accelerator: Accelerator,
     data: DataSet,
-    surface: SurfaceScores | None,
-    images: ImageCounts,
+    measured: score.Metrics,
 ) -> ScoredSplit:
     """Score the stored prediction of every image of the split."""
     assert config.predictions is not None
@@ -216,10 +250,8 @@ def score_predictions(
         accelerator,
         data,
         config.split,
-        batch_size=config.num_together,
-        empty=config.empty,
-        surface=surface,
-        images=images,
+        config.tiles.effective_batch_size,
+        measured,
     )
     # As for a checkpoint, as far as job.json records it.
     about = {name: predictions.job.get(name) for name in ("checkpoint", *TILES)}

@@ -66,9 +66,7 @@ def run(config: ExportConfig) -> int:
     loaded = load_model(config.checkpoint)
     refuse_windows(loaded.model)
     config.out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(
-        prefix=f".{config.out.name}.", suffix=".tmp", dir=config.out.parent
-    ) as folder:
+    with tempfile.TemporaryDirectory(prefix=".", suffix=".tmp", dir=config.out.parent) as folder:
         file = Path(folder) / config.out.name
         run_file = export(loaded, config.format, file)
         difference = compare_logits(loaded, run_file)

@@ -14,7 +14,9 @@ from pathlib import Path
 
 import tyro
 
+from pipelines.packing.classes import find_class_problems
 from pipelines.packing.foreign import (
+    REPACK,
     Duplicates,
     IndexRule,
     ShardContents,
@@ -30,8 +32,8 @@ from pipelines.runtime.yaml_flags import Flat
 from shards.folders.splits import SPLIT_NAMES, Split
 from shards.folders.walk import walk_files
 from shards.foreign import DECOMPRESS_REMEDY, Role
-from shards.images.files import NOTES
-from shards.manifest import MANIFEST, Manifest, ShardInfo, write_manifest
+from shards.images.files import IMAGE_EXTENSIONS, NOTES
+from shards.manifest import MANIFEST, Manifest, ShardInfo, read_manifest, write_manifest
 from shards.masks.formats import MaskFormat
 from shards.masks.palettes import default_palette
 from shards.sample import (
@@ -46,7 +48,11 @@ from shards.statistics import SampleStatistics, find_duplicates, merge_statistic
 from shards.store import Store
 
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
-FOREIGN_NOTES = {**NOTES, "turned": "have an EXIF orientation; they are rotated when decoded"}
+FOREIGN_NOTES = {
+    **NOTES,
+    "turned": "have an EXIF orientation; they are rotated when decoded",
+    "narrowed": "repeat 8 bits in each 16-bit channel; they are decoded to 8 bits",
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,10 +68,13 @@ class IndexConfig:
     """Folder of the shards (*.tar), searched recursively."""
     classes: tuple[str, ...] = ()
     """Class names, from class 0 on; default: the shards contain images without masks."""
-    image_ext: tuple[str, ...] = ("jpg", "jpeg", "png", "tif", "tiff", "bmp", "webp", "gif")
-    """Extensions of images, after the key: jpg for KEY.jpg, image.jpg for KEY.image.jpg."""
+    image_ext: tuple[str, ...] = ()
+    """Extensions of images, after the key: jpg for KEY.jpg, image.jpg for KEY.image.jpg. Default:
+    every image format that is read; a sample must then have one image."""
     mask_ext: str = MASK_EXTENSION
     """Extension of masks, after the key: seg.png for KEY.seg.png."""
+    allow_absent_classes: bool = False
+    """Accept classes that have no pixel in any mask; default: they are an error."""
     split: Split | None = None
     """Split of all shards; default: the word train, val, valid, validation or test in the path of
     each shard, else train."""
@@ -75,17 +84,22 @@ class IndexConfig:
 
     def __post_init__(self) -> None:
         refuse_negative_workers(self.workers)
-        if self.classes:
-            MaskFormat(kind="index", num_classes=len(self.classes), ignore_value=IGNORE)
+        self.mask_format()
         if len(set(self.classes)) != len(self.classes):
             raise ValueError(f"--classes: duplicate name in {' '.join(self.classes)}")
         if self.split is not None and not self.classes:
             raise ValueError("--split needs --classes: without masks, the split is `unlabelled`")
         self.member_roles()
 
+    def mask_format(self) -> MaskFormat | None:
+        """Build the format of the masks; None without masks."""
+        if not self.classes:
+            return None
+        return MaskFormat(kind="index", num_classes=len(self.classes), ignore_value=IGNORE)
+
     def member_roles(self) -> dict[str, Role]:
         """Return {extension: role of such a member}, longest extension first."""
-        images = {extension.lower().lstrip(".") for extension in self.image_ext}
+        images = {ext.lower().lstrip(".") for ext in self.image_ext or IMAGE_EXTENSIONS}
         mask = self.mask_ext.lower().lstrip(".")
         # In an .idx file these extensions are reserved for json, mask and border map.
         reserved = {INFO_EXTENSION, MASK_EXTENSION, BORDER_EXTENSION}
@@ -127,7 +141,24 @@ def run(config: IndexConfig) -> int:
     if not filled:
         raise DataError(f"{config.folder}: {len(shards)} shards without an image; see --image-ext")
     total = merge_statistics(shard.tally for shard in filled)
+    problems, notes = find_class_problems(
+        config.classes,
+        config.mask_format(),
+        total,
+        allow_absent=config.allow_absent_classes,
+        remedy=REPACK,
+    )
+    if problems:
+        raise AggregateDataError(problems, "nothing was written")
     manifest = build_manifest(config, filled, splits, duplicates, total)
+    if store.exists(MANIFEST):
+        if read_manifest(store) != manifest:
+            raise DataError(
+                f"{config.folder} is already a data set, with other contents or settings; remove "
+                f"its {MANIFEST} to index it again"
+            )
+        print(f"{config.folder} is already indexed with these settings; nothing was written")
+        return 0
     for shard in filled:
         name = offsets_name(shard.name)
         if not store.exists(name):
@@ -135,6 +166,7 @@ def run(config: IndexConfig) -> int:
     write_manifest(store, manifest)
     lines = [
         *summarise(config.folder, manifest, total, FOREIGN_NOTES),
+        *(f"  {note}" for note in notes),
         *list_warnings(shards, manifest),
         *suggest_training(config.folder, manifest),
     ]
@@ -145,21 +177,19 @@ def run(config: IndexConfig) -> int:
 def find_shards(folder: Path) -> list[str]:
     """List all shards below a folder as sorted relative paths.
 
-    Raises DataError if there are none, if one is compressed, or if there is a manifest.
+    Raises DataError if there are none, or if one is compressed.
     """
     if not folder.exists():
         raise DataError(f"{folder} does not exist")
     if not folder.is_dir():
         raise DataError(f"{folder} is not a directory")
-    if (folder / MANIFEST).exists():
-        raise DataError(f"{folder} is already a data set; remove its {MANIFEST} to index it again")
     names = sorted(walk_files(str(folder)))
-    compressed = [name for name in names if name.endswith(COMPRESSED)]
+    compressed = [name for name in names if name.lower().endswith(COMPRESSED)]
     if compressed:
         raise AggregateDataError(
             [f"{folder / n} is compressed" for n in compressed], DECOMPRESS_REMEDY
         )
-    shards = [name for name in names if name.endswith(".tar")]
+    shards = [name for name in names if name.lower().endswith(".tar")]
     if not shards:
         raise DataError(f"{folder} contains no shards (*.tar); pack images with unet pack")
     return shards
@@ -185,7 +215,8 @@ def inspect_shards(config: IndexConfig, names: Sequence[str]) -> list[ShardConte
     """Inspect all shards in parallel; returns them sorted by name."""
     # The first frame of multi-frame files is read, so that they are refused by name.
     images = config.image.make_rule(frame=0)
-    rule = IndexRule(config.folder, len(config.classes), images, config.member_roles())
+    roles, declared = config.member_roles(), bool(config.image_ext)
+    rule = IndexRule(config.folder, len(config.classes), images, roles, declared)
     workers = num_workers(config.workers, len(names))
     shards = []
     with progress(total=len(names), desc="index", unit="shard") as bar:

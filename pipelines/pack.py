@@ -3,7 +3,7 @@
 The plan (which pair goes into which shard) is fixed and saved first; every shard is then an
 independent task on any executor, so that the bytes do not depend on the number of workers, parts
 and kills. Until the manifest is written, OUT/.pack holds the plan and a report on each finished
-shard.
+shard; its plan.json stays, so that a rerun of the same command is recognised.
 """
 
 import re
@@ -14,12 +14,16 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
+from pipelines.packing.classes import IGNORED_REMEDY, find_class_problems
 from pipelines.packing.manifest import make_manifest, summarise
 from pipelines.packing.options import SourceOptions
+from pipelines.packing.pack_options import BorderOptions, JobOptions, ShardOptions
 from pipelines.packing.plan import (
+    HEADER,
     WORK_DIR,
     PlannedShard,
-    ShardRule,
+    clear_work,
+    encode_header,
     fix_plan,
     list_sources,
     make_plan,
@@ -33,99 +37,13 @@ from pipelines.runtime.processes import num_workers, refuse_negative_workers, ru
 from pipelines.runtime.progress import progress
 from pipelines.runtime.yaml_flags import Flat, refuse_unused
 from shards.folders.pairs import Pairing
-from shards.manifest import MANIFEST, Manifest, ShardInfo, write_manifest
-from shards.masks.borders import NEEDS_SCIPY, BorderRule, has_scipy
+from shards.manifest import MANIFEST, Manifest, ShardInfo, read_manifest, write_manifest
 from shards.sample import AggregateDataError, DataError
 from shards.statistics import SampleStatistics, find_duplicates, merge_statistics
 from shards.store import Store, is_url
 
 NUM_MEASURED = 32
 """Images that `--verify headers` decodes nevertheless, to measure mean and standard deviation."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ShardOptions:
-    """Size of the shards, and the order of the samples in them."""
-
-    samples_per_shard: int = 10_000
-    """Maximum number of samples in a shard."""
-    shard_bytes: int | None = None
-    """Close a shard when its input files reach this size; default: 256 MiB, or less where that
-    would make fewer than 16 shards (but at least 8 MiB)."""
-    seed: int = 0
-    """Seed of the order of samples."""
-
-    def __post_init__(self) -> None:
-        if self.samples_per_shard < 1 or (self.shard_bytes is not None and self.shard_bytes < 1):
-            raise ValueError("--samples-per-shard and --shard-bytes must be above 0")
-
-    def make_rule(self) -> ShardRule:
-        """Build the rule that orders samples and cuts them into shards."""
-        return ShardRule(
-            max_samples=self.samples_per_shard, max_bytes=self.shard_bytes, seed=self.seed
-        )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BorderOptions:
-    """Border maps, which weight the pixels between touching objects in the loss."""
-
-    border_sigma: float | None = None
-    """Store a border map with each mask, for training with --loss.border-weight: between two
-    objects, exp(-(d1 + d2)^2 / (2 sigma^2)), d1 and d2 the distances to the two nearest; sigma in
-    pixels, 5 in the U-Net paper. Needs the extra `scipy`."""
-    border_classes: tuple[str, ...] = ()
-    """Classes whose connected components are objects; default: all but `background`, or all but
-    the first where no class has that name. If classes lie within each other, name one."""
-
-    def __post_init__(self) -> None:
-        if self.border_sigma is not None:
-            if not has_scipy():
-                raise ValueError(NEEDS_SCIPY)
-            BorderRule(self.border_sigma, ())
-
-    def class_names(self, names: tuple[str, ...]) -> tuple[str, ...]:
-        """Select the classes that are objects. Raises ValueError for an unknown class."""
-        if unknown := [name for name in self.border_classes if name not in names]:
-            raise ValueError(
-                f"--border-classes {unknown[0]} is not a class; classes: {' '.join(names)}"
-            )
-        if self.border_classes:
-            return tuple(name for name in names if name in self.border_classes)
-        objects = tuple(name for name in names if name.lower() != "background")
-        return objects if len(objects) < len(names) else names[1:]
-
-    def make_rule(self, names: tuple[str, ...]) -> BorderRule | None:
-        """Build the rule that makes border maps, None without --border-sigma.
-
-        Args:
-            names: all class names, by index.
-
-        Raises:
-            ValueError: --border-classes without --border-sigma, or with an unknown class.
-        """
-        if self.border_sigma is None:
-            refuse_unused(self, "needs --border-sigma, which enables border maps", "border_classes")
-            return None
-        return BorderRule(self.border_sigma, tuple(map(names.index, self.class_names(names))))
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class JobOptions:
-    """Several jobs, or a Dask cluster, that pack one data set."""
-
-    part: str | None = None
-    """i/n: pack every n-th shard from the i-th, as one of n jobs; then run --finish once."""
-    finish: bool = False
-    """Check that the shards of all parts are complete, and write the manifest."""
-    scheduler: str | None = None
-    """Address of a running Dask scheduler (tcp://host:8786) whose workers pack."""
-
-    def __post_init__(self) -> None:
-        if self.part is not None:
-            parse_part("--part", self.part)
-        if self.part is not None and self.finish:
-            raise ValueError("--part and --finish exclude each other: run --finish after all parts")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -151,6 +69,7 @@ class PackConfig:
     job: Flat[JobOptions] = field(default_factory=JobOptions)
 
     def __post_init__(self) -> None:
+        self.source.pairing.require_input()
         refuse_negative_workers(self.workers)
         if not is_url(self.out):
             refuse_url("--out", self.out)
@@ -174,9 +93,7 @@ def run(config: PackConfig) -> int:
     store = Store(config.out)
     store.create_folder()
     if store.exists(MANIFEST):
-        # Left over by a kill right after the manifest was written.
-        store.remove(WORK_DIR)
-        raise DataError(f"{store} is already a data set; choose another --out or remove it")
+        return report_finished(config, store)
     try:
         return pack_into(config, store)
     except AggregateDataError as error:
@@ -189,19 +106,52 @@ def run(config: PackConfig) -> int:
         raise
 
 
+def report_finished(config: PackConfig, store: Store) -> int:
+    """Report that this command has packed the data set; returns the exit code it had.
+
+    Raises DataError if other files or settings made the data set.
+    """
+    try:
+        pairing, _ = find_valid_pairs(config)
+        plan, _ = plan_shards(config, pairing)
+        settings = plan_settings(config, make_pack_rule(config, store, pairing))
+        same = store.exists(HEADER) and store.read(HEADER) == encode_header(settings, plan)
+    except DataError:
+        same = False
+    if not same:
+        raise DataError(
+            f"{store} is already a data set, made from other files or with other settings; "
+            "choose another --out or remove it"
+        )
+    # Reports are left over by a kill right after the manifest was written.
+    clear_work(store)
+    manifest = read_manifest(config.out)
+    samples = sum(split.samples for split in manifest.splits.values())
+    print(f"{store} is already packed with these settings: {samples} samples; nothing to do")
+    return INCOMPLETE if store.exists(PROBLEMS) else 0
+
+
+def plan_shards(config: PackConfig, pairing: Pairing) -> tuple[list[PlannedShard], list[str]]:
+    """Plan the shards; also describes the images that are left out, one line each."""
+    return make_plan(
+        pairing,
+        config.source.split.make_rule(),
+        config.shard.make_rule(),
+        keep_going=config.keep_going,
+        duplicates=config.source.duplicate.duplicates,
+    )
+
+
 def pack_into(config: PackConfig, store: Store) -> int:
     """Pack into an existing folder or bucket; returns the exit code.
 
     Raises DataError for bad input, RunError if shards of other parts are missing.
     """
+    for note in config.source.describe_splits():
+        print(note)
     pairing, problems = find_valid_pairs(config)
     rule = make_pack_rule(config, store, pairing)
-    plan, leaks = make_plan(
-        pairing,
-        config.source.split.make_rule(),
-        config.shard.make_rule(),
-        keep_going=config.keep_going,
-    )
+    plan, left_out = plan_shards(config, pairing)
     with ExitStack() as held:
         rule = replace(rule, plan=fix_plan(store, plan_settings(config, rule), plan, held))
         names = {*store.names(), *store.names(WORK_DIR)}
@@ -221,7 +171,7 @@ def pack_into(config: PackConfig, store: Store) -> int:
             print(f"part {part}: {len(mine)} shards are complete; after all parts, run --finish")
             return INCOMPLETE if num_skipped else 0
         pack_shards(todo, rule, config)
-    return finish_data_set(config, plan, rule, [*problems, *leaks])
+    return finish_data_set(config, plan, rule, [*problems, *left_out])
 
 
 def find_valid_pairs(config: PackConfig) -> tuple[Pairing, list[str]]:
@@ -319,10 +269,11 @@ def finish_data_set(
     if not shards:
         raise AggregateDataError(problems, "nothing to pack")
     total = merge_statistics(tallies.values())
+    notes = refuse_class_problems(config, rule, total)
     manifest = make_manifest(
         classes=classes,
         palette=rule.sample.palette,
-        image_format=config.source.image.make_format(total),
+        image_format=config.source.make_image_format(total),
         mask_format=describe_mask_format(rule, total),
         shards=shards,
         tallies=tallies,
@@ -336,12 +287,33 @@ def finish_data_set(
     else:
         store.remove(PROBLEMS)
     write_manifest(store, manifest, within=WORK_DIR)
-    store.remove(WORK_DIR)
-    print("\n".join([*summarise(store, manifest, total), *suggest_next(config, manifest)]))
+    clear_work(store)
+    lines = [*summarise(store, manifest, total), *(f"  {note}" for note in notes)]
+    print("\n".join([*lines, *suggest_next(config, manifest)]))
     if not problems:
         return 0
-    print(f"{len(problems)} files were skipped: {store.path(PROBLEMS)}")
+    print(f"{len(problems)} files were left out: {store.path(PROBLEMS)}")
     return INCOMPLETE
+
+
+def refuse_class_problems(config: PackConfig, rule: PackRule, total: SampleStatistics) -> list[str]:
+    """Return notes on how masks were read.
+
+    Raises DataError if masks disagree, or if a class has no pixel and absent classes are not
+    allowed. Without counts of all pixels (--verify headers), classes cannot be absent.
+    """
+    problems, notes = find_class_problems(
+        config.source.mask.class_names(),
+        rule.sample.masks,
+        total,
+        allow_absent=config.source.mask.allow_absent_classes or config.verify == "headers",
+        remedy=IGNORED_REMEDY,
+    )
+    if problems:
+        raise AggregateDataError(
+            problems, f"no manifest was written; to change other flags, remove {rule.store} first"
+        )
+    return notes
 
 
 def describe_mask_format(rule: PackRule, total: SampleStatistics) -> dict[str, Any]:
@@ -358,7 +330,7 @@ def suggest_next(config: PackConfig, manifest: Manifest) -> Iterator[str]:
     """Suggest what to do next."""
     if config.source.pairing.has_masks and "train" in manifest.splits:
         if "val" not in manifest.splits:
-            yield "  warning: split val is empty; raise --val-fraction or use --split-file"
+            yield "  warning: split val is empty; --val-fraction 0.1 cuts it out of train"
         if not is_url(config.out):
             yield f"next: unet train --data {config.out} --run-dir RUN"
 

@@ -1,6 +1,7 @@
 """`unet separate`: a folder that mixes images and masks -> OUT/images and OUT/masks."""
 
 import filecmp
+import hashlib
 import os
 import shutil
 import sys
@@ -101,7 +102,9 @@ def place_file(file: FileMove, mode: Literal["copy", "move", "link"]) -> None:
         if mode == "move" and not file.source.samefile(file.target):
             file.source.unlink()
         return
-    temporary = file.target.with_name(f".{file.target.name}.tmp")
+    # Not longer than the target's name, and the same on a rerun, which removes it.
+    digest = hashlib.sha256(os.fsencode(file.target.name)).hexdigest()
+    temporary = file.target.with_name(f".{digest[:16]}.tmp")
     temporary.unlink(missing_ok=True)
     if mode == "link":
         temporary.symlink_to(file.source.resolve())

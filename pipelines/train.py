@@ -1,9 +1,9 @@
-"""`unet train`: train a U-Net on shards, or go on where the run folder stands.
+"""`unet train`: train a U-Net on shards, or resume from the last checkpoint of the run folder.
 
     unet train --data D --run-dir R
     accelerate launch --config_file accelerate_config.yaml -m pipelines.train --data D --run-dir R
 
-Devices, process count and precision are the launcher's; everything else is a TrainConfig.
+The launcher decides devices, process count and precision; everything else is a TrainConfig.
 """
 
 import signal
@@ -16,208 +16,207 @@ from math import inf
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
 from torch import Tensor, nn
 
 from pipelines.evaluation import score, table
 from pipelines.evaluation.examples import draw_batch, draw_validation
-from pipelines.loading.augment import Augment
-from pipelines.loading.dataset import open_data, train_bytes_in_use
-from pipelines.model.build import build_loss
-from pipelines.model.load import require_spec
+from pipelines.loading.stages import Batch
 from pipelines.reporting.compose import write_report_safely
 from pipelines.runtime.command import run_command
-from pipelines.runtime.devices import (
-    choose_batch_size,
-    choose_channels_last,
-    start,
-    use_deterministic,
-)
-from pipelines.runtime.environment import write_environment
 from pipelines.runtime.errors import INTERRUPTED, RunError
-from pipelines.runtime.run_folder import RunLock
-from pipelines.runtime.yaml_flags import to_plain
-from pipelines.training.budget import Budget, NotFinite
+from pipelines.runtime.run_folder import RunFolder, RunLock
+from pipelines.training.budget import NotFinite
 from pipelines.training.checkpoints import Checkpoints, TrainState
-from pipelines.training.encoders import (
-    drop_gradients,
-    freeze_encoder,
-    refuse_encoder_batch_norm,
-)
-from pipelines.training.flops import count_flops
-from pipelines.training.meter import Meter, Progress
-from pipelines.training.optim import Learner, build_learner, learning_rate, set_learning_rate
+from pipelines.training.encoders import drop_gradients, freeze_encoder
+from pipelines.training.optim import learning_rate, set_learning_rate
 from pipelines.training.options import TrainConfig
-from pipelines.training.passes import TrainingPass
 from pipelines.training.setup import (
-    find_passes,
-    fixed_settings,
-    open_batches,
-    prepare_model,
-    rank_batch_size,
-    refuse_batch_norm,
+    Training,
+    TrainSetup,
+    load_learner,
+    open_splits,
+    open_training,
     resolve,
+    resolve_passes,
+    start_accelerator,
 )
-from pipelines.training.tracking import Tracker
-from shards.manifest import Manifest, read_manifest
-from shards.order import Order, TrainPlan
+from shards.manifest import read_manifest
 from shards.reader import ShardReader
 from shards.writer import write_json
 from unet import Scores, metrics
 
+MAX_NAMED = 8
+"""Maximum number of sample keys in the error about a step that is not finite."""
+
 
 def run(config: TrainConfig) -> int:
-    """Run or resume to the end; 75 if a signal interrupted it."""
-    with Checkpoints(config.run_dir, config.keep_checkpoints, config.keep_every) as checkpoints:
-        return train(config, checkpoints)
+    """Train or resume until a limit is reached; returns 75 if a signal interrupted the run."""
+    folder, schedule = RunFolder(config.run_dir), config.schedule
+    with Checkpoints(folder, schedule.keep_checkpoints, schedule.keep_every) as checkpoints:
+        setup = resolve(config, read_manifest(config.data))
+        accelerator, setup = start_accelerator(setup)
+        _lock = RunLock(folder) if accelerator.is_main_process else None
+        learner, state = load_learner(setup, accelerator, checkpoints)
+        setup = resolve_passes(setup, accelerator, learner)
+        data = open_splits(setup, accelerator)
+        if is_finished(setup, state):
+            accelerator.end_training()
+            return finish_run(setup, accelerator, state, None, interrupted=False)
+        training = open_training(setup, accelerator, data, learner, state)
+        state = replace(state, tracking_id=training.tracker.run_id)
+        state, scores = train(training, state, checkpoints)
+        finish_saving(checkpoints, accelerator)
+        training.progress.close()
+        training.tracker.finish(folder.best)
+        interrupted = training.budget.interrupted
+        return finish_run(setup, accelerator, state, scores, interrupted=interrupted)
 
 
-def train(config: TrainConfig, checkpoints: Checkpoints) -> int:
-    """Run or resume to the end, with what is saved in the hands of a thread; the exit code."""
-    manifest = read_manifest(config.data)
-    config, order = resolve(config, manifest)
-    trackers = config.tracking.trackers()
-    use_deterministic(config.deterministic)
-    accelerator = start(
-        config.passes,
-        trackers=trackers,
-        project_dir=config.run_dir,
-        rank_timeout=config.rank_timeout,
-    )
-    tile_batch = choose_batch_size(config.tiles.batch_size, accelerator.device)
-    config = replace(
-        config,
-        tiles=replace(config.tiles, batch_size=tile_batch),
-        channels_last=choose_channels_last(
-            config.channels_last, accelerator.device, compiled=config.compile
-        ),
-    )
-    rank, world = accelerator.process_index, accelerator.num_processes
-    batch_size = rank_batch_size(config, world)
-    refuse_batch_norm(config, accelerator, batch_size)
-    _lock = RunLock(config.run_dir) if accelerator.is_main_process else None
+def train(
+    t: Training, state: TrainState, checkpoints: Checkpoints
+) -> tuple[TrainState, Scores | None]:
+    """Train until a limit is reached, patience runs out or a signal interrupts the run.
 
-    set_seed(config.seed)
-    init_from = None if checkpoints.begun else config.init_from
-    resumed = checkpoints.folder / "last" if checkpoints.begun else None
-    model = prepare_model(config, manifest, accelerator, init_from, resumed)
-    refuse_encoder_batch_norm(model, config, accelerator, batch_size)
-    learner, spec = build_learner(model, config.optim), require_spec(model)
-    state = checkpoints.resume(fixed_settings(config, manifest), learner, accelerator.scaler)
-    if config.compile:
-        learner.model.compile()
-    if config.accumulate == "auto":
-        config = find_passes(config, manifest, accelerator, learner)
-        batch_size = rank_batch_size(config, world)
-        refuse_batch_norm(config, accelerator, batch_size)
-        refuse_encoder_batch_norm(learner.model, config, accelerator, batch_size)
-    # Only these two: a prepared loader is split or dispatched a second time. The optimizer's state
-    # is where it belongs; placed again after a resume, AdamW's step counters would lie on the GPU,
-    # and each step would wait for every one of them.
-    placed = [True, False]
-    model, optimizer = accelerator.prepare(
-        learner.model, learner.optimizer, device_placement=placed
-    )
-    model.train()
-
-    in_use = train_bytes_in_use(order, manifest, accelerator, config.tiles.num_together)
-    remedy = "raise it, or begin a run with a smaller --window"
-    data = open_data(config, manifest, ["train", "val"], accelerator, in_use, remedy)
-    criterion = build_loss(config.loss, manifest).to(accelerator.device)
-    budget = Budget(
-        accelerator,
-        config.limits(order.num_samples),
-        watched=("loss", *criterion.names, "gradient"),
-        saves=config.saves,
-        step=state.step,
-        seconds=state.seconds,
-    )
-    if (budget.spent and state.validated == state.step) or given_up(config, state):
-        accelerator.end_training()
-        return conclude(config, budget, state, None, accelerator)
-
-    if accelerator.is_main_process:
-        write_environment(config.run_dir, accelerator)
-    tracker = Tracker(accelerator, config.tracking, config.run_dir, to_plain(config), state)
-    state = replace(state, tracking_id=tracker.run_id)
-    augment = Augment(config.augment, config.seed)
-    plan = TrainPlan(order, batch_size, rank, world, start=state.position)
-    batches = open_batches(config, data, plan, accelerator)
-    flops = count_flops(learner.model.config, batch_size, spec.crop_size)
-    progress, meter = Progress(accelerator, budget), Meter(criterion.names, accelerator, flops)
-    training_pass = TrainingPass(
-        *(accelerator.device, batch_size, config.crop_size, config.gradient_checkpointing),
-        benchmark=not config.deterministic,
-    )
+    Returns the state at the end, and the scores of the last validation if there was one.
+    """
+    config, passes, accelerator, budget = t.setup.config, t.setup.passes, t.accelerator, t.budget
     scores = None
-
     while not budget.interrupted:
         checkpoints.raise_failure()
-        if validation_due(config, budget, state):
-            with uncompiled(config):
-                scores = score.score(learner.scored, accelerator, data, "val", config.tiles)
-            tracker.log(budget.step, table.named(scores, "val"))
-            progress.say(f"step {budget.step}: {table.headline(scores, 'val')}")
-            state = judge(state, metrics.mean_of(scores, config.best_by) or 0.0)
-            save(checkpoints, state, learner, accelerator, is_best=state.stale == 0)
-            drawn = partial(draw_validation, learner.scored, accelerator, data, config.tiles)
-            with uncompiled(config):
-                tracker.show(budget.step, "val/pictures", partial(drawn, config.tracking.pictures))
-            progress.dice = scores.macro.dice
-            meter.reset()
-        elif budget.step > plan.start // config.step_samples() and config.saves(budget.step):
-            save(checkpoints, state, learner, accelerator, is_best=False)
-        if budget.spent or given_up(config, state):
-            break
+        if validation_due(t, state):
+            state, scores = validate(t, state, checkpoints)
+        elif budget.step > t.first_step and config.schedule.checkpoint_due(budget.step):
+            save(t, state, checkpoints, is_best=False)
+        if budget.spent or out_of_patience(config, state):
+            return state, scores
 
         lr = learning_rate(config.optim, budget.progress)
-        set_learning_rate(optimizer, lr)
-        frozen = freeze_encoder(learner.model, config.model.freeze_until, budget.progress)
-        for number in range(config.passes):
-            with meter.waiting():
-                batch = next(batches)
-            batch = batch.to(accelerator.device)
-            seed_dropout(config.seed, batch.position)
-            with training_pass(budget.step + 1), accelerator.accumulate(model):
-                pixels = spec.normalise(batch.image)
-                image, mask, border = augment(pixels, batch.mask, batch.position, batch.border)
+        set_learning_rate(t.optimizer, lr)
+        frozen = freeze_encoder(t.learner.model, config.model.freeze_until, budget.progress)
+        for number in range(passes):
+            batch = next_batch(t)
+            with t.training_pass(budget.step + 1), accelerator.accumulate(t.model):
+                image, mask, border = augment(t, batch)
                 if state.step == number == 0:
-                    drawn = partial(draw_batch, spec, image, mask, config.tracking.pictures)
-                    tracker.show(0, "train/first_batch", drawn)
-                loss, parts = criterion(model(image), mask, border)
+                    show_first_batch(t, image, mask)
+                loss, parts = t.criterion(t.model(image), mask, border)
                 accelerator.backward(loss)
                 if frozen:
-                    drop_gradients(learner.model)
-                norm = clip_gradients(accelerator, model, config.optim.clip_norm)
-                optimizer.step()
-                optimizer.zero_grad()
+                    drop_gradients(t.learner.model)
+                norm = clip_gradients(accelerator, t.model, config.optim.clip_norm)
+                t.optimizer.step()
+                t.optimizer.zero_grad()
             losses = torch.cat([loss.detach()[None], parts])
             budget.watch(torch.cat([losses, norm[None]]))
-            meter.add(losses, batch.skipped)
-        meter.count_overflow(optimizer.step_was_skipped)
-        if learner.average is not None:
-            learner.average.update(learner.model, budget.step + 1)
-        if found := budget.advance():
-            raise RunError(not_finite(found, config, manifest, order))
+            t.meter.add(losses, batch.skipped)
+        state = finish_step(t, state)
 
-        position = budget.step * config.step_samples()
-        state = replace(state, step=budget.step, position=position, seconds=budget.seconds)
-        if budget.step % config.log_every == 0 or budget.spent or budget.interrupted:
-            values = meter.read(config.step_samples())
-            refuse_many_skips(config, values, order.num_samples, position - plan.start)
-            tracker.log(budget.step, {**values, "train/lr": lr})
-            progress.show(values)
-    else:
-        save(checkpoints, state, learner, accelerator, is_best=False)
-
-    finish_saving(checkpoints, accelerator)
-    progress.close()
-    tracker.finish(checkpoints.folder / "best")
-    return conclude(config, budget, state, scores, accelerator)
+        if budget.step % config.schedule.log_every == 0 or budget.spent or budget.interrupted:
+            log_step(t, lr)
+    # A signal interrupted the run: every other end returns above.
+    save(t, state, checkpoints, is_best=False)
+    return state, scores
 
 
-def judge(state: TrainState, score: float) -> TrainState:
-    """The state after a validation; `stale` is 0 where it is the best so far."""
+def next_batch(t: Training) -> Batch:
+    """Draw the next batch, in host memory."""
+    with t.meter.waiting():
+        return next(t.batches)
+
+
+def augment(t: Training, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Copy a batch to the device, normalise and augment it, and seed dropout for it.
+
+    Returns image float32 [B, C, H, W], mask uint8 [B, h, w] and border map, if there is one.
+    """
+    batch = batch.to(t.accelerator.device)
+    seed_dropout(t.setup.config.order.seed, batch.position)
+    pixels = t.spec.normalise(batch.image)
+    return t.augment(pixels, batch.mask, batch.position, batch.border)
+
+
+def show_first_batch(t: Training, image: Tensor, mask: Tensor) -> None:
+    """Track images of the first batch as the network sees them."""
+    drawn = partial(draw_batch, t.spec, image, mask, t.setup.config.tracking.pictures)
+    t.tracker.show(0, "train/first_batch", drawn)
+
+
+def seed_dropout(seed: int, position: Tensor) -> None:
+    """Seed dropout by the position of the batch, so that a resumed run drops the same values."""
+    torch.manual_seed((seed * 2**40 + int(position[0])) % 2**63)
+
+
+def clip_gradients(accelerator: Accelerator, model: nn.Module, max_norm: float) -> Tensor:
+    """Clip the accumulated gradients to a norm of `max_norm`; 0: do not clip.
+
+    Returns their norm before clipping, float32 []: 0 while accumulating, and with a loss scaler,
+    which handles gradients that overflow.
+    """
+    zero = torch.zeros((), device=accelerator.device)
+    if not accelerator.sync_gradients:
+        return zero
+    norm = accelerator.clip_grad_norm_(model.parameters(), max_norm or inf)
+    return zero if norm is None or accelerator.scaler is not None else norm
+
+
+def finish_step(t: Training, state: TrainState) -> TrainState:
+    """Average the weights and count the step.
+
+    Raises RunError on all ranks if a loss or gradient is not finite, or if the loss scaler skipped
+    too many steps in a row.
+    """
+    t.meter.count_overflow(t.optimizer.step_was_skipped)
+    with t.training_pass(t.budget.step + 1):
+        t.learner.update_average(t.budget.step + 1)
+    if found := t.budget.advance():
+        raise RunError(describe_not_finite(found, t.setup))
+    step, seconds = t.budget.step, t.budget.seconds
+    position = step * t.setup.global_batch_size
+    return replace(state, step=step, position=position, seconds=seconds)
+
+
+def log_step(t: Training, lr: float) -> None:
+    """Log the means since the last log. Raises RunError if too many samples were replaced."""
+    values = t.meter.read(t.setup.global_batch_size)
+    refuse_many_skips(t, round(values["train/skipped"]))
+    t.tracker.log(t.budget.step, {**values, "train/lr": lr})
+    t.progress.show(values)
+
+
+def validation_due(t: Training, state: TrainState) -> bool:
+    """Whether to validate now: every `--eval-every` steps and at the end, once per step."""
+    if state.validated == t.budget.step:
+        return False
+    return t.budget.spent or t.setup.config.schedule.validation_due(t.budget.step)
+
+
+def validate(t: Training, state: TrainState, checkpoints: Checkpoints) -> tuple[TrainState, Scores]:
+    """Score the validation split, save a checkpoint, and report both."""
+    config, step = t.setup.config, t.budget.step
+    with uncompiled(config.compute.compile):
+        scores = score.score(t.learner.scored, t.accelerator, t.data, "val", config.tiles)
+    t.tracker.log(step, table.named(scores, "val"))
+    t.progress.print_line(f"step {step}: {table.headline(scores, 'val')}")
+    state = update_best(state, metrics.mean_of(scores, config.schedule.best_by) or 0.0)
+    save(t, state, checkpoints, is_best=state.stale == 0)
+    draw = partial(
+        draw_validation,
+        *(t.learner.scored, t.accelerator, t.data, config.tiles, config.tracking.pictures),
+    )
+    with uncompiled(config.compute.compile):
+        t.tracker.show(step, "val/pictures", draw)
+    t.progress.dice = scores.macro.dice
+    t.meter.reset()
+    return state, scores
+
+
+def uncompiled(compiled: bool) -> AbstractContextManager[None]:
+    """Run a compiled network eagerly: each size of image would be compiled separately."""
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+
+
+def update_best(state: TrainState, score: float) -> TrainState:
+    """Record a validation; `stale` is 0 if it is the best so far."""
     is_best = state.best is None or score > state.best
     return replace(
         state,
@@ -227,132 +226,103 @@ def judge(state: TrainState, score: float) -> TrainState:
     )
 
 
-def given_up(config: TrainConfig, state: TrainState) -> bool:
-    """Whether validation has not become better for too long."""
-    return config.patience is not None and state.stale >= config.patience
+def out_of_patience(config: TrainConfig, state: TrainState) -> bool:
+    """Whether `--patience` validations have passed without improvement."""
+    patience = config.length.patience
+    return patience is not None and state.stale >= patience
 
 
-def clip_gradients(accelerator: Accelerator, model: nn.Module, most: float) -> Tensor:
-    """Shorten the gradients, if they are whole, to a norm of `most`; their norm before [].
-
-    0 where they are not whole yet, or where a loss scaler looks after those that overflow.
-    """
-    nothing = torch.zeros((), device=accelerator.device)
-    if not accelerator.sync_gradients:
-        return nothing
-    norm = accelerator.clip_grad_norm_(model.parameters(), most or inf)
-    return nothing if norm is None or accelerator.scaler is not None else norm
+def is_finished(setup: TrainSetup, state: TrainState) -> bool:
+    """Whether the last checkpoint is the end of the run."""
+    spent = setup.limits.progress(state.step, state.seconds) >= 1
+    return (spent and state.validated == state.step) or out_of_patience(setup.config, state)
 
 
-def validation_due(config: TrainConfig, budget: Budget, state: TrainState) -> bool:
-    """Whether these weights are to be scored now: every so often and at the end, but once."""
-    if state.validated == budget.step:
-        return False
-    return budget.spent or budget.step % config.eval_every == 0
-
-
-def uncompiled(config: TrainConfig) -> AbstractContextManager[None]:
-    """Run a compiled network eagerly: every size of validation image would be another graph."""
-    return torch.compiler.set_stance("force_eager") if config.compile else nullcontext()
-
-
-def seed_dropout(seed: int, position: Tensor) -> None:
-    """What is dropped belongs to the samples: after a resume it is the same."""
-    torch.manual_seed((seed * 2**40 + int(position[0])) % 2**63)
-
-
-def save(
-    checkpoints: Checkpoints,
-    state: TrainState,
-    learner: Learner,
-    accelerator: Accelerator,
-    *,
-    is_best: bool,
-) -> None:
-    """Copy a checkpoint on the main process, to be written beside training; the others wait."""
-    if accelerator.is_main_process:
-        checkpoints.save(state, learner, accelerator.scaler, is_best=is_best)
-    accelerator.wait_for_everyone()
+def save(t: Training, state: TrainState, checkpoints: Checkpoints, *, is_best: bool) -> None:
+    """Copy a checkpoint on the main process, which writes it in the background; others wait."""
+    if t.accelerator.is_main_process:
+        checkpoints.save(state, t.learner, t.accelerator.scaler, is_best=is_best)
+    t.accelerator.wait_for_everyone()
 
 
 def finish_saving(checkpoints: Checkpoints, accelerator: Accelerator) -> None:
-    """Wait on all ranks until what was saved is complete. Raises its RunError on the main one."""
+    """Wait on all ranks for the last write. Raises RunError on the main process if it failed."""
     checkpoints.wait()
     accelerator.wait_for_everyone()
 
 
-def refuse_many_skips(
-    config: TrainConfig, values: dict[str, float], num_samples: int, drawn: int
-) -> None:
-    """Raise RunError, on all ranks, where more samples were replaced than the user allows."""
-    allowed = config.max_bad_share * max(num_samples, drawn)
-    if values["train/skipped"] > allowed:
+def refuse_many_skips(t: Training, skipped: int) -> None:
+    """Raise RunError, on all ranks, if more samples were replaced than `--max-bad-share` allows."""
+    max_share = t.setup.config.batch.max_bad_share
+    drawn = (t.budget.step - t.first_step) * t.setup.global_batch_size
+    if skipped > max_share * max(t.setup.order.num_samples, drawn):
         raise RunError(
-            f"{values['train/skipped']:,} samples could not be decoded, more than "
-            f"--max-bad-share {config.max_bad_share} allows; they are named above: repair or "
-            "remove them and pack again, or raise it"
+            f"{skipped:,} samples could not be decoded, more than --max-bad-share {max_share} "
+            "allows; they are listed above: repair or remove them and pack again, or raise it"
         )
 
 
-def not_finite(found: NotFinite, config: TrainConfig, manifest: Manifest, order: Order) -> str:
-    """Which step, what of it, and which samples were in it."""
-    reader = ShardReader(config.data, manifest.splits["train"].shards)
-    samples = config.step_samples()
-    addresses = [order.locate((found.step - 1) * samples + i) for i in range(samples)]
-    keys = [reader.read(address).key for address in addresses[:8]]
-    more = f" and {len(addresses) - 8} more" if len(addresses) > 8 else ""
+def describe_not_finite(found: NotFinite, setup: TrainSetup) -> str:
+    """Return the error text: the step, the quantities that are not finite, the sample keys."""
+    reader = ShardReader(setup.config.data, setup.manifest.splits["train"].shards)
+    samples = setup.global_batch_size
+    positions = range((found.step - 1) * samples, found.step * samples)[:MAX_NAMED]
+    keys = [reader.read(setup.order.locate(position)).key for position in positions]
+    more = f" and {samples - MAX_NAMED} more" if samples > MAX_NAMED else ""
     return (
         f"step {found.step}: {', '.join(found.names)} not finite; its samples are "
         f"{', '.join(keys)}{more}; "
-        "lower --optim.lr, or look at them; the last checkpoint is whole"
+        "lower --optim.lr, or inspect them; the last checkpoint is intact"
     )
 
 
-def conclude(
-    config: TrainConfig,
-    budget: Budget,
+def finish_run(
+    setup: TrainSetup,
+    accelerator: Accelerator,
     state: TrainState,
     scores: Scores | None,
-    accelerator: Accelerator,
+    *,
+    interrupted: bool,
 ) -> int:
-    """Write RUN/state.json, say how it ended and how to go on; the exit code."""
-    # Schedulers may say it again; Python, as it ends, would leave it to the system, which kills.
+    """Write RUN/state.json, print the result and the next commands, return the exit code."""
+    # Schedulers may repeat the signal. At exit Python restores the default action, which kills.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    finished = not budget.interrupted
+    config = setup.config
     if accelerator.is_main_process:
-        go_on = f"unet train --data {config.data} --run-dir {config.run_dir}"
-        plain = {
-            "finished": finished,
-            "step": state.step,
-            "best": state.best,
-            "seconds": state.seconds,
-        }
-        write_json(
-            config.run_dir / "state.json",
-            {**plain, "go_on": None if finished else f"the same command again ({go_on} ...)"},
-        )
-        if not finished:
-            print(f"interrupted at step {state.step}, checkpoint saved; the same command goes on")
+        command = f"unet train --data {config.data} --run-dir {config.run_dir}"
+        resume = f"rerun the same command ({command} ...)" if interrupted else None
+        plain = {"finished": not interrupted, "step": state.step, "best": state.best}
+        plain |= {"seconds": state.seconds, "go_on": resume}
+        write_json(setup.folder.state, plain)
+        if interrupted:
+            print(
+                f"interrupted at step {state.step}, checkpoint saved; rerun the same command to "
+                "resume"
+            )
         elif scores is None:
-            print(f"{config.run_dir} had finished at step {state.step}")
-            print("to train on, raise its --steps, --epochs or --minutes")
+            print(f"{config.run_dir} had already finished at step {state.step}")
+            print("to train longer, raise its --steps, --epochs or --minutes")
         else:
-            why = f", no better for {state.stale} validations" if given_up(config, state) else ""
+            stale = f", no improvement for {state.stale} validations"
+            why = stale if out_of_patience(config, state) else ""
             print(f"finished at step {state.step}, {state.seconds:.0f} s{why}")
             print(table.table(scores))
             print(write_report_safely(config.run_dir, accelerator))
-        if finished:
-            checkpoint = f"--checkpoint {config.run_dir}"
-            print(f"next: unet evaluate {checkpoint} --data {config.data} --split val")
-            print(f"      unet predict {checkpoint} --input PICTURES --out MASKS --png --overlay")
-            print(f"      unet export {checkpoint} --format onnx --out model.onnx")
-    if budget.interrupted and accelerator.num_processes == 1:
-        return INTERRUPTED
-    return 0
+        if not interrupted:
+            print_next_commands(config)
+    return INTERRUPTED if interrupted and accelerator.num_processes == 1 else 0
+
+
+def print_next_commands(config: TrainConfig) -> None:
+    """Print how to evaluate, use and export the best checkpoint."""
+    checkpoint = f"--checkpoint {config.run_dir}"
+    print(f"next: unet evaluate {checkpoint} --data {config.data} --split val")
+    print(f"      unet predict {checkpoint} --input IMAGES --out MASKS --png --overlay")
+    print(f"      unet export {checkpoint} --format onnx --out model.onnx")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line."""
+    """Run the command line."""
     return run_command(TrainConfig, run, argv, "train")
 
 

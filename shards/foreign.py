@@ -25,6 +25,8 @@ COMPRESSED_MAGIC = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
 """First bytes of gzip, bzip2, xz and zstd files."""
 
 DECOMPRESS_REMEDY = "decompress it: samples are read by byte offset"
+IMAGE_EXT_REMEDY = "name the extension of the images, such as --image-ext jpg"
+"""Remedy where a sample has several members that could be its image."""
 COPY_REMEDY = "copy or write it again"
 
 SampleMembers = dict[Role, MemberRange]
@@ -41,15 +43,21 @@ class TarContents:
     """Number of members that belong to no sample, by kind."""
     problems: list[str] = field(default_factory=list)
     """Error messages of members that were refused."""
+    ambiguous: list[str] = field(default_factory=list)
+    """Samples with several members that could be the image, without the remedy."""
 
 
-def group_members(file: BinaryIO, path: Path | str, roles: Mapping[str, Role]) -> TarContents:
+def group_members(
+    file: BinaryIO, path: Path | str, roles: Mapping[str, Role], *, declared: bool
+) -> TarContents:
     """Group the members of a tar into samples, by the extensions of their names.
 
     Args:
         file: the open tar.
         path: its path or URL, for error messages.
         roles: {extension in lower case: role of the member}, the longest extension first.
+        declared: the user named the extensions of images, so that a key is everything before one;
+            otherwise members that WebDataset would give one key may be one sample.
 
     Raises DataError if the tar is truncated, damaged or not a tar.
     """
@@ -64,9 +72,36 @@ def group_members(file: BinaryIO, path: Path | str, roles: Mapping[str, Role]) -
                 contents.ignored[classify_ignored_member(member.name)] += 1
             else:
                 add_member(contents.samples, member, *parts, roles, path)
+        except AmbiguousImageError as error:
+            contents.ambiguous.append(str(error))
         except DataError as error:
             contents.problems.append(str(error))
+    if not declared:
+        contents.ambiguous += find_ambiguous_images(contents.samples, path)
     return contents
+
+
+class AmbiguousImageError(DataError):
+    """A sample has two members that could be its image."""
+
+
+def find_ambiguous_images(samples: Mapping[str, SampleMembers], path: Path | str) -> list[str]:
+    """Describe images without a mask of their own that WebDataset would give to one sample.
+
+    A dot may be part of a key (`img_0.5um.png`) or begin an extension (`000.depth.png`). Where
+    every such image has a mask, each is a sample.
+    """
+    groups: dict[str, list[SampleMembers]] = {}
+    for key, members in samples.items():
+        if "image" in members:
+            folder, _, name = key.rpartition("/")
+            groups.setdefault(f"{folder}/{name.partition('.')[0]}", []).append(members)
+    return [
+        f"{path}: {' and '.join(members['image'].name for members in group[:3])}"
+        f"{f' and {len(group) - 3} more' * (len(group) > 3)} may be images of one sample"
+        for group in groups.values()
+        if len(group) > 1 and not all("mask" in members for members in group)
+    ]
 
 
 def split_member_name(name: str, roles: Mapping[str, Role]) -> tuple[str, str] | None:
@@ -151,12 +186,12 @@ def add_member(
     sample = samples.setdefault(posixpath.normpath(key), {})
     if role in sample:
         other = sample[role].name
-        what = (
-            "occurs twice"
-            if member.name == other
-            else f"and {other} are two {role}s of the same key"
-        )
-        raise DataError(f"{path}: {member.name} {what}; keep one of them")
+        if posixpath.normpath(member.name) == posixpath.normpath(other):
+            raise DataError(f"{path}: {member.name} occurs twice; keep one of them")
+        what = f"{path}: {member.name} and {other} are two {role}s of the same key"
+        if role == "image":
+            raise AmbiguousImageError(what)
+        raise DataError(f"{what}; keep one of them")
     # The extensions by which readers of an .idx recognise these members.
     words = {"mask": MASK_EXTENSION, "json": INFO_EXTENSION, "border": BORDER_EXTENSION}
     word = words.get(role, extension)

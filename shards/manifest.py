@@ -24,6 +24,8 @@ MIN_SAMPLE_BYTES = 1024
 """Of a sample in a shard: the header and the content of its image, in blocks of 512 bytes."""
 MAX_SIDE = 2**31 - 1
 Level = Annotated[int, msgspec.Meta(ge=0, le=65535)]
+READING_RULES = ("exif", "frame", "resize")
+"""Fields of `image_format` that manifests had not at first."""
 MAX_SIZES = 4096
 """Distinct image sizes that a manifest lists; if there are more, they are rounded down."""
 
@@ -110,6 +112,12 @@ def write_manifest(store: Store, manifest: Manifest, within: str | None = None) 
     if manifest.border_sigma is None:
         # So that programs without support for border maps can read it.
         del plain["border_sigma"], plain["border_classes"]
+    for name in READING_RULES:
+        # As border maps: absent where it is the default.
+        if plain["image_format"][name] == getattr(
+            ImageFormat(manifest.image_format.channels), name
+        ):
+            del plain["image_format"][name]
     for info in plain["splits"].values():
         info["samples"] = sum(shard["samples"] for shard in info["shards"])
     text = json.dumps({"format": FORMAT, "version": VERSION, **plain}, indent=1) + "\n"

@@ -31,6 +31,14 @@ class RawSample:
     border: bytes | None = None
     """The member `border.png`; None if no border maps were packed."""
 
+    def require_image(self) -> bytes:
+        """Return the bytes of the image. Raises DataError if the sample has none, only a mask."""
+        if self.is_mask:
+            raise DataError(
+                f"{self.where} has a mask but no image; unet predict --include-image stores both"
+            )
+        return self.image
+
     def decode(self, image_format: ImageFormat, num_classes: int) -> Sample:
         """Decode image and mask. Raises DataError naming shard and key."""
         image, mask = self.decode_unconverted(image_format, num_classes)
@@ -44,7 +52,7 @@ class RawSample:
         Returns the image and class indices [H, W], None if unlabelled. Raises DataError naming
         shard and key.
         """
-        image = decode_unconverted(self.image, image_format, self.where)
+        image = decode_unconverted(self.require_image(), image_format, self.where)
         if self.mask is None:
             return image, None
         mask = decode_mask(self.mask, num_classes, self.where)

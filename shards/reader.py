@@ -25,6 +25,8 @@ MAX_OPEN_SHARDS = 128
 """Shards that one process keeps open: more than a stream has lanes."""
 BATCHES_PER_REQUEST = 4
 """Batches of remote samples that are requested at once."""
+SHARDS_PER_REQUEST = 64
+"""Shards whose `.idx` are requested at once."""
 MAX_OFFSETS_BYTES = 128 * 2**20
 """Memory for offsets per process: a million remote samples, or 32 million local ones."""
 MAX_GAP_BYTES = 2**16
@@ -255,6 +257,18 @@ class ShardReader:
             # Its thread holds a reference to it.
             weakref.finalize(self, self.prefetcher.close)
         self.prefetcher.schedule([self.shards[shard] for shard in shards])
+
+
+def iter_keys(reader: ShardReader) -> Iterator[tuple[Address, str]]:
+    """Yield the address (position: its number) and the key of every sample, from the `.idx`."""
+    position = 0
+    for first in range(0, len(reader.shards), SHARDS_PER_REQUEST):
+        some = range(first, min(first + SHARDS_PER_REQUEST, len(reader.shards)))
+        offsets = reader.open_offsets(some)
+        for shard in some:
+            for row in range(len(offsets[shard])):
+                yield Address(position, shard, row), offsets[shard][row].key
+                position += 1
 
 
 def open_shard(path: Path, info: ShardInfo) -> FileIO:

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -10,12 +10,15 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from shards.images.files import GREY16_MODES, ImageFormat, ImageRule, StoredImage, read_image
+from shards.images.files import ImageFormat, ImageRule, StoredImage, read_image
 from shards.images.pixels import build_scale_table
+from shards.images.tiff import GREY16_MODES
 from shards.manifest import SizeCount, merge_size_counts
 from shards.masks.borders import BorderRule
 from shards.masks.canonical import CanonicalMask, read_mask
 from shards.masks.formats import MaskFormat
+from shards.masks.readings import Occurrence, Reading
+from shards.outliers import Extremes, Outlier
 from shards.sample import IGNORE, Channels, DataError, Palette
 
 Histogram = NDArray[np.int64]
@@ -44,6 +47,10 @@ class StoredSample:
     mask: CanonicalMask | None
     digest: str
     """sha256 of the image file; empty if no other file can be equal."""
+    name: str = ""
+    """Name of the image file in messages."""
+    mask_name: str = ""
+    """Name of the mask file in messages."""
 
 
 def read_sample(
@@ -72,12 +79,14 @@ def read_sample(
     stored = read_image(image, rule.images, image_where, pixels=pixels)
     digest = "" if unique else hashlib.sha256(image).hexdigest()
     if mask is None or rule.masks is None:
-        return StoredSample(stored, None, digest)
+        return StoredSample(stored, None, digest, image_where)
     changed = rule.images.resize is not None or rule.resize_mask
     pixels = pixels or changed or rule.border is not None
     canonical = read_mask(
         mask, rule.masks, rule.palette, mask_where, rule=rule.images, pixels=pixels
     )
+    refuse_other_orientation(canonical, stored, rule, mask_where, image_where)
+    stored = replace(stored, notes=(*stored.notes, *canonical.notes))
     if canonical.size != stored.full_size:
         scaled = has_same_aspect(canonical.size, stored.full_size)
         if not (scaled and rule.resize_mask):
@@ -89,7 +98,21 @@ def read_sample(
         stored = replace(stored, notes=(*stored.notes, "mask"))
     if canonical.size != stored.size:
         canonical = canonical.resize(stored.size)
-    return StoredSample(stored, canonical, digest)
+    return StoredSample(stored, canonical, digest, image_where, mask_where)
+
+
+def refuse_other_orientation(
+    mask: CanonicalMask, image: StoredImage, rule: SampleRule, mask_where: str, image_where: str
+) -> None:
+    """Raise DataError if a mask alone is rotated by its EXIF orientation."""
+    ignored = rule.images.exif == "ignore"
+    if mask.orientation and mask.orientation != image.orientation and not ignored:
+        has = f"EXIF orientation {image.orientation}" if image.orientation else "none"
+        raise DataError(
+            f"{mask_where} has EXIF orientation {mask.orientation}, but its image {image_where} "
+            f"has {has}; remove the orientation from the mask, or add --exif ignore to read both "
+            "as stored"
+        )
 
 
 def suggest_size_remedy(mask_size: tuple[int, int], image: StoredImage) -> str:
@@ -124,9 +147,12 @@ class SampleStatistics:
         self.notes: Counter[str] = Counter()
         self.values: set[int] = set()
         """Pixel values that occur in the mask files."""
+        self.readings: dict[Reading, Occurrence] = {}
+        """How often each value became a class, and in which mask first."""
         self.digests: list[str] = []
         """sha256 of each image, in order; empty if the sample was omitted or is unique."""
         self.channels: set[Channels] = set()
+        self.extremes = Extremes()
 
     def add(self, sample: StoredSample) -> None:
         """Add a sample."""
@@ -135,15 +161,24 @@ class SampleStatistics:
         self.notes.update(image.notes)
         self.digests.append(sample.digest)
         self.channels.add(image.channels)
+        self.extremes.add(sample.name, image.channels, image.full_size)
         if image.image is not None:
             kind, levels = count_levels(image.image, image.channels)
             self.levels[kind] = self.levels.get(kind, 0) + levels
         if sample.mask is not None:
             self.mask_modes[sample.mask.mode] += 1
+            self.add_readings({r: Occurrence(1, sample.mask_name) for r in sample.mask.readings})
             if sample.mask.class_map is not None:
                 self.pixels += sample.mask.class_map.pixels
                 self.images += sample.mask.class_map.pixels > 0
+                self.extremes.add_mask(sample.name, sample.mask.class_map.pixels)
                 self.values.update(sample.mask.class_map.values)
+
+    def add_readings(self, readings: Mapping[Reading, Occurrence]) -> None:
+        """Add readings of masks."""
+        for reading, occurrence in readings.items():
+            known = self.readings.get(reading)
+            self.readings[reading] = occurrence if known is None else known + occurrence
 
     def add_omitted(self) -> None:
         """Add an empty digest for a sample that is not packed, so that digests stay aligned."""
@@ -159,8 +194,17 @@ class SampleStatistics:
         self.mask_modes.update(other.mask_modes)
         self.notes.update(other.notes)
         self.values |= other.values
+        self.add_readings(other.readings)
         self.digests += other.digests
         self.channels |= other.channels
+        self.extremes.merge(other.extremes)
+
+    def find_outliers(self, classes: Sequence[str]) -> list[Outlier]:
+        """Find the images that stand out; `classes`: names by index."""
+        count = len(classes)
+        return self.extremes.find_outliers(
+            classes, self.pixels[:count].tolist(), self.images[:count].tolist()
+        )
 
     def size_counts(self) -> tuple[SizeCount, ...]:
         """Return the number of images of each size and mode, the most common first."""
@@ -180,8 +224,13 @@ class SampleStatistics:
             "mask_modes": dict(sorted(self.mask_modes.items())),
             "notes": dict(sorted(self.notes.items())),
             "values": sorted(self.values),
+            "readings": [
+                [r.index, r.value, r.bits, r.colour, n.masks, n.first]
+                for r, n in self.readings.items()
+            ],
             "digests": self.digests,
             "channels": sorted(self.channels),
+            "extremes": self.extremes.to_plain(),
         }
 
     @classmethod
@@ -195,8 +244,12 @@ class SampleStatistics:
         statistics.mask_modes = Counter(plain["mask_modes"])
         statistics.notes = Counter(plain["notes"])
         statistics.values = set(plain["values"])
+        for index, value, bits, colour, masks, first in plain["readings"]:
+            reading = Reading(index, value, bits, None if colour is None else tuple(colour))
+            statistics.readings[reading] = Occurrence(masks, first)
         statistics.digests = plain["digests"]
         statistics.channels = set(plain["channels"])
+        statistics.extremes = Extremes.from_plain(plain["extremes"])
         return statistics
 
 

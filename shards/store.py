@@ -283,7 +283,7 @@ class Store:
             else:
                 file = self.local / name
                 file.parent.mkdir(parents=True, exist_ok=True)
-                file = file.with_name(f".{file.name}.{secrets.token_hex(8)}.tmp")
+                file = file.with_name(f".{secrets.token_hex(8)}.tmp")
             try:
                 with file.open("wb") as out:
                     out.writelines(lines)

@@ -76,7 +76,8 @@ class ShardWriter:
         self.stream.flush_to_disk()
         index = "\n".join([f"v1.2 {len(self.lines)}", *self.lines]) + "\n"
         # The lock of the shard also protects the temporary name of its .idx.
-        write_atomically(self.path.with_suffix(".idx"), index.encode(), unique="")
+        offsets = self.path.with_suffix(".idx")
+        write_atomically(offsets, index.encode(), unique=offsets.name)
         self.sealed = True
         return ShardFile(
             self.path.name, len(self.lines), self.stream.size, self.stream.digest.hexdigest()
@@ -179,10 +180,11 @@ def write_atomically(
         durable: flush to disk before returning, so that the file survives a power failure.
         within: folder on the same disk for the temporary file, which remains if the process is
             killed; removing that folder at the end of a job removes it too.
-        unique: part of the temporary name that differs between concurrent writers; default: random.
+        unique: temporary name that differs between concurrent writers; default: random.
     """
-    unique = secrets.token_hex(4) if unique is None else unique
-    temporary = (within or path.parent) / f".{path.name}.{unique}.tmp"
+    unique = secrets.token_hex(8) if unique is None else unique
+    # Not longer than the final name, which may have as many bytes as a name can have.
+    temporary = (within or path.parent) / f".{unique}.tmp"
     try:
         with temporary.open("wb") as file:
             file.write(data)

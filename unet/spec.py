@@ -29,6 +29,14 @@ class DataSpec:
     """Values of 16-bit images that are mapped to 0 and 255; None: 8-bit images only."""
     alpha: Literal["refuse", "drop"] = "refuse"
     """Images with transparent pixels are refused, or used without their alpha channel."""
+    max_pixels: int = 1_000_000_000
+    """Images that declare more pixels are refused."""
+    exif: Literal["upright", "ignore"] = "upright"
+    """Files with an EXIF orientation are rotated upright, or not."""
+    frame: int | None = None
+    """Index of the frame of files with several; None: they are refused."""
+    resize: int | None = None
+    """Pixels that the longer side of a file is scaled down to; None: it keeps its size."""
 
     def __post_init__(self) -> None:
         channels = {"L": 1, "RGB": 3}[self.channels]

@@ -72,7 +72,7 @@ class TileConfig:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
 
     @property
-    def num_together(self) -> int:
+    def effective_batch_size(self) -> int:
         """The batch size, or `BATCH_SIZE` if none is set."""
         return BATCH_SIZE if self.batch_size is None else self.batch_size
 
@@ -122,8 +122,8 @@ def predict_blocks(
     blend = Blend(rows, columns) if not network.margin and len(rows) * len(columns) > 1 else None
     places = [*product(range(len(images)), range(len(rows)), range(len(columns)))]
     one_tile_each = len(places) == len(images)
-    for first in range(0, len(places), config.num_together):
-        some = places[first : first + config.num_together]
+    for first in range(0, len(places), config.effective_batch_size):
+        some = places[first : first + config.effective_batch_size]
         tiles = stack_tiles([read_tile(images[n], rows, columns, i, j) for n, i, j in some])
         probability = predict_tiles(forward, tiles, config.tta)
         count = len(some) if one_tile_each and takes_batches(probability.device) else 1

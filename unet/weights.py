@@ -21,7 +21,7 @@ def save_model(model: nn.Module, header: dict[str, Any], folder: Path) -> None:
     """Write `model.safetensors` and `config.json` (the header) into an existing folder."""
     tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    (folder / HEADER).write_text(json.dumps(header, indent=2) + "\n")
+    (folder / HEADER).write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")
 
 
 def find_folder(model_id: str, **download: Any) -> Path:

@@ -1,4 +1,4 @@
-"""Scores image by image: counted on each rank, brought together, written as `scores.csv`."""
+"""Scores per image: counted on each rank, gathered, and written as `scores.csv`."""
 
 import csv
 import os
@@ -17,55 +17,55 @@ from shards.order import EvalPlan
 from unet import Empty
 
 SCORES_CSV = "scores.csv"
-MOST_GATHERED = 2**22
-"""Numbers of one rank that are brought together at one time."""
+MAX_GATHERED = 2**22
+"""Numbers that each rank sends in one gather."""
 LINES = 4096
-"""Images whose counts are turned into scores at one time."""
+"""Images whose scores are computed together."""
 Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
-class Coming:
-    """Counts of a batch on their way from the device."""
+class PendingCounts:
+    """Counts of a batch that are being copied from the device."""
 
     own: NDArray[np.int64]
-    """Rows of the images [B]."""
+    """Rows of the images [B] on this rank."""
     size: tuple[int, int]
     """Height and width."""
     counted: Tensor
     """int64 [B, 3 K], on the CPU."""
     arrived: torch.cuda.Event | None
-    """Of a GPU: when they are there; None: now."""
+    """Recorded when the copy from a GPU is complete; None on a CPU."""
 
 
 class ImageCounts:
-    """What was counted in each image of a split: 12 bytes for each class, no Python object.
+    """Counts per image of a split: 12 bytes per class, no Python objects.
 
-    Width, height, then true positives, false positives and false negatives of each of K classes:
-    `rows`, uint32 [N, 2 + 3 K], in the order of the split. A rank holds those of its own images,
-    which follow each other; `gather` gives all of them to the main process.
+    `rows`, uint32 [N, 2 + 3 K], in the order of the split: width, height, then true positives,
+    false positives and false negatives of each of K classes. A rank holds those of its own images,
+    which are consecutive; `gather` collects all of them on the main process.
     """
 
     def __init__(
         self, sizes: tuple[int, ...], num_classes: int, *, batch_size: int, rank: int, world: int
     ) -> None:
-        """`sizes`: samples of each shard; `batch_size`: as they are read, which decides whose."""
+        """`sizes`: samples per shard; `batch_size`: of reading, which assigns images to ranks."""
         plans = [EvalPlan(sizes, batch_size, some, world) for some in range(world)]
         ends = [min(plan.chunk_bounds()[1] * batch_size, sum(sizes)) for plan in plans]
         self.ranges = [*zip([0, *ends[:-1]], ends, strict=True)]
         self.num_classes = num_classes
         self.first, last = self.ranges[rank]
         self._rows = np.zeros((last - self.first, 2 + 3 * num_classes), dtype=np.uint32)
-        self._coming: Coming | None = None
+        self._pending: PendingCounts | None = None
 
     def update(self, confusion: Tensor, position: Tensor, size: tuple[int, int]) -> None:
-        """Count images of one size (height, width) by their confusions.
+        """Add images of one size.
 
-        They arrive while the device goes on, and become rows at the next call, or when asked for.
+        Their counts are copied while the device computes, and stored at the next call or read.
 
         Args:
-            confusion: int64 [B, K, K], of `unet.confusion_per_image`.
-            position: int64 [B], on the CPU: where in the split the images are.
+            confusion: int64 [B, K, K], from `unet.confusion_per_image`.
+            position: int64 [B], on the CPU: positions of the images in the split.
             size: height and width.
         """
         tp = confusion.diagonal(dim1=1, dim2=2)
@@ -76,69 +76,69 @@ class ImageCounts:
         if on_gpu:
             arrived = torch.cuda.Event()
             arrived.record()
-        self._take_in()
-        self._coming = Coming(position.numpy() - self.first, size, counted, arrived)
+        self._store_pending()
+        self._pending = PendingCounts(position.numpy() - self.first, size, counted, arrived)
 
     @property
     def rows(self) -> NDArray[np.uint32]:
-        """Of all images counted so far on this rank, uint32 [N, 2 + 3 K]."""
-        self._take_in()
+        """Counts of the images of this rank, uint32 [N, 2 + 3 K]."""
+        self._store_pending()
         return self._rows
 
-    def _take_in(self) -> None:
-        """Fill the rows of the images that were counted last."""
-        if (coming := self._coming) is None:
+    def _store_pending(self) -> None:
+        """Wait for the pending counts and store them."""
+        if (coming := self._pending) is None:
             return
         if coming.arrived is not None:
             coming.arrived.synchronize()
         height, width = coming.size
         self._rows[coming.own, :2] = width, height
         self._rows[coming.own, 2:] = coming.counted.numpy()
-        self._coming = None
+        self._pending = None
 
     def gather(self, accelerator: Accelerator) -> NDArray[np.uint32] | None:
-        """The rows of the whole split on the main process, None elsewhere.
+        """Gather the rows of all ranks on the main process; returns None elsewhere.
 
-        Every rank must make the call. Some rows travel at a time, as whole numbers.
+        Every rank must call this. Rows are gathered in parts, as integers.
         """
         columns, num_images = self.rows.shape[1], self.ranges[-1][1]
         is_main = accelerator.is_main_process
         whole = np.zeros((num_images, columns), np.uint32) if is_main else None
-        most = max(last - first for first, last in self.ranges)
-        size = min(most, MOST_GATHERED // columns)
-        for begin in range(0, most, size):
-            mine = self.rows[begin : begin + size].astype(np.int64)
+        max_rows = max(last - first for first, last in self.ranges)
+        size = min(max_rows, MAX_GATHERED // columns)
+        for start in range(0, max_rows, size):
+            mine = self.rows[start : start + size].astype(np.int64)
             padded = np.pad(mine, ((0, size - len(mine)), (0, 0)))
             everyone = accelerator.gather(torch.from_numpy(padded).to(accelerator.device))
             assert isinstance(everyone, Tensor)
             if whole is None:
                 continue
             for part, (first, last) in zip(everyone.split(size), self.ranges, strict=True):
-                here = whole[first + begin : min(first + begin + size, last)]
+                here = whole[first + start : min(first + start + size, last)]
                 here[:] = part[: len(here)].cpu().numpy()
         return whole
 
 
 @dataclass(frozen=True, slots=True)
 class ImageScores:
-    """Scores of N images; NaN where the policy gives none."""
+    """Scores of N images; NaN if undefined by the policy for empty masks."""
 
     macro: Floats
-    """Means over the classes that count [N, 2]: Dice, IoU."""
+    """Means over the counted classes [N, 2]: Dice, IoU."""
     classes: Floats
-    """Of each class [N, 2, K]: Dice, IoU."""
+    """Scores per class [N, 2, K]: Dice, IoU."""
 
 
 def image_scores(
     rows: NDArray[np.uint32], counted: tuple[int, ...], empty: Empty = "skip"
 ) -> ImageScores:
-    """The scores of images from their counts, by the formulas and policy of `unet.metrics`."""
+    """Compute scores per image from counts, by the formulas and policy of `unet.metrics`."""
     tp, fp, fn = np.split(rows[:, 2:].astype(np.int64), 3, axis=1)
     both = 2 * tp + fp + fn
     present = both > 0
     ratios = [(2 * tp) / np.maximum(both, 1), tp / np.maximum(both - tp, 1)]
     classes = np.stack(ratios, axis=1)
-    # An image without a pixel that counts says nothing of any class.
+    # An image without counted pixels has no score.
     absent = np.where(present.any(axis=1), {"skip": np.nan, "one": 1.0, "zero": 0.0}[empty], np.nan)
     classes = np.where(present[:, None], classes, absent[:, None, None])
     of = classes[:, :, list(counted)]
@@ -158,10 +158,10 @@ def write_scores(
     counted: tuple[int, ...],
     empty: Empty,
 ) -> Floats:
-    """A line for each image, in the order of the split: key, width, height and its scores.
+    """Atomically write a line per image, in the order of the split: key, width, height, scores.
 
-    A cell is empty where there is no score. The file is there whole or not at all. Returns the
-    Dice of each image [N], a mean over the classes that count, NaN where there is none.
+    A cell without a score is empty. Returns the Dice of each image [N], averaged over the counted
+    classes; NaN if undefined.
     """
     names = [f"{score}/{name}" for score in ("dice", "iou") for name in classes]
     temporary = path.with_name(f".{path.name}.tmp")
@@ -169,10 +169,10 @@ def write_scores(
     with temporary.open("w", newline="", encoding="utf-8") as file:
         lines = csv.writer(file, lineterminator="\n")
         lines.writerow(["key", "width", "height", "dice", "iou", *names])
-        for begin in range(0, len(rows), LINES):
-            part = rows[begin : begin + LINES]
+        for start in range(0, len(rows), LINES):
+            part = rows[start : start + LINES]
             scores = image_scores(part, counted, empty)
-            dice[begin : begin + LINES] = scores.macro[:, 0]
+            dice[start : start + LINES] = scores.macro[:, 0]
             values = np.concatenate([scores.macro, scores.classes.reshape(len(part), -1)], axis=1)
             for (width, height), numbers in zip(part[:, :2].tolist(), values.tolist(), strict=True):
                 cells = ("" if number != number else number for number in numbers)
@@ -182,15 +182,15 @@ def write_scores(
 
 
 def split_keys(data: DataSet, split: str) -> Iterator[str]:
-    """The keys of a split in its order, out of the shards' indexes."""
+    """Yield the keys of a split in its order, from the .idx files."""
     reader = data.reader(split)
     for number, shard in enumerate(reader.shards):
         index = reader.open_offsets([number])[number]
         yield from (index[row].key for row in range(shard.samples))
 
 
-def lowest(dice: Floats, most: int) -> list[int]:
-    """The places of the lowest numbers of dice [N], at most so many; NaN is none of them."""
+def lowest(dice: Floats, max_images: int) -> list[int]:
+    """Return the indices of the lowest `dice` [N], without NaN, lowest first."""
     known = np.flatnonzero(~np.isnan(dice))
     order = np.argsort(dice[known], kind="stable")
-    return known[order[:most]].tolist()
+    return known[order[:max_images]].tolist()

@@ -1,12 +1,11 @@
-"""Scores of a model over a split: exact, for any number of ranks."""
+"""Scores of a split, exact for any number of ranks."""
 
-import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from tqdm import tqdm
 
 from pipelines.evaluation.per_image import ImageCounts
 from pipelines.loading.batches import eval_batches
@@ -14,6 +13,7 @@ from pipelines.loading.dataset import DataSet
 from pipelines.loading.stages import Batch
 from pipelines.model.forward import make_forward
 from pipelines.model.load import require_spec
+from pipelines.runtime.progress import progress
 from shards.sample import DataError
 from unet import (
     Empty,
@@ -28,59 +28,22 @@ from unet import (
 from unet.spec import counted_classes
 
 Predict = Callable[[Iterator[Batch]], Iterator[tuple[Batch, Tensor]]]
-"""Batches -> each of them with its predicted class indices, uint8 [B, H, W]."""
+"""Batches -> each batch with its predicted class indices, uint8 [B, H, W]."""
 
 
-@torch.inference_mode()
-def count_split(
-    predict: Predict,
-    accelerator: Accelerator,
-    data: DataSet,
-    split_name: str,
-    *,
-    batch_size: int,
-    empty: Empty = "skip",
-    surface: SurfaceScores | None = None,
-    images: ImageCounts | None = None,
-) -> Scores:
-    """Compare predictions with the masks of every image of a split, at its own size.
+@dataclass(frozen=True, slots=True)
+class Metrics:
+    """What is counted in a split, besides its confusion matrix."""
 
-    Ranks meet once, when the counts are added. Every rank must call this; all get the scores.
-    `surface`, on the accelerator's device, and `images` are shown the same images; what they
-    counted is left to the caller. Raises DataError if not every sample was seen.
-    """
-    split, classes = data.manifest.split(split_name, data.store), data.manifest.classes
-    metric = SegmentationScores(classes, counted_classes(classes), empty).to(accelerator.device)
-    batches = eval_batches(
-        data,
-        split_name,
-        batch_size=batch_size,
-        rank=accelerator.process_index,
-        world=accelerator.num_processes,
-        pin=accelerator.device.type == "cuda",
-    )
-    with tqdm(
-        total=split.samples,
-        desc=f"evaluate {split_name}",
-        unit="image",
-        leave=False,
-        disable=not (sys.stderr.isatty() and accelerator.is_main_process),
-    ) as bar:
-        for batch, prediction in predict(batch.to(accelerator.device) for batch in batches):
-            confusion = confusion_per_image(prediction, batch.mask, len(classes))
-            metric.add(confusion)
-            if surface is not None:
-                surface.update(prediction, batch.mask)
-            if images is not None:
-                height, width = batch.mask.shape[1:]
-                images.update(confusion, batch.position, (height, width))
-            bar.update(len(batch.position) * accelerator.num_processes)
-    scores = metric.scores()
-    if scores.num_images != split.samples:
-        raise DataError(
-            f"{scores.num_images} samples of {split_name} were scored, it has {split.samples}"
-        )
-    return scores
+    empty: Empty = "skip"
+    """Score of a class that is absent from mask and prediction."""
+    surface: SurfaceScores | None = None
+    """Boundary scores, on the accelerator's device; the caller reduces them."""
+    images: ImageCounts | None = None
+    """Counts per image of this rank; the caller gathers them."""
+
+
+MEANS_ONLY = Metrics()
 
 
 @torch.inference_mode()
@@ -88,19 +51,11 @@ def score(
     model: UNet,
     accelerator: Accelerator,
     data: DataSet,
-    split_name: str,
+    split: str,
     tiles: TileConfig,
-    *,
-    empty: Empty = "skip",
-    surface: SurfaceScores | None = None,
-    images: ImageCounts | None = None,
+    metrics: Metrics = MEANS_ONLY,
 ) -> Scores:
-    """Score the unwrapped model on every image of a split, at its own size.
-
-    Ranks meet once, when the counts are added. Every rank must call this; all get the scores.
-    `surface`, on the accelerator's device, and `images` are shown the same images; what they
-    counted is left to the caller. Raises DataError if not every sample was seen.
-    """
+    """Predict every image of a split with the unwrapped model and score it; see `count_split`."""
     spec, was_training = require_spec(model), model.training
     assert spec.classes == data.manifest.classes
     forward = make_forward(model, accelerator)
@@ -111,15 +66,57 @@ def score(
             yield batch, prediction
 
     model.eval()
-    scores = count_split(
-        predict,
-        accelerator,
-        data,
-        split_name,
-        batch_size=tiles.num_together,
-        empty=empty,
-        surface=surface,
-        images=images,
-    )
+    scores = count_split(predict, accelerator, data, split, tiles.effective_batch_size, metrics)
     model.train(was_training)
+    return scores
+
+
+@torch.inference_mode()
+def count_split(
+    predict: Predict,
+    accelerator: Accelerator,
+    data: DataSet,
+    split: str,
+    batch_size: int,
+    metrics: Metrics = MEANS_ONLY,
+) -> Scores:
+    """Compare predictions with the masks of every image of a split, at its own size.
+
+    The only communication is the reduction of the counts at the end. Every rank must call this and
+    gets the scores. Raises DataError if not every sample was counted.
+    """
+    num_samples = data.manifest.split(split, data.store).samples
+    classes, device = data.manifest.classes, accelerator.device
+    confusions = SegmentationScores(classes, counted_classes(classes), metrics.empty).to(device)
+    batches = eval_batches(
+        data,
+        split,
+        batch_size=batch_size,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+        pin=device.type == "cuda",
+    )
+    with progress(
+        total=num_samples,
+        desc=f"evaluate {split}",
+        unit="image",
+        leave=False,
+        disable=not accelerator.is_main_process,
+    ) as bar:
+        for batch, prediction in predict(batch.to(device) for batch in batches):
+            confusion = confusion_per_image(prediction, batch.mask, len(classes))
+            confusions.add(confusion)
+            if metrics.surface is not None:
+                metrics.surface.update(prediction, batch.mask)
+            if metrics.images is not None:
+                height, width = batch.mask.shape[1:]
+                metrics.images.update(confusion, batch.position, (height, width))
+            # An estimate: the other ranks are about as far.
+            estimate = len(batch.position) * accelerator.num_processes
+            bar.update(min(estimate, num_samples - bar.n))
+    scores = confusions.scores()
+    if scores.num_images != num_samples:
+        raise DataError(
+            f"{scores.num_images} samples of {split} were scored, but it has {num_samples}"
+        )
     return scores

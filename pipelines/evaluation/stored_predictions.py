@@ -15,20 +15,18 @@ from torch import Tensor
 
 from pipelines.drawing.panels import Example
 from pipelines.evaluation.per_image import split_keys
-from pipelines.inference.job import JOB
+from pipelines.inference.input_rules import JOB
 from pipelines.loading.dataset import DataSet
-from pipelines.loading.stages import Batch, require_mask
+from pipelines.loading.stages import Batch
 from shards.manifest import Manifest, read_manifest
 from shards.masks.png import decode_mask
-from shards.order import Address, EvalPlan
-from shards.reader import ShardReader
+from shards.order import Address
+from shards.reader import ShardReader, iter_keys
 from shards.sample import IGNORE, AggregateDataError, DataError, Uint8, encode_key
 from shards.store import Store
 
 PREFETCH = 4
-"""Batches whose predictions are read ahead."""
-INDEXES = 64
-"""Shard indexes that are requested together."""
+"""Batches whose predictions are prefetched."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,16 +49,16 @@ class StoredPredictions:
 
         Raises DataError if a prediction is damaged or differs from its image in size.
         """
-        waiting: deque[tuple[Batch, Future[Uint8]]] = deque()
+        pending: deque[tuple[Batch, Future[Uint8]]] = deque()
         with ThreadPoolExecutor(1) as thread:
             for batch in batches:
                 size = (batch.mask.shape[1], batch.mask.shape[2])
                 read = thread.submit(self.read, batch.position.tolist(), size)
-                waiting.append((batch, read))
-                if len(waiting) > PREFETCH:
-                    yield self.collect(*waiting.popleft())
-            while waiting:
-                yield self.collect(*waiting.popleft())
+                pending.append((batch, read))
+                if len(pending) > PREFETCH:
+                    yield self.collect(*pending.popleft())
+            while pending:
+                yield self.collect(*pending.popleft())
 
     def collect(self, batch: Batch, read: Future[Uint8]) -> tuple[Batch, Tensor]:
         """Wait for the predictions of a batch and move them to its device."""
@@ -96,14 +94,8 @@ class StoredPredictions:
 
     def load_examples(self, positions: Sequence[int]) -> Iterator[Example]:
         """Load the images at some positions of the split, with mask and prediction."""
-        reader, form = self.data.reader(self.split), self.data.manifest.image_format
-        sizes = tuple(shard.samples for shard in reader.shards)
-        for position in positions:
-            # With as many ranks as samples, the rank that has this sample.
-            ((address,),) = EvalPlan(sizes, 1, position, sum(sizes)).batches(0, 1)
-            raw = reader.read(address)
-            sample = raw.decode(form, len(self.manifest.classes))
-            mask = require_mask(sample.mask, raw)
+        samples = self.data.samples(self.split, positions)
+        for position, (sample, mask) in zip(positions, samples, strict=True):
             (prediction,) = self.read([position], (mask.shape[0], mask.shape[1]))
             yield Example(sample.key, sample.image, mask, prediction)
 
@@ -135,7 +127,7 @@ def open_predictions(place: str, data: DataSet, split: str) -> StoredPredictions
     others: list[str] = []
     duplicates: list[str] = []
     num_others = 0
-    for shard, row, key in all_keys(reader):
+    for (_, shard, row), key in iter_keys(reader):
         position = keys.get(key)
         if position is None:
             num_others += 1
@@ -165,16 +157,6 @@ def open_predictions(place: str, data: DataSet, split: str) -> StoredPredictions
 def predicted_key(key: str) -> str:
     """Return the key of an image's prediction: encoded, if a foreign tool packed it unencoded."""
     return key if re.fullmatch(r"[A-Za-z0-9_%/-]+", key) else encode_key(f"{key}.png")
-
-
-def all_keys(reader: ShardReader) -> Iterator[tuple[int, int, str]]:
-    """Yield shard, row and key of every sample."""
-    for first in range(0, len(reader.shards), INDEXES):
-        some = range(first, min(first + INDEXES, len(reader.shards)))
-        indexes = reader.open_offsets(some)
-        for shard in some:
-            for row in range(len(indexes[shard])):
-                yield shard, row, indexes[shard][row].key
 
 
 def read_job(store: Store) -> dict[str, Any]:

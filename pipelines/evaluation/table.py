@@ -4,30 +4,28 @@ from typing import Any
 
 from unet import Scores, Surface
 
-SCORES = "scores.json"
-
 
 def show(value: float | None) -> str:
-    """A score in eight characters."""
+    """Format a score in eight characters."""
     return "     n/a" if value is None else f"{value:8.4f}"
 
 
 def headline(scores: Scores, split: str) -> str:
-    """The mean scores in a line."""
+    """Format the mean scores in a line."""
     dice, iou = show(scores.macro.dice).strip(), show(scores.macro.iou).strip()
     return f"{split}/dice {dice}, {split}/iou {iou}"
 
 
 def show_surface(hd95: float | None, surface_dice: float | None, failures: int) -> str:
-    """Three columns of the table."""
+    """Format the three boundary columns of the table."""
     distance = f"{'n/a':>9}" if hd95 is None else f"{hd95:9.2f}"
     return f"{distance}{show(surface_dice)}{failures:8d}"
 
 
 def table(scores: Scores, surface: Surface | None = None) -> str:
-    """The scores for people: a line for each class, then the means.
+    """Format the scores as a table: a line per class, then the means.
 
-    HD95 is in pixels; it and surface Dice are means per image in every line.
+    HD95, in pixels, and surface Dice are means over images in every line.
     """
     width = max(12, *(len(c.name) for c in scores.classes)) + 2
     more = "" if surface is None else "     HD95   sDice  failed"
@@ -51,7 +49,7 @@ def table(scores: Scores, surface: Surface | None = None) -> str:
 
 
 def to_plain(scores: Scores, surface: Surface | None = None) -> dict[str, Any]:
-    """What `scores.json` holds."""
+    """Return the content of `scores.json`."""
     plain = scores.to_plain()
     if surface is not None:
         plain["surface_tolerance"] = surface.tolerance
@@ -67,7 +65,7 @@ def to_plain(scores: Scores, surface: Surface | None = None) -> dict[str, Any]:
 
 
 def named(scores: Scores, split: str) -> dict[str, float | None]:
-    """The scores by the names that metrics.jsonl and the tracker use."""
+    """Return the scores by their names in metrics.jsonl and the tracker."""
     values = {f"{split}/dice": scores.macro.dice, f"{split}/iou": scores.macro.iou}
     for c in scores.classes:
         values[f"{split}/dice/{c.name}"] = c.dice

@@ -4,7 +4,9 @@ What a compiled network computes differs in the last bits from what it computes 
 what another graph of it does. Left alone, PyTorch makes one for the first shape that it sees, a
 general one for the others, and gives up after eight; then bytes would depend on which image a rank
 sees first, and on interruptions. So one graph is made, for full batches of tiles as large as those
-of the first image of the job. Other batches, such as the last one of a shard, run uncompiled.
+of the first image of the job. Other batches, such as the last one of a shard, run uncompiled; so
+does everything after a batch that did not fit into the memory of the GPU, which is printed, since
+the bytes then depend on the free memory.
 """
 
 import sys

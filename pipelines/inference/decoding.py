@@ -1,4 +1,4 @@
-"""Images that are to be predicted, decoded in worker processes in the order of their numbers."""
+"""Decode the images to predict in worker processes, in the order of their numbers."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -14,8 +14,8 @@ from torch.utils.data import IterableDataset, get_worker_info
 from pipelines.inference.input_readers import EncodedImage, Inputs
 from pipelines.runtime.errors import describe_read_error
 from pipelines.runtime.shared_memory import Buffers, keep_freed_memory
-from shards.images.files import ImageFormat, ImageRule, open_image, read_image
-from shards.images.pixels import decode_image, probe_upright_jpeg
+from shards.images.files import ImageFormat, open_image, read_image
+from shards.images.pixels import decode_file, probe_upright_jpeg
 from shards.sample import DataError, is_safe_path
 
 
@@ -30,23 +30,24 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """One input on its way to the model: an image, or why there is none."""
+    """One decoded input: an image, or the error."""
 
     key: str
     source: str
     image: Tensor | None
-    """uint8 [C, H, W], channels last in memory; None where there is none, or it is needed no
-    more."""
+    """uint8 [C, H, W], channels last in memory; None if there is none or it is no longer needed."""
     error: str | None = None
     file: bytes = b""
-    """The image as it is stored beside its mask; empty where it is not."""
+    """The image as it is stored beside its mask; empty if it is not stored."""
     extension: str = ""
     """Of `file`, in lower case."""
+    full_size: tuple[int, int] | None = None
+    """(width, height) of the file if the image was scaled down."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cutting:
-    """How the inputs are cut into output shards, and these into chunks."""
+    """Cuts the inputs into output shards, and these into chunks."""
 
     num_inputs: int
     samples_per_shard: int
@@ -54,16 +55,16 @@ class Cutting:
 
     @property
     def num_shards(self) -> int:
-        """Output shards."""
+        """Number of output shards."""
         return -(-self.num_inputs // self.samples_per_shard)
 
     def size(self, shard: int) -> int:
-        """Inputs of one output shard."""
+        """Return the number of inputs of an output shard."""
         begin = shard * self.samples_per_shard
         return min(begin + self.samples_per_shard, self.num_inputs) - begin
 
     def chunks(self, shards: Sequence[int]) -> Iterator[Chunk]:
-        """The chunks of some shards in turn; none crosses a border."""
+        """Yield the chunks of some shards in turn; none crosses the end of a shard."""
         for shard in shards:
             begin = shard * self.samples_per_shard
             end = begin + self.size(shard)
@@ -73,79 +74,78 @@ class Cutting:
 
 @dataclass(frozen=True, slots=True)
 class Decoder:
-    """What turns an input into an image for the model. Picklable."""
+    """Decodes inputs to images for the model. Picklable."""
 
     inputs: Inputs
-    form: ImageFormat
+    image_format: ImageFormat
     include_image: bool
-    """The image's bytes go along, as a shard for training stores them."""
+    """Whether to return the image's bytes too, as a shard for training stores them."""
     longest_key: int
     """Bytes of a key for whose members a tar has room."""
 
     def __call__(self, number: int) -> Decoded:
-        """One input; what cannot be read becomes an error record."""
+        """Decode one input; one that cannot be read becomes an error record."""
         name = self.inputs.name(number)
         try:
-            picture = self.inputs.read(number)
-            if not is_safe_path(picture.source):
+            encoded = self.inputs.read(number)
+            if not is_safe_path(encoded.source):
                 raise DataError(
-                    f"{name} names {picture.source!r} as its source, a path that leaves the folder"
+                    f"{name} names {encoded.source!r} as its source, a path that leaves the folder"
                 )
-            if len(picture.key) > self.longest_key:
+            if len(encoded.key) > self.longest_key:
                 raise DataError(
-                    f"{name} has a key of {len(picture.key)} bytes; with --probabilities a tar has "
+                    f"{name} has a key of {len(encoded.key)} bytes; with --probabilities a tar has "
                     f"room for {self.longest_key}: shorten its name"
                 )
             file, extension = b"", ""
             if self.include_image:
-                file, extension = stored(picture, self.form, name)
+                file, extension = store_image(encoded, self.image_format, name)
             # Of what is stored, so that the mask is that of the image that training will see.
-            image = decode_image(file or picture.data, self.form, name)
+            image, size = decode_file(file or encoded.data, self.image_format, name)
         except DataError as error:
             return Decoded("", name, None, str(error))
         except OSError as error:
             reason = describe_read_error(error, name)
             return Decoded("", name, None, reason)
-        # Decoders may give bytes, which PyTorch takes for memory that it may write to.
+        # Decoders may return read-only bytes, which PyTorch would consider writable.
         pixels = torch.from_numpy(image if image.flags.writeable else image.copy())
-        # On a CPU it takes a sixth of the decoding to move the channels. The device does it beside
-        # its conversion to float32.
+        # On a CPU, moving the channels takes a sixth of the decoding time. The device does it
+        # during its conversion to float32.
         pixels = pixels.permute(2, 0, 1)
-        return Decoded(picture.key, picture.source, pixels, None, file, extension)
+        full_size = None if size == (pixels.shape[2], pixels.shape[1]) else size
+        return Decoded(encoded.key, encoded.source, pixels, None, file, extension, full_size)
 
 
-def stored(picture: EncodedImage, form: ImageFormat, where: str) -> tuple[bytes, str]:
-    """Bytes and extension of an image in a shard for training, as `unet pack` stores it.
+def store_image(encoded: EncodedImage, image_format: ImageFormat, where: str) -> tuple[bytes, str]:
+    """Return bytes and extension of an image in a shard for training, as `unet pack` stores it.
 
-    They are its own, unless an EXIF orientation turns it. Raises DataError where it is damaged, or
-    of a kind that is not packed.
+    The bytes are the file's own, unless it has an EXIF orientation or several frames. It keeps its
+    size. Raises DataError if it is damaged or not accepted by `image_format`.
     """
-    rule = ImageRule(
-        alpha=form.alpha, allow_16_bit=form.range is not None, max_pixels=form.max_pixels
-    )
-    if probe_upright_jpeg(picture.data) is None:
-        found = read_image(picture.data, rule, where, pixels=False)
+    rule = replace(image_format.file_rule(), resize=None)
+    if probe_upright_jpeg(encoded.data) is None:
+        found = read_image(encoded.data, rule, where, pixels=False)
         if found.extension is not None:
             return found.data, found.extension
-    extension = PurePosixPath(picture.source).suffix.lower()
-    kind = open_image(picture.data, where, rule).format or ""
+    extension = PurePosixPath(encoded.source).suffix.lower()
+    kind = open_image(encoded.data, where, rule).format or ""
     # A camera's MPO is a JPEG with previews.
     kind = "JPEG" if kind == "MPO" else kind
     # The source of an image that was packed upright names the file that it was before.
     if Image.registered_extensions().get(extension) != kind:
         extension = {"JPEG": ".jpg", "TIFF": ".tif"}.get(kind, f".{kind.lower()}")
-    return picture.data, extension[1:]
+    return encoded.data, extension[1:]
 
 
 @dataclass(frozen=True, slots=True)
 class Lent:
-    """What a worker sends of a chunk whose images lie in shared memory."""
+    """A chunk whose images are in shared memory, as a worker sends it."""
 
     place: int
     items: list[Decoded]
-    """Without their pictures."""
+    """Without their images."""
     shapes: list[tuple[int, ...] | None]
-    """[C, H, W] of the images, which follow each other; None where there is none."""
+    """[C, H, W] of the images, which are adjacent; None for an error."""
 
 
 class DecodeSource(IterableDataset[list[Decoded] | Lent]):
@@ -158,7 +158,7 @@ class DecodeSource(IterableDataset[list[Decoded] | Lent]):
         shards: Sequence[int],
         buffers: Buffers | None = None,
     ) -> None:
-        """`buffers`: where workers put the images of a chunk, if it is not too large."""
+        """`buffers`: shared memory for the images of chunks that fit into it."""
         self.decode, self.cutting, self.shards = decode, cutting, shards
         self.buffers = buffers
 
@@ -173,7 +173,7 @@ class DecodeSource(IterableDataset[list[Decoded] | Lent]):
 
 
 def lend(items: list[Decoded], buffers: Buffers, worker: int) -> list[Decoded] | Lent:
-    """Put the images into shared memory that is used again; as they are where it has no room."""
+    """Copy the images into reused shared memory; returns the items if it has no room."""
     images = [item.image for item in items if item.image is not None]
     if not images or sum(image.numel() for image in images) > buffers.num_bytes:
         return items
@@ -187,13 +187,13 @@ def lend(items: list[Decoded], buffers: Buffers, worker: int) -> list[Decoded] |
 
 
 def receive(sent: Iterator[list[Decoded] | Lent], buffers: Buffers) -> Iterator[list[Decoded]]:
-    """The chunks that workers sent, with the images that lie in shared memory."""
+    """Yield the chunks that workers sent, with images that are in shared memory restored."""
     for chunk in sent:
         yield chunk if isinstance(chunk, list) else restore(chunk, buffers)
 
 
 def restore(chunk: Lent, buffers: Buffers) -> list[Decoded]:
-    """A chunk with its images; when they are gone, their place is free again."""
+    """Restore the images of a chunk; their memory is reused when they are freed."""
     sizes = [0 if shape is None else math.prod(shape) for shape in chunk.shapes]
     parts = buffers.lend(chunk.place)[: sum(sizes)].split(sizes)
     return [
@@ -203,6 +203,6 @@ def restore(chunk: Lent, buffers: Buffers) -> list[Decoded]:
 
 
 def channels_last(pixels: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Pixels in a row, the channels of each side by side, as an image of a shape [C, H, W]."""
+    """View flat pixels, channels last in memory, as an image of a shape [C, H, W]."""
     channels, height, width = shape
     return pixels.view(height, width, channels).permute(2, 0, 1)

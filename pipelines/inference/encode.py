@@ -1,7 +1,8 @@
-"""Predicted masks -> the bytes of a sample."""
+"""Encode predicted masks as the members of a sample."""
 
 import io
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -17,7 +18,7 @@ from pipelines.inference.decoding import Decoded
 from pipelines.inference.options import (
     PROBABILITIES_EXTENSION,
     WORK_DIR,
-    ResultConfig,
+    ResultOptions,
     probability_extension,
 )
 from pipelines.inference.specks import count_values, remove_specks
@@ -28,20 +29,23 @@ from shards.sample import IGNORE, INFO_EXTENSION, MASK_EXTENSION, Palette, Uint8
 from shards.store import Store
 from shards.writer import write_atomically
 
+FIGURE = ".figure.png"
+MAX_NAME_BYTES = 255
+"""Bytes of a file name on Linux and macOS."""
 FIGURE_SIDE = 1000
 """Longest side of an image in a figure, in pixels."""
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What the model says of one picture."""
+    """What the model predicts for one image."""
 
     classes: Uint8
     """[H, W]."""
     confidence: float
     """Mean probability of the chosen class."""
     unsure: NDArray[np.bool_] | None
-    """[H, W]: pixels that are to be ignored."""
+    """[H, W]: pixels to ignore."""
     probabilities: NDArray[Any] | None
     """float16 [K, H, W], or uint16 [K - 1, H, W]: see `MaskRule.keep`."""
     counts: Sequence[int] | None = None
@@ -49,7 +53,7 @@ class Found:
 
     @property
     def num_bytes(self) -> int:
-        """What it takes in memory."""
+        """Size in memory."""
         arrays = (self.classes, self.unsure, self.probabilities)
         return sum(array.nbytes for array in arrays if array is not None)
 
@@ -61,7 +65,7 @@ class Prediction:
     key: str
     members: dict[str, bytes]
     probabilities: dict[str, bytes]
-    """Further members, none for training."""
+    """Further members, not for training."""
     width: int
     height: int
     pixels: tuple[int, ...]
@@ -70,34 +74,36 @@ class Prediction:
 
 @dataclass(frozen=True, slots=True)
 class Encoder:
-    """Turns masks into members of a shard and, if asked, into images beside it.
+    """Encodes masks as members of a shard and, on request, as files beside it.
 
-    Several threads share one, and threads are enough: of a mask of 512 x 512 with two classes, a
-    PNG takes 0.07 ms, most of it in zlib, which releases the interpreter lock. What held the lock
-    was counting pixels (0.55 ms), which comes with the mask now.
+    Shared by threads, not processes: of a mask of 512 x 512 with two classes, a PNG takes 0.07 ms,
+    most of it in zlib, which releases the interpreter lock. Counting pixels (0.55 ms) would hold
+    it; the device counts them.
     """
 
-    config: ResultConfig
+    options: ResultOptions
     store: Store
     loaded: LoadedModel
     figure: bool
-    """There is one image, of which OUT/NAME.figure.png is drawn."""
+    """Whether to draw OUT/NAME.figure.png: there is only one image."""
 
     @property
     def draws(self) -> bool:
         """Whether images are needed beside their masks."""
-        return self.config.overlay or self.figure
+        return self.options.overlay or self.figure
 
     def __call__(self, item: Decoded, found: Found | None) -> Prediction | Decoded:
-        """An encoded result, or the input as it is where it could not be read."""
+        """Encode a result; an input that could not be read is returned unchanged."""
         if found is None:
             return item
-        spec, config = self.loaded.spec, self.config
+        spec, options = self.loaded.spec, self.options
+        if item.full_size is not None:
+            found = enlarge_result(found, item.full_size)
         mask = found.classes
-        if config.min_area > 1:
-            mask = remove_specks(mask, config.min_area)
+        if options.min_area > 1:
+            mask = remove_specks(mask, options.min_area)
         if found.unsure is not None:
-            # After the specks: a mask differs from one without --min-confidence here only.
+            # After the specks, so that only these pixels differ from a mask without it.
             mask = np.where(found.unsure, np.uint8(IGNORE), mask)
         num_classes = len(spec.classes)
         counts = found.counts
@@ -122,24 +128,27 @@ class Encoder:
         if item.file:
             members[item.extension] = item.file
         kept = {} if found.probabilities is None else encode_probabilities(found.probabilities)
-        self.write_pictures(item, mask, png)
+        self.write_files(item, mask, png)
         return Prediction(item.key, members, kept, width, height, tuple(counts))
 
-    def write_pictures(self, item: Decoded, mask: Uint8, png: bytes) -> None:
-        """Those for people, beside the shards."""
+    def write_files(self, item: Decoded, mask: Uint8, png: bytes) -> None:
+        """Write the files beside the shards: PNG, overlay and figure, as requested."""
         name = PurePosixPath(item.source).with_suffix(".png")
-        if self.config.png:
+        if self.options.png:
             self.write(f"png/{name}", png)
         if item.image is None:
             return
         image, palette = np.moveaxis(item.image.numpy(), 0, -1), self.loaded.spec.palette
-        if self.config.overlay:
+        if item.full_size is not None:
+            image = enlarge(image.transpose(2, 0, 1), item.full_size).transpose(1, 2, 0)
+        if self.options.overlay:
             self.write(f"overlay/{name}", encode_png(draw_overlay(image, mask, palette)))
         if self.figure:
-            self.write(f"{name.stem}.figure.png", encode_png(draw_figure(image, mask, palette)))
+            stem = os.fsdecode(os.fsencode(name.stem)[: MAX_NAME_BYTES - len(FIGURE)])
+            self.write(f"{stem}{FIGURE}", encode_png(draw_figure(image, mask, palette)))
 
     def write(self, name: str, data: bytes) -> None:
-        """An image for people, whole."""
+        """Write a file atomically."""
         local = self.store.local
         if local is None:
             self.store.write(name, data)
@@ -148,8 +157,29 @@ class Encoder:
         write_atomically(local / name, data, durable=False, within=local / WORK_DIR)
 
 
+def enlarge_result(found: Found, size: tuple[int, int]) -> Found:
+    """Enlarge what was found in a scaled image to (width, height) of its file, by nearest pixel."""
+    return Found(
+        classes=enlarge(found.classes, size),
+        confidence=found.confidence,
+        unsure=None if found.unsure is None else enlarge(found.unsure, size),
+        probabilities=None if found.probabilities is None else enlarge(found.probabilities, size),
+    )
+
+
+def enlarge(pixels: NDArray[Any], size: tuple[int, int]) -> NDArray[Any]:
+    """Enlarge an array [..., H, W] to (width, height), by nearest pixel."""
+    (width, height), (rows, columns) = size, pixels.shape[-2:]
+    row = (2 * np.arange(height) + 1) * rows // (2 * height)
+    column = (2 * np.arange(width) + 1) * columns // (2 * width)
+    return pixels[..., row[:, None], column]
+
+
 def encode_probabilities(probabilities: NDArray[Any]) -> dict[str, bytes]:
-    """{extension: bytes}: a PNG for each class but the first of uint16, one array of float16."""
+    """Encode uint16 as a PNG for each class but the first, float16 as one array.
+
+    Returns {extension: bytes}.
+    """
     if probabilities.dtype == np.float16:
         out = io.BytesIO()
         np.save(out, probabilities, allow_pickle=False)
@@ -157,14 +187,14 @@ def encode_probabilities(probabilities: NDArray[Any]) -> dict[str, bytes]:
     members = {}
     for class_index, values in enumerate(probabilities, start=1):
         out = io.BytesIO()
-        # Noise takes no less room at higher levels, and three times as long.
+        # At higher levels noise takes as much space, and three times as long.
         Image.fromarray(values).save(out, "PNG", compress_level=1)
         members[probability_extension(class_index)] = out.getvalue()
     return members
 
 
 def draw_figure(image: Uint8, mask: Uint8, palette: Palette) -> Image.Image:
-    """An image [H, W, 1 or 3] and beside it the same with its mask [H, W] drawn over it."""
+    """Draw an image [H, W, 1 or 3] and, beside it, the image with its mask [H, W] drawn over it."""
     height, width = mask.shape
     factor = min(1.0, FIGURE_SIDE / max(width, height))
     size = (max(1, round(width * factor)), max(1, round(height * factor)))

@@ -20,27 +20,27 @@ from pipelines.runtime.shared_memory import Buffers
 from unet import PredictedMasks
 
 CHUNK_BYTES = 2**26
-"""Bytes of the images of a batch that workers hand over in memory which is used again: 16 of
-1024 x 1024 in RGB, and room to spare. What is not used takes no memory."""
+"""Shared memory for the images of a batch: 16 RGB images of 1024 x 1024, and a margin. Pages that
+are never touched take no memory."""
 OVERHEAD = 2**16
-"""Bytes that a result counts for besides its pixels."""
+"""Bytes that a result is counted with besides its pixels."""
 Predict = Callable[[Sequence[Tensor]], PredictedMasks]
-"""Images uint8 [C, H, W] of one size -> what is predicted for them."""
+"""Images uint8 [C, H, W] of one size -> their predicted masks."""
 T = TypeVar("T")
 
 
-def load(
+def decode_chunks(
     decode: Decoder, cutting: Cutting, shards: Sequence[int], workers: int, *, remote: bool
 ) -> Iterator[list[Decoded]]:
-    """The decoded chunks of some shards, in order.
+    """Yield the decoded chunks of some shards, in order.
 
     Args:
-        decode: what decodes an input.
+        decode: decodes one input.
         cutting: how the inputs are cut into shards and chunks.
-        shards: those to be made.
-        workers: decoding processes; 0: this one decodes.
-        remote: inputs or results are at a URL; the threads and connections of remote clients do
-            not survive a fork.
+        shards: numbers of the shards to make.
+        workers: decoding processes; 0: decode in this process.
+        remote: inputs or results are at a URL: threads and connections of remote clients do not
+            survive a fork.
     """
     method = buffers = None
     if workers and remote:
@@ -61,22 +61,23 @@ def load(
 
 
 @dataclass(frozen=True, slots=True)
-class Launched:
-    """Inputs of one size that the device is at, or some that could not be read."""
+class InFlightBatch:
+    """Images of one size that the device is predicting, or inputs that could not be read."""
 
     shard: int
     items: Sequence[Decoded]
     masks: PredictedMasks | None
-    """On the CPU, or on their way there."""
-    arrived: torch.cuda.Event | None
+    """On the CPU, perhaps still being copied; None for inputs that could not be read."""
+    copied: torch.cuda.Event | None
+    """Recorded when the copy is complete; None if there is nothing to wait for."""
 
     def results(self) -> Iterator[tuple[Decoded, Found | None]]:
-        """Each input with what was found in it, when it is there."""
+        """Wait for the copy, then yield each input with its prediction, None if unreadable."""
         if self.masks is None:
             yield from ((item, None) for item in self.items)
             return
-        if self.arrived is not None:
-            self.arrived.synchronize()
+        if self.copied is not None:
+            self.copied.synchronize()
         masks = self.masks
         confidence = masks.confidence.tolist()
         counts = None if masks.counts is None else masks.counts.tolist()
@@ -87,28 +88,28 @@ class Launched:
             yield item, Found(masks.classes[i].numpy(), confidence[i], unsure, kept, pixels)
 
 
-def launch(
+def predict_chunks(
     chunks: Iterable[Chunk], decoded: Iterable[list[Decoded]], predict: Predict
-) -> Iterator[Launched]:
-    """Predict chunk by chunk; the images of one size that follow each other go together."""
+) -> Iterator[InFlightBatch]:
+    """Predict chunk by chunk; consecutive images of one size form a batch."""
     for chunk, items in zip(chunks, decoded, strict=True):
         for shape, group in groupby(
             items, key=lambda d: None if d.image is None else d.image.shape
         ):
             same = list(group)
             if shape is None:
-                yield Launched(chunk.shard, same, None, None)
+                yield InFlightBatch(chunk.shard, same, None, None)
                 continue
             images = [item.image for item in same if item.image is not None]
-            yield Launched(chunk.shard, same, *send_back(predict(images)))
+            yield InFlightBatch(chunk.shard, same, *send_back(predict(images)))
 
 
 def send_back(masks: PredictedMasks) -> tuple[PredictedMasks, torch.cuda.Event | None]:
-    """Masks on the CPU; from a GPU they are there only when the event has happened."""
+    """Copy masks to the CPU; from a GPU the copy is complete when the event has occurred."""
     on_gpu = masks.classes.is_cuda
 
     def send(pixels: Tensor) -> Tensor:
-        # Into page-locked memory, beside what the GPU does next.
+        # Into page-locked memory, overlapping with the next batch.
         return pixels.to("cpu", non_blocking=on_gpu)
 
     here = PredictedMasks(
@@ -120,13 +121,13 @@ def send_back(masks: PredictedMasks) -> tuple[PredictedMasks, torch.cuda.Event |
     )
     if not on_gpu:
         return here, None
-    arrived = torch.cuda.Event()
-    arrived.record()
-    return here, arrived
+    copied = torch.cuda.Event()
+    copied.record()
+    return here, copied
 
 
-def one_behind(items: Iterator[T]) -> Iterator[T]:
-    """The same, each when the next one has been made: the device need not wait for us."""
+def delay_by_one(items: Iterator[T]) -> Iterator[T]:
+    """Delay items by one, so that the device computes one while the previous is processed."""
     held = [item for _, item in zip(range(1), items, strict=False)]
     for item in items:
         yield held.pop()
@@ -138,10 +139,10 @@ def one_behind(items: Iterator[T]) -> Iterator[T]:
 def threads_for(
     forward: Callable[[Tensor], Tensor], device: torch.device
 ) -> Iterator[Callable[[Tensor], Tensor]]:
-    """On a CPU, leave the threads of PyTorch to the network and all else to one of them.
+    """On a CPU, use PyTorch's threads for the network only, and one thread for everything else.
 
     Choosing classes is bound by memory and hardly faster on several threads, each of which would
-    wait for a core on which a decoder is at work, and the others for it.
+    compete with a decoder for its core and delay the others.
     """
     number = torch.get_num_threads()
     if device.type != "cpu" or number == 1:
@@ -162,20 +163,20 @@ def threads_for(
         torch.set_num_threads(number)
 
 
-def held_by(item: Decoded, found: Found | None) -> int:
-    """Bytes that wait with a result."""
+def size_in_memory(item: Decoded, found: Found | None) -> int:
+    """Size of a pending result in bytes."""
     pixels = 0 if item.image is None else item.image.numel()
     return len(item.file) + pixels + (0 if found is None else found.num_bytes)
 
 
-def pass_on(encoded: Future[T], receive: Callable[[T], object]) -> None:
-    """Give a result on when it is there."""
+def forward_result(encoded: Future[T], receive: Callable[[T], object]) -> None:
+    """Forward a finished result."""
     receive(encoded.result())
 
 
 @contextmanager
-def threads(number: int) -> Iterator[ThreadPoolExecutor]:
-    """Threads that are not given what waits for them when something has failed."""
+def thread_pool(number: int) -> Iterator[ThreadPoolExecutor]:
+    """Thread pool that drops queued work on error."""
     pool = ThreadPoolExecutor(number)
     try:
         yield pool
@@ -183,29 +184,29 @@ def threads(number: int) -> Iterator[ThreadPoolExecutor]:
         pool.shutdown(cancel_futures=True)
 
 
-class Waiting:
-    """Work under way, in order and of bounded size; what fails in it is raised here."""
+class BoundedQueue:
+    """Pending results in order, bounded in bytes; their errors are raised here."""
 
-    def __init__(self, most: int) -> None:
-        self.most, self.held = most, 0
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes, self.num_bytes = max_bytes, 0
         self.work: deque[tuple[Future[Any], int]] = deque()
 
     def add(self, work: Future[Any], size: int = 0) -> None:
-        """Take up some, and wait for the oldest where it is too much; one is never too much."""
+        """Add work of `size` bytes; wait for the oldest while the limit is exceeded by several."""
         self.work.append((work, size + OVERHEAD))
-        self.held += size + OVERHEAD
+        self.num_bytes += size + OVERHEAD
         while self.work and (
-            self.work[0][0].done() or (self.held > self.most and len(self.work) > 1)
+            self.work[0][0].done() or (self.num_bytes > self.max_bytes and len(self.work) > 1)
         ):
             self.end_oldest()
 
     def end_oldest(self) -> None:
-        """Wait for it."""
+        """Wait for the oldest work."""
         work, size = self.work.popleft()
         work.result()
-        self.held -= size
+        self.num_bytes -= size
 
     def finish(self) -> None:
-        """Wait for all."""
+        """Wait for all work."""
         while self.work:
             self.end_oldest()

@@ -7,7 +7,7 @@ import os
 import posixpath
 import stat
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, islice
 from pathlib import Path
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from shards.manifest import ShardInfo, read_manifest
 from shards.order import Address
-from shards.reader import ShardReader
+from shards.reader import ShardReader, iter_keys
 from shards.sample import DataError, encode_key, is_safe_path
 from shards.store import ByteRange, Store, is_url
 
@@ -62,6 +62,11 @@ class Inputs(Protocol):
 
     def digest(self) -> str:
         """Return a hash of the list."""
+        ...
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Lines to print: files and members that are not inputs."""
         ...
 
 
@@ -108,6 +113,7 @@ class FileInputs:
     """Prefix that makes a source a path or URL: empty, or ending in a slash."""
     sources: Names
     """Sorted, with `/` between parts."""
+    notes: tuple[str, ...] = ()
 
     @property
     def remote(self) -> bool:
@@ -151,14 +157,37 @@ def read_file(path: str) -> bytes:
 
 
 class ShardInputs:
-    """Images of a data set of shards, all splits."""
+    """Images of a data set of shards, of one split or all.
 
-    def __init__(self, place: Store | Path | str) -> None:
+    Raises DataError if the split is missing, or if the first sample of a split has no image.
+    """
+
+    notes: tuple[str, ...] = ()
+
+    def __init__(self, place: Store | Path | str, split: str | None = None) -> None:
         manifest = read_manifest(place)
         self.manifest_digest = manifest.digest
-        shards: list[ShardInfo] = [s for split in manifest.splits.values() for s in split.shards]
+        self.image_format = manifest.image_format
+        splits = manifest.splits.values() if split is None else [manifest.split(split, place)]
+        shards: list[ShardInfo] = [shard for info in splits for shard in info.shards]
         self.reader = ShardReader(place, shards, borders=False)
         self.starts = [0, *accumulate(shard.samples for shard in shards)]
+        first = {info.shards[0].name for info in splits if info.samples}
+        self.refuse_missing_images([n for n, s in enumerate(shards) if s.name in first])
+
+    def refuse_missing_images(self, shards: Sequence[int]) -> None:
+        """Raise DataError if the first sample of a shard has a mask but no image."""
+        for shard, offsets in self.reader.open_offsets(shards).items():
+            entry = offsets[0] if len(offsets) else None
+            if entry is not None and entry.image is entry.mask:
+                raise DataError(
+                    f"{self.reader.shard_path(shard)} has masks without images, as predictions "
+                    "have; predict the images, or rerun unet predict --include-image"
+                )
+
+    def list_keys(self) -> Iterator[str]:
+        """Yield the key of every sample."""
+        return (key for _, key in iter_keys(self.reader))
 
     @property
     def remote(self) -> bool:
@@ -182,7 +211,7 @@ class ShardInputs:
         """Read the image of the sample."""
         raw = self.reader.read(self.address(number))
         source = str(raw.parse_info().get("source", f"{raw.key}.{raw.extension}"))
-        return EncodedImage(encode_key(source), source, raw.image)
+        return EncodedImage(encode_key(source), source, raw.require_image())
 
     def digest(self) -> str:
         """Return the sha256 of the manifest, which holds those of the shards."""
@@ -203,6 +232,7 @@ class TarInputs:
     problems: tuple[tuple[str, str], ...]
     """Tar and problem of each unreadable member. They count as inputs, so that they are
     reported."""
+    notes: tuple[str, ...] = ()
 
     @property
     def remote(self) -> bool:

@@ -5,17 +5,14 @@ import io
 import os
 import posixpath
 import re
-from array import array
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import BinaryIO, TextIO, cast
+from typing import TextIO
 from urllib.parse import unquote
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pipelines.inference.input_readers import (
     FileInputs,
@@ -25,69 +22,70 @@ from pipelines.inference.input_readers import (
     TarInputs,
     member_key,
 )
+from pipelines.inference.input_rules import (
+    EVERY_IMAGE,
+    InputRule,
+    exclude_results,
+    refuse_masks,
+    refuse_results_folder,
+)
+from pipelines.inference.input_tars import tar_inputs
 from pipelines.runtime.errors import UsageError
 from shards.folders.walk import walk_files
-from shards.foreign import DECOMPRESS_REMEDY, Role, group_members
-from shards.images.files import IMAGE_EXTENSIONS
+from shards.foreign import DECOMPRESS_REMEDY
 from shards.manifest import MANIFEST
-from shards.sample import (
-    BORDER_EXTENSION,
-    INFO_EXTENSION,
-    MASK_EXTENSION,
-    AggregateDataError,
-    DataError,
-)
-from shards.store import RemoteFile, Store, is_url
+from shards.sample import AggregateDataError, DataError
+from shards.store import Store, is_url
 
 LIST_EXTENSIONS = (".txt", ".lst", ".list")
 TAR = ".tar"
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
-ROLES: dict[str, Role] = {
-    MASK_EXTENSION: "mask",
-    BORDER_EXTENSION: "border",
-    INFO_EXTENSION: "json",
-    **dict.fromkeys(sorted(extension[1:] for extension in IMAGE_EXTENSIONS), "image"),
-}
-"""Roles of tar members by extension, as in `unet index`."""
 WILDCARD = re.compile(r"[*?[]|\{.*(?:\.\.|,).*\}")
-MAX_CONNECTIONS = 8
-"""Remote tars whose headers are read concurrently."""
-READ_AHEAD = 2**18
-"""Bytes per request for tar headers: small members are read through, large ones skipped."""
 
 
-def find_inputs(given: str) -> Inputs:
+def find_inputs(given: str, rule: InputRule = EVERY_IMAGE) -> Inputs:
     """Resolve `--input` to an ordered list of images.
 
-    Raises UsageError if it matches nothing, DataError if it is unreachable or if two images would
-    write the same output.
+    Raises UsageError if it matches nothing or a rule does not apply to it, DataError if it is
+    unreachable, if files are masks, or if two images would write the same output.
     """
+    search = Search(given, rule)
     if is_url(given):
-        return find_remote(given)
+        return find_remote(search)
     path = Path(given)
     if (path / MANIFEST).is_file():
-        return ShardInputs(path)
+        return shard_inputs(search, path)
     if path.is_dir():
-        return inputs_below(prefix(path), walk_files(str(path)))
+        return inputs_below(search, prefix(path), walk_files(str(path)))
     if path.suffix.lower() in LIST_EXTENSIONS and path.is_file():
         with path.open(encoding="utf-8-sig") as lines:
-            return listed_inputs(given, prefix(path.parent.resolve()), lines)
+            return listed_inputs(search, prefix(path.parent.resolve()), lines)
     if path.is_file():
-        return inputs_of(prefix(path.parent), [path.name])
+        return inputs_of(search, prefix(path.parent), [path.name])
     # Without a leading `./`, which would become part of every name.
     pattern = str(path)
     if (root := literal_prefix(pattern)) is not None:
         names = [name for one in expand(pattern) for name in match(one)]
         if any(map(os.path.exists, names)):
-            return inputs_of(root, [name[len(root) :] for name in names])
+            return searched_inputs(search, root, [name[len(root) :] for name in names])
     raise no_match(given)
 
 
-def find_remote(url: str) -> Inputs:
+@dataclass(frozen=True, slots=True)
+class Search:
+    """What is searched, and what counts as an image."""
+
+    given: str
+    """`--input`."""
+    rule: InputRule
+
+
+def find_remote(search: Search) -> Inputs:
     """Resolve a URL as `find_inputs` does.
 
     Raises UsageError or DataError as `find_inputs` does.
     """
+    url = search.given
     root = literal_prefix(url)
     if root is not None and root.endswith("://"):
         # A bucket name cannot contain wildcards.
@@ -96,21 +94,21 @@ def find_remote(url: str) -> Inputs:
     kind = store.kind()
     if kind == "folder":
         if store.exists(MANIFEST):
-            return ShardInputs(store)
-        return inputs_below(f"{store}/", store.find())
+            return shard_inputs(search, store)
+        return inputs_below(search, f"{store}/", store.find())
     if kind == "file":
         folder, _, name = str(store).rpartition("/")
         if posixpath.splitext(name)[1].lower() in LIST_EXTENSIONS:
             data = io.BytesIO(Store(folder).read(name))
             with io.TextIOWrapper(data, encoding="utf-8-sig") as lines:
-                return listed_inputs(url, f"{folder}/", lines)
-        return inputs_of(f"{folder}/", [name])
+                return listed_inputs(search, f"{folder}/", lines)
+        return inputs_of(search, f"{folder}/", [name])
     if root is not None:
         below, patterns = Store(root), expand(url[len(root) :])
         found = [below.find(one) if glob.has_magic(one) else [one] for one in patterns]
         names = [name for name in chain.from_iterable(found) if not is_hidden(name)]
         if names:
-            return inputs_of(root, names)
+            return searched_inputs(search, root, names)
     raise no_match(url)
 
 
@@ -160,8 +158,9 @@ def expand(pattern: str) -> list[str]:
     return [pattern]
 
 
-def listed_inputs(given: str, base: str, lines: TextIO) -> Inputs:
+def listed_inputs(search: Search, base: str, lines: TextIO) -> Inputs:
     """Read a list with one path or URL per line, relative to the folder of the list, `base`."""
+    given = search.given
     try:
         stripped = map(str.strip, lines)
         names = [absolute(line, base) for line in stripped if line and line[0] != "#"]
@@ -178,7 +177,7 @@ def listed_inputs(given: str, base: str, lines: TextIO) -> Inputs:
             f"--input {given} mixes locations, such as {names[0]} and {names[-1]}; "
             "write one list for each"
         )
-    return inputs_of(root, [name[len(root) :] for name in names])
+    return inputs_of(search, root, [name[len(root) :] for name in names])
 
 
 def absolute(line: str, base: str) -> str:
@@ -200,30 +199,54 @@ def may_need_normalising(path: str) -> bool:
     return "//" in path or "/." in path
 
 
-def inputs_below(root: str, names: Iterable[str]) -> Inputs:
+def inputs_below(search: Search, root: str, names: Iterable[str]) -> Inputs:
     """Select the images, or the shards, among the files of a folder.
 
     Raises DataError if there are none.
     """
-    known = (*IMAGE_EXTENSIONS, TAR, *COMPRESSED)
-    found = [n for n in names if n.lower().endswith(known) and not is_hidden(n)]
+    visible = [name for name in names if not is_hidden(name)]
+    found = [n for n in visible if search.rule.is_image(n) or is_tar(n)]
     if not found:
+        known = " ".join(f".{ext}" for ext in sorted(search.rule.extensions()))
         raise DataError(
-            f"{root.rstrip('/') or '.'} contains no images ({' '.join(sorted(IMAGE_EXTENSIONS))}) "
-            f"and no shards (*{TAR})"
+            f"{root.rstrip('/') or '.'} contains no images ({known}) and no shards (*{TAR})"
         )
-    return inputs_of(root, found)
+    return searched_inputs(search, root, found)
 
 
-def inputs_of(root: str, names: list[str]) -> Inputs:
+def searched_inputs(search: Search, root: str, names: list[str]) -> Inputs:
+    """Make inputs of files that a search found: without the results of this job, and no masks.
+
+    Raises UsageError if `--out` holds other files of `--input`, DataError for masks and as
+    `inputs_of`.
+    """
+    names, notes = exclude_results(search.given, root, names, search.rule.out)
+    if search.rule.image_ext:
+        names = [name for name in names if is_tar(name) or search.rule.is_image(name)]
+    if not names:
+        raise no_match(search.given)
+    inputs = inputs_of(search, root, names)
+    return replace(inputs, notes=(*notes, *inputs.notes))
+
+
+def is_tar(name: str) -> bool:
+    """Return whether a file is named as a tar, compressed or not."""
+    return name.lower().endswith((TAR, *COMPRESSED))
+
+
+def inputs_of(search: Search, root: str, names: list[str]) -> FileInputs | TarInputs:
     """Make inputs of image files or of tars; `names` is sorted in place.
 
-    Raises DataError if both kinds are present, if a tar is compressed or damaged, and naming the
-    inputs that would write the same output.
+    Raises UsageError if `--out` is the folder of the inputs, DataError if both kinds are present,
+    if a tar is compressed or damaged, if files are masks, and naming the inputs that would write
+    the same output.
     """
+    refuse_results_folder(search.given, root, search.rule.out)
+    refuse_split(search)
     names.sort()
-    tars = [name for name in names if name.endswith((TAR, *COMPRESSED))]
+    tars = [name for name in names if is_tar(name)]
     if not tars:
+        refuse_masks(search.given, root, names)
         return file_inputs(root, names)
     if len(tars) < len(names):
         raise DataError(
@@ -231,10 +254,50 @@ def inputs_of(root: str, names: list[str]) -> Inputs:
             f"({len(tars)}, such as {tars[0]}); select one: --input '{root}**/*.{{jpg,png}}' or "
             f"'{root}**/*{TAR}'"
         )
-    compressed = [f"{root}{tar} is compressed" for tar in tars if not tar.endswith(TAR)]
+    compressed = [f"{root}{tar} is compressed" for tar in tars if not tar.lower().endswith(TAR)]
     if compressed:
         raise AggregateDataError(compressed, DECOMPRESS_REMEDY)
-    return tar_inputs([*dict.fromkeys(root + tar for tar in tars)])
+    inputs = tar_inputs([*dict.fromkeys(root + tar for tar in tars)], search.rule)
+    refuse_equal_outputs(
+        inputs.members,
+        lambda name: unquote_key(member_key(name)[0]),
+        lambda one, other: f"{inputs.name(one)} and {inputs.name(other)}",
+    )
+    return inputs
+
+
+def refuse_split(search: Search) -> None:
+    """Raise UsageError if a split is selected from inputs that have none."""
+    if search.rule.split is not None:
+        raise UsageError(
+            f"--split {search.rule.split}: --input {search.given} is not a data set (it has no "
+            f"{MANIFEST}); --out-split names the split of the results"
+        )
+
+
+def shard_inputs(search: Search, place: Store | Path) -> ShardInputs:
+    """Make inputs of a data set, or of one of its splits.
+
+    Raises UsageError for `--image-ext`, which a data set declares itself, and for `--out` in the
+    same folder; DataError if samples have no image or if two would write the same output.
+    """
+    if search.rule.image_ext:
+        raise UsageError(
+            f"--image-ext: has no effect on --input {search.given}, whose {MANIFEST} declares the "
+            "images; remove it"
+        )
+    refuse_results_folder(search.given, str(place), search.rule.out)
+    inputs = ShardInputs(place, search.rule.split)
+    keys = Names(unquote_key(key) for key in inputs.list_keys())
+    refuse_equal_outputs(
+        keys, str, lambda one, other: f"{inputs.name(one)} and {inputs.name(other)} ({keys[one]})"
+    )
+    return inputs
+
+
+def unquote_key(key: str) -> str:
+    """Decode a key of ours, a percent-encoded path, which the json of a sample may name."""
+    return unquote(key, errors="surrogateescape")
 
 
 def file_inputs(root: str, ordered: Sequence[str]) -> FileInputs:
@@ -246,68 +309,6 @@ def file_inputs(root: str, ordered: Sequence[str]) -> FileInputs:
         lambda one, other: f"{inputs.name(one)} and {inputs.sources[other]}",
     )
     return inputs
-
-
-def tar_inputs(tars: Sequence[str]) -> TarInputs:
-    """Make inputs of the images in tars, reading headers only."""
-    remote = is_url(tars[0])
-    with ThreadPoolExecutor(MAX_CONNECTIONS if remote else 1) as threads:
-        found = [*threads.map(read_headers, tars)]
-    counts = [len(tar.names) for tar in found]
-    numbers = np.repeat(np.arange(len(tars), dtype=np.int64), counts)
-    inputs = TarInputs(
-        tars=tuple(tars),
-        members=Names(chain.from_iterable(tar.names for tar in found)),
-        places=np.column_stack([numbers, np.concatenate([tar.places for tar in found])]),
-        problems=tuple(
-            (tar, problem)
-            for tar, headers in zip(tars, found, strict=True)
-            for problem in headers.problems
-        ),
-    )
-    if not len(inputs):
-        raise DataError(f"{tars[0]}{' and the others' * (len(tars) > 1)}: contains no images")
-    refuse_equal_outputs(
-        inputs.members,
-        # Our own keys are percent-encoded paths, which the json of a sample may name.
-        lambda name: unquote(member_key(name)[0], errors="surrogateescape"),
-        lambda one, other: f"{inputs.name(one)} and {inputs.name(other)}",
-    )
-    return inputs
-
-
-@dataclass(frozen=True, slots=True)
-class TarContents:
-    """The images of one tar."""
-
-    names: Names
-    places: NDArray[np.int64]
-    """int64 [n, 4]: offset and size of each image, and of the json of its sample."""
-    problems: list[str]
-
-
-def read_headers(tar: str) -> TarContents:
-    """List the images of a tar. Raises DataError or OSError if it is damaged or unreachable."""
-    with open_tar(tar) as file:
-        found = group_members(file, tar, ROLES)
-    names: list[str] = []
-    places = array("q")
-    for group in found.samples.values():
-        picture, info = group.get("image"), group.get("json")
-        if picture is not None:
-            names.append(picture.name)
-            places.extend((picture.offset, picture.size))
-            places.extend((0, 0) if info is None else (info.offset, info.size))
-    return TarContents(Names(names), np.array(places, np.int64).reshape(-1, 4), found.problems)
-
-
-def open_tar(tar: str) -> BinaryIO:
-    """Open a tar, local or at a URL."""
-    if not is_url(tar):
-        return open(tar, "rb")
-    folder, _, name = tar.rpartition("/")
-    remote = io.BufferedReader(RemoteFile(Store(folder), name), READ_AHEAD)
-    return cast(BinaryIO, remote)
 
 
 def refuse_equal_outputs(

@@ -16,9 +16,10 @@ import numpy as np
 from pipelines.inference.decoding import Decoded
 from pipelines.inference.encode import Prediction
 from pipelines.inference.input_readers import Inputs
-from pipelines.inference.options import WORK_DIR, PredictConfig, ResultConfig
+from pipelines.inference.input_rules import JOB
+from pipelines.inference.options import WORK_DIR, PredictConfig, ResultOptions
 from pipelines.model.load import LoadedModel
-from pipelines.runtime.errors import UsageError
+from pipelines.runtime.errors import UsageError, refuse_changed_settings
 from shards.images.files import ImageFormat
 from shards.manifest import (
     MANIFEST,
@@ -34,8 +35,6 @@ from shards.store import ByteRange, Store
 from shards.writer import ShardWriter
 from unet import DataSpec
 
-JOB = "job.json"
-"""What decides the bytes of the results."""
 STATE = "state.json"
 ERRORS = "errors.jsonl"
 
@@ -91,12 +90,12 @@ def to_json(plain: Any) -> bytes:
     return (json.dumps(plain, indent=1) + "\n").encode()
 
 
-def finish_job(config: ResultConfig, store: Store, spec: DataSpec, num_shards: int) -> bool:
+def finish_job(results: ResultOptions, store: Store, spec: DataSpec, num_shards: int) -> bool:
     """If all shards are there, write errors.jsonl, state.json and last the manifest.
 
     Every rank that finds them all does this, with the same bytes. Returns whether they were.
     """
-    names = [config.shard_name(number) for number in range(num_shards)]
+    names = [results.shard_name(number) for number in range(num_shards)]
     present = {*store.names()}
     if not present.issuperset(names):
         return False
@@ -110,7 +109,8 @@ def finish_job(config: ResultConfig, store: Store, spec: DataSpec, num_shards: i
         num_errors = sum(report["errors"] for report in reports)
         state = {"finished": True, "images": samples, "errors": num_errors}
         store.write(STATE, to_json(state), WORK_DIR)
-        write_manifest(store, predicted_manifest(config.split, spec, reports), within=WORK_DIR)
+        manifest = predicted_manifest(results.out_split, spec, reports)
+        write_manifest(store, manifest, within=WORK_DIR)
     except (FileNotFoundError, DataError) as error:
         if store.exists(MANIFEST):
             return False  # another rank was quicker and has cleared up
@@ -141,7 +141,15 @@ def predicted_manifest(split: str, spec: DataSpec, reports: Sequence[dict[str, A
     return Manifest(
         classes=spec.classes,
         palette=spec.palette,
-        image_format=ImageFormat(spec.channels, spec.alpha, spec.image_range),
+        # Images are stored at their own size, whatever the model saw.
+        image_format=ImageFormat(
+            spec.channels,
+            spec.alpha,
+            spec.image_range,
+            spec.max_pixels,
+            exif=spec.exif,
+            frame=spec.frame,
+        ),
         mask_format={
             "kind": "index",
             "num_classes": num_classes,
@@ -170,17 +178,17 @@ def read_job(store: Store) -> dict[str, Any] | None:
     return begun
 
 
-def begin_job(
+def start_job(
     config: PredictConfig,
     store: Store,
-    begun: Mapping[str, Any] | None,
+    started: Mapping[str, Any] | None,
     inputs: Inputs,
     loaded: LoadedModel,
     precision: str,
 ) -> None:
-    """Write down what decides the bytes of the results, or check that it is what was begun.
+    """Write job.json, or compare it with `started`, the job.json that exists.
 
-    Raises UsageError naming the difference.
+    Raises UsageError naming a setting that differs.
     """
     job = {
         "checkpoint": loaded.digest,
@@ -188,26 +196,20 @@ def begin_job(
         "inputs": {"count": len(inputs), "sha256": inputs.digest()},
         **config.settings(),
     }
-    if begun is not None:
-        refuse_other_job(store, begun, job)
+    if loaded.reading_changes:
+        # As JSON gives it back.
+        job["reading"] = json.loads(json.dumps(loaded.reading_changes))
+    if started is not None:
+        # Absent from jobs whose images are read as the training images.
+        refuse_changed_settings(
+            str(store),
+            {"reading": {}, **started},
+            {"reading": {}, **job},
+            elsewhere="predict into another --out",
+        )
         return
     if any(name.endswith(".tar") for name in store.names()):
-        raise UsageError(f"{store} holds shards of something else; predict into another --out")
+        raise UsageError(f"{store} holds other shards; predict into another --out")
     if store.local is not None:
         (store.local / WORK_DIR).mkdir(exist_ok=True)
     store.write(JOB, to_json(job), WORK_DIR)
-
-
-def refuse_other_job(store: Store, begun: Mapping[str, Any], job: Mapping[str, Any]) -> None:
-    """Raise UsageError, naming a setting, where a job is not the one that was begun."""
-    for name, value in job.items():
-        if name not in begun:
-            raise UsageError(
-                f"{store} was begun by a version of this program that did not know {name}; predict "
-                "into another --out"
-            )
-        if begun[name] != value:
-            raise UsageError(
-                f"{store} was begun with {name} = {begun[name]}, now it is {value}; keep it, or "
-                "predict into another --out"
-            )

@@ -3,29 +3,32 @@
 import re
 import tarfile
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 import tyro
 
+from pipelines.inference.input_rules import WORK_DIR as WORK_DIR
+from pipelines.inference.input_rules import InputRule
+from pipelines.inference.reading import ReadingOptions
 from pipelines.runtime.devices import choose_batch_size, choose_channels_last
 from pipelines.runtime.errors import parse_part, refuse_url
+from pipelines.runtime.yaml_flags import Flat, settings_of
 from shards.sample import MASK_EXTENSION
 from shards.store import is_url
 from unet import MaskRule, TileConfig
 
-WORK_DIR = ".predict"
 PROBABILITIES_EXTENSION = "probabilities.npy"
 
 
-@dataclass(frozen=True, kw_only=True)
-class ResultConfig:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ResultOptions:
     """What is written for each image. These settings determine the bytes of the output."""
 
     samples_per_shard: int = 256
     """Images per output shard."""
-    split: str = "predicted"
+    out_split: str = "predicted"
     """Name of the output split and its shards: predicted-000000.tar."""
     threshold: float | None = None
     """Two classes only: probability from which a pixel is the second class. Default: the more
@@ -51,19 +54,21 @@ class ResultConfig:
 
     def __post_init__(self) -> None:
         if self.samples_per_shard < 1:
-            raise ValueError(f"samples_per_shard must be at least 1, got {self.samples_per_shard}")
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,59}", self.split):
-            raise ValueError(f"split must consist of letters, digits, _ and -, got {self.split!r}")
+            raise ValueError(f"--samples-per-shard must be >= 1, got {self.samples_per_shard}")
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,59}", self.out_split):
+            raise ValueError(
+                f"--out-split must be made of letters, digits, _ and -, got {self.out_split!r}"
+            )
         if self.threshold is not None and not 0 < self.threshold <= 1:
-            raise ValueError(f"threshold must be above 0 and at most 1, got {self.threshold}")
+            raise ValueError(f"--threshold must be in (0, 1], got {self.threshold}")
         if self.min_area < 0:
-            raise ValueError(f"min_area must not be below 0, got {self.min_area}")
+            raise ValueError(f"--min-area must be >= 0, got {self.min_area}")
         if not 0 <= self.min_confidence < 1:
-            raise ValueError(f"min_confidence must be in [0, 1), got {self.min_confidence}")
+            raise ValueError(f"--min-confidence must be in [0, 1), got {self.min_confidence}")
 
     def shard_name(self, number: int) -> str:
         """Return the name of output shard `number`."""
-        return f"{self.split}-{number:06d}.tar"
+        return f"{self.out_split}-{number:06d}.tar"
 
     def longest_key(self, num_classes: int) -> int:
         """Return the maximum number of bytes of a key whose members fit into a tar header."""
@@ -74,14 +79,25 @@ class ResultConfig:
         }
         return tarfile.LENGTH_NAME - len(f".{names[self.probabilities]}")
 
+    def mask_rule(self) -> MaskRule:
+        """Return how probabilities become a mask."""
+        kept = {"none": None, "png": torch.uint16, "float16": torch.float16}
+        return MaskRule(
+            threshold=self.threshold,
+            min_confidence=self.min_confidence,
+            keep=kept[self.probabilities],
+            # With --min-area they are counted after the components are removed.
+            count=self.min_area <= 1,
+        )
+
 
 def probability_extension(class_index: int) -> str:
     """Return the extension of the member with the probabilities of a class."""
     return f"probability-{class_index}.png"
 
 
-@dataclass(frozen=True, kw_only=True)
-class PredictConfig(TileConfig, ResultConfig):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PredictConfig:
     """Predict masks for images and write them as shards.
 
     If it was interrupted, rerun the same command, on any number of GPUs: it makes what is missing.
@@ -94,6 +110,11 @@ class PredictConfig(TileConfig, ResultConfig):
     at a URL such as s3://bucket/folder."""
     out: str
     """Output folder or URL."""
+    image_ext: tuple[str, ...] = ()
+    """Extensions of images in folders, patterns and tars: jpg for KEY.jpg, image.jpg for
+    KEY.image.jpg. Default: every image format that is read; a sample must then have one image."""
+    split: str | None = None
+    """Split of a data set to predict. Default: all."""
     fail_fast: bool = False
     """Stop with exit code 1 at the first input that cannot be read. Default: list it in
     OUT/errors.jsonl, continue, and exit with 3."""
@@ -109,10 +130,11 @@ class PredictConfig(TileConfig, ResultConfig):
     channels_last: tyro.conf.DisallowNone[bool | None] = None
     """Use the channels_last memory format, which tensor cores prefer. Default: on a GPU with
     --compile."""
+    reading: Flat[ReadingOptions] = field(default_factory=ReadingOptions)
+    results: Flat[ResultOptions] = field(default_factory=ResultOptions)
+    tiles: Flat[TileConfig] = field(default_factory=TileConfig)
 
     def __post_init__(self) -> None:
-        TileConfig.__post_init__(self)
-        ResultConfig.__post_init__(self)
         if not is_url(self.out):
             refuse_url("--out", self.out)
         elif re.search(r"://$|[?*\[\]]", self.out):
@@ -120,9 +142,13 @@ class PredictConfig(TileConfig, ResultConfig):
                 f"--out {self.out}: a URL must name a bucket and contain none of ? * [ ]"
             )
         if self.workers is not None and self.workers < 0:
-            raise ValueError("workers must not be below 0")
+            raise ValueError(f"--workers must be >= 0, got {self.workers}")
         if self.part is not None:
             parse_part("--part", self.part)
+
+    def input_rule(self) -> InputRule:
+        """Return what was declared about the inputs."""
+        return InputRule(self.image_ext, self.split, self.out)
 
     def shards_of(self, num_shards: int, rank: int, world: int) -> range:
         """Return the shards that a rank makes: its share of this part."""
@@ -131,34 +157,21 @@ class PredictConfig(TileConfig, ResultConfig):
 
     def settings(self) -> dict[str, Any]:
         """Return the settings that determine the bytes of the output, by name."""
-        names = [field.name for group in (TileConfig, ResultConfig) for field in fields(group)]
-        return {name: getattr(self, name) for name in (*names, "compile", "channels_last")}
+        groups = (self.tiles, self.results)
+        values = {entry.name: value for group in groups for entry, value in settings_of(group)}
+        # Named so in job.json since before --split selected inputs.
+        values["split"] = values.pop("out_split")
+        return {**values, "compile": self.compile, "channels_last": self.channels_last}
 
-    def settle(self, begun: Mapping[str, Any], device: torch.device) -> "PredictConfig":
-        """Resolve unset settings: as the job was started, else by device."""
-        size, last = self.batch_size, self.channels_last
-        if size is None and isinstance(before := begun.get("batch_size"), int) and before > 0:
+    def settle(self, started: Mapping[str, Any], device: torch.device) -> "PredictConfig":
+        """Resolve unset settings: as the job in the output folder was started, else by device."""
+        size, last = self.tiles.batch_size, self.channels_last
+        if size is None and isinstance(before := started.get("batch_size"), int) and before > 0:
             size = before
-        if last is None and isinstance(before := begun.get("channels_last"), bool):
+        if last is None and isinstance(before := started.get("channels_last"), bool):
             last = before
         return replace(
             self,
-            batch_size=choose_batch_size(size, device),
+            tiles=replace(self.tiles, batch_size=choose_batch_size(size, device)),
             channels_last=choose_channels_last(last, device, compiled=self.compile),
-        )
-
-    @property
-    def tiles(self) -> TileConfig:
-        """Tile settings."""
-        return TileConfig(**{field.name: getattr(self, field.name) for field in fields(TileConfig)})
-
-    def mask_rule(self) -> MaskRule:
-        """What is made of class probabilities."""
-        kept = {"none": None, "png": torch.uint16, "float16": torch.float16}
-        return MaskRule(
-            threshold=self.threshold,
-            min_confidence=self.min_confidence,
-            keep=kept[self.probabilities],
-            # Else they are counted when the specks are gone.
-            count=self.min_area <= 1,
         )

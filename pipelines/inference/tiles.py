@@ -23,15 +23,18 @@ from unet import PredictedMasks, halve_tile, predict_masks
 def predictor(
     config: PredictConfig, loaded: LoadedModel, accelerator: Accelerator, decode: Decoder
 ) -> Iterator[Predict]:
-    """What predicts images of one size, while the block lasts."""
-    model, compiled = loaded.model.to(accelerator.device).eval(), None
-    if config.channels_last:
-        # Which torch's stubs leave out.
-        model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    """Yield a function that predicts images of one size, valid within the context."""
+    # Moved in inference mode, weights become inference tensors, which autograd refuses.
+    with torch.inference_mode(False):
+        model, compiled = loaded.model.to(accelerator.device).eval(), None
+        if config.channels_last:
+            # Missing from torch's stubs.
+            model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     if config.compile and (sides := first_tile(decode, config.tiles, model)) is not None:
-        compiled = CompiledForward(model.forward, (config.tiles.num_together, *sides))
+        compiled = CompiledForward(model.forward, (config.tiles.effective_batch_size, *sides))
         model.forward = compiled
-    with threads_for(make_forward(model, accelerator), accelerator.device) as forward:
+    halving = make_forward(model, accelerator, compiled=compiled is not None)
+    with threads_for(halving, accelerator.device) as forward:
         yield make_predict(config, forward, loaded, accelerator.device)
     if compiled is not None:
         compiled.report()
@@ -47,7 +50,7 @@ def make_predict(
 
     Raises RunError where a tile does not fit into the memory of a GPU.
     """
-    network, rule, tiles = loaded.model.config, config.mask_rule(), config.tiles
+    network, rule, tiles = loaded.model.config, config.results.mask_rule(), config.tiles
     said = False
 
     def predict(images: Sequence[Tensor]) -> PredictedMasks:
@@ -67,7 +70,8 @@ def make_predict(
             tqdm.write(
                 f"tiles of {before.tile} do not fit into the memory of this GPU "
                 f"({device}): going on with {tiles.tile}, one at a time, as --tile "
-                f"{tiles.tile} --batch-size 1 would have from the start; the masks are the same",
+                f"{tiles.tile} --batch-size 1 would have from the start; the masks are the same"
+                + (", except for a few pixels: these tiles run uncompiled" * config.compile),
                 file=sys.stderr,
             )
         return masks

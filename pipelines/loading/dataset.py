@@ -3,33 +3,33 @@
 import hashlib
 import os
 import sys
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import chain
-from math import inf
+from itertools import accumulate, chain
 from pathlib import Path
 
 from accelerate import Accelerator
 
+from pipelines.loading.stages import require_mask
 from pipelines.runtime.processes import num_workers
 from pipelines.runtime.progress import progress
 from shards.cache import ShardCache, download_chunks, refuse_changed_shard
 from shards.manifest import Manifest, ShardInfo
-from shards.order import EvalPlan, Order
+from shards.order import Address, EvalPlan, Order
 from shards.reader import ShardReader, open_shard
+from shards.sample import Sample, Uint8
 from shards.store import Store, is_url
 
 MAX_WORKERS = 8
 """Maximum default number of decoding processes per rank; one GPU needs no more to train."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Location of the data set and how it is read; shared by `unet train` and `unet evaluate`."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoadingOptions:
+    """How shards are read."""
 
-    data: str
-    """Folder of shards, or a URL such as s3://bucket/folder."""
     workers: int | None = None
     """Decoding processes per rank; default: its share of the CPUs, at most 8."""
     cache_dir: Path | None = None
@@ -38,19 +38,17 @@ class DataConfig:
     """Maximum size of the cache folder in bytes."""
     verify_shards: bool = False
     """First read every shard and compare its sha256 with the manifest."""
-    rank_timeout: float = 10
-    """Minutes that a rank waits for the others before it exits. Must exceed the time of startup, of
-    a checkpoint, and of the difference between ranks in validation."""
 
     def __post_init__(self) -> None:
         if self.workers is not None and self.workers < 0:
-            raise ValueError(f"workers must be >= 0, got {self.workers}")
+            raise ValueError(f"--workers must be >= 0, got {self.workers}")
         if self.cache_bytes < 1:
-            raise ValueError(f"cache_bytes must be > 0, got {self.cache_bytes}")
-        if not 0 < self.rank_timeout < inf:
-            raise ValueError(f"rank_timeout must be a number > 0, got {self.rank_timeout}")
-        if self.cache_dir is not None and not is_url(self.data):
-            raise ValueError(f"--cache-dir applies to data at a URL; {self.data} is a folder")
+            raise ValueError(f"--cache-bytes must be >= 1, got {self.cache_bytes}")
+
+    def refuse_local_cache(self, data: str) -> None:
+        """Raise ValueError if shards in a local folder are to be cached."""
+        if self.cache_dir is not None and not is_url(data):
+            raise ValueError(f"--cache-dir applies to data at a URL; {data} is a local folder")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,21 +70,36 @@ class DataSet:
         shards = self.manifest.split(split, self.store).shards
         return ShardReader(self.store, shards, self.cache, borders=borders)
 
+    def samples(self, split: str, positions: Iterable[int]) -> Iterator[tuple[Sample, Uint8]]:
+        """Yield the samples at some positions of a split, each with its mask, uint8 [H, W].
+
+        Raises DataError if a sample cannot be read or has no mask.
+        """
+        reader, num_classes = self.reader(split), len(self.manifest.classes)
+        starts = [*accumulate((shard.samples for shard in reader.shards), initial=0)]
+        for position in positions:
+            shard = bisect_right(starts, position) - 1
+            raw = reader.read(Address(position, shard, position - starts[shard]))
+            sample = raw.decode(self.manifest.image_format, num_classes)
+            yield sample, require_mask(sample.mask, raw)
+
 
 def open_data(
-    config: DataConfig,
+    place: str,
+    options: LoadingOptions,
     manifest: Manifest,
     splits: Sequence[str],
     accelerator: Accelerator,
     in_use: int,
     remedy: str,
 ) -> DataSet:
-    """Open a data set for this rank; verifies its shards if `config.verify_shards` is set.
+    """Open a data set for this rank; verifies its shards if `options.verify_shards` is set.
 
     Prints to stderr if a remote data set is read without a cache.
 
     Args:
-        config: location and settings.
+        place: folder or URL of the shards.
+        options: how they are read.
         manifest: manifest of the data set.
         splits: splits that will be read.
         accelerator: rank and number of ranks.
@@ -97,29 +110,31 @@ def open_data(
     Raises:
         DataError: a shard does not match the manifest.
     """
-    workers = default_workers(accelerator) if config.workers is None else config.workers
+    workers = default_workers(accelerator) if options.workers is None else options.workers
     cache, warning = None, ""
-    if is_url(config.data):
-        cache, warning = choose_cache(config, in_use, remedy)
+    if is_url(place):
+        cache, warning = choose_cache(place, options, in_use, remedy)
     if warning and accelerator.is_main_process:
         print(warning, file=sys.stderr)
-    data = DataSet(Store(config.data), manifest, cache, workers)
-    if config.verify_shards:
+    data = DataSet(Store(place), manifest, cache, workers)
+    if options.verify_shards:
         verify(data, splits, accelerator)
     return data
 
 
-def choose_cache(config: DataConfig, in_use: int, remedy: str) -> tuple[ShardCache | None, str]:
+def choose_cache(
+    place: str, options: LoadingOptions, in_use: int, remedy: str
+) -> tuple[ShardCache | None, str]:
     """Return the cache for remote data; if None, also the reason in one line."""
-    ranges = f"{config.data} is read by range requests"
-    if config.cache_dir is None:
+    ranges = f"{place} is read by range requests"
+    if options.cache_dir is None:
         return None, f"{ranges}; --cache-dir DIR caches shards locally ({in_use:,} bytes in use)"
-    if config.cache_bytes < in_use:
+    if options.cache_bytes < in_use:
         return None, (
-            f"{ranges}: --cache-bytes {config.cache_bytes} is less than the {in_use:,} bytes of "
+            f"{ranges}: --cache-bytes {options.cache_bytes} is less than the {in_use:,} bytes of "
             f"shards in use at the same time; {remedy}"
         )
-    return ShardCache(config.cache_dir, config.cache_bytes), ""
+    return ShardCache(options.cache_dir, options.cache_bytes), ""
 
 
 def train_bytes_in_use(

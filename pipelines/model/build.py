@@ -152,6 +152,10 @@ def build_model(
         crop_size=crop_size,
         image_range=form.range,
         alpha=form.alpha,
+        max_pixels=form.max_pixels,
+        exif=form.exif,
+        frame=form.frame,
+        resize=form.resize,
     )
     data = {"in_channels": len(form.channels), "num_classes": len(manifest.classes)}
     return UNet(model.network(encoder, **data), spec)
@@ -163,7 +167,7 @@ def load_initial_weights(model: UNet, checkpoint: str) -> None:
     Raises UsageError if the architectures differ, naming the flag that changes that, and DataError
     if the checkpoint cannot be loaded.
     """
-    source = load_model(checkpoint)
+    source = load_model(checkpoint, "--init-from")
     refuse_other_encoder(model.config.encoder, source.model.config.encoder, checkpoint)
     for field in fields(model.config):
         name = field.name

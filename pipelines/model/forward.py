@@ -1,5 +1,6 @@
 """Forward passes, uint8 images -> logits, with smaller batches if memory runs out."""
 
+import gc
 import sys
 from collections.abc import Callable
 
@@ -26,11 +27,18 @@ class TileTooLargeError(RunError):
         self.height, self.width, self.reason = height, width, reason
 
 
-def make_forward(model: UNet, accelerator: Accelerator) -> Callable[[Tensor], Tensor]:
+def make_forward(
+    model: UNet, accelerator: Accelerator, *, compiled: bool = False
+) -> Callable[[Tensor], Tensor]:
     """Make a function from uint8 images [B, C, H, W] to logits, in the accelerator's precision.
 
     If a batch exceeds the memory of a GPU, it and all later ones are halved until they fit, with
     one warning. The function raises TileTooLargeError if a single image does not fit.
+
+    Args:
+        model: with its DataSpec, on the device.
+        accelerator: device and precision.
+        compiled: whether only batches of the original size are compiled.
     """
     spec, device = require_spec(model), accelerator.device
     max_batch, warned, reason = sys.maxsize, False, ""
@@ -66,14 +74,26 @@ def make_forward(model: UNet, accelerator: Accelerator) -> Callable[[Tensor], Te
                 raise TileTooLargeError(height, width, reason)
             max_batch = size // 2
             if device.type == "cuda":
+                # Reference cycles of the failed pass keep its tensors alive.
+                gc.collect()
                 torch.cuda.empty_cache()
         if max_batch < before and not warned:
             warned = True
             tqdm.write(
                 f"a batch of {len(image)} tiles exceeds the memory of this GPU ({device}); "
-                f"continuing with --batch-size {max_batch}",
+                f"continuing with {max_batch}, {describe_halved(max_batch, compiled=compiled)}",
                 file=sys.stderr,
             )
         return logits
 
     return forward
+
+
+def describe_halved(batch_size: int, *, compiled: bool) -> str:
+    """Describe how results of halved batches compare with those of --batch-size."""
+    if compiled:
+        return (
+            "uncompiled, so that from here on masks may differ in a few pixels; "
+            f"--batch-size {batch_size}, into another --out, compiles all"
+        )
+    return f"as --batch-size {batch_size} would have from the start"

@@ -1,14 +1,20 @@
 """Find a checkpoint and load its model."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from pipelines.runtime.run_folder import CHECKPOINTS
+from pipelines.runtime.run_folder import RunFolder
 from shards.images.files import ImageFormat
 from shards.sample import DataError
 from unet import DataSpec, UNet, UNetConfig, weights
 from unet.model import read_config
+
+PICKLES = (".pth", ".pt", ".ckpt", ".bin", ".pkl")
+"""Extensions of files that torch.save writes."""
+GEOMETRY = ("exif", "frame", "resize")
+"""Rules that are applied when images are packed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,71 +25,122 @@ class LoadedModel:
     spec: DataSpec
     digest: str
     """sha256 of its weights file."""
+    reading_changes: dict[str, Any] = field(default_factory=dict)
+    """Fields of `spec` that flags have replaced."""
 
     @property
     def image_format(self) -> ImageFormat:
-        """How images must be decoded for the model."""
-        return ImageFormat(self.spec.channels, self.spec.alpha, self.spec.image_range)
+        """How image files are decoded for it."""
+        spec = self.spec
+        return ImageFormat(
+            channels=spec.channels,
+            alpha=spec.alpha,
+            range=spec.image_range,
+            max_pixels=spec.max_pixels,
+            exif=spec.exif,
+            frame=spec.frame,
+            resize=spec.resize,
+        )
+
+    def stored_format(self, packed: ImageFormat) -> ImageFormat:
+        """Return how images of a data set are decoded for it: accepted as when they were packed.
+
+        Raises DataError if they have 16 bits and the model knows no range of values.
+        """
+        if packed.range is not None and self.spec.image_range is None:
+            raise DataError(
+                f"the data has 16-bit images (range {packed.range[0]} {packed.range[1]}), but the "
+                "checkpoint was trained on 8-bit images; train on data of the same kind"
+            )
+        max_pixels = self.reading_changes.get("max_pixels", packed.max_pixels)
+        return ImageFormat(self.spec.channels, packed.alpha, self.spec.image_range, max_pixels)
+
+    def describe_differences(self, packed: ImageFormat) -> list[str]:
+        """Describe how a data set was packed with other rules than the training data."""
+        trained = self.image_format
+        pairs = [(f"--{name}", getattr(packed, name), getattr(trained, name)) for name in GEOMETRY]
+        if packed.range is not None:
+            pairs.append(("--image-range", packed.range, trained.range))
+        return [
+            f"warning: the data was packed with {flag} {own}, the training data of the checkpoint "
+            f"with {other}"
+            for flag, own, other in pairs
+            if own != other
+        ]
 
 
-def load_model(checkpoint: str) -> LoadedModel:
-    """Load the model of a run folder (`best`, else `last`), a checkpoint folder or a hub id.
+def load_model(checkpoint: str, flag: str = "--checkpoint") -> LoadedModel:
+    """Load the model of a run folder (its `best`, else `last`), a checkpoint folder or a hub id.
 
-    Raises DataError if the checkpoint is missing, damaged or has no data spec.
+    Raises DataError naming `flag` and what is missing or damaged.
     """
     try:
-        folder = weights.find_folder(str(find_checkpoint(checkpoint)))
+        folder = weights.find_folder(str(find_checkpoint(checkpoint, flag)))
         model = UNet.from_pretrained(str(folder))
         with (folder / weights.WEIGHTS).open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
     except (ValueError, FileNotFoundError, ImportError) as error:
-        raise DataError(f"--checkpoint {checkpoint}: {error}") from error
+        raise DataError(f"{flag} {checkpoint}: {error}") from error
     except OSError as error:
         raise DataError(
-            f"--checkpoint {checkpoint} is neither a local folder nor a model on the hub: {error}"
+            f"{flag} {checkpoint}: does not exist here and was not found on the hub: {error}"
         ) from error
     if model.spec is None:
         raise DataError(
-            f"--checkpoint {checkpoint}: config.json has no data spec (classes, normalisation)"
+            f"{flag} {checkpoint}: config.json has no data spec (classes, mean, std); save the "
+            "model with UNet(config, spec)"
         )
     return LoadedModel(model, model.spec, digest)
 
 
-def load_config(checkpoint: str) -> UNetConfig:
+def load_config(checkpoint: str, flag: str) -> UNetConfig:
     """Read the model config of a checkpoint, as `load_model` finds it, without its weights.
 
-    Raises DataError if the checkpoint is missing or damaged.
+    Raises DataError naming `flag` if the checkpoint is missing or damaged.
     """
     try:
-        folder = weights.find_folder(str(find_checkpoint(checkpoint)))
+        folder = weights.find_folder(str(find_checkpoint(checkpoint, flag)))
         return read_config(weights.read_header(folder), folder)
     except (ValueError, OSError) as error:
-        raise DataError(f"--checkpoint {checkpoint}: {error}") from error
+        raise DataError(f"{flag} {checkpoint}: {error}") from error
 
 
 def require_spec(model: UNet) -> DataSpec:
-    """Return the data spec of a model that was built or loaded with one."""
+    """Return the data spec of a model that was built for data or loaded by `load_model`."""
     assert model.spec is not None
     return model.spec
 
 
-def find_checkpoint(checkpoint: str) -> Path | str:
-    """Return the folder with the weights, or a hub id unchanged.
+def find_checkpoint(checkpoint: str, flag: str = "--checkpoint") -> Path | str:
+    """Return the folder with the weights; a hub id is returned unchanged.
 
-    Raises DataError for a path that does not exist and a run folder without a checkpoint.
+    Raises DataError naming `flag` if it is neither.
     """
     folder = Path(checkpoint)
-    if (folder / CHECKPOINTS).is_dir():
-        for name in ("best", "last"):
-            if (folder / CHECKPOINTS / name).is_dir():
-                return (folder / CHECKPOINTS / name).resolve()
-        raise DataError(f"--checkpoint {checkpoint}: the run has no checkpoint yet")
-    if not folder.is_dir() and (
-        folder.is_absolute() or checkpoint.startswith(".") or checkpoint.count("/") > 1
-    ):
-        raise DataError(f"--checkpoint {checkpoint} does not exist")
-    if not folder.is_dir() and "/" not in checkpoint:
-        raise DataError(
-            f"--checkpoint {checkpoint} is neither a local folder nor a hub id (owner/name)"
+    run = RunFolder(folder)
+    if run.checkpoints.is_dir():
+        for link in (run.best, run.last):
+            if link.is_dir():
+                return link.resolve()
+        raise DataError(f"{flag} {checkpoint}: this run has not saved a checkpoint yet")
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise DataError(f"{flag} {checkpoint}: {explain_file(folder)}")
+    if folder.is_absolute() or checkpoint.startswith(".") or checkpoint.count("/") > 1:
+        raise DataError(f"{flag} {checkpoint}: does not exist")
+    if "/" not in checkpoint:
+        raise DataError(f"{flag} {checkpoint}: is neither a local folder nor a hub id (owner/name)")
+    return checkpoint
+
+
+def explain_file(file: Path) -> str:
+    """Return the problem and the remedy for a file in place of a checkpoint folder."""
+    if file.name in (weights.WEIGHTS, weights.HEADER):
+        return f"is a file of a checkpoint; use its folder {file.parent}"
+    if file.suffix.lower() in PICKLES:
+        return (
+            "is a PyTorch file (a pickle), not a checkpoint folder; convert one of "
+            "milesial/Pytorch-UNet in Python: UNet.from_milesial(FILE, spec).save_pretrained(DIR)"
         )
-    return folder if folder.is_dir() else checkpoint
+    return "is a file, not a run folder, checkpoint folder or hub id"

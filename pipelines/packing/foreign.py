@@ -12,12 +12,21 @@ from typing import BinaryIO
 import numpy as np
 
 from pipelines.runtime.errors import describe_read_error
-from shards.foreign import COPY_REMEDY, Role, SampleMembers, group_members, read_member
-from shards.images.files import ImageRule, load_pixels, open_image, read_image
+from shards.foreign import (
+    COPY_REMEDY,
+    IMAGE_EXT_REMEDY,
+    Role,
+    SampleMembers,
+    group_members,
+    read_member,
+)
+from shards.images.files import ImageRule, open_image, read_image
 from shards.masks.canonical import CanonicalMask
 from shards.masks.counts import count_pixel_values, format_counts
 from shards.masks.formats import ClassMap
 from shards.masks.png import CANONICAL_RULE
+from shards.masks.readings import list_palette_readings
+from shards.masks.stored import load_mask
 from shards.offsets import MemberRange
 from shards.sample import IGNORE, INFO_EXTENSION, DataError, encode_key, is_safe_path
 from shards.statistics import SampleStatistics, StoredSample
@@ -35,6 +44,8 @@ class IndexRule:
     """0 without masks."""
     images: ImageRule
     roles: dict[str, Role]
+    declared: bool
+    """The extensions of images were named."""
 
 
 Duplicates = list[tuple[str, str]]
@@ -76,8 +87,9 @@ def inspect_shard(name: str, rule: IndexRule) -> ShardContents:
             # The file is read completely first, so that all later reads hit the page cache.
             contents.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
             contents.size = os.fstat(file.fileno()).st_size
-            members = group_members(file, path, rule.roles)
+            members = group_members(file, path, rule.roles, declared=rule.declared)
             contents.ignored, contents.problems = members.ignored, members.problems
+            contents.problems += [f"{one}; {IMAGE_EXT_REMEDY}" for one in members.ambiguous]
             for key, group in members.samples.items():
                 try:
                     add_sample(file, key, group, rule, contents)
@@ -147,16 +159,21 @@ def read_members(
         raise DataError(f"{where} contains several frames; {REPACK}")
     digest = hashlib.sha256(data).hexdigest()
     if mask is None:
-        return StoredSample(decoded, None, digest)
+        return StoredSample(decoded, None, digest, where)
     mask_where = f"{path}: {mask.name}"
     canonical = read_canonical_mask(read_member(file, mask), rule.num_classes, mask_where)
+    if canonical.orientation and canonical.orientation != decoded.orientation:
+        raise DataError(
+            f"{mask_where} has EXIF orientation {canonical.orientation}, its image {image.name} "
+            f"{decoded.orientation or 'none'}; {REPACK}"
+        )
     if canonical.size != decoded.full_size:
         rotated = " after its EXIF rotation" if "turned" in decoded.notes else ""
         raise DataError(
             f"{mask_where} is {format_size(canonical.size)}, its image {image.name} "
             f"{format_size(decoded.full_size)}{rotated}; {REPACK}"
         )
-    return StoredSample(decoded, canonical, digest)
+    return StoredSample(decoded, canonical, digest, where, mask_where)
 
 
 def format_size(size: tuple[int, int]) -> str:
@@ -172,8 +189,8 @@ def read_canonical_mask(data: bytes, num_classes: int, where: str) -> CanonicalM
             f"{where} is {opened.format} of mode {opened.mode}; masks in shards must be PNG of "
             f"mode P or L whose pixel value is the class index: {REPACK}"
         )
-    image, _ = load_pixels(opened, where)
-    index = np.asarray(image)
+    stored = load_mask(opened, where)
+    index = stored.read_values(where).astype(np.uint8, copy=False)
     counts = count_pixel_values(index)
     unknown = np.flatnonzero(counts[num_classes:IGNORE]) + num_classes
     if len(unknown):
@@ -181,8 +198,12 @@ def read_canonical_mask(data: bytes, num_classes: int, where: str) -> CanonicalM
             f"{where} contains values without a class: {format_counts(counts, unknown)}; "
             f"name all classes with --classes, or {REPACK}"
         )
-    classes = ClassMap(index, counts, tuple(np.flatnonzero(counts).tolist()))
-    return CanonicalMask(image.size, opened.mode, data, classes)
+    values = tuple(np.flatnonzero(counts).tolist())
+    classes = ClassMap(index, counts, values, values)
+    readings = list_palette_readings(stored, classes) if opened.mode == "P" else ()
+    return CanonicalMask(
+        stored.image.size, opened.mode, data, classes, stored.orientation, readings=readings
+    )
 
 
 def read_described_source(data: bytes, key: str) -> str | None:

@@ -80,6 +80,8 @@ def summarise(
         objects = ", ".join(manifest.border_classes)
         yield f"  border maps: sigma {manifest.border_sigma:g} pixels, objects: {objects}"
     yield from (f"  {count} images {notes[note]}" for note, count in sorted(total.notes.items()))
+    for outlier in total.find_outliers(manifest.classes):
+        yield f"  outlier: {outlier.name} {outlier.reason}"
     if form.range is not None:
         yield f"  16-bit values {form.range[0]} to {form.range[1]} become 0 to 255"
     if manifest.duplicates:

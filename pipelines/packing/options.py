@@ -1,16 +1,31 @@
 """Options of `check` and `pack`: folders of images and masks, and how to read them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 from pipelines.packing.colours import ColourTable, read_colour_table, read_first_palette
+from pipelines.packing.duplicates import DuplicatePolicy
 from pipelines.runtime.errors import UsageError, parse_part, refuse_url
 from pipelines.runtime.yaml_flags import Flat, refuse_unused
-from shards.folders.pairs import Pairing, PairRule, find_pairs, read_pair_lists
-from shards.folders.splits import DEFAULT_VAL_FRACTION, SplitRule
-from shards.images.files import MAX_PIXELS, AlphaPolicy, ExifPolicy, ImageFormat, ImageRule
+from shards.folders.pairs import (
+    Pairing,
+    PairRule,
+    find_pairs,
+    find_pairs_in_folders,
+    read_pair_lists,
+)
+from shards.folders.split_names import Split, find_declared_splits
+from shards.folders.splits import SplitRule
+from shards.images.files import (
+    MAX_PIXELS,
+    AlphaPolicy,
+    ExifPolicy,
+    ImageFormat,
+    ImageRule,
+    check_image_range,
+)
 from shards.masks.formats import MaskFormat, MaskKind
 from shards.masks.palettes import default_palette
 from shards.statistics import GREY16, SampleRule, SampleStatistics, percentile_range
@@ -23,13 +38,16 @@ MASK_NAMES = ("mask_suffix", "mask_ext", "pair_regex", "skip_unpaired")
 class PairingOptions:
     """Where images and masks are, and which belong together."""
 
-    images: Path | None = None
-    """Folder of the images, searched recursively. With --pairs: the folder that listed paths are
-    relative to; default: the folder of the list."""
-    masks: Path | None = None
-    """Folder of the masks: same relative paths, any extension. May be the folder of the images."""
+    images: tuple[Path, ...] = ()
+    """Folders of the images, searched recursively; several whose names contain train, val or test
+    set the split. With --pairs: the folder that listed paths are relative to; default: the folder
+    of the list."""
+    masks: tuple[Path, ...] = ()
+    """Folders of the masks, as many as of the images and in the same order: same relative paths,
+    any extension. May be the folder of the images."""
     pairs: tuple[Path, ...] = ()
-    """Files with an image and its mask on each line (.csv, .tsv, or separated by white space)."""
+    """Files with an image and its mask on each line (.csv, .tsv, or separated by white space);
+    several whose names contain train, val or test set the split."""
     image_suffix: str = ""
     """End of an image's name, before the extension, that its mask's name lacks."""
     mask_suffix: str = ""
@@ -45,21 +63,36 @@ class PairingOptions:
     """Skip images without a mask and masks without an image instead of refusing them."""
 
     def __post_init__(self) -> None:
-        if self.images is None and not self.pairs:
-            raise ValueError("--images FOLDER or --pairs FILE is required")
-        paths = [("--images", self.images), ("--masks", self.masks)]
-        for flag, path in [*paths, *(("--pairs", path) for path in self.pairs)]:
-            if path is not None:
-                refuse_url(flag, path)
+        for flag in ("images", "masks", "pairs"):
+            for path in getattr(self, flag):
+                refuse_url(f"--{flag}", path)
+        if self.masks and not self.pairs and len(self.images) != len(self.masks):
+            raise ValueError(
+                f"--images has {len(self.images)} folders and --masks {len(self.masks)}; list the "
+                "masks of every folder of images, in the same order"
+            )
+        if self.pairs and max(len(self.images), len(self.masks)) > 1:
+            raise ValueError("--images and --masks take one folder each with --pairs")
+        self.declared_splits()
         if self.pairs:
             reason = "has no effect with --pairs, which lists every pair"
             refuse_unused(self, reason, "image_suffix", "image_ext", *MASK_NAMES)
         self.make_rule()
 
+    def require_input(self) -> None:
+        """Raise ValueError if no images are declared."""
+        if not self.images and not self.pairs:
+            raise ValueError("--images FOLDER or --pairs FILE is required")
+
     @property
     def has_masks(self) -> bool:
         """Whether the images have masks."""
-        return self.masks is not None or bool(self.pairs)
+        return bool(self.masks or self.pairs)
+
+    def declared_splits(self) -> list[Split | None]:
+        """Return the split that the name of each list, or else of each folder, declares."""
+        flag, paths = ("--pairs", self.pairs) if self.pairs else ("--images", self.images)
+        return find_declared_splits(flag, paths)
 
     def make_rule(self) -> PairRule:
         """Build the rule that finds the mask of an image."""
@@ -73,10 +106,13 @@ class PairingOptions:
 
     def find_pairs(self) -> Pairing:
         """Find all pairs. Raises DataError if there are no images."""
+        splits = self.declared_splits()
         if self.pairs:
-            return read_pair_lists(self.pairs, self.images, self.masks)
-        assert self.images is not None
-        return find_pairs(self.images, self.masks, self.make_rule())
+            images, masks = (next(iter(paths), None) for paths in (self.images, self.masks))
+            return read_pair_lists(self.pairs, images, masks, splits)
+        if len(self.images) == 1:
+            return find_pairs(self.images[0], next(iter(self.masks), None), self.make_rule())
+        return find_pairs_in_folders(self.images, self.masks, self.make_rule(), splits)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,6 +143,8 @@ class MaskOptions:
     """How far a value or each channel of a colour may be off (formats `values` and `rgb`, JPEG)."""
     resize_mask: bool = False
     """Resize masks that differ from their image in size but not in shape (nearest neighbour)."""
+    allow_absent_classes: bool = False
+    """Accept classes that have no pixel in any mask; default: they are an error."""
 
     def __post_init__(self) -> None:
         if (self.mask_format == "rgb") != (self.colours is not None):
@@ -179,11 +217,10 @@ class ImageOptions:
     def __post_init__(self) -> None:
         if self.image_range is not None and self.image_percentiles is not None:
             raise ValueError("--image-range and --image-percentiles exclude each other")
-        low, high = self.image_range or self.image_percentiles or (0, 100)
-        if not 0 <= low < high <= (65535 if self.image_range else 100):
-            raise ValueError(
-                "--image-range must be LOW HIGH within 0 65535, --image-percentiles within 0 100"
-            )
+        check_image_range(self.image_range)
+        low, high = self.image_percentiles or (0, 100)
+        if not 0 <= low < high <= 100:
+            raise ValueError(f"--image-percentiles {low:g} {high:g}: must be LOW HIGH within 0 100")
         self.make_rule()
 
     def make_rule(
@@ -226,14 +263,16 @@ class GeometryOptions:
 class SplitOptions:
     """How samples are split into train, val and test."""
 
-    val_fraction: float = DEFAULT_VAL_FRACTION
-    """Fraction of the samples in val, chosen by a hash of the key."""
+    val_fraction: float | None = None
+    """Fraction of the samples in val, chosen by a hash of the key; default: 0.1. Where files,
+    folders or names of lists declare splits: the fraction of train that becomes val; default: 0."""
     test_fraction: float = 0.0
     """Fraction of the samples in test."""
     group_by: str | None = None
     """Regular expression; images in whose paths it matches the same text stay in one split."""
     fold: str | None = None
-    """i/k: of k folds, chosen by a hash of the key, fold i (from 1) is val."""
+    """i/k: of k folds of the samples (or of a declared train), chosen by a hash of the key, fold i
+    (from 1) is val."""
     split_file: tuple[Path, ...] = ()
     """A CSV file with the columns path,split; or lists named train.txt, val.txt, test.txt."""
     split_folders: bool = False
@@ -255,6 +294,15 @@ class SplitOptions:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class DuplicateOptions:
+    """Identical images in different splits."""
+
+    duplicates: DuplicatePolicy = "error"
+    """Identical images in different splits: refuse them, or keep each with its group in the first
+    of their splits (train, val, test)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class SourceOptions:
     """Images and masks, and how they are paired, read and split."""
 
@@ -263,6 +311,7 @@ class SourceOptions:
     image: Flat[ImageOptions] = field(default_factory=ImageOptions)
     geometry: Flat[GeometryOptions] = field(default_factory=GeometryOptions)
     split: Flat[SplitOptions] = field(default_factory=SplitOptions)
+    duplicate: Flat[DuplicateOptions] = field(default_factory=DuplicateOptions)
 
     def __post_init__(self) -> None:
         if not self.pairing.has_masks:
@@ -270,6 +319,7 @@ class SourceOptions:
             refuse_unused(self.pairing, reason, *MASK_NAMES)
             refuse_unused(self.mask, reason)
             refuse_unused(self.split, reason)
+            refuse_unused(self.duplicate, reason)
         elif self.mask.mask_format is None:
             raise ValueError(
                 "--masks needs --mask-format binary, index, values, palette or rgb; "
@@ -277,11 +327,37 @@ class SourceOptions:
             )
         self.image_rule()
 
+    def describe_splits(self) -> list[str]:
+        """Return a line if several lists or folders do not decide the splits, else nothing."""
+        pairing, split = self.pairing, self.split
+        flag, paths = ("--pairs", pairing.pairs) if pairing.pairs else ("--images", pairing.images)
+        if len(paths) < 2 or not pairing.has_masks:
+            return []
+        names = " ".join(map(str, paths))
+        by_flag = "--split-file" if split.split_file else "--split-folders"
+        if split.split_file or split.split_folders:
+            return [f"{flag} {names}: {by_flag} defines the splits, not these names"]
+        if any(pairing.declared_splits()):
+            return []
+        return [
+            f"{flag} {names}: no name contains train, val or test, so all samples are split by hash"
+        ]
+
     def image_rule(self) -> ImageRule:
         """Build the rule that decides which images are accepted and how they are stored."""
         geometry = self.geometry
         return self.image.make_rule(
             exif=geometry.exif, frame=geometry.frame, resize=geometry.resize
+        )
+
+    def make_image_format(self, total: SampleStatistics) -> ImageFormat:
+        """Build the format of all images, with the rules by which files are read."""
+        geometry = self.geometry
+        return replace(
+            self.image.make_format(total),
+            exif=geometry.exif,
+            frame=geometry.frame,
+            resize=geometry.resize,
         )
 
     def sample_rule(self, pairing: Pairing) -> SampleRule:

@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
+from pipelines.packing.duplicates import DuplicatePolicy, describe_moves, unite_duplicates
+from pipelines.runtime.errors import changed_settings
 from pipelines.runtime.progress import progress
 from shards.folders.pairs import Pair, Pairing
 from shards.folders.splits import SPLITS, SplitRule
@@ -84,7 +86,12 @@ class ShardRule:
 
 
 def make_plan(
-    pairing: Pairing, splits: SplitRule, rule: ShardRule, *, keep_going: bool
+    pairing: Pairing,
+    splits: SplitRule,
+    rule: ShardRule,
+    *,
+    keep_going: bool,
+    duplicates: DuplicatePolicy = "error",
 ) -> tuple[list[PlannedShard], list[str]]:
     """Assign every pair to a shard.
 
@@ -93,9 +100,10 @@ def make_plan(
         splits: assigns pairs to splits.
         rule: cuts the samples of a split into shards.
         keep_going: keep an image that is in several splits in the first one (train, val, test).
+        duplicates: `same-split` moves identical images, with their groups, into one split.
 
     Returns:
-        The shards, and the problems of images that were dropped from a split, one line each.
+        The shards, and why images were left out, one line per image.
 
     Raises:
         DataError: byte-identical images are in different splits, without `keep_going`.
@@ -105,7 +113,10 @@ def make_plan(
         names: Sequence[str] = ["unlabelled"] * len(pairs)
         groups: Sequence[str | None] = [None] * len(pairs)
     else:
-        names, groups = splits.assign_splits(pairs)
+        notes: list[str] = []
+        names, groups = splits.assign_splits(pairs, notes)
+        for note in notes:
+            print(note)
     by_split: dict[str, list[PlannedSample]] = defaultdict(list)
     folders = str(pairing.images), str(pairing.masks)
     with progress(total=len(pairs), desc="plan", unit="pair", delay=2) as bar:
@@ -116,11 +127,14 @@ def make_plan(
     for name, samples in by_split.items():
         by_split[name] = [replace(s, unique=True) if sizes[s.image[0]] == 1 else s for s in samples]
     leaks = find_split_leaks(by_split, pairing.images)
-    problems = sorted(map(describe_leak, leaks))
-    if problems and not keep_going:
-        remedy = "remove one, put both into one split (--split-file), or use --keep-going"
+    if duplicates == "same-split":
+        move_duplicates(by_split, leaks)
+        leaks = []
+    if leaks and not keep_going:
+        remedy = "remove one, add --duplicates same-split, or use --keep-going"
+        problems = sorted(map(describe_leak, leaks))
         raise AggregateDataError(problems, f"one image in two splits: {remedy}")
-    drop_leaks(by_split, leaks)
+    left_out = drop_leaks(by_split, leaks, pairing.images)
     plan: list[PlannedShard] = []
     for name in (*SPLITS, "unlabelled"):
         # A seeded shuffle in which the order of two samples does not depend on the others.
@@ -130,16 +144,40 @@ def make_plan(
         )
         runs = cut_samples(shuffled, rule)
         plan += [PlannedShard(f"{name}-{n:06d}.tar", name, run) for n, run in enumerate(runs)]
-    return plan, problems
+    return plan, left_out
 
 
-def drop_leaks(by_split: dict[str, list[PlannedSample]], leaks: Sequence[SplitLeak]) -> None:
-    """Keep identical images in the first of their splits only."""
+def move_duplicates(by_split: dict[str, list[PlannedSample]], leaks: Sequence[SplitLeak]) -> None:
+    """Move identical images, with their groups, into one split, and print how many moved."""
+    splits = {s.source: split for split, samples in by_split.items() for s in samples}
+    groups = {s.source: s.group for samples in by_split.values() for s in samples}
+    moved = unite_duplicates(splits, groups, [[source for _, source in leak] for leak in leaks])
+    if not moved:
+        return
+    print(describe_moves(splits, moved))
+    everything = [sample for samples in by_split.values() for sample in samples]
+    by_split.clear()
+    for sample in everything:
+        target = moved.get(sample.source, splits[sample.source])
+        by_split.setdefault(target, []).append(sample)
+
+
+def drop_leaks(
+    by_split: dict[str, list[PlannedSample]], leaks: Sequence[SplitLeak], images: Path
+) -> list[str]:
+    """Keep identical images in the first of their splits only; describe each one left out."""
+    dropped: dict[str, str] = {}
     for group in leaks:
-        kept = min((split for split, _ in group), key=SPLITS.index)
-        dropped = {source for split, source in group if split != kept}
-        for split in {split for split, _ in group} - {kept}:
-            by_split[split] = [s for s in by_split[split] if s.source not in dropped]
+        kept, example = min(group, key=lambda file: (SPLITS.index(file[0]), file[1]))
+        dropped |= {
+            source: f"{images}/{source} ({split}) is the same image as {example} ({kept}), which "
+            "is kept"
+            for split, source in group
+            if split != kept
+        }
+    for split, samples in by_split.items():
+        by_split[split] = [sample for sample in samples if sample.source not in dropped]
+    return [dropped[source] for source in sorted(dropped)]
 
 
 def plan_sample(folders: tuple[str, str], pair: Pair, group: str | None) -> PlannedSample:
@@ -240,6 +278,21 @@ def encode_plan(plan: Sequence[PlannedShard]) -> Iterator[bytes]:
             yield json.dumps(line).encode() + b"\n"
 
 
+def encode_header(rule: dict[str, Any], plan: Sequence[PlannedShard]) -> bytes:
+    """Serialise the settings and the digest of a plan; equal for equal input files."""
+    digest = hashlib.sha256()
+    for line in encode_plan(plan):
+        digest.update(line)
+    return json.dumps({"rule": rule, "lines": digest.hexdigest()}, indent=1).encode()
+
+
+def clear_work(store: Store, keep: Sequence[str] = (HEADER,)) -> None:
+    """Remove the files of WORK_DIR, except those to keep."""
+    for name in store.names(WORK_DIR):
+        if (path := f"{WORK_DIR}/{name}") not in keep:
+            store.remove(path)
+
+
 def fix_plan(
     store: Store, rule: dict[str, Any], plan: Sequence[PlannedShard], held: ExitStack
 ) -> str:
@@ -260,10 +313,7 @@ def fix_plan(
     Raises:
         DataError: the folder holds another data set, or input or settings have changed.
     """
-    digest = hashlib.sha256()
-    for line in encode_plan(plan):
-        digest.update(line)
-    header = json.dumps({"rule": rule, "lines": digest.hexdigest()}, indent=1).encode()
+    header = encode_header(rule, plan)
     if not store.exists(HEADER) and (packed := list_shards(store)):
         raise DataError(
             f"{store} holds shards of another data set ({packed[0]}); choose another --out"
@@ -271,9 +321,7 @@ def fix_plan(
     lock, is_alone = lock_plan(store, held)
     saved = store.read(HEADER) if store.exists(HEADER) else header
     if is_alone and saved != header and not list_shards(store):
-        for name in store.names(WORK_DIR):
-            if (path := f"{WORK_DIR}/{name}") not in (LOCK, HEADER):
-                store.remove(path)
+        clear_work(store, keep=(LOCK, HEADER))
         # Last, so that a kill in between leaves the plan to be replaced.
         store.remove(HEADER)
     if not store.exists(HEADER):
@@ -324,8 +372,7 @@ def describe_change(
     was = json.loads(saved)["rule"]
     now = json.loads(json.dumps(rule))
     if was != now:
-        changed = [name for name in now if was.get(name) != now[name]]
-        return f"other settings ({', '.join(changed)})"
+        return f"other settings ({', '.join(changed_settings(was, now))})"
     old, new = (
         {line[1]: line[2:] for line in map(json.loads, lines)}
         for lines in (store.read(LINES).splitlines(), encode_plan(plan))

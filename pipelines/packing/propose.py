@@ -11,10 +11,11 @@ from pipelines.runtime.errors import REFUSED, describe_read_error
 from pipelines.runtime.processes import chunks, num_workers, run_all
 from pipelines.runtime.progress import progress
 from pipelines.runtime.yaml_flags import settings_of
+from shards.folders.pairs import Pairing
 from shards.images.files import ImageRule
 from shards.masks.proposal import propose_flags
 from shards.masks.survey import MaskSurvey, survey_mask
-from shards.sample import DataError
+from shards.sample import AggregateDataError, DataError
 
 MAX_SHOWN = 20
 """Unreadable masks that are printed."""
@@ -30,9 +31,28 @@ PROPOSED = frozenset(
 def propose_format(source: SourceOptions, workers: int, command: str) -> int:
     """Survey all masks and print `command` with the flags that read them.
 
-    Nothing is packed: returns exit code 1.
+    Nothing is packed. Returns exit code 0 with a proposal, else 1. Raises DataError if no image has
+    a mask.
     """
     pairing = source.pairing.find_pairs()
+    if not pairing.pairs:
+        problems = [*pairing.refused, *pairing.unpaired] or ["no image has a mask"]
+        raise AggregateDataError(problems, "no mask can be surveyed before the pairing is correct")
+    survey, problems = survey_pairing(source, pairing, workers)
+    for problem in sorted(problems)[:MAX_SHOWN]:
+        print(problem, file=sys.stderr)
+    if survey.num_files == 0:
+        print(f"none of {len(problems)} masks can be read", file=sys.stderr)
+        return REFUSED
+    proposal = propose_flags(survey)
+    print(proposal.text(command))
+    return 0 if proposal.flags else REFUSED
+
+
+def survey_pairing(
+    source: SourceOptions, pairing: Pairing, workers: int
+) -> tuple[MaskSurvey, list[str]]:
+    """Survey the masks of all pairs in parallel; also lists those that cannot be read."""
     masks = [f"{pairing.masks}/{pair.mask}" for pair in pairing.pairs]
     workers = num_workers(workers, len(masks))
     survey = MaskSurvey()
@@ -45,10 +65,7 @@ def propose_format(source: SourceOptions, workers: int, command: str) -> int:
             survey.merge(partial_survey)
             problems += unreadable
             bar.update(len(chunk))
-    for problem in sorted(problems)[:MAX_SHOWN]:
-        print(problem, file=sys.stderr)
-    print(propose_flags(survey).text(command))
-    return REFUSED
+    return survey, problems
 
 
 def survey_masks(paths: Sequence[str], rule: ImageRule) -> tuple[MaskSurvey, list[str]]:

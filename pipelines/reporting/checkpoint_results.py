@@ -15,13 +15,12 @@ from PIL import Image
 from pipelines.drawing.panels import draw_panels
 from pipelines.evaluation.examples import predict_examples
 from pipelines.evaluation.per_image import SCORES_CSV, Floats, ImageCounts, image_scores, lowest
-from pipelines.evaluation.table import SCORES
 from pipelines.loading.dataset import DataSet
 from pipelines.model.load import LoadedModel, load_model, require_spec
 from pipelines.reporting.page import Gallery, Strip
 from pipelines.reporting.run_record import RunRecord, read_json
 from pipelines.runtime.progress import progress
-from pipelines.runtime.run_folder import CHECKPOINTS
+from pipelines.runtime.run_folder import RunFolder
 from shards.manifest import Manifest, read_manifest
 from shards.sample import DataError
 from shards.store import Store
@@ -63,8 +62,8 @@ def load_results(
     `place` is the location of the data, if it has moved; `images` is whether data is read at all.
     Runs on one process, without meeting other ranks.
     """
-    checkpoints = record.run_dir / CHECKPOINTS
-    if not any((checkpoints / name).is_dir() for name in ("best", "last")):
+    folder = RunFolder(record.run_dir)
+    if not folder.best.is_dir() and not folder.last.is_dir():
         return CheckpointResults(notes=("There are no images: the run has no checkpoint yet.",))
     try:
         loaded = load_model(str(record.run_dir))
@@ -82,7 +81,7 @@ def load_results(
     try:
         manifest = open_manifest(record, place)
         results = replace(results, manifest=manifest)
-        manifest = replace(manifest, image_format=loaded.image_format)
+        manifest = replace(manifest, image_format=loaded.stored_format(manifest.image_format))
         data = DataSet(Store(str(place)), manifest, None, workers=0)
         model = loaded.model.to(accelerator.device)
         results = draw_extremes(results, record, data, split, model, accelerator)
@@ -99,17 +98,18 @@ def describe_coverage(scores: dict[str, Any]) -> str:
 
 def read_scores(record: RunRecord, loaded: LoadedModel, notes: list[str]) -> dict[str, Any] | None:
     """Read RUN/scores.json if it belongs to these weights and to the data of the run."""
-    scores = read_json(record.run_dir / SCORES, notes)
+    path = RunFolder(record.run_dir).scores
+    scores = read_json(path, notes)
     if not scores:
         return None
     if scores.get("checkpoint") != loaded.digest:
-        notes.append(f"{SCORES} belongs to another checkpoint and is not shown.")
+        notes.append(f"{path.name} belongs to another checkpoint and is not shown.")
         return None
     if scores.get("manifest") != trained_on(record):
-        notes.append(f"{SCORES} belongs to other data than the training data and is not shown.")
+        notes.append(f"{path.name} belongs to other data than the training data and is not shown.")
         return None
     if not is_scores(scores, loaded.spec.classes):
-        notes.append(f"{SCORES} is damaged.")
+        notes.append(f"{path.name} is damaged.")
         return None
     return scores
 

@@ -16,12 +16,11 @@ from pipelines.reporting.charts import Chart, Series
 from pipelines.reporting.checkpoint_results import CheckpointResults, load_results
 from pipelines.reporting.page import MAX_CLASSES, Report, Row, Swatch, Table, render
 from pipelines.reporting.run_record import RunRecord, number, read_record
-from pipelines.runtime.run_folder import CONFIG
+from pipelines.runtime.run_folder import RunFolder
 from shards.sample import Palette
 from shards.writer import write_atomically
 from unet import EncoderConfig, UNet
 
-REPORT = "report.html"
 EXCLUDED = {
     "train/skipped": "samples that could not be decoded and were replaced",
     "train/overflows": "steps whose gradients overflowed",
@@ -69,7 +68,7 @@ def write_report(
     record = read_record(run_dir)
     results = load_results(record, accelerator, data, images=images)
     page = render(compose(record, results))
-    path = out or run_dir / REPORT
+    path = out or RunFolder(run_dir).report
     path.parent.mkdir(parents=True, exist_ok=True)
     # File names may not be valid text.
     write_atomically(path, page.encode("utf-8", "backslashreplace"))
@@ -333,7 +332,7 @@ def commands(record: RunRecord) -> Iterator[tuple[str, str]]:
     run_dir, data = str(record.run_dir), str(record.setting("data") or "SHARDS")
     checkpoint = ("--checkpoint", run_dir)
     # --run-dir again, since the folder may have moved.
-    same = ("--config", str(record.run_dir / CONFIG), "--run-dir", run_dir)
+    same = ("--config", str(RunFolder(record.run_dir).config), "--run-dir", run_dir)
     if record.state.get("finished") is True:
         yield "Train longer", command("train", *same, "--minutes", "MORE")
     else:

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from pipelines.runtime.environment import describe_environment, lines_of
-from pipelines.runtime.run_folder import CHECKPOINTS, CONFIG, ENVIRONMENT, METRICS, STATE
+from pipelines.runtime.run_folder import CHECKPOINT_STATE, RunFolder
 from shards.sample import DataError
 
 MIN_POINTS = 500
@@ -112,16 +112,17 @@ class RunRecord:
 
 def read_record(run_dir: Path) -> RunRecord:
     """Read a run folder. Raises DataError if it is not a run folder."""
-    if not (run_dir / CONFIG).exists() and not (run_dir / METRICS).exists():
+    folder = RunFolder(run_dir)
+    if not folder.config.exists() and not folder.metrics.exists():
         raise DataError(
-            f"--run-dir {run_dir} is not a run folder: it has neither {CONFIG} nor {METRICS}"
+            f"--run-dir {run_dir} is not a run folder: it has neither {folder.config.name} nor "
+            f"{folder.metrics.name}"
         )
     notes: list[str] = []
-    config, text = read_config(run_dir / CONFIG, notes)
-    checkpoints = run_dir / CHECKPOINTS
-    best = read_json(checkpoints / "best" / STATE, notes)
-    metrics = read_metrics(run_dir / METRICS, number(best.get("step")))
-    environment = read_json(run_dir / ENVIRONMENT, notes)
+    config, text = read_config(folder.config, notes)
+    best = read_json(folder.best / CHECKPOINT_STATE, notes)
+    metrics = read_metrics(folder.metrics, number(best.get("step")))
+    environment = read_json(folder.environment, notes)
     if not environment:
         environment = describe_environment()
         notes.append("Versions and devices are those of the process that made this page.")
@@ -130,8 +131,8 @@ def read_record(run_dir: Path) -> RunRecord:
         config=config,
         config_text=text,
         metrics=metrics,
-        state=read_json(run_dir / STATE, notes),
-        last=read_json(checkpoints / "last" / STATE, notes),
+        state=read_json(folder.state, notes),
+        last=read_json(folder.last / CHECKPOINT_STATE, notes),
         environment=environment,
         notes=(*metrics.notes, *notes),
     )
@@ -140,18 +141,18 @@ def read_record(run_dir: Path) -> RunRecord:
 def read_config(path: Path, notes: list[str]) -> tuple[dict[str, Any], str]:
     """Read the resolved configuration, parsed and as text."""
     if not path.exists():
-        notes.append(f"{CONFIG} is missing.")
+        notes.append(f"{path.name} is missing.")
         return {}, ""
-    text = path.read_text(errors="replace")
+    text = path.read_text(encoding="utf-8", errors="replace")
     try:
         plain = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError):
         plain = None
     if not isinstance(plain, dict):
-        notes.append(f"{CONFIG} is damaged.")
+        notes.append(f"{path.name} is damaged.")
         plain = {}
     if len(text) > MAX_TEXT:
-        notes.append(f"{CONFIG} is truncated after {MAX_TEXT:,} characters.")
+        notes.append(f"{path.name} is truncated after {MAX_TEXT:,} characters.")
     return plain, text[:MAX_TEXT]
 
 
@@ -194,10 +195,10 @@ def read_metrics(path: Path, best_step: float | None) -> Metrics:
         if "val/dice" in values and is_better(values, best, best_step):
             best = {k: v for k, v in values.items() if k == "step" or k.startswith("val/")}
     notes = (
-        (not path.exists(), f"{METRICS} does not exist yet."),
-        (cut, f"The last line of {METRICS} is incomplete and is ignored."),
-        (damaged, f"{damaged:,} lines of {METRICS} are damaged and are ignored."),
-        (not_finite, f"{not_finite:,} values in {METRICS} are not finite and are ignored."),
+        (not path.exists(), f"{path.name} does not exist yet."),
+        (cut, f"The last line of {path.name} is incomplete and is ignored."),
+        (damaged, f"{damaged:,} lines of {path.name} are damaged and are ignored."),
+        (not_finite, f"{not_finite:,} values in {path.name} are not finite and are ignored."),
     )
     curves = {name: thinner.curve() for name, thinner in thinners.items()}
     return Metrics(

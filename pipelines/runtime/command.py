@@ -3,6 +3,8 @@
 import inspect
 import io
 import os
+import select
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -34,20 +36,27 @@ def run_command(
 
     Bad input and failed runs end in one line on stderr.
     """
+    require_utf8()
     argv = sys.argv[1:] if argv is None else argv
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # File names may not be valid text.
             stream.reconfigure(errors="backslashreplace")
     try:
-        return run(parse(config_class, argv, verb))
+        code = run(parse(config_class, argv, verb))
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError as error:
+        if is_stdout_closed():
+            return end_silently()
+        code = report_error(verb, error.strerror, REFUSED)
     except UsageError as error:
         code = report_error(verb, error, USAGE)
     except (DataError, RunError) as error:
         code = report_error(verb, original_message(error), REFUSED)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        code = report_error(verb, f"{where}{error.strerror or error}", REFUSED)
+        code = report_error(verb, f"{where}{error.strerror or original_message(error)}", REFUSED)
     except RuntimeError as error:
         line = failures.describe(error)
         if line is None:
@@ -57,6 +66,30 @@ def run_command(
         code = report_error(verb, "stopped; rerun the same command to resume", 130)
     failures.leave_process_group(code)
     return code
+
+
+def require_utf8() -> None:
+    """Restart Python in UTF-8 mode if the locale's encoding is another.
+
+    File names, lists, manifests and messages are UTF-8 whatever the locale.
+    """
+    if sys.getfilesystemencoding().lower().replace("-", "") != "utf8" and not sys.flags.utf8_mode:
+        command = [sys.executable, "-X", "utf8", *sys.orig_argv[1:]]
+        os.execve(sys.executable, command, {**os.environ, "PYTHONUTF8": "1"})  # noqa: S606
+
+
+def is_stdout_closed() -> bool:
+    """Return whether the reader of stdout has closed the pipe."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(events & select.POLLERR for _, events in poll.poll(0))
+
+
+def end_silently() -> int:
+    """Return the exit code of a command whose reader has closed the pipe, as `| head` does."""
+    # Python flushes stdout at exit, which would fail again.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 128 + signal.SIGPIPE
 
 
 def original_message(error: Exception) -> str:
@@ -88,8 +121,8 @@ def wait_for_rank_0() -> None:
 
 def parse(config_class: type[T], argv: Sequence[str], verb: str) -> T:
     """Parse the arguments; exits with 2 and a message if they are wrong."""
-    files, flags = take_config_files(argv)
-    from_files = [flag for file in files for flag in yaml_flags(config_class, file)]
+    files, flags = take_config_files([*map(expand_home, argv)])
+    from_files = [expand_home(f) for file in files for f in yaml_flags(config_class, file)]
     description = inspect.cleandoc(config_class.__doc__ or "")
     description += (
         "\n\n--config FILE.yaml (repeatable, later wins) sets any of these; flags override files."
@@ -109,6 +142,13 @@ def parse(config_class: type[T], argv: Sequence[str], verb: str) -> T:
             wait_for_rank_0()
             print(held.getvalue(), file=sys.stderr, end="", flush=True)
         raise
+
+
+def expand_home(argument: str) -> str:
+    """Expand `~/` at the start of a value, which a shell expands neither after `=` nor in YAML."""
+    start = argument.find("=") + 1 if argument.startswith("--") else 0
+    value = argument[start:]
+    return argument[:start] + os.path.expanduser(value) if value.startswith("~/") else argument
 
 
 def take_config_files(argv: Sequence[str]) -> tuple[list[Path], list[str]]:

@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 from datetime import timedelta
+from math import inf
 from pathlib import Path
 from typing import Any, Literal
 
@@ -69,6 +70,12 @@ def start(
     if accelerator.device.type == "cpu":
         hold_memory()
     return accelerator
+
+
+def refuse_rank_timeout(minutes: float) -> None:
+    """Raise ValueError unless `--rank-timeout` is a number above 0."""
+    if not 0 < minutes < inf:
+        raise ValueError(f"--rank-timeout must be a number > 0, got {minutes}")
 
 
 def native_precision() -> Literal["bf16", "no"]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from pipelines.runtime.run_folder import ENVIRONMENT
+from pipelines.runtime.run_folder import RunFolder
 from shards.writer import write_json
 
 PACKAGES = (
@@ -22,13 +22,13 @@ PACKAGES = (
 def lines_of(path: Path) -> Iterator[str]:
     """Yield the lines of a text file; none if it does not exist."""
     if path.exists():
-        with path.open(errors="replace", newline="\n") as file:
+        with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
             yield from file
 
 
-def write_environment(run_dir: Path, accelerator: Accelerator) -> None:
+def write_environment(folder: RunFolder, accelerator: Accelerator) -> None:
     """Write RUN/environment.json. Call it on the main process."""
-    write_json(run_dir / ENVIRONMENT, describe_environment(accelerator))
+    write_json(folder.environment, describe_environment(accelerator))
 
 
 def describe_environment(accelerator: Accelerator | None = None) -> dict[str, Any]:

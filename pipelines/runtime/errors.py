@@ -1,7 +1,9 @@
 """Exit codes and the errors that end a command in one line."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 REFUSED = 1
 """Exit code: refused data or a failed run."""
@@ -19,6 +21,37 @@ class UsageError(Exception):
 
 class RunError(Exception):
     """A failed run; the message is one line: what, where, remedy."""
+
+
+def changed_settings(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """List the names of settings that differ, in the order of `new`."""
+    return [name for name in {**new, **old} if old.get(name) != new.get(name)]
+
+
+def refuse_changed_settings(
+    place: str, old: Mapping[str, Any], new: Mapping[str, Any], *, elsewhere: str, hint: str = ""
+) -> None:
+    """Raise UsageError if the output in `place` was started with other settings.
+
+    Args:
+        place: run folder or output folder.
+        old: the recorded settings.
+        new: the settings of this command, as JSON would restore them.
+        elsewhere: the remedy: how to choose another place.
+        hint: what else to know if that is the only remedy.
+    """
+    if unknown := [name for name in new if name not in old]:
+        raise UsageError(
+            f"{place} was started by a version of this program without the setting {unknown[0]}; "
+            f"{elsewhere}{hint}"
+        )
+    if changed := changed_settings(old, new):
+        name, *others = changed
+        also = f" (also: {', '.join(others)})" if others else ""
+        raise UsageError(
+            f"{place} was started with {name} = {old[name]}, now it is {new.get(name)}; keep it, "
+            f"or {elsewhere}{also}"
+        )
 
 
 def refuse_url(flag: str, path: Path | str) -> None:

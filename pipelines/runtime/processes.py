@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import pickle
 import re
 import sys
 import threading
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Executor, Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from functools import partial
 from typing import TypeVar
 
 from pipelines.runtime.errors import RunError, UsageError
@@ -77,7 +79,8 @@ def run_all(
             yield task, function(task)
         return
     with open_executor(workers, scheduler, remote) as executor:
-        futures: dict[Future[R], T] = {executor.submit(function, task): task for task in tasks}
+        call = partial(call_task, function)
+        futures: dict[Future[R], T] = {executor.submit(call, task): task for task in tasks}
         try:
             for future in as_completed(futures):
                 yield futures.pop(future), future.result()
@@ -92,6 +95,22 @@ def run_all(
         finally:
             for future in futures:
                 future.cancel()
+
+
+def call_task(function: Callable[[T], R], task: T) -> R:
+    """Call a function in a worker process; its exceptions reach the parent whatever their class.
+
+    An exception that cannot be unpickled would break the pool, as a killed process does.
+    """
+    try:
+        return function(task)
+    except Exception as error:
+        try:
+            pickle.loads(pickle.dumps(error))  # noqa: S301 (our own bytes)
+        except Exception:  # a class decides itself how it is pickled
+            what = " ".join(str(error).split())
+            raise RunError(f"a worker failed: {type(error).__name__}: {what}") from None
+        raise
 
 
 @contextmanager

@@ -1,32 +1,89 @@
-"""A run folder: the names of its files, and its lock."""
+"""A run folder: the paths of its files, and its lock."""
 
 import fcntl
+from dataclasses import dataclass
 from pathlib import Path
 
 from pipelines.runtime.errors import RunError
 
-CHECKPOINTS = "checkpoints"
-STATE = "state.json"
+SCORES = "scores.json"
+"""Name of the scores that `unet evaluate` writes, in a run folder or elsewhere."""
+CHECKPOINT_STATE = "state.json"
+"""Name of the state in the folder of a checkpoint."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """The paths of the files in a run folder."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration, YAML."""
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        """A line of JSON per logged step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def state(self) -> Path:
+        """How the run ended, JSON."""
+        return self.path / "state.json"
+
+    @property
+    def environment(self) -> Path:
+        """Versions and devices, JSON."""
+        return self.path / "environment.json"
+
+    @property
+    def scores(self) -> Path:
+        """Scores of the best checkpoint, written by `unet evaluate`, JSON."""
+        return self.path / SCORES
+
+    @property
+    def report(self) -> Path:
+        """The run as one page, HTML."""
+        return self.path / "report.html"
+
+    @property
+    def images(self) -> Path:
+        """Folder of the first batch and of validation images, drawn for people."""
+        return self.path / "pictures"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def last(self) -> Path:
+        """Link to the last checkpoint."""
+        return self.checkpoints / "last"
+
+    @property
+    def best(self) -> Path:
+        """Link to the checkpoint with the best validation score."""
+        return self.checkpoints / "best"
 
 
 class RunLock:
-    """One run at a time in a run folder; the lock dies with its process."""
+    """Allows one training process in a run folder; released when the process ends."""
 
-    def __init__(self, run_dir: Path) -> None:
-        """Raises RunError where another process holds it, or where nothing can be written."""
+    def __init__(self, folder: RunFolder) -> None:
+        """Raises RunError if another process holds the lock or the folder is not writable."""
         try:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            self.file = (run_dir / ".lock").open("w")
+            folder.path.mkdir(parents=True, exist_ok=True)
+            self.file = (folder.path / ".lock").open("w")
         except OSError as error:
             raise RunError(
-                f"--run-dir {run_dir} cannot be written to: {error.strerror}; choose another"
+                f"--run-dir {folder.path} cannot be written to: {error.strerror}; choose another"
             ) from error
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise RunError(
-                f"another process is training in {run_dir}; wait for it or choose another"
+                f"another process is training in {folder.path}; wait for it or choose another"
             ) from error
-
-
-CONFIG, METRICS, ENVIRONMENT = "config.yaml", "metrics.jsonl", "environment.json"

@@ -1,7 +1,7 @@
-"""Memory that worker processes fill with images and the main process reads, again and again.
+"""Reusable shared-memory batches: worker processes fill them, the main process reads them.
 
-What is allocated anew for each batch costs a page fault every 4 kB, once in the worker and once in
-the main process: on virtual machines as long as a third of the decoding.
+A new allocation per batch costs a page fault every 4 kB, in the worker and in the main process: on
+virtual machines up to a third of the decoding time.
 """
 
 import mmap
@@ -15,20 +15,20 @@ from torch import Tensor
 from shards.sample import Uint8
 
 WAITING = 4
-"""Batches of each worker that are under way or ready in training (DataLoader's prefetch_factor)."""
+"""Batches that each worker prefetches in training (DataLoader's prefetch_factor)."""
 PLACES = WAITING + 2
-"""Batches that a worker has memory for: those, the one in use, and the one that is drawn next.
-Where more are held, as in prediction that draws overlays, further ones travel as they are."""
+"""Batches that fit into the memory of a worker: those prefetched, the one in use, and the next. If
+more are held, as in prediction that draws overlays, the others are sent without shared memory."""
 LARGE = 31 * 2**20
-"""Bytes of an array, just small enough for glibc to learn from it."""
+"""Bytes of an array just below the largest size that glibc adapts its threshold to."""
 
 
 class Buffers:
-    """Places for batches in memory that this process shares with those it forks.
+    """Places for batches in memory shared with forked workers.
 
     Args:
-        num_workers: processes that fill them.
-        num_bytes: of one batch.
+        num_workers: worker processes.
+        num_bytes: size of a batch.
     """
 
     def __init__(self, num_workers: int, num_bytes: int) -> None:
@@ -37,7 +37,7 @@ class Buffers:
         self.taken = mmap.mmap(-1, num_workers * PLACES)
 
     def take(self, worker: int) -> int | None:
-        """A free place of a worker, which is then taken; None where there is none."""
+        """Take a free place of a worker; None if all are taken."""
         for place in range(worker * PLACES, (worker + 1) * PLACES):
             if not self.taken[place]:
                 self.taken[place] = 1
@@ -45,27 +45,27 @@ class Buffers:
         return None
 
     def array(self, place: int) -> Uint8:
-        """The bytes of a place [num_bytes], to be filled."""
+        """Return the bytes of a place [num_bytes], for writing."""
         return np.frombuffer(self.memory, np.uint8, self.num_bytes, place * self.num_bytes)
 
     def lend(self, place: int) -> Tensor:
-        """The bytes of a place [num_bytes], free again when no tensor shares them any more."""
+        """Return the bytes of a place [num_bytes]; released when no tensor shares them any more."""
         array = self.array(place)
-        # The tensor's storage, which its views share, holds the array and nobody else does.
+        # Only the storage of the tensor, which its views share, holds a reference to the array.
         weakref.finalize(array, self.release, place).atexit = False
         return torch.from_numpy(array)
 
     def release(self, place: int) -> None:
-        """Let a place be taken again; not from a child that was forked with the tensor."""
+        """Free a place; ignored in a child process that was forked with the tensor."""
         if os.getpid() == self.owner:
             self.taken[place] = 0
 
 
 def keep_freed_memory() -> None:
-    """Let this process use freed memory again that it would otherwise give back, page by page.
+    """Make glibc keep freed memory for reuse instead of returning it to the system.
 
-    glibc takes up to 32 MiB from the system for each large array, and returns them, until it has
-    seen an array of that size come and go (mallopt(3), M_MMAP_THRESHOLD); elsewhere nothing
-    happens. Decoded images are such arrays.
+    glibc maps and unmaps each array of up to 32 MiB until it has freed one of that size, which
+    raises its threshold (mallopt(3), M_MMAP_THRESHOLD). Decoded images are such arrays. No effect
+    with other allocators.
     """
     np.empty(LARGE, dtype=np.uint8)

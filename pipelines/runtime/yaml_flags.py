@@ -27,7 +27,7 @@ def yaml_flags(config_class: type, file: Path) -> list[str]:
     Raises UsageError for a missing file, invalid YAML or an unknown key.
     """
     try:
-        plain = load_yaml(file.read_text())
+        plain = load_yaml(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"--config {file}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -1,1 +1,1 @@
-"""What one run holds between its first and its last step."""
+"""What a run holds between its first and its last step."""

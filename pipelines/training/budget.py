@@ -1,4 +1,4 @@
-"""How long a run goes on: steps, epochs or minutes; and what ends it early. Ranks agree on it."""
+"""The length of a run in steps or minutes, and what ends it early, agreed on by all ranks."""
 
 import signal
 import time
@@ -16,13 +16,13 @@ AGREE_SECONDS = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What was asked for; whatever is reached first ends the run."""
+    """The limits of a run; whichever is reached first ends it."""
 
     steps: int | None
     minutes: float | None
 
     def progress(self, step: int, seconds: float) -> float:
-        """The share of the run that is done after `step` steps and `seconds` seconds, 0 to 1."""
+        """Return the share of the run done after `step` steps and `seconds` seconds, 0 to 1."""
         shares = [0.0]
         if self.steps is not None:
             shares.append(step / self.steps)
@@ -33,19 +33,19 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class NotFinite:
-    """The first step at which something was not finite, on any rank."""
+    """The first step at which a watched value was not finite on any rank."""
 
     step: int
     """Counted from 1."""
     names: tuple[str, ...]
-    """Of what was watched: what was not finite at that step."""
+    """Names of the watched values that were not finite at that step."""
 
 
 class Budget:
-    """Counts steps and, every second or so, brings all ranks to one view of clock and signals.
+    """Counts steps; about every second, ranks agree on the clock and on signals.
 
-    Between two agreements the clock stands still for all, so that every rank sets the same
-    learning rate and makes the same number of steps.
+    Between two agreements the clock stands still, so that all ranks set the same learning rate and
+    make the same number of steps.
     """
 
     def __init__(
@@ -58,52 +58,52 @@ class Budget:
         step: int = 0,
         seconds: float = 0.0,
     ) -> None:
-        """Begin, or go on.
+        """Start or resume counting, and handle SIGTERM and SIGUSR1.
 
         Args:
-            accelerator: knows the ranks.
+            accelerator: provides the ranks.
             limits: what ends the run.
-            watched: names of what `watch` is shown.
-            saves: whether weights are saved after a step; ranks agree before, so that weights
-                which are not finite never are.
-            step: where a resumed run stands.
-            seconds: the same.
+            watched: names of the values passed to `watch`.
+            saves: whether weights are saved after a step; ranks agree before, so that weights that
+                are not finite are never saved.
+            step: step of the checkpoint to resume from.
+            seconds: training time of that checkpoint.
         """
         self.accelerator, self.limits = accelerator, limits
         self.watched, self.saves = tuple(watched), saves
         self.step, self.seconds = step, seconds
-        self.began = time.monotonic() - seconds
+        self.start = time.monotonic() - seconds
         self.every, self.agreed, self.next_agreement = 1, step, step + 1
-        self.asked_to_stop = False
+        self.stop_requested = False
         self.interrupted = False
-        # 1-based step at which each first was not finite, on the device; 0 while it was not.
-        # float32 counts steps exactly up to 16.7 million, and every device has it.
+        # On the device: the 1-based step at which each value was first not finite, else 0. float32
+        # counts exactly up to 16.7 million, and every device supports it.
         self.bad_steps = torch.zeros(len(self.watched), device=accelerator.device)
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self.on_signal)
 
     def on_signal(self, _number: int, _frame: FrameType | None) -> None:
-        """Remember that the run should stop."""
-        self.asked_to_stop = True
+        """Request a stop at the next agreement."""
+        self.stop_requested = True
 
     @property
     def progress(self) -> float:
-        """The share of the run that is done, the same on all ranks."""
+        """Share of the run that is done, equal on all ranks."""
         return self.limits.progress(self.step, self.seconds)
 
     @property
     def spent(self) -> bool:
-        """Whether what was asked for is done; the same on all ranks."""
+        """Whether a limit is reached, equal on all ranks."""
         return self.progress >= 1
 
     def watch(self, values: torch.Tensor) -> None:
-        """Remember at which step values [watched] are not finite, without asking the device."""
+        """Record values [watched] that are not finite, without synchronising with the device."""
         here = torch.full_like(self.bad_steps, self.step + 1)
         first = (self.bad_steps == 0) & ~torch.isfinite(values.detach())
         self.bad_steps = torch.where(first, here, self.bad_steps)
 
     def advance(self) -> NotFinite | None:
-        """Count a step; what was first not finite on any rank, if something was."""
+        """Count a step. Returns the first values that were not finite, if ranks agreed on some."""
         self.step += 1
         done = self.limits.progress(self.step, self.seconds) >= 1
         if self.step < self.next_agreement and not done and not self.saves(self.step):
@@ -111,10 +111,10 @@ class Budget:
         return self.agree()
 
     def agree(self) -> NotFinite | None:
-        """One small reduction: who was told to stop, what rank 0's clock says, a bad loss."""
+        """Share stop requests, the clock of rank 0 and bad steps in one small collective."""
         accelerator = self.accelerator
-        clock = time.monotonic() - self.began if accelerator.is_main_process else 0.0
-        mine = torch.cat([self.bad_steps.new_tensor([self.asked_to_stop, clock]), self.bad_steps])
+        clock = time.monotonic() - self.start if accelerator.is_main_process else 0.0
+        mine = torch.cat([self.bad_steps.new_tensor([self.stop_requested, clock]), self.bad_steps])
         everyone = accelerator.gather(mine[None])
         assert isinstance(everyone, torch.Tensor)
         stop, seconds = everyone[:, :2].sum(dim=0).tolist()

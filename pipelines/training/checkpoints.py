@@ -1,12 +1,12 @@
-"""Checkpoints of a run: written aside, renamed when whole, resumed from the last one.
+"""Checkpoints of a run: written under a temporary name, renamed when complete, resumed from.
 
 RUN/checkpoints/step-00012000/
-    model.safetensors, config.json   the weights that are scored and used (averaged if that is on)
+    model.safetensors, config.json   the weights that are scored and used (or their average)
     training.pt                      raw weights, optimizer, loss scaler
     state.json                       TrainState
 RUN/checkpoints/last, best           relative links, replaced atomically
 
-They are copied to host memory and written beside training.
+They are copied to host memory and written in the background.
 """
 
 import json
@@ -25,10 +25,11 @@ import torch
 from safetensors import SafetensorError
 from torch.amp.grad_scaler import GradScaler
 
-from pipelines.runtime.errors import RunError, UsageError
+from pipelines.runtime.errors import RunError, UsageError, refuse_changed_settings
 from pipelines.runtime.failures import is_device_error, is_killed_worker, out_of_memory
-from pipelines.runtime.run_folder import CHECKPOINTS, STATE
+from pipelines.runtime.run_folder import CHECKPOINT_STATE, RunFolder
 from pipelines.training.optim import Learner
+from pipelines.training.other_data import describe_other_data
 from pipelines.training.snapshot import TRAINING, HostBuffers, Snapshot
 from shards.sample import DataError
 from shards.writer import flush_to_disk, write_json
@@ -41,22 +42,22 @@ NICENESS = 10
 
 @dataclass(frozen=True, slots=True)
 class TrainState:
-    """All that a run is besides its tensors; the same on all ranks."""
+    """The state of a run besides its tensors, equal on all ranks."""
 
     step: int
-    """Optimizer steps made."""
+    """Optimizer steps completed."""
     position: int
-    """Samples of the stream consumed: where the next global batch begins."""
+    """Samples of the stream consumed: the position at which the next global batch starts."""
     seconds: float
-    """Wall-clock time trained, resumes added up."""
+    """Wall-clock time of training, summed over resumes."""
     validated: int
     """Step of the last validation."""
     best: float | None
     """Best validation score so far."""
     tracking_id: str | None
-    """The tracker's run, continued on resume."""
+    """Id of the tracker's run, which a resume continues."""
     fixed: dict[str, Any]
-    """What must not change on resume, by name."""
+    """Settings that must not change on resume, by flag name."""
     stale: int = 0
     """Validations since the best one."""
 
@@ -64,18 +65,24 @@ class TrainState:
 class Checkpoints:
     """The checkpoints of one run folder. Only the main process saves, and one at a time.
 
-    `save` copies to host memory and returns; one thread writes, flushes, renames, links and prunes.
-    Until `wait` has returned, what was saved may not be on the disk. A write that failed is raised
-    by `wait`, by `raise_failure` and by the next `save`. The host memory is that of
-    `HostBuffers`: four times the weights with AdamW and the average, and is used again.
+    `save` copies to host memory and returns; a thread writes, flushes, renames, links and prunes.
+    A checkpoint is on the disk when `wait` returns. An error of the thread is raised by `wait`,
+    `raise_failure` or the next `save`. The host memory is allocated once (see `HostBuffers`): four
+    times the weights with AdamW and an average.
 
-    As a context, it does not end before its thread does; a failure is then raised, or, where the
-    context ends with another error, logged.
+    Leaving the context waits for the thread, and raises its error, or logs it if the context is
+    left with another error.
     """
 
-    def __init__(self, run_dir: Path, keep: int, keep_every: int | None = None) -> None:
-        """`keep`: newest ones that stay; `keep_every`: those of steps that it divides stay too."""
-        self.folder, self.keep, self.keep_every = run_dir / CHECKPOINTS, keep, keep_every
+    def __init__(self, run: RunFolder, keep: int, keep_every: int | None = None) -> None:
+        """Open the checkpoints of a run folder.
+
+        Args:
+            run: the run folder.
+            keep: number of latest checkpoints to keep.
+            keep_every: checkpoints at multiples of this step are kept too.
+        """
+        self.run, self.keep, self.keep_every = run, keep, keep_every
         self.buffers = HostBuffers()
         self.writer = ThreadPoolExecutor(
             1, thread_name_prefix="checkpoints", initializer=lower_priority
@@ -89,7 +96,7 @@ class Checkpoints:
         self, _: object, error: BaseException | None, _trace: TracebackType | None
     ) -> None:
         self.writer.shutdown()
-        # Forgotten, since an error that knows its run would keep that run, and its lock, alive.
+        # Dropped, because the traceback of its error would keep the run, and so its lock, alive.
         writing, self.writing = self.writing, None
         failure = writing.exception() if writing is not None else None
         if error is None and failure is not None:
@@ -98,95 +105,92 @@ class Checkpoints:
             logger.warning("%s", failure)
 
     @property
-    def begun(self) -> bool:
-        """Whether there is one."""
-        return (self.folder / "last").is_dir()
+    def exist(self) -> bool:
+        """Whether the run has saved a checkpoint."""
+        return self.run.last.is_dir()
 
     def save(
         self, state: TrainState, learner: Learner, scaler: GradScaler | None, *, is_best: bool
     ) -> None:
-        """Copy a checkpoint to host memory and begin to write it, once the one before is written.
+        """Wait for the previous checkpoint, copy this one to host memory and start to write it.
 
-        Then `last`, and `best`, point at it, and old ones go. Raises the RunError of the one
-        before, where that could not be written.
+        Raises RunError if the previous one could not be written.
         """
         self.wait()
         snapshot = self.buffers.take(learner, scaler)
         self.writing = self.writer.submit(self.publish, state, snapshot, is_best=is_best)
 
     def wait(self) -> None:
-        """Return when what was saved is complete on the disk.
+        """Wait until the checkpoint that was saved last is complete on the disk.
 
-        Raises RunError where it could not be written; the one before is as it was.
+        Raises RunError if it could not be written; the previous one is intact.
         """
         if self.writing is not None:
             self.writing.result()
 
     def raise_failure(self) -> None:
-        """Raise the RunError of a write that has failed. Waits for nothing: for every step."""
+        """Raise the RunError of a failed write. Never waits, so that each step can call it."""
         if self.writing is not None and self.writing.done():
             self.writing.result()
 
     def publish(self, state: TrainState, snapshot: Snapshot, *, is_best: bool) -> None:
-        """Write one checkpoint and point `last`, and `best`, at it. Old ones go only afterwards.
+        """Write a checkpoint, link `last` (and `best`) to it, then remove old checkpoints.
 
-        Raises RunError where it cannot be written; the one before is as it was.
+        Raises RunError if it cannot be written; the previous one is intact.
         """
-        final = self.folder / f"step-{state.step:08d}"
+        final = self.run.checkpoints / f"step-{state.step:08d}"
         temporary = final.with_name(f".{final.name}.tmp")
         try:
             self.write(final, temporary, state, snapshot)
-            for name in ("last", "best") if is_best else ("last",):
-                point(self.folder / name, final.name)
+            for link in (self.run.last, self.run.best) if is_best else (self.run.last,):
+                replace_link(link, final.name)
         except (OSError, RuntimeError, SafetensorError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
             if not is_disk_error(error):
                 raise
-            free = shutil.disk_usage(self.folder).free / 2**20
+            free = shutil.disk_usage(self.run.checkpoints).free / 2**20
             raise RunError(
-                f"{final} cannot be written ({error}); {free:,.0f} MiB are free there: make room, "
-                "and the same command goes on from the checkpoint before"
+                f"{final} cannot be written ({error}); {free:,.0f} MiB are free there: free some "
+                "space, then rerun the same command to resume from the previous checkpoint"
             ) from error
         self.prune()
 
     def write(self, final: Path, temporary: Path, state: TrainState, snapshot: Snapshot) -> None:
-        """Write a checkpoint aside and rename it when all its bytes are on the disk."""
+        """Write a checkpoint under a temporary name, flush it to the disk and rename it."""
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         snapshot.write(temporary)
-        write_json(temporary / STATE, asdict(state))
+        write_json(temporary / CHECKPOINT_STATE, asdict(state))
         for file in temporary.iterdir():
             flush_to_disk(file)
         if final.exists():
-            # The same step again: the same weights, perhaps validated by now.
-            write_json(final / STATE, asdict(state))
+            # This step was saved before: with equal weights, but perhaps before its validation.
+            write_json(final / CHECKPOINT_STATE, asdict(state))
             shutil.rmtree(temporary)
         else:
             temporary.rename(final)
 
     def prune(self) -> None:
-        """Remove all but the newest, those kept for good, and what `last` and `best` point at."""
-        pinned = {
-            os.readlink(link)
-            for name in ("last", "best")
-            if (link := self.folder / name).is_symlink()
-        }
-        steps = sorted(path for path in self.folder.glob("step-*"))
-        for path in steps[: -self.keep]:
+        """Remove old checkpoints, except the targets of `last` and `best` and every n-th step."""
+        links = (self.run.last, self.run.best)
+        linked = {os.readlink(link) for link in links if link.is_symlink()}
+        for path in sorted(self.run.checkpoints.glob("step-*"))[: -self.keep]:
             step = int(path.name.removeprefix("step-"))
-            for_good = self.keep_every is not None and step % self.keep_every == 0
-            if path.name not in pinned and not for_good:
+            permanent = self.keep_every is not None and step % self.keep_every == 0
+            if path.name not in linked and not permanent:
                 shutil.rmtree(path)
 
     def resume(
-        self, fixed: dict[str, Any], learner: Learner, scaler: GradScaler | None
+        self, fixed: dict[str, Any], learner: Learner, scaler: GradScaler | None, data: str = ""
     ) -> TrainState:
-        """Load the last checkpoint into `learner`; a fresh state where there is none.
+        """Load the last checkpoint into `learner`; return a fresh state if there is none.
 
-        Raises UsageError naming what differs from the run that wrote it.
+        `data`: folder or URL of the data set, for messages.
+
+        Raises DataError if the checkpoint is damaged, UsageError naming a setting that differs
+        from the run that wrote it.
         """
-        folder = self.folder / "last"
-        if not self.begun:
+        if not self.exist:
             return TrainState(
                 step=0,
                 position=0,
@@ -196,39 +200,41 @@ class Checkpoints:
                 tracking_id=None,
                 fixed=fixed,
             )
-        try:
-            state = TrainState(**json.loads((folder / STATE).read_text()))
-            training = torch.load(folder / TRAINING, map_location="cpu", weights_only=True)
-        except OSError as error:
-            raise DataError(f"{folder} is no whole checkpoint: {error}") from error
-        except Exception as error:  # torch's reader raises whatever the bytes provoke
-            what = " ".join(str(error).split())[:200]
-            raise DataError(
-                f"{folder.resolve()}: {STATE} or {TRAINING} is damaged ({what}); "
-                f"point {folder} at an older checkpoint"
-            ) from error
-        now = json.loads(json.dumps(fixed))
-        differing = [
-            name
-            for name in sorted(now.keys() | state.fixed.keys())
-            if now.get(name) != state.fixed.get(name)
-        ]
-        if unknown := sorted(now.keys() - state.fixed.keys()):
+        state, training = self.read_last()
+        new = json.loads(json.dumps(fixed, sort_keys=True))
+        if new.get("manifest") != state.fixed.get("manifest"):
+            differences = describe_other_data(self.run.config, state.fixed["manifest"], data)
             raise UsageError(
-                f"{self.folder.parent} was begun by a version of this program that did not know "
-                f"{unknown[0]}; begin in another --run-dir (--init-from takes its weights)"
+                f"--run-dir {self.run.path}: was trained on other data: {differences}; resume with "
+                "that data, or train in another --run-dir (--init-from reuses the weights)"
             )
-        if differing:
-            name = differing[0]
-            raise UsageError(
-                f"{self.folder.parent} was begun with {name} = {state.fixed.get(name)}, now it is "
-                f"{now.get(name)}; keep it, or begin in another --run-dir"
-                + (f" (also: {', '.join(differing[1:])})" if differing[1:] else "")
-            )
+        refuse_changed_settings(
+            str(self.run.path),
+            old=state.fixed,
+            new=new,
+            elsewhere="start in another --run-dir",
+            hint=" (--init-from takes its weights)",
+        )
         learner.load_state_dict(training)
         if scaler is not None and training["scaler"] is not None:
             scaler.load_state_dict(training["scaler"])
         return state
+
+    def read_last(self) -> tuple[TrainState, dict[str, Any]]:
+        """Read state and tensors of the last checkpoint. Raises DataError if it is damaged."""
+        folder = self.run.last
+        try:
+            state = TrainState(**json.loads((folder / CHECKPOINT_STATE).read_bytes()))
+            training = torch.load(folder / TRAINING, map_location="cpu", weights_only=True)
+        except OSError as error:
+            raise DataError(f"{folder} is incomplete: {error}") from error
+        except Exception as error:  # torch's reader raises whatever the bytes provoke
+            what = " ".join(str(error).split())[:200]
+            raise DataError(
+                f"{folder.resolve()}: {CHECKPOINT_STATE} or {TRAINING} is damaged ({what}); "
+                f"point {folder} at an older checkpoint"
+            ) from error
+        return state, training
 
 
 def lower_priority() -> None:
@@ -242,16 +248,16 @@ def lower_priority() -> None:
 
 
 def is_disk_error(error: Exception) -> bool:
-    """Whether an error, raised while a checkpoint was written, is about the disk.
+    """Whether an error that was raised while writing a checkpoint is about the disk.
 
-    torch raises a bare RuntimeError where a disk is full. Copying weights from a device raises what
-    went wrong on it long before, and a worker may be killed at any time.
+    torch raises a bare RuntimeError if the disk is full. Copying weights from a device raises its
+    earlier asynchronous errors, and the signal handler of a killed worker may raise at any time.
     """
     return not (out_of_memory(error) or is_device_error(error) or is_killed_worker(error))
 
 
-def point(link: Path, target: str) -> None:
-    """Make a relative symbolic link, replacing an old one in one step."""
+def replace_link(link: Path, target: str) -> None:
+    """Create a relative symbolic link, replacing an old one atomically."""
     temporary = link.with_name(f".{link.name}.tmp")
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(target)

@@ -1,10 +1,51 @@
-"""Training of an encoder: when it is frozen, and which batch norm it can have."""
+"""Training of an encoder: where it comes from, when it is frozen, which batch norm it can have."""
+
+import sys
+from pathlib import Path
 
 from accelerate import Accelerator
 
+from pipelines.model.backbone import Backbone, choose_backbone
+from pipelines.model.load import load_config
 from pipelines.runtime.errors import UsageError
 from pipelines.training.options import TrainConfig
+from shards.manifest import Manifest
 from unet import UNet
+
+
+def prepare_backbone(
+    config: TrainConfig, manifest: Manifest, accelerator: Accelerator, resumed: Path | None
+) -> Backbone | None:
+    """Find the encoder of a run and print notes about its weights; None for a run without one.
+
+    It is that of the checkpoint `resumed`, else of `--init-from`, if they have it: the files that
+    `--model.encoder` names are then not read.
+    """
+    model, saved = config.model, None
+    if model.encoder is None:
+        return None
+    if resumed is not None:
+        saved = load_config(str(resumed), "--run-dir")
+    elif config.init_from is not None:
+        saved = load_config(config.init_from, "--init-from")
+    channels = len(manifest.image_format.channels)
+    backbone = choose_backbone(
+        *(model.encoder, model.encoder_weights, model.drop_path, channels, saved, accelerator)
+    )
+    if accelerator.is_main_process:
+        for note in backbone.notes:
+            print(note, file=sys.stderr)
+    return backbone
+
+
+def initialise_encoder(model: UNet, backbone: Backbone, *, frozen: bool) -> None:
+    """Load the pretrained weights, if there are some; `frozen`: exclude them from training."""
+    assert model.encoder is not None
+    if backbone.tensors is not None:
+        model.encoder.backbone.load_state_dict(backbone.tensors)
+    if frozen:
+        model.encoder.requires_grad_(False)
+        model.encoder.set_frozen(True)
 
 
 def refuse_encoder_batch_norm(
@@ -25,15 +66,16 @@ def refuse_encoder_batch_norm(
     remedy = "freeze it (--model.freeze-encoder) or use an encoder without (ConvNeXt, Swin)"
     if accelerator.num_processes > 1 and accelerator.device.type != "cuda":
         raise UsageError(f"{flag}, which is synchronised on GPUs only; {remedy}")
-    if config.gradient_checkpointing:
+    if config.compute.gradient_checkpointing:
         raise UsageError(
             f"{flag}: --gradient-checkpointing would update its running averages twice per batch; "
             f"{remedy}"
         )
-    assert config.crop_size is not None
-    if batch_size * (-(-config.crop_size // model.config.multiple)) ** 2 < 2:
+    crop_size = config.batch.crop_size
+    assert crop_size is not None
+    if batch_size * (-(-crop_size // model.config.multiple)) ** 2 < 2:
         raise UsageError(
-            f"{flag}, and sees one value per channel in crops of {config.crop_size} pixels, one "
+            f"{flag}, and sees one value per channel in crops of {crop_size} pixels, one "
             "per pass; raise --crop-size or --global-batch-size"
         )
 

@@ -1,4 +1,4 @@
-"""Arithmetic of a training step, and what a GPU could do at most: for TFLOP/s and MFU."""
+"""FLOPs of a training step and peak rates of GPUs, for TFLOP/s and MFU."""
 
 import re
 
@@ -9,13 +9,18 @@ from unet import UNet, UNetConfig
 
 HALF = ("fp16", "bf16")
 PEAKS: tuple[tuple[str, float, tuple[str, ...]], ...] = (
+    (r"NVIDIA GH200.*", 989, HALF),
     (r"NVIDIA H200", 989, HALF),
+    (r"NVIDIA H200 NVL", 835, HALF),
+    (r"NVIDIA H100 NVL", 835, HALF),
     (r"NVIDIA H100 80GB HBM3", 989, HALF),
     (r"NVIDIA H100 PCIe", 756, HALF),
     (r"NVIDIA A100.*", 312, HALF),
     (r"NVIDIA L40S", 362, HALF),
+    (r"NVIDIA L40", 181, HALF),
     (r"NVIDIA L4", 121, HALF),
     (r"NVIDIA A10", 125, HALF),
+    (r"NVIDIA A10G", 70, HALF),
     (r"Tesla V100-SXM.*", 125, ("fp16",)),
     (r"Tesla V100-PCIE.*", 112, ("fp16",)),
     (r"Tesla T4", 65, ("fp16",)),
@@ -30,11 +35,10 @@ half of what they print); for GeForce from appendix A of the Ada and Ampere GA10
 def count_flops(config: UNetConfig, batch_size: int, crop_size: int) -> int:
     """Count the FLOPs of one forward and backward pass over a batch of square crops.
 
-    They are those of convolutions and matrix products; a multiply-add is two. A copy of the network
-    on the meta device goes through both passes under torch.utils.flop_counter: nothing is computed,
-    and no weight and no random state changes. What gradient checkpointing computes a second time is
-    left out: MFU is about the work that the model needs, however it is done (Chowdhery et al.,
-    "PaLM", 2022, appendix B).
+    Counts convolutions and matrix products; a multiply-add is two. A copy of the network on the
+    meta device runs both passes under torch.utils.flop_counter: nothing is computed, and neither
+    weights nor random states change. Recomputation by gradient checkpointing is not counted: MFU is
+    defined by the FLOPs that the model requires (Chowdhery et al., "PaLM", 2022, appendix B).
     """
     with torch.device("meta"):
         model = UNet(config).train()
@@ -45,13 +49,13 @@ def count_flops(config: UNetConfig, batch_size: int, crop_size: int) -> int:
 
 
 def peak_tflops(name: str, precision: str) -> float | None:
-    """Look up the dense TFLOP/s of a GPU by its CUDA name; None where they are not known.
+    """Look up the peak dense TFLOP/s of a GPU by its CUDA name; None if unknown.
 
-    `precision`: fp16 or bf16, as the run computes; others do not use these matrix units. A part of
-    a card (MIG) has another name, and so no peak here.
+    `precision`: fp16 or bf16; other precisions do not use these matrix units. A partition of a
+    card (MIG) has another name, and so no known peak.
     """
     for pattern, tflops, precisions in PEAKS:
-        # The whole name: an L4 is no L40S, and a laptop's 4090 has half the rate.
+        # Match the full name: an L40S is not an L4, and a laptop 4090 has half the rate.
         if re.fullmatch(pattern, name) and "MIG" not in name and precision in precisions:
             return float(tflops)
     return None

@@ -1,5 +1,7 @@
-"""`--accumulate auto`: the fewest passes of a step that fit into a GPU, found by trying."""
+"""`--accumulate auto`: finds the fewest passes per step that fit into GPU memory, by trial."""
 
+import gc
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,41 +19,45 @@ from pipelines.training.optim import Learner
 from unet import SegmentationLoss
 
 MARGIN = 0.05
-"""Share of a GPU's memory that is left free: for communication, and for what fragments."""
+"""Share of a GPU's memory to leave free, for communication and fragmentation."""
 
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """Makes passes of synthetic samples as training does, before the model is prepared."""
+    """Runs training passes on synthetic samples, before the model is prepared."""
 
     accelerator: Accelerator
     learner: Learner
-    """Compiled, in channels_last and with checkpointing, as training has it."""
+    """With compilation, memory format and gradient checkpointing as in training."""
     criterion: SegmentationLoss
     augment: Augment
     crop_size: int
     border: bool
     """Whether samples have border maps."""
     benchmark: bool
-    """Let cuDNN time its algorithms, as training does: their workspaces take memory too."""
+    """Let cuDNN benchmark its algorithms as in training: their workspaces take memory too."""
 
     def choose_passes(self, samples: int) -> int:
-        """The smallest number of passes of which each fits into memory, the same on all ranks.
+        """Find the smallest number of passes that each fit into memory, equal on all ranks.
 
-        Weights, gradients, batch statistics, random generators and compiled code are afterwards as
-        they were. Every rank must call this. Raises RunError, on all ranks, where one sample is
-        too much for one of them.
+        Weights, gradients, batch statistics, random generators and compiled code are restored.
+        Every rank must call this. Raises RunError, on all ranks, if a single sample does not fit
+        on one of them.
 
         Args:
-            samples: of one optimizer step on this rank; passes divide it.
+            samples: samples of an optimizer step on this rank; the number of passes divides it.
         """
         device = self.accelerator.device
         if not has_memory_limit(device):
             return 1
         candidates = [passes for passes in range(1, samples + 1) if samples % passes == 0]
         failure = None
-        with left_as_it_was(self.learner, device):
+        with restoring_state(self.learner, device):
             for passes in candidates:
+                if self.accelerator.is_main_process:
+                    # With --compile, each of them takes a minute.
+                    tried = f"{passes} x {samples // passes} samples"
+                    print(f"--accumulate auto: trying {tried}", file=sys.stderr)
                 failure = self.find_failure(samples // passes, accumulated=passes > 1)
                 if failure is None:
                     break
@@ -69,36 +75,38 @@ class Probe:
         return passes
 
     def find_failure(self, batch_size: int, *, accumulated: bool) -> str | None:
-        """Make passes of a batch size and free what they took; why they do not fit, None if so."""
+        """Try a batch size and free its memory. Returns why it does not fit, None if it does."""
         failure = self.attempt(batch_size, accumulated=accumulated)
         self.learner.model.zero_grad(set_to_none=True)
         if self.learner.model._compiled_call_impl is not None:
-            # A second batch size would make the compiled code one for all sizes, which is slower.
+            # A second batch size would make torch.compile use dynamic shapes, which is slower.
             torch.compiler.reset()
         if self.accelerator.device.type == "cuda":
+            # Reference cycles of a failed pass keep its tensors alive.
+            gc.collect()
             torch.cuda.empty_cache()
         return failure
 
     def attempt(self, batch_size: int, *, accumulated: bool) -> str | None:
-        """Make the passes of a step; the error, in one line, where memory does not suffice."""
+        """Run the passes of a step. Returns the error in one line if memory runs out."""
         torch.backends.cudnn.benchmark = self.benchmark and self.accelerator.device.type == "cuda"
         try:
             reserve = reserve_memory(self.learner, self.accelerator)
             for _ in range(1 + accumulated):
-                # The second time beside the gradients of the first.
+                # The second pass runs while the gradients of the first are kept.
                 self.make_pass(batch_size)
             del reserve
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
-            # The traceback, which holds what was allocated, ends here.
+            # Only the text is kept: the traceback would keep the tensors alive.
             return summary(error)
         finally:
             torch.backends.cudnn.benchmark = False
         return None
 
     def make_pass(self, batch_size: int) -> None:
-        """Forward, loss and backward of samples that are black and of class 0."""
+        """Run forward, loss and backward on black images of class 0."""
         device, spec = self.accelerator.device, require_spec(self.learner.model)
         shape = (batch_size, self.crop_size, self.crop_size)
         mask = torch.zeros(shape, dtype=torch.uint8, device=device)
@@ -109,13 +117,13 @@ class Probe:
         )
         with self.accelerator.autocast():
             logits = self.learner.model(image)
-        # Accelerate makes logits float32 before the loss sees them.
+        # As Accelerate does before the loss.
         loss, _ = self.criterion(logits.float(), mask, border)
         loss.backward()
 
 
 def describe_passes(device: torch.device, passes: int, samples: int) -> str:
-    """The line that is printed of a choice; `samples`: of one optimizer step on this rank."""
+    """Describe a choice in one line; `samples`: of an optimizer step on this rank."""
     size = samples // passes
     chosen = f"--accumulate auto: {passes} x {size} samples a step on each rank"
     if not has_memory_limit(device):
@@ -124,19 +132,17 @@ def describe_passes(device: torch.device, passes: int, samples: int) -> str:
 
 
 def has_memory_limit(device: torch.device) -> bool:
-    """Whether a device says when its memory is full. CPUs swap, or end the process."""
+    """Whether a device raises an error when its memory is full. CPUs swap or kill the process."""
     return device.type == "cuda"
 
 
 def reserve_memory(learner: Learner, accelerator: Accelerator) -> list[Tensor]:
-    """Memory that training will need besides a pass and does not have yet.
+    """Allocate what training will need in addition to a pass.
 
-    The optimizer's moments, DDP's copy of the gradients where there are several ranks, a margin.
+    That is the optimizer's moments, DDP's gradient buckets with several ranks, and a margin.
     """
-    optimizer, parameters = (
-        learner.optimizer,
-        [p for p in learner.model.parameters() if p.requires_grad],
-    )
+    optimizer = learner.optimizer
+    parameters = [p for p in learner.model.parameters() if p.requires_grad]
     fresh = [parameter for parameter in parameters if parameter not in optimizer.state]
     copies = fresh * num_moments(optimizer)
     if accelerator.num_processes > 1:
@@ -150,18 +156,18 @@ def reserve_memory(learner: Learner, accelerator: Accelerator) -> list[Tensor]:
 
 
 def num_moments(optimizer: Optimizer) -> int:
-    """Tensors as large as a parameter that the optimizer keeps for it."""
+    """Return the number of tensors of a parameter's size that the optimizer keeps for it."""
     if isinstance(optimizer, AdamW):
         return 2
     return int(any(group["momentum"] for group in optimizer.param_groups))
 
 
 @contextmanager
-def left_as_it_was(learner: Learner, device: torch.device) -> Iterator[None]:
-    """Restore random generators and batch statistics after the block; its peak is not counted.
+def restoring_state(learner: Learner, device: torch.device) -> Iterator[None]:
+    """Restore random generators, training mode and peak memory statistics after the block.
 
-    Batch norms run in evaluation mode, which takes the same memory: they neither learn statistics
-    nor, over several ranks, wait for each other.
+    Batch norms run in evaluation mode, which takes as much memory: they neither update statistics
+    nor synchronise ranks.
     """
     gpu = [device] if device.type == "cuda" else []
     training = learner.model.training

@@ -1,4 +1,4 @@
-"""The optimizer, the learning rate as a function of progress, and the average of the weights."""
+"""The optimizer, its learning rate schedule, and the moving average of the weights."""
 
 from copy import deepcopy
 from dataclasses import dataclass
@@ -13,39 +13,37 @@ from unet import UNet
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimConfig:
-    """The optimizer, its learning rate over the run, and an average of the weights."""
+    """Optimizer, learning rate schedule and weight averaging."""
 
     optimizer: Literal["adamw", "sgd"] = "adamw"
-    """sgd: with Nesterov momentum, as nnU-Net has it; its usual learning rate is 1e-2."""
+    """sgd: with Nesterov momentum, as in nnU-Net; its usual learning rate is 1e-2."""
     lr: float = 2e-3
-    """Highest learning rate."""
+    """Peak learning rate."""
     momentum: float = 0.99
-    """Of sgd (0.99 in the paper of 2015); adamw has none."""
+    """Momentum of sgd (0.99 in the paper of 2015); adamw does not use it."""
     weight_decay: float = 1e-4
-    """Weight decay of convolution weights (norms and biases have none); decoupled with adamw."""
+    """Weight decay of convolution weights, not of norms and biases; decoupled with adamw."""
     schedule: Literal["cosine", "poly", "constant"] = "cosine"
-    """How the learning rate falls from its highest to 0: along half a cosine, as (1 - share of the
-    run)^0.9, or not at all."""
+    """Decay of the learning rate after warm-up: half a cosine to 0, (1 - share of the run)^0.9, or
+    none."""
     warmup: float = 0.05
-    """Share of the run in which the learning rate rises from 0."""
+    """Share of the run in which the learning rate rises linearly from 0."""
     clip_norm: float = 1.0
-    """Gradients longer than this are shortened to it; 0 is off."""
+    """Maximum norm of the gradients, which are clipped to it; 0: no clipping."""
     encoder_lr_scale: float | None = None
     """Learning rate of the encoder, as a share of --optim.lr; default: 0.1 with pretrained weights,
     which larger steps destroy, else 1."""
     ema_decay: float = 0.999
-    """Decay of the averaged weights, which are scored and saved; 0 is off. Early steps use
-    (1 + n) / (10 + n), so that short runs have an average too."""
+    """Decay of the moving average of the weights, which is scored and saved; 0: no average. Early
+    steps use (1 + n) / (10 + n), so that short runs have a useful average too."""
 
     def __post_init__(self) -> None:
         if self.lr <= 0 or self.weight_decay < 0 or self.clip_norm < 0:
-            raise ValueError(
-                "optim.lr must be above 0, optim.weight_decay and .clip_norm not below"
-            )
+            raise ValueError("optim.lr must be > 0, optim.weight_decay and optim.clip_norm >= 0")
         if self.encoder_lr_scale is not None and self.encoder_lr_scale <= 0:
             raise ValueError(
-                f"--optim.encoder-lr-scale must be above 0, got {self.encoder_lr_scale}; to keep "
-                "the encoder as it is use --model.freeze-encoder"
+                f"--optim.encoder-lr-scale must be > 0, got {self.encoder_lr_scale}; to keep the "
+                "encoder as it is use --model.freeze-encoder"
             )
         for name in ("momentum", "warmup", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
@@ -81,6 +79,8 @@ def build_optimizer(model: UNet, config: OptimConfig) -> Optimizer:
         ):
             if some:
                 groups.append({"params": some, "weight_decay": weight_decay, "lr_scale": scale})
+    # Not fused: GradScaler leaves it to a fused kernel to skip a step whose gradients overflow, and
+    # Accelerate's `step_was_skipped`, which counts `train/overflows`, would always be False.
     if config.optimizer == "sgd":
         momentum = config.momentum
         return SGD(groups, lr=config.lr, momentum=momentum, nesterov=momentum > 0)
@@ -88,9 +88,9 @@ def build_optimizer(model: UNet, config: OptimConfig) -> Optimizer:
 
 
 def learning_rate(config: OptimConfig, progress: float) -> float:
-    """The learning rate at a share of the run done, 0 to 1: warm-up, then the schedule."""
+    """Compute the learning rate at a share of the run, 0 to 1: warm-up, then the schedule."""
     if progress < config.warmup:
-        # Not quite 0, so that the first step is not lost.
+        # Not 0, which would waste the first step.
         return config.lr * max(progress / config.warmup, 0.01)
     done = min((progress - config.warmup) / (1 - config.warmup), 1.0)
     match config.schedule:
@@ -103,13 +103,13 @@ def learning_rate(config: OptimConfig, progress: float) -> float:
 
 
 def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
-    """Of all parameters."""
+    """Set the learning rate of every parameter group."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
 class Average:
-    """An exponential moving average of a model's weights: `model`, of the same class."""
+    """Exponential moving average of a model's weights, in a copy of the model."""
 
     def __init__(self, model: UNet, decay: float) -> None:
         self.model = deepcopy(model).requires_grad_(False).eval()
@@ -117,9 +117,9 @@ class Average:
 
     @torch.no_grad()
     def update(self, model: UNet, step: int) -> None:
-        """Move towards the weights after optimizer step `step`, counted from 1; buffers are copied.
+        """Move towards the weights after optimizer step `step`, counted from 1; copy buffers.
 
-        torch's AveragedModel does the same but asks the device for its counter at every step.
+        torch's AveragedModel would synchronise with the device for its counter at every step.
         """
         decay = min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage] - torch.optim's own
@@ -131,7 +131,7 @@ class Average:
 
 @dataclass(frozen=True, slots=True)
 class Learner:
-    """What changes with every step: the weights, their average, the optimizer's moments."""
+    """What a step changes: the weights, their average, the optimizer's moments."""
 
     model: UNet
     average: Average | None
@@ -142,8 +142,13 @@ class Learner:
         """The weights that are scored and saved: the average where there is one."""
         return self.model if self.average is None else self.average.model
 
+    def update_average(self, step: int) -> None:
+        """Move the average, if there is one, towards the weights after a step, counted from 1."""
+        if self.average is not None:
+            self.average.update(self.model, step)
+
     def state_dict(self) -> dict[str, Any]:
-        """Everything that resuming needs."""
+        """Return everything that resuming needs."""
         return {
             "model": self.model.state_dict(),
             "average": None if self.average is None else self.average.model.state_dict(),
@@ -151,14 +156,16 @@ class Learner:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave."""
-        self.model.load_state_dict(state["model"])
+        """Restore what `state_dict` returned."""
+        # Without metadata: that of older checkpoints makes torch replace the parameters, of which
+        # the optimizer would then update the old ones.
+        self.model.load_state_dict({**state["model"]})
         if self.average is not None:
-            self.average.model.load_state_dict(state["average"])
+            self.average.model.load_state_dict({**state["average"]})
         self.optimizer.load_state_dict(state["optimizer"])
 
 
 def build_learner(model: UNet, config: OptimConfig) -> Learner:
-    """A model on its device, with a fresh optimizer and average."""
+    """Add a new optimizer and average to a model, which must be on its device."""
     average = Average(model, config.ema_decay) if config.ema_decay else None
     return Learner(model, average, build_optimizer(model, config))

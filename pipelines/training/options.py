@@ -7,8 +7,10 @@ from typing import Literal
 import tyro
 
 from pipelines.loading.augment import AugmentConfig
-from pipelines.loading.dataset import DataConfig
+from pipelines.loading.dataset import LoadingOptions
 from pipelines.model.build import ModelConfig
+from pipelines.runtime.devices import refuse_rank_timeout
+from pipelines.runtime.yaml_flags import Flat
 from pipelines.training.budget import Limits
 from pipelines.training.optim import OptimConfig
 from pipelines.training.tracking import TrackingConfig
@@ -20,28 +22,92 @@ GLOBAL_BATCH_SIZE = {"modern": 8, "paper": 1, "small": 2}
 """Default of each preset. Where a step takes long, more and smaller steps learn faster."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig(DataConfig):
-    """Train a U-Net on shards. If a run was interrupted, rerun the same command: it resumes.
+def refuse_below_1(group: object, *names: str) -> None:
+    """Raise ValueError if a setting is a number below 1."""
+    for name in names:
+        value = getattr(group, name)
+        if isinstance(value, int) and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be >= 1, got {value}")
 
-    --steps, --epochs and --minutes limit the run, whichever comes first; the learning rate reaches
-    0 at that point (--optim.schedule). Default: 10,000 steps.
-    """
 
-    run_dir: Path
-    """Run folder: config.yaml, metrics.jsonl, checkpoints, report.html."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LengthOptions:
+    """How long to train."""
+
     steps: int | None = None
     """Total number of optimizer steps."""
     epochs: float | None = None
     """Passes over the training split."""
     minutes: float | None = None
     """Wall-clock minutes of training, including validation, summed over resumes."""
+    patience: int | None = None
+    """Stop after this many validations without improvement."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "epochs", "minutes"):
+            if (value := getattr(self, name)) is not None and value <= 0:
+                raise ValueError(f"--{name} must be > 0, got {value}")
+        refuse_below_1(self, "patience")
+
+    def limits(self, num_samples: int, global_batch_size: int) -> Limits:
+        """Return the limits in steps and minutes; `num_samples`: those of an epoch."""
+        steps = [] if self.steps is None else [self.steps]
+        if self.epochs is not None:
+            steps.append(max(1, round(self.epochs * num_samples / global_batch_size)))
+        if not steps and self.minutes is None:
+            steps = [DEFAULT_STEPS]
+        return Limits(min(steps) if steps else None, self.minutes)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatchOptions:
+    """What a training batch consists of."""
+
     global_batch_size: int | None = None
     """Samples per optimizer step, over all ranks. It belongs to the run, not to the machine.
     Default: 8 (2 with preset small, 1 with paper)."""
     accumulate: int | Literal["auto"] = 1
     """Forward passes per step on each rank (gradient accumulation). auto: the fewest that fit into
     the memory of every GPU, tried at the start of the run and of each resume; 1 without a GPU."""
+    crop_size: int | None = None
+    """Side of the square training crops in pixels. Default: what most images can fill, at most 512
+    (256 with preset small). With preset paper it includes the margin: 572 show 388."""
+    bad_samples: Literal["raise", "skip"] = "raise"
+    """Training samples that cannot be decoded: stop the run, or replace them by other samples."""
+    max_bad_share: float = 0.01
+    """With `skip`: the share of samples (of those drawn, at least of one epoch) that may be
+    replaced before the run stops."""
+
+    def __post_init__(self) -> None:
+        for name in ("crop_size", "global_batch_size"):
+            if (value := getattr(self, name)) is not None and value <= 0:
+                raise ValueError(f"--{name.replace('_', '-')} must be > 0, got {value}")
+        refuse_below_1(self, "accumulate")
+        if not 0 <= self.max_bad_share <= 1:
+            raise ValueError(f"--max-bad-share must be in [0, 1], got {self.max_bad_share}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OrderOptions:
+    """In which order samples are drawn."""
+
+    seed: int = 0
+    """Seed of weights, order, crops and augmentation."""
+    lanes: int = LANES
+    """Lanes of the sample order; if the number of ranks divides it, ranks read disjoint shards."""
+    window: int = WINDOW
+    """Shuffle buffer: samples permuted together within a lane."""
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ValueError(f"--seed must be >= 0, got {self.seed}")
+        refuse_below_1(self, "lanes", "window")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ComputeOptions:
+    """Speed, memory and determinism of a step."""
+
     compile: bool = False
     """Compile the network with torch.compile: about a minute at the start, faster steps. Validation
     stays eager, because every image size would be compiled separately."""
@@ -53,14 +119,12 @@ class TrainConfig(DataConfig):
     deterministic: bool = False
     """Use deterministic algorithms only: on the same kind of GPU, a resumed run is then
     bit-identical to an uninterrupted one, but slower. On CPUs it always is."""
-    crop_size: int | None = None
-    """Side of the square training crops in pixels. Default: what most images can fill, at most 512
-    (256 with preset small). With preset paper it includes the margin: 572 show 388."""
-    bad_samples: Literal["raise", "skip"] = "raise"
-    """Training samples that cannot be decoded: stop the run, or replace them by other samples."""
-    max_bad_share: float = 0.01
-    """With `skip`: the share of samples (of those drawn, at least of one epoch) that may be
-    replaced before the run stops."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScheduleOptions:
+    """When to log, validate and save."""
+
     log_every: int = 20
     """Steps between lines of metrics.jsonl."""
     eval_every: int = 500
@@ -74,17 +138,46 @@ class TrainConfig(DataConfig):
     best_by: metrics.MeanName = "dice"
     """Score that selects the best checkpoint: the mean over classes of Dice or IoU, over all pixels
     or averaged over images."""
-    patience: int | None = None
-    """Stop after this many validations without improvement."""
+
+    def __post_init__(self) -> None:
+        refuse_below_1(
+            self, "log_every", "eval_every", "save_every", "keep_checkpoints", "keep_every"
+        )
+
+    def validation_due(self, step: int) -> bool:
+        """Whether the weights are validated after a step, not counting the last."""
+        return step % self.eval_every == 0
+
+    def checkpoint_due(self, step: int) -> bool:
+        """Whether the weights are saved after a step, not counting the last."""
+        extra = self.save_every is not None and step % self.save_every == 0
+        return extra or self.validation_due(step)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """Train a U-Net on shards. If a run was interrupted, rerun the same command: it resumes.
+
+    --steps, --epochs and --minutes limit the run, whichever comes first; the learning rate reaches
+    0 at that point (--optim.schedule). Default: 10,000 steps.
+    """
+
+    data: str
+    """Folder of shards, or a URL such as s3://bucket/folder."""
+    run_dir: Path
+    """Run folder: config.yaml, metrics.jsonl, checkpoints, report.html."""
     init_from: str | None = None
     """Run folder, checkpoint folder or hub id to start a new run from. The last layer is
     reinitialised if the classes differ."""
-    seed: int = 0
-    """Seed of weights, order, crops and augmentation."""
-    lanes: int = LANES
-    """Lanes of the sample order; if the number of ranks divides it, ranks read disjoint shards."""
-    window: int = WINDOW
-    """Shuffle buffer: samples permuted together within a lane."""
+    rank_timeout: float = 10
+    """Minutes that a rank waits for the others before it gives them up as lost: longer than the
+    start, a checkpoint, or the uneven part of a validation takes."""
+    length: Flat[LengthOptions] = field(default_factory=LengthOptions)
+    batch: Flat[BatchOptions] = field(default_factory=BatchOptions)
+    order: Flat[OrderOptions] = field(default_factory=OrderOptions)
+    compute: Flat[ComputeOptions] = field(default_factory=ComputeOptions)
+    schedule: Flat[ScheduleOptions] = field(default_factory=ScheduleOptions)
+    loading: Flat[LoadingOptions] = field(default_factory=LoadingOptions)
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -93,27 +186,9 @@ class TrainConfig(DataConfig):
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
-        for name in ("steps", "epochs", "minutes", "crop_size", "global_batch_size"):
-            if (value := getattr(self, name)) is not None and value <= 0:
-                raise ValueError(f"{name} must be above 0, got {value}")
-        for name in (
-            "accumulate",
-            "log_every",
-            "eval_every",
-            "save_every",
-            "keep_checkpoints",
-            "keep_every",
-            "patience",
-            "lanes",
-            "window",
-        ):
-            if isinstance(value := getattr(self, name), int) and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if self.seed < 0:
-            raise ValueError("seed must not be below 0")
-        if not 0 <= self.max_bad_share <= 1:
-            raise ValueError(f"max_bad_share is a share, 0 to 1, got {self.max_bad_share}")
-        if self.gradient_checkpointing and self.model.network().norm == "batch":
+        refuse_rank_timeout(self.rank_timeout)
+        self.loading.refuse_local_cache(self.data)
+        if self.compute.gradient_checkpointing and self.model.network().norm == "batch":
             raise ValueError(
                 "--gradient-checkpointing would update the running averages of --model.norm batch "
                 "twice per batch; use instance or group"
@@ -123,27 +198,3 @@ class TrainConfig(DataConfig):
         ):
             needs = "requires" if self.model.encoder is None else "has no effect without a trained"
             raise ValueError(f"--optim.encoder-lr-scale {needs} --model.encoder")
-        DataConfig.__post_init__(self)
-
-    def limits(self, num_samples: int) -> Limits:
-        """Return the limits of the run, in steps and minutes."""
-        steps = [] if self.steps is None else [self.steps]
-        if self.epochs is not None:
-            steps.append(max(1, round(self.epochs * num_samples / self.step_samples())))
-        if not steps and self.minutes is None:
-            steps = [DEFAULT_STEPS]
-        return Limits(min(steps) if steps else None, self.minutes)
-
-    @property
-    def passes(self) -> int:
-        """Forward passes per step on each rank; 1 until `auto` is resolved."""
-        return 1 if self.accumulate == "auto" else self.accumulate
-
-    def saves(self, step: int) -> bool:
-        """Whether weights are scored or saved after a step, not counting the last."""
-        often = (self.eval_every, *([self.save_every] if self.save_every else []))
-        return any(step % every == 0 for every in often)
-
-    def step_samples(self) -> int:
-        """Samples of one optimizer step, over all ranks."""
-        return self.global_batch_size or GLOBAL_BATCH_SIZE[self.model.preset]

@@ -1,4 +1,4 @@
-"""What surrounds a forward and backward pass of training on a device."""
+"""Context of a forward and backward training pass on a device."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,24 +12,24 @@ from pipelines.runtime.failures import out_of_memory, summary
 
 @dataclass(frozen=True, slots=True)
 class TrainingPass:
-    """A context for each pass: the fastest convolutions, and an error that says what to do."""
+    """Context of each pass: cuDNN benchmarking, and an error with remedies if memory runs out."""
 
     device: torch.device
     batch_size: int
-    """Samples of the pass on this rank."""
-    crop_size: int | None
+    """Samples of a pass on this rank."""
+    crop_size: int
     """Side of the square crops, in pixels."""
     gradient_checkpointing: bool
-    """Whether it is on already."""
+    """Whether gradient checkpointing is already enabled."""
     benchmark: bool
-    """Let cuDNN time its algorithms for each new shape and keep the fastest. It is off outside of
-    the passes: crops have one shape, while the images of a validation have many."""
+    """Let cuDNN benchmark its algorithms for each new shape and use the fastest. Off outside of
+    passes: crops have one shape, validation images have many."""
 
     @contextmanager
     def __call__(self, step: int) -> Iterator[None]:
-        """Surround a pass of optimizer step `step`, counted from 1.
+        """Run a pass of optimizer step `step`, counted from 1.
 
-        Raises RunError, naming the flags that help, where the memory of the device runs out.
+        Raises RunError naming the flags that help if the device runs out of memory.
         """
         torch.backends.cudnn.benchmark = self.benchmark and self.device.type == "cuda"
         try:
@@ -42,7 +42,7 @@ class TrainingPass:
             torch.backends.cudnn.benchmark = False
 
     def describe(self, step: int, reason: str) -> str:
-        """One line: what does not fit, how much was in use, and which flags make it smaller."""
+        """Return the error text: what does not fit, the peak memory, and the flags that help."""
         peak = ""
         if self.device.type == "cuda":
             used = torch.cuda.max_memory_allocated(self.device) / 2**30

@@ -1,20 +1,21 @@
-"""What `unet train` prepares before its first step."""
+"""Resolves the configuration of a run and opens everything that its loop works with."""
 
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import set_seed
 from torch import nn
 
 from pipelines.loading.augment import Augment
 from pipelines.loading.batches import train_batches
-from pipelines.loading.dataset import DataSet
+from pipelines.loading.dataset import DataSet, open_data, train_bytes_in_use
 from pipelines.loading.stages import Batch
-from pipelines.model.backbone import Backbone, choose_backbone
 from pipelines.model.build import (
     build_loss,
     build_model,
@@ -22,15 +23,40 @@ from pipelines.model.build import (
     load_initial_weights,
     refuse_missing,
 )
-from pipelines.model.load import load_config
+from pipelines.model.load import require_spec
+from pipelines.runtime.devices import (
+    choose_batch_size,
+    choose_channels_last,
+    start,
+    use_deterministic,
+)
+from pipelines.runtime.environment import write_environment
 from pipelines.runtime.errors import UsageError
+from pipelines.runtime.run_folder import RunFolder
 from pipelines.runtime.yaml_flags import to_plain
+from pipelines.training.budget import Budget, Limits
+from pipelines.training.checkpoints import Checkpoints, TrainState
+from pipelines.training.encoders import (
+    initialise_encoder,
+    prepare_backbone,
+    refuse_encoder_batch_norm,
+)
+from pipelines.training.flops import count_flops
 from pipelines.training.memory_probe import Probe, describe_passes
-from pipelines.training.optim import Learner
-from pipelines.training.options import TrainConfig
+from pipelines.training.meter import Meter, Progress
+from pipelines.training.optim import Learner, build_learner
+from pipelines.training.options import GLOBAL_BATCH_SIZE, TrainConfig
+from pipelines.training.passes import TrainingPass
+from pipelines.training.tracking import Tracker
 from shards.manifest import Manifest
 from shards.order import ORDER_VERSION, Order, TrainPlan
-from unet import UNet
+from unet import DataSpec, SegmentationLoss, UNet
+
+FIXED_SETTINGS = (
+    *("seed", "lanes", "window", "global_batch_size", "crop_size", "init_from"),
+    *("model", "loss", "optim", "augment"),
+)
+"""Settings and groups of settings that must not change on resume."""
 
 OF_ENCODERS = (
     *("model.encoder", "model.encoder_weights", "model.freeze_encoder", "model.freeze_until"),
@@ -39,170 +65,312 @@ OF_ENCODERS = (
 """Settings that are fixed for a run with an encoder."""
 
 
-def resolve(config: TrainConfig, manifest: Manifest) -> tuple[TrainConfig, Order]:
-    """What the data set decides. Raises DataError or UsageError before any device is touched."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainSetup:
+    """A configuration, resolved for its data set, its device and its ranks."""
+
+    config: TrainConfig
+    """With resolved defaults, as RUN/config.yaml records it."""
+    manifest: Manifest
+    order: Order
+    crop_size: int
+    """Side of the square crops, in pixels."""
+    global_batch_size: int
+    """Samples of an optimizer step, over all ranks."""
+    passes: int
+    """Forward passes of a step on each rank; 1 until `--accumulate auto` is resolved."""
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def batch_size(self) -> int:
+        """Samples of a forward pass of this rank."""
+        return self.global_batch_size // (self.world * self.passes)
+
+    @property
+    def folder(self) -> RunFolder:
+        """The run folder."""
+        return RunFolder(self.config.run_dir)
+
+    @property
+    def limits(self) -> Limits:
+        """What ends the run."""
+        return self.config.length.limits(self.order.num_samples, self.global_batch_size)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Training:
+    """Everything that the training loop works with."""
+
+    setup: TrainSetup
+    accelerator: Accelerator
+    data: DataSet
+    learner: Learner
+    spec: DataSpec
+    model: nn.Module
+    """The learner's model as Accelerate runs it on several ranks."""
+    optimizer: AcceleratedOptimizer
+    criterion: SegmentationLoss
+    augment: Augment
+    batches: Iterator[Batch]
+    training_pass: TrainingPass
+    budget: Budget
+    tracker: Tracker
+    progress: Progress
+    meter: Meter
+    first_step: int
+    """Step of the checkpoint that training started from."""
+
+
+def resolve(config: TrainConfig, manifest: Manifest) -> TrainSetup:
+    """Resolve what the data set decides.
+
+    Raises DataError or UsageError before any device is touched.
+    """
     train_split = manifest.split("train", config.data)
     manifest.split("val", config.data)
-    config = replace(config, global_batch_size=config.step_samples())
-    config = replace(config, crop_size=choose_crop_size(config.model, config.crop_size, manifest))
+    batch, order = config.batch, config.order
+    global_batch_size = batch.global_batch_size or GLOBAL_BATCH_SIZE[config.model.preset]
+    crop_size = choose_crop_size(config.model, batch.crop_size, manifest)
     refuse_missing(config.loss, manifest, config.data)
     sizes = tuple(shard.samples for shard in train_split.shards)
-    return config, Order(sizes, config.seed, config.lanes, config.window)
-
-
-def rank_batch_size(config: TrainConfig, world: int) -> int:
-    """Samples of one forward pass of one rank. Raises UsageError where the step does not divide."""
-    samples = config.step_samples()
-    size, rest = divmod(samples, world * config.passes)
-    if rest or not size:
-        passes = world * config.passes
-        below = samples // passes * passes
-        fitting = [str(number) for number in (below, below + passes) if number]
-        raise UsageError(
-            f"--global-batch-size {samples} does not divide among {world} ranks x "
-            f"{config.passes} accumulated passes; {' or '.join(fitting)} would"
-        )
-    return size
-
-
-def find_passes(
-    config: TrainConfig, manifest: Manifest, accelerator: Accelerator, learner: Learner
-) -> TrainConfig:
-    """The configuration with `accumulate` found by trying; Accelerate counts by it from here on."""
-    assert config.crop_size is not None
-    criterion = build_loss(config.loss, manifest).to(accelerator.device)
-    augment, border = Augment(config.augment, config.seed), config.loss.border_weight > 0
-    probe = Probe(
-        *(accelerator, learner, criterion, augment, config.crop_size, border),
-        benchmark=not config.deterministic,
+    batch = replace(batch, global_batch_size=global_batch_size, crop_size=crop_size)
+    return TrainSetup(
+        config=replace(config, batch=batch),
+        manifest=manifest,
+        order=Order(sizes, order.seed, order.lanes, order.window),
+        crop_size=crop_size,
+        global_batch_size=global_batch_size,
+        passes=1 if batch.accumulate == "auto" else batch.accumulate,
     )
-    samples = rank_batch_size(config, accelerator.num_processes)
-    config = replace(config, accumulate=probe.choose_passes(samples))
-    accelerator.gradient_accumulation_steps = config.passes
-    if accelerator.is_main_process:
-        print(describe_passes(accelerator.device, config.passes, samples), file=sys.stderr)
-    return config
 
 
-def refuse_batch_norm(config: TrainConfig, accelerator: Accelerator, batch_size: int) -> None:
-    """Raise UsageError where batch norm would have nothing to norm, or not all of it."""
-    network = config.model.network()
+def start_accelerator(setup: TrainSetup) -> tuple[Accelerator, TrainSetup]:
+    """Start on the devices and resolve what they and the number of ranks decide.
+
+    Raises UsageError if the batch does not divide among the ranks.
+    """
+    config = setup.config
+    use_deterministic(config.compute.deterministic)
+    accelerator = start(
+        setup.passes,
+        trackers=config.tracking.trackers(),
+        project_dir=config.run_dir,
+        rank_timeout=config.rank_timeout,
+    )
+    device = accelerator.device
+    batch_size = choose_batch_size(config.tiles.batch_size, device)
+    channels_last = choose_channels_last(
+        config.compute.channels_last, device, compiled=config.compute.compile
+    )
+    config = replace(
+        config,
+        tiles=replace(config.tiles, batch_size=batch_size),
+        compute=replace(config.compute, channels_last=channels_last),
+    )
+    rank, world = accelerator.process_index, accelerator.num_processes
+    setup = replace(setup, config=config, rank=rank, world=world)
+    refuse_uneven_batch(setup)
+    refuse_batch_norm(setup, device)
+    return accelerator, setup
+
+
+def refuse_uneven_batch(setup: TrainSetup) -> None:
+    """Raise UsageError if a step does not divide evenly among ranks and passes."""
+    samples, parts = setup.global_batch_size, setup.world * setup.passes
+    if samples % parts:
+        below = samples // parts * parts
+        fitting = [str(number) for number in (below, below + parts) if number]
+        raise UsageError(
+            f"--global-batch-size {samples} does not divide among {setup.world} ranks x "
+            f"{setup.passes} accumulated passes; {' or '.join(fitting)} would"
+        )
+
+
+def refuse_batch_norm(setup: TrainSetup, device: torch.device) -> None:
+    """Raise UsageError if batch norm would see a single value per channel, or cannot be synced."""
+    network = setup.config.model.network()
     if network.norm != "batch":
         return
-    if accelerator.num_processes > 1 and accelerator.device.type != "cuda":
+    if setup.world > 1 and device.type != "cuda":
         raise UsageError(
-            "--model.norm batch is over all ranks on GPUs only; on CPUs take instance or group"
+            "--model.norm batch is synchronised over ranks on GPUs only; on CPUs use instance or "
+            "group"
         )
-    assert config.crop_size is not None
-    if batch_size * (config.crop_size // 2**network.depth) < 2:
+    if setup.batch_size * (setup.crop_size // 2**network.depth) < 2:
         raise UsageError(
-            f"--model.norm batch sees one value of each channel in crops of {config.crop_size} "
+            f"--model.norm batch sees one value of each channel in crops of {setup.crop_size} "
             "pixels, one a pass; raise --crop-size or --global-batch-size"
         )
 
 
-def prepare_model(
-    config: TrainConfig,
-    manifest: Manifest,
-    accelerator: Accelerator,
-    init_from: str | None,
-    resumed: Path | None,
-) -> UNet:
+def load_learner(
+    setup: TrainSetup, accelerator: Accelerator, checkpoints: Checkpoints
+) -> tuple[Learner, TrainState]:
+    """Build the model, its optimizer and average, and load the last checkpoint if there is one.
+
+    Raises UsageError naming a setting that must not change on resume, or if the encoder does not
+    fit the run.
+    """
+    config = setup.config
+    set_seed(config.order.seed)
+    model = prepare_model(setup, accelerator, setup.folder.last if checkpoints.exist else None)
+    refuse_encoder_batch_norm(model, config, accelerator, setup.batch_size)
+    learner = build_learner(model, config.optim)
+    fixed = fixed_settings(setup)
+    state = checkpoints.resume(fixed, learner, accelerator.scaler, config.data)
+    if config.compute.compile:
+        learner.model.compile()
+    return learner, state
+
+
+def prepare_model(setup: TrainSetup, accelerator: Accelerator, resumed: Path | None) -> UNet:
     """Build the model on its device, in the memory format of the run.
 
     Args:
-        config: the run.
-        manifest: its data set.
+        setup: the run; a new one starts from the weights of its `--init-from`.
         accelerator: its device and ranks.
-        init_from: checkpoint whose weights the model gets.
-        resumed: checkpoint that is loaded later: the encoder's weights are in it.
+        resumed: checkpoint of the run, whose weights are loaded later.
     """
-    assert config.crop_size is not None
-    saved = str(resumed) if resumed is not None else init_from
-    backbone = prepare_backbone(config, manifest, accelerator, saved)
-    model = build_model(
-        config.model, manifest, config.crop_size, None if backbone is None else backbone.config
-    )
-    if model.encoder is not None and backbone is not None:
-        if backbone.tensors is not None:
-            model.encoder.backbone.load_state_dict(backbone.tensors)
-        if config.model.freeze_encoder:
-            model.encoder.requires_grad_(False)
-            model.encoder.set_frozen(True)
-    if init_from is not None:
-        load_initial_weights(model, init_from)
+    config = setup.config
+    backbone = prepare_backbone(config, setup.manifest, accelerator, resumed)
+    encoder = None if backbone is None else backbone.config
+    model = build_model(config.model, setup.manifest, setup.crop_size, encoder)
+    if backbone is not None:
+        initialise_encoder(model, backbone, frozen=config.model.freeze_encoder)
+    if config.init_from is not None and resumed is None:
+        load_initial_weights(model, config.init_from)
     model = model.to(accelerator.device)
-    if config.channels_last:
+    if config.compute.channels_last:
         # torch's stubs lack this overload.
         model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
-        # It works in place, and there is none on CPUs.
+        # Converts in place; SyncBatchNorm does not exist on CPUs.
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    model.gradient_checkpointing = config.gradient_checkpointing
+    model.gradient_checkpointing = config.compute.gradient_checkpointing
     return model
 
 
-def prepare_backbone(
-    config: TrainConfig, manifest: Manifest, accelerator: Accelerator, saved: str | None
-) -> Backbone | None:
-    """Find the encoder, in `saved` if that checkpoint has it; None for a run without one."""
-    model = config.model
-    if model.encoder is None:
-        return None
-    backbone = choose_backbone(
-        model.encoder,
-        model.encoder_weights,
-        model.drop_path,
-        len(manifest.image_format.channels),
-        None if saved is None else load_config(saved),
-        accelerator,
-    )
-    if accelerator.is_main_process:
-        for note in backbone.notes:
-            print(note, file=sys.stderr)
-    return backbone
-
-
-def fixed_settings(config: TrainConfig, manifest: Manifest) -> dict[str, Any]:
-    """What must not change on resume, by the name of its flag."""
-    plain = to_plain(config)
-    names = (
-        "seed",
-        "lanes",
-        "window",
-        "global_batch_size",
-        "crop_size",
-        "init_from",
-        "model",
-        "loss",
-        "optim",
-        "augment",
-    )
-    groups = {name: plain[name] for name in names}
+def fixed_settings(setup: TrainSetup) -> dict[str, Any]:
+    """Return the settings that must not change on resume, by flag name."""
+    plain = to_plain(setup.config)
+    groups = {name: plain[name] for name in FIXED_SETTINGS}
     flat = {
         f"{name}.{key}" if key else name: value
         for name, group in groups.items()
         for key, value in (group.items() if isinstance(group, dict) else [("", group)])
     }
-    if config.model.encoder is None:
+    if setup.config.model.encoder is None:
         # Runs of versions without encoders are resumed.
         flat = {name: value for name, value in flat.items() if name not in OF_ENCODERS}
-    return {**flat, "order_version": ORDER_VERSION, "manifest": manifest.digest}
+    return {**flat, "order_version": ORDER_VERSION, "manifest": setup.manifest.digest}
+
+
+def resolve_passes(setup: TrainSetup, accelerator: Accelerator, learner: Learner) -> TrainSetup:
+    """Resolve `--accumulate auto` by trial. Accelerate accumulates that many passes from here on.
+
+    Every rank must call this.
+    """
+    config = setup.config
+    if config.batch.accumulate != "auto":
+        return setup
+    probe = Probe(
+        accelerator,
+        learner,
+        build_loss(config.loss, setup.manifest).to(accelerator.device),
+        Augment(config.augment, config.order.seed),
+        setup.crop_size,
+        border=config.loss.border_weight > 0,
+        benchmark=not config.compute.deterministic,
+    )
+    samples = setup.batch_size
+    passes = probe.choose_passes(samples)
+    config = replace(config, batch=replace(config.batch, accumulate=passes))
+    setup = replace(setup, config=config, passes=passes)
+    accelerator.gradient_accumulation_steps = passes
+    if accelerator.is_main_process:
+        print(describe_passes(accelerator.device, passes, samples), file=sys.stderr)
+    refuse_batch_norm(setup, accelerator.device)
+    refuse_encoder_batch_norm(learner.model, config, accelerator, setup.batch_size)
+    return setup
+
+
+def open_splits(setup: TrainSetup, accelerator: Accelerator) -> DataSet:
+    """Open the training and validation split for this rank."""
+    config = setup.config
+    chunk = config.tiles.effective_batch_size
+    in_use = train_bytes_in_use(setup.order, setup.manifest, accelerator, chunk)
+    remedy = "raise it, or start a run with a smaller --window"
+    splits = ["train", "val"]
+    return open_data(
+        config.data, config.loading, setup.manifest, splits, accelerator, in_use, remedy
+    )
+
+
+def open_training(
+    setup: TrainSetup,
+    accelerator: Accelerator,
+    data: DataSet,
+    learner: Learner,
+    state: TrainState,
+) -> Training:
+    """Open what the loop works with, and write RUN/config.yaml and RUN/environment.json."""
+    config, manifest, device = setup.config, setup.manifest, accelerator.device
+    # Only these two: a prepared loader would be split or dispatched a second time. The optimizer's
+    # state stays where it is: moved to the GPU after a resume, AdamW's step counters would
+    # synchronise with it at every step.
+    model, optimizer = accelerator.prepare(
+        learner.model, learner.optimizer, device_placement=[True, False]
+    )
+    model.train()
+    criterion = build_loss(config.loss, manifest).to(device)
+    budget = Budget(
+        accelerator,
+        setup.limits,
+        watched=("loss", *criterion.names, "gradient"),
+        saves=config.schedule.checkpoint_due,
+        step=state.step,
+        seconds=state.seconds,
+    )
+    if accelerator.is_main_process:
+        write_environment(setup.folder, accelerator)
+    flops = count_flops(learner.model.config, setup.batch_size, setup.crop_size)
+    return Training(
+        setup=setup,
+        accelerator=accelerator,
+        data=data,
+        learner=learner,
+        spec=require_spec(learner.model),
+        model=model,
+        optimizer=optimizer,
+        criterion=criterion,
+        augment=Augment(config.augment, config.order.seed),
+        tracker=Tracker(accelerator, config.tracking, setup.folder, to_plain(config), state),
+        batches=open_batches(setup, data, device, state.position),
+        training_pass=TrainingPass(
+            *(device, setup.batch_size, setup.crop_size, config.compute.gradient_checkpointing),
+            benchmark=not config.compute.deterministic,
+        ),
+        budget=budget,
+        progress=Progress(accelerator, budget),
+        meter=Meter(criterion.names, accelerator, flops),
+        first_step=state.step,
+    )
 
 
 def open_batches(
-    config: TrainConfig, data: DataSet, plan: TrainPlan, accelerator: Accelerator
+    setup: TrainSetup, data: DataSet, device: torch.device, position: int
 ) -> Iterator[Batch]:
-    """This rank's endless batches."""
-    assert config.crop_size is not None
+    """Open the endless batches of this rank, from a position of the stream."""
+    config = setup.config
     return train_batches(
         data,
-        plan,
-        crop_size=config.crop_size,
+        TrainPlan(setup.order, setup.batch_size, setup.rank, setup.world, start=position),
+        crop_size=setup.crop_size,
         augment=config.augment,
-        seed=config.seed,
+        seed=config.order.seed,
         margin=config.model.network().margin,
         border=config.loss.border_weight > 0,
-        skip=config.bad_samples == "skip",
-        pin=accelerator.device.type == "cuda",
+        skip=config.batch.bad_samples == "skip",
+        pin=device.type == "cuda",
     )

@@ -1,4 +1,4 @@
-"""A copy in host memory of what a run has learned, for writing it while training goes on."""
+"""Snapshots of a run in host memory, to be written while training continues."""
 
 from copy import copy, deepcopy
 from dataclasses import dataclass
@@ -17,10 +17,10 @@ TRAINING = "training.pt"
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """What a checkpoint holds of its tensors, in host memory that training does not touch."""
+    """The tensors of a checkpoint, in host memory that training does not modify."""
 
     model: UNet
-    """The weights that are scored and used; its tensors are those in `training`."""
+    """The weights that are scored and used; shares its tensors with `training`."""
     training: dict[str, Any]
     """Raw weights, their average, optimizer and loss scaler, as `Learner.state_dict` names them."""
 
@@ -31,11 +31,10 @@ class Snapshot:
 
 
 class HostBuffers:
-    """Host memory that takes one snapshot after another, each into the memory of the one before.
+    """Host memory for snapshots, allocated by the first and reused by the following ones.
 
-    It is as large as weights, average and moments together: with AdamW and the average four times
-    the weights (`modern`: 500 MB), in page-locked memory where they are copied from a GPU. It is
-    allocated at the first snapshot and kept.
+    It is as large as weights, average and moments together: with AdamW and an average four times
+    the weights (`modern`: 500 MB); page-locked if they are copied from a GPU.
     """
 
     def __init__(self) -> None:
@@ -43,9 +42,9 @@ class HostBuffers:
         self.model: UNet | None = None
 
     def take(self, learner: Learner, scaler: GradScaler | None) -> Snapshot:
-        """Copy what has been learned; on return training may change it.
+        """Copy weights, average and optimizer state; on return training may modify them.
 
-        The snapshot before is overwritten: it must have been written.
+        Overwrites the previous snapshot, which must have been written.
         """
         training = {**learner.state_dict(), "scaler": scaler.state_dict() if scaler else None}
         self.training = copy_to_host(training, self.training)
@@ -53,27 +52,28 @@ class HostBuffers:
         if device.type == "cuda":
             torch.cuda.current_stream(device).synchronize()
         if self.model is None:
-            # Here and not where it is written: the device of a context is seen by all threads.
+            # In this thread, not the writer: a device context affects all threads.
             with torch.device("meta"):
                 self.model = UNet(learner.scored.config, learner.scored.spec)
         scored = self.training["model" if learner.average is None else "average"]
-        self.model.load_state_dict(scored, assign=True)
+        # Without its metadata: torch notes `assign` there, and would assign when it is loaded.
+        self.model.load_state_dict({**scored}, assign=True)
         return Snapshot(self.model, self.training)
 
 
 def copy_to_host(value: Any, into: Any) -> Any:
-    """A deep copy with all tensors on the CPU, into the tensors of `into` where they are alike.
+    """Copy a nested value to the CPU, reusing the tensors of `into` that match in layout.
 
-    Copies from a GPU may not be complete on return: its stream must be synchronized.
+    Copies from a GPU may be incomplete on return: synchronise its stream.
     """
     match value:
         case Tensor():
-            if not (isinstance(into, Tensor) and alike(into, value)):
+            if not (isinstance(into, Tensor) and match_layout(into, value)):
                 into = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
             return into.copy_(value, non_blocking=value.is_cuda)
         case dict():
             held = into if isinstance(into, dict) else {}
-            # Of the same class and with its attributes: modules keep a version of their state.
+            # Keeps class and attributes: the state dict of a module has a version attribute.
             copied = copy(value)
             for key, part in value.items():
                 copied[key] = copy_to_host(part, held.get(key))
@@ -84,7 +84,7 @@ def copy_to_host(value: Any, into: Any) -> Any:
             return deepcopy(value)
 
 
-def alike(one: Tensor, other: Tensor) -> bool:
-    """Whether tensors have the same shape, dtype and strides."""
+def match_layout(one: Tensor, other: Tensor) -> bool:
+    """Whether tensors match in shape, dtype and strides."""
     same = one.shape == other.shape and one.stride() == other.stride()
     return same and one.dtype == other.dtype

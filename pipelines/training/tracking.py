@@ -1,4 +1,4 @@
-"""Where the numbers of a run go: always metrics.jsonl, and a tracker through Accelerate."""
+"""Metrics and images of a run: RUN/metrics.jsonl, and a tracker through Accelerate."""
 
 import json
 import logging
@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from PIL import Image
 
 from pipelines.runtime.errors import RunError
+from pipelines.runtime.run_folder import RunFolder
 from pipelines.training.checkpoints import TrainState
 from shards.images.files import encode_png
 from shards.writer import write_atomically
@@ -26,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrackingConfig:
-    """The tracker."""
+    """Experiment tracking."""
 
     backend: Literal["wandb", "tensorboard", "none"] = "wandb"
     """wandb: online with a key (WANDB_API_KEY or `wandb login`), else offline in the run folder.
@@ -34,14 +35,14 @@ class TrackingConfig:
     project: str = "unet"
     """Project that the run appears under."""
     pictures: int = 4
-    """Images of the first batch, as the network sees it, and of each validation, with true and
-    predicted masks; in RUN/pictures too. 0 is off."""
+    """Number of images to draw of the first batch, as the network sees it, and of each validation,
+    with mask and prediction; also written to RUN/pictures. 0: none."""
     artifact: bool = False
     """Upload the best checkpoint at the end (wandb)."""
 
     def __post_init__(self) -> None:
         if self.pictures < 0:
-            raise ValueError(f"tracking.pictures must not be below 0, got {self.pictures}")
+            raise ValueError(f"tracking.pictures must be >= 0, got {self.pictures}")
         if self.artifact and self.backend != "wandb":
             raise ValueError("tracking.artifact needs tracking.backend wandb")
         if self.backend == "tensorboard" and find_spec("tensorboard") is None:
@@ -51,80 +52,82 @@ class TrackingConfig:
             )
 
     def trackers(self) -> list[str]:
-        """What Accelerate is told."""
+        """Return the names of the trackers for Accelerate."""
         return [] if self.backend == "none" else [self.backend]
 
 
 class Tracker:
-    """Logs on the main process; a tracker that fails is dropped with a word and ends nothing."""
+    """Logs on the main process. A tracker that fails is disabled with a warning."""
 
     def __init__(
         self,
         accelerator: Accelerator,
         config: TrackingConfig,
-        run_dir: Path,
+        folder: RunFolder,
         resolved: dict[str, Any],
         state: TrainState,
     ) -> None:
-        """`resolved`: the configuration, written down; `state`: where the run stands."""
-        self.accelerator, self.config = accelerator, config
-        self.path, self.pictures = run_dir / "metrics.jsonl", run_dir / "pictures"
+        """Write RUN/config.yaml, truncate RUN/metrics.jsonl to the step of `state`, start tracking.
+
+        `resolved`: the resolved configuration.
+        """
+        self.accelerator, self.config, self.folder = accelerator, config, folder
         self.run_id = state.tracking_id or uuid.uuid4().hex[:8]
         if accelerator.is_main_process:
-            write_atomically(
-                run_dir / "config.yaml", yaml.safe_dump(resolved, sort_keys=False).encode()
-            )
-            forget_after(self.path, state.step)
+            write_atomically(folder.config, yaml.safe_dump(resolved, sort_keys=False).encode())
+            drop_lines_after(folder.metrics, state.step)
         self.alive = bool(config.trackers())
         if self.alive:
             mode = os.environ.get("WANDB_MODE") or ("online" if has_wandb_key() else "offline")
             arguments = {
-                "dir": str(run_dir),
+                "dir": str(folder.path),
                 "id": self.run_id,
-                "name": run_dir.resolve().name,
+                "name": folder.path.resolve().name,
                 "resume": "allow",
                 "mode": mode,
                 "settings": {"quiet": True},
             }
-            # tensorboard takes the project for a folder, and no groups of settings.
+            # tensorboard uses the project as a folder, and takes no nested settings.
             wandb = config.backend == "wandb"
             self.attempt(
                 lambda: accelerator.init_trackers(
                     config.project if wandb else "tensorboard",
-                    config=resolved if wandb else flat(resolved),
+                    config=resolved if wandb else flatten(resolved),
                     init_kwargs={"wandb": arguments},
                 )
             )
 
     def log(self, step: int, values: dict[str, float | None]) -> None:
-        """Numbers of a step: a line of metrics.jsonl, and the tracker's curves."""
+        """Log the metrics of a step to metrics.jsonl and the tracker."""
         if not self.accelerator.is_main_process:
             return
         try:
-            with self.path.open("a") as file:
+            with self.folder.metrics.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **values}) + "\n")
         except OSError as error:
             raise RunError(
-                f"{self.path} cannot be written ({error.strerror}); mend that, and the same "
-                "command goes on from the last checkpoint"
+                f"{self.folder.metrics} cannot be written ({error.strerror}); fix that, then rerun "
+                "the same command to resume from the last checkpoint"
             ) from error
         known = {name: value for name, value in values.items() if value is not None}
         self.attempt(lambda: self.accelerator.log(known, step=step))
 
     def show(self, step: int, name: str, draw: Callable[[], Sequence[Image.Image]]) -> None:
-        """Images of a step, drawn on the main process alone, if images are wanted.
+        """Draw images of a step, on the main process, if --tracking.pictures is not 0.
 
-        They are written to RUN/pictures, over those of the step before, and given to the tracker.
+        They are logged to the tracker and written to RUN/pictures, replacing those of the previous
+        step.
         """
         if not (self.accelerator.is_main_process and self.config.pictures):
             return
         drawn = [*draw()]
-        sheet, file = stacked(drawn), f"{name.replace('/', '-')}.png"
+        sheet = stack_images(drawn)
+        path = self.folder.images / f"{name.replace('/', '-')}.png"
         try:
-            self.pictures.mkdir(exist_ok=True)
-            write_atomically(self.pictures / file, encode_png(sheet), durable=False)
+            self.folder.images.mkdir(exist_ok=True)
+            write_atomically(path, encode_png(sheet), durable=False)
         except OSError as error:
-            logger.warning("%s was not written, training goes on: %s", self.pictures / file, error)
+            logger.warning("%s was not written, training continues: %s", path, error)
         if self.config.backend == "wandb":
             self.attempt(lambda: self.log_images({name: drawn}, step))
         elif self.alive:
@@ -132,66 +135,66 @@ class Tracker:
             self.attempt(lambda: self.log_images({name: pixels}, step, dataformats="NHWC"))
 
     def log_images(self, values: dict[str, Any], step: int, **named: Any) -> None:
-        """As Accelerate's trackers want them, each in its own way."""
+        """Log images with every active tracker; `named`: its own arguments."""
         for tracker in self.accelerator.trackers:
             tracker.log_images(values, step=step, **named)
 
     def finish(self, best: Path) -> None:
-        """Close the tracker; the process group goes with it. The last thing that a rank does.
+        """Close the tracker and the process group; the last call of a rank.
 
-        `best`: the best checkpoint, uploaded if that was asked for.
+        `best`: the best checkpoint, uploaded with --tracking.artifact.
         """
         if self.config.artifact and self.accelerator.is_main_process:
             self.attempt(lambda: upload(self.accelerator, best.resolve(), f"{self.run_id}-best"))
         try:
             self.accelerator.end_training()
         except Exception as error:  # as in attempt
-            logger.warning("the tracker did not end well, the run did: %s", error)
+            logger.warning("the tracker could not be closed; the run is complete: %s", error)
 
     def attempt(self, action: Callable[[], object]) -> None:
-        """Do it if the tracker still works; say once if it does not."""
+        """Run an action of the tracker, unless it is disabled; an error disables it."""
         if not self.alive:
             return
         try:
             action()
-        except Exception as error:  # any tracker, any fault: training goes on without it
+        except Exception as error:  # whatever a tracker raises: training does not depend on it
             self.alive = False
-            logger.warning("tracking stopped, training goes on: %s", error)
+            logger.warning("tracking stopped, training continues: %s", error)
 
 
 def upload(accelerator: Accelerator, folder: Path, name: str) -> None:
-    """Give a checkpoint to wandb, as an artifact of the run."""
+    """Upload a checkpoint to wandb as an artifact of the run."""
     run: Any = accelerator.get_tracker("wandb", unwrap=True)
     run.log_artifact(str(folder), name=name, type="model")
 
 
-def stacked(drawn: Sequence[Image.Image]) -> Image.Image:
-    """Images below each other."""
-    width, height = max(p.width for p in drawn), sum(p.height for p in drawn)
+def stack_images(images: Sequence[Image.Image]) -> Image.Image:
+    """Stack images vertically on a white background."""
+    width, height = max(i.width for i in images), sum(i.height for i in images)
     sheet, top = Image.new("RGB", (width, height), (255, 255, 255)), 0
-    for picture in drawn:
-        sheet.paste(picture, (0, top))
-        top += picture.height
+    for image in images:
+        sheet.paste(image, (0, top))
+        top += image.height
     return sheet
 
 
-def flat(plain: dict[str, Any]) -> dict[str, str | int | float | bool]:
-    """A configuration without groups: `optim.lr` and the like."""
-    found = {}
+def flatten(plain: dict[str, Any]) -> dict[str, str | int | float | bool]:
+    """Flatten nested settings to dotted names such as `optim.lr`."""
+    flat = {}
     for name, value in plain.items():
         if isinstance(value, dict):
-            found |= {f"{name}.{key}": part for key, part in flat(value).items()}
+            flat |= {f"{name}.{key}": part for key, part in flatten(value).items()}
         else:
-            found[name] = value if isinstance(value, str | int | float | bool) else str(value)
-    return found
+            flat[name] = value if isinstance(value, str | int | float | bool) else str(value)
+    return flat
 
 
-def forget_after(path: Path, step: int) -> None:
-    """Drop the lines of steps that a resumed run will make again, and a last line that was cut."""
+def drop_lines_after(path: Path, step: int) -> None:
+    """Drop the lines of steps after `step`, which a resumed run repeats, and an incomplete one."""
     if not path.exists():
         return
     kept = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines():
         try:
             if json.loads(line)["step"] > step:
                 break
@@ -202,7 +205,7 @@ def forget_after(path: Path, step: int) -> None:
 
 
 def has_wandb_key() -> bool:
-    """Whether wandb could log in without asking."""
+    """Whether wandb can log in without a prompt."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     try:

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from shards.folders.split_names import Split
+from shards.folders.suffixes import describe_fit
 from shards.folders.walk import (
     find_common_root,
     list_images,
@@ -26,6 +28,8 @@ class Pair:
     """Path of the image relative to the image folder, with extension and `/` as separator."""
     mask: str | None
     """Path of the mask relative to the mask folder."""
+    split: Split | None = None
+    """Split that the name of its list or folder declares."""
 
     @property
     def key(self) -> str:
@@ -155,10 +159,47 @@ def find_pairs(images: Path, masks: Path | None, rule: PairRule) -> Pairing:
         raise DataError(
             f"no image in {images} has a mask of the same name in {masks} (for example: "
             f"{first_name(image_names)} and {first_name(mask_names)}); "
-            "see --mask-suffix, --pair-regex and --pairs"
+            f"{describe_fit(image_names.values(), mask_names.values())}"
         )
     pairs = [Pair(image_names[stem], mask_names[stem]) for stem in common]
     return Pairing(images, masks, drop_key_collisions(pairs, images, refused), unpaired, refused)
+
+
+def find_pairs_in_folders(
+    images: Sequence[Path], masks: Sequence[Path], rule: PairRule, splits: Sequence[Split | None]
+) -> Pairing:
+    """Pair several folders of images with as many folders of masks (or none), in order.
+
+    Paths become relative to the deepest common folder; every pair of a folder gets its split.
+    Raises DataError as `find_pairs`.
+    """
+    image_root, mask_root = common_folder(images), common_folder(masks)
+    pairs: list[Pair] = []
+    unpaired: list[str] = []
+    refused: list[str] = []
+    for folder, mask_folder, split in zip(
+        images, masks or [None] * len(images), splits, strict=True
+    ):
+        found = find_pairs(folder, mask_folder, rule)
+        unpaired += found.unpaired
+        refused += found.refused
+        for pair in found.pairs:
+            mask = None
+            if mask_folder is not None:
+                mask = join_below(mask_root, mask_folder, str(pair.mask))
+            pairs.append(Pair(join_below(image_root, folder, pair.source), mask, split))
+    pairs = drop_key_collisions(pairs, image_root, refused)
+    return Pairing(image_root, mask_root if masks else None, pairs, unpaired, refused)
+
+
+def common_folder(folders: Sequence[Path]) -> Path:
+    """Return the deepest folder that contains all folders; the current folder if there are none."""
+    return Path(os.path.commonpath([folder.absolute() for folder in folders] or [Path.cwd()]))
+
+
+def join_below(root: Path, folder: Path, name: str) -> str:
+    """Return the path of a file in `folder`, relative to `root`."""
+    return os.path.normpath(f"{relative_path(str(folder.absolute()), root)}/{name}")
 
 
 def first_name(names: dict[str, str]) -> str:
@@ -206,22 +247,35 @@ def group_by_stem(
     return stems, others
 
 
-def read_pair_lists(files: Sequence[Path], images: Path | None, masks: Path | None) -> Pairing:
+def read_pair_lists(
+    files: Sequence[Path],
+    images: Path | None,
+    masks: Path | None,
+    splits: Sequence[Split | None] = (),
+) -> Pairing:
     """Read pairs from files with an image and its mask on each line.
 
     `.csv` and `.tsv` are split at commas and tabs, all others at white space. Empty lines, lines
     that start with # and a first line `image,mask` are skipped. Paths are relative to `images` and
-    `masks`, or to the folder of the list if these are None. Raises DataError for a line that is not
-    a pair.
+    `masks`, or to the folder of the list if these are None. Every pair of a list gets its split.
+    Raises DataError for a line that is not a pair, and if no listed image exists.
     """
-    image_paths, mask_paths = [], []
-    for file in files:
+    image_paths, mask_paths, declared = [], [], []
+    for file, split in zip(files, splits or [None] * len(files), strict=True):
         here = file.parent.resolve()
         for image, mask in read_pair_columns(file):
             image_paths.append(os.path.normpath((images or here).resolve() / image))
             mask_paths.append(os.path.normpath((masks or here).resolve() / mask))
+            declared.append(split)
     if not image_paths:
         raise DataError(f"{files[0]} lists no pairs; write an image and its mask on each line")
+    if not any(map(os.path.isfile, image_paths)):
+        base = (images or files[0].parent).resolve()
+        raise DataError(
+            f"{files[0]}: none of the {len(image_paths)} listed images exists, the first is read "
+            f"as {image_paths[0]}; listed paths are relative to {base}: set --images and --masks "
+            "to the folders that they are relative to, or correct the list"
+        )
     image_root, mask_root = (
         find_common_root(image_paths, images or files[0].parent),
         find_common_root(mask_paths, masks or files[0].parent),
@@ -229,7 +283,7 @@ def read_pair_lists(files: Sequence[Path], images: Path | None, masks: Path | No
     refused: list[str] = []
     partner: dict[str, str] = {}
     pairs = []
-    for image, mask in zip(image_paths, mask_paths, strict=True):
+    for image, mask, split in zip(image_paths, mask_paths, declared, strict=True):
         wrong = [problem for path in (image, mask) if (problem := explain_unusable_path(path))]
         if image in partner:
             wrong.append(f"{image} is listed twice")
@@ -238,7 +292,8 @@ def read_pair_lists(files: Sequence[Path], images: Path | None, masks: Path | No
         refused += wrong
         if not wrong:
             partner |= {image: mask, mask: image}
-            pairs.append(Pair(relative_path(image, image_root), relative_path(mask, mask_root)))
+            source, target = relative_path(image, image_root), relative_path(mask, mask_root)
+            pairs.append(Pair(source, target, split))
     pairs = drop_key_collisions(pairs, image_root, refused)
     return Pairing(image_root, mask_root, pairs, [], refused)
 

@@ -7,24 +7,12 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from shards.folders.pairs import Pair, validate_regex
+from shards.folders.split_names import SPLIT_NAMES, SPLITS, Split, find_named_split
 from shards.folders.walk import read_lines, split_columns
 from shards.sample import AggregateDataError, DataError
 
-Split = Literal["train", "val", "test"]
-SPLITS: tuple[Split, ...] = ("train", "val", "test")
-SPLIT_NAMES: dict[str, Split] = {
-    "train": "train",
-    "training": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "test": "test",
-    "testing": "test",
-}
-"""Accepted names of split folders and split lists."""
 DEFAULT_VAL_FRACTION = 0.1
 
 
@@ -35,8 +23,8 @@ class SplitRule:
     Raises ValueError for contradictory settings.
     """
 
-    val_fraction: float = DEFAULT_VAL_FRACTION
-    """Fraction of samples in val."""
+    val_fraction: float | None = None
+    """Fraction of samples in val; None: 0.1, or what files, folders or names of lists declare."""
     test_fraction: float = 0.0
     """Fraction of samples in test."""
     group_by: str | None = None
@@ -49,46 +37,107 @@ class SplitRule:
     """The first folder of a path is its split: `train`, `val`, `test`."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.val_fraction <= 1 or not 0 <= self.test_fraction <= 1:
+        val_fraction = self.hashed_fraction
+        if not 0 <= val_fraction <= 1 or not 0 <= self.test_fraction <= 1:
             raise ValueError("--val-fraction and --test-fraction must be between 0 and 1")
-        if (self.val_fraction if self.fold is None else 0) + self.test_fraction >= 1:
+        if (val_fraction if self.fold is None else 0) + self.test_fraction >= 1:
             raise ValueError("--val-fraction and --test-fraction leave nothing to train on")
         if self.group_by is not None:
             validate_regex("--group-by", self.group_by)
         if self.fold is not None and not (1 <= self.fold[0] <= self.fold[1] >= 2):
             raise ValueError("--fold must be i/k: fold i, from 1 to k, of k >= 2 folds")
-        sources = {
-            "--fold": self.fold is not None,
-            "--split-file": bool(self.files),
-            "--split-folders": self.by_folder,
-        }
+        sources = {"--split-file": bool(self.files), "--split-folders": self.by_folder}
         flags = [flag for flag, used in sources.items() if used]
         if len(flags) > 1:
             raise ValueError(f"{' and '.join(flags)} both define the splits; use one of them")
-        if flags and self.val_fraction != DEFAULT_VAL_FRACTION:
-            raise ValueError(f"--val-fraction has no effect with {flags[0]}; remove one of them")
-        if flags and self.fold is None and self.test_fraction:
+        if self.fold is not None and self.val_fraction is not None:
+            raise ValueError("--val-fraction has no effect with --fold; remove one of them")
+        if flags and self.test_fraction:
             raise ValueError(f"--test-fraction has no effect with {flags[0]}; remove one of them")
 
-    def assign_splits(self, pairs: Sequence[Pair]) -> tuple[list[Split], list[str | None]]:
-        """Return the split and the group of each pair. Raises DataError for a pair without one."""
+    @property
+    def hashed_fraction(self) -> float:
+        """Fraction of samples that the hash assigns to val."""
+        return DEFAULT_VAL_FRACTION if self.val_fraction is None else self.val_fraction
+
+    def assign_splits(
+        self, pairs: Sequence[Pair], notes: list[str] | None = None
+    ) -> tuple[list[Split], list[str | None]]:
+        """Return the split and the group of each pair.
+
+        Declared splits (files, folders, names of lists) are kept, except that `val_fraction` and
+        `fold` cut val out of a declared train. A val of a fraction that would be empty takes
+        the next sample (or group) of train by hash, which is reported in `notes`, if it is given.
+
+        Raises DataError for a pair without a split, and for settings that contradict the declared
+        splits.
+        """
         groups = [extract_group(p.source, self.group_by) for p in pairs]
-        if self.files or self.by_folder:
-            splits = (
-                read_split_files(self.files, pairs) if self.files else read_split_folders(pairs)
-            )
-            refuse_divided_groups(groups, splits)
-            return splits, groups
         names = [p.key if group is None else group for p, group in zip(pairs, groups, strict=True)]
-        return [self.hash_split(name) for name in names], groups
+        declared = self.read_declared(pairs)
+        cut = self.fold is not None or bool(self.val_fraction)
+        if declared is None:
+            splits: list[Split] = [self.hash_split(name) for name in names]
+        else:
+            refuse_divided_groups(groups, declared)
+            self.refuse_unused(set(declared))
+            splits = [
+                self.hash_split(name) if cut and split == "train" else split
+                for name, split in zip(names, declared, strict=True)
+            ]
+        if (cut or declared is None) and self.fold is None and self.hashed_fraction > 0:
+            note = self.fill_val(splits, names)
+            if note and notes is not None:
+                notes.append(note)
+        return splits, groups
+
+    def read_declared(self, pairs: Sequence[Pair]) -> list[Split] | None:
+        """Return the splits that files, folders or the names of lists declare, None without any."""
+        if self.files:
+            return read_split_files(self.files, pairs)
+        if self.by_folder:
+            return read_split_folders(pairs)
+        named: list[Split] = [pair.split for pair in pairs if pair.split is not None]
+        return named if named and len(named) == len(pairs) else None
+
+    def refuse_unused(self, declared: set[Split]) -> None:
+        """Raise DataError for a setting that has no effect on declared splits."""
+        flag = "--fold" if self.fold is not None else "--val-fraction"
+        if (self.fold is not None or self.val_fraction) and "val" in declared:
+            raise DataError(
+                f"{flag} cuts val out of train, but the data declare val; remove {flag}, or "
+                "declare these samples as train"
+            )
+        if self.test_fraction:
+            raise DataError(
+                "--test-fraction has no effect on declared splits; remove it, or declare test"
+            )
+
+    def fill_val(self, splits: list[Split], names: Sequence[str]) -> str | None:
+        """Move the next sample (or group) of train by hash into an empty val; returns a note.
+
+        `splits` is changed in place. Nothing is moved out of a train that has only one.
+        """
+        train = {name for name, split in zip(names, splits, strict=True) if split == "train"}
+        if "val" in splits or len(train) < 2:
+            return None
+        chosen = min(train, key=hash_fraction)
+        moved = [i for i, name in enumerate(names) if name == chosen]
+        for i in moved:
+            splits[i] = "val"
+        what = chosen if len(moved) == 1 else f"{chosen} ({len(moved)} samples)"
+        return (
+            f"no sample hashes into val: {what}, the next by hash, is val instead of train "
+            "(--val-fraction 0: no val)"
+        )
 
     def hash_split(self, name: str) -> Split:
         """Return the split of a key or group by its hash, so that adding data never changes it."""
         fraction = hash_fraction(name)
         if self.fold is None:
-            if fraction < self.val_fraction:
+            if fraction < self.hashed_fraction:
                 return "val"
-            return "test" if fraction < self.val_fraction + self.test_fraction else "train"
+            return "test" if fraction < self.hashed_fraction + self.test_fraction else "train"
         number, count = self.fold
         if fraction >= 1 - self.test_fraction:
             return "test"
@@ -147,8 +196,9 @@ def read_split_folders(pairs: Sequence[Pair]) -> list[Split]:
 def read_split_files(files: Sequence[Path], pairs: Sequence[Pair]) -> list[Split]:
     """Read the split of each pair from a CSV `path,split`, or from lists named after their split.
 
-    Paths are those of the images, relative, with or without extension. Raises DataError for images
-    that no file lists, unknown paths, duplicates and unknown splits.
+    Paths are those of the images, relative, with or without extension, or lead to an existing file
+    (absolute, or from the folder of the list). Raises DataError for images that no file lists,
+    unknown paths, duplicates and unknown splits.
     """
     sources = {os.path.splitext(p.source)[0]: p.source for p in pairs}
     sources |= {p.source: p.source for p in pairs}
@@ -156,7 +206,7 @@ def read_split_files(files: Sequence[Path], pairs: Sequence[Pair]) -> list[Split
     problems = []
     for file in files:
         for number, name, split in parse_split_file(file, sources):
-            source = sources.get(name)
+            source = sources.get(name) or find_listed_file(file.parent / name, sources)
             where = f"{file}, line {number}"
             if source is None:
                 problems.append(f"{where} lists {name}, which is not one of the images")
@@ -173,6 +223,15 @@ def read_split_files(files: Sequence[Path], pairs: Sequence[Pair]) -> list[Split
     if problems:
         raise AggregateDataError(problems, "list every image exactly once")
     return [listed[p.source][0] for p in pairs]
+
+
+def find_listed_file(path: Path, sources: dict[str, str]) -> str | None:
+    """Return the image whose relative path is the longest end of the path of an existing file."""
+    if not path.is_file():
+        return None
+    parts = os.path.normpath(path).split(os.sep)
+    tails = ("/".join(parts[start:]) for start in range(len(parts)))
+    return next((sources[tail] for tail in tails if tail in sources), None)
 
 
 def parse_split_file(file: Path, known: dict[str, str]) -> Iterator[tuple[int, str, Split]]:
@@ -199,7 +258,7 @@ def parse_split_file(file: Path, known: dict[str, str]) -> Iterator[tuple[int, s
             if split is not None:
                 yield number, name, split
         return
-    split = SPLIT_NAMES.get(file.stem.lower())
+    split = find_named_split(file.stem)
     if split is None:
         raise DataError(
             f"{file} must start with the line path,split or be named train.txt, val.txt or "

@@ -1,14 +1,24 @@
 """Image files: validated on open, stored losslessly as they are, decoded deterministically."""
 
 import io
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from PIL import Image, ImageOps, TiffImagePlugin
 
-from shards.images.headers import read_image_header
+from shards.images.encoding import downscale_image, encode_png
+from shards.images.headers import detect_unread_format, read_image_header
+from shards.images.tiff import (
+    GREY16_MODES,
+    PHOTOMETRIC,
+    is_truncated_to_8_bits,
+    max_bits_per_sample,
+    read_tiff_tags,
+    refuse_inverted_16_bit,
+    refuse_tiff_tags,
+    repeats_8_bits,
+)
 from shards.sample import Channels, DataError
 
 IMAGE_EXTENSIONS = frozenset(
@@ -26,23 +36,17 @@ UNSUPPORTED_EXTENSIONS = {
     **dict.fromkeys(
         (".avif", ".dng", ".exr", ".heic", ".heif", ".jp2", ".npy", ".npz"), UNSUPPORTED
     ),
-    **dict.fromkeys((".pbm", ".pgm", ".pnm", ".ppm", ".psd", ".ras", ".tga", ".xcf"), UNSUPPORTED),
+    **dict.fromkeys((".pbm", ".pcx", ".pgm", ".pnm", ".ppm"), UNSUPPORTED),
+    **dict.fromkeys((".psd", ".ras", ".sgi", ".tga", ".xbm", ".xcf", ".xpm"), UNSUPPORTED),
 }
 """Extensions of files that hold images but cannot be read: refused by name, not skipped."""
 PILLOW_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 """The only Pillow decoders that see a file: hostile data cannot choose a more obscure one."""
 MAX_PIXELS = 1_000_000_000
 """Images with more pixels are refused before they are decoded: a small file can claim any size."""
-GREY16_MODES = ("I;16", "I;16B", "I;16L", "I")
-"""Pillow's modes of grey images with more than 8 bits."""
 EXIF_ORIENTATION = 0x0112
-BITS_PER_SAMPLE = 258
-PHOTOMETRIC, WHITE_IS_ZERO = 262, 0
 ORIENTATION_KEYS = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}
 """Keys of `Image.info` whose values may hold an orientation."""
-SAMPLES_PER_PIXEL = 277
-GEO_TAGS = (33550, 33922, 34264, 34735)
-"""ModelPixelScale, ModelTiepoint, ModelTransformation, GeoKeyDirectory (GeoTIFF 1.1, section 7)."""
 UNDO_ORIENTATION = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -72,6 +76,24 @@ class ImageFormat:
     """16-bit values that become 0 and 255; None: 16-bit images are refused."""
     max_pixels: int = MAX_PIXELS
     """Images that declare more pixels are refused."""
+    exif: ExifPolicy = "upright"
+    """Files with an EXIF orientation: rotated upright, or not. Like `frame` and `resize`, of files
+    only: images in shards are stored as these rules made them."""
+    frame: int | None = None
+    """Index of the frame of files with several; None: they are refused."""
+    resize: int | None = None
+    """Pixels that the longer side of a file is scaled down to."""
+
+    def file_rule(self) -> "ImageRule":
+        """Return the rule by which files are read."""
+        return ImageRule(
+            alpha=self.alpha,
+            allow_16_bit=self.range is not None,
+            exif=self.exif,
+            frame=self.frame,
+            resize=self.resize,
+            max_pixels=self.max_pixels,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,16 +140,28 @@ class StoredImage:
     channels: Channels
     notes: tuple[str, ...] = ()
     """What packing changed or decoding will change: keys of NOTES."""
+    orientation: int = 0
+    """EXIF orientation 2 to 8 of the file, 0 if it is upright."""
+
+
+def check_image_range(bounds: tuple[int, int] | None) -> None:
+    """Raise ValueError for a range of 16-bit values that is empty or not within 0 65535."""
+    if bounds is not None and not 0 <= bounds[0] < bounds[1] <= 65535:
+        raise ValueError(
+            f"--image-range {bounds[0]} {bounds[1]}: must be LOW HIGH within 0 65535, LOW < HIGH"
+        )
 
 
 NOTES = {
     "turned": "with an EXIF orientation are stored upright, as PNG",
     "unturned": "with an EXIF orientation are stored unrotated, as PNG without it",
     "frame": "with several frames are stored as a single frame, as PNG",
+    "narrowed": "repeat 8 bits in each 16-bit channel and are stored with 8 bits, as PNG",
     "resized": "are scaled down and stored as PNG",
     "mask": "have a mask of another size, resized to theirs by nearest neighbour",
     "alpha": "have transparent pixels; alpha is kept in the shard and dropped when decoding",
     "colour": "are CMYK or YCbCr; kept in the shard and converted to RGB when decoding",
+    "white_is_zero": "have a TIFF mask shown with white as 0; its values are read as stored",
     "deep": "have 16 bits; kept in the shard and scaled to 8 bits when decoding",
 }
 
@@ -166,19 +200,13 @@ def open_image(data: bytes, where: str, rule: ImageRule) -> Image.Image:
         )
     if image.format == "PNG" and image.mode == "P" and image.palette is None:
         raise DataError(f"{where} has lost its palette; repair or remove it")
-    if image.mode in GREY16_MODES and tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:
-        raise DataError(f"{where} is 16-bit with white as 0; save it with black as 0")
-    if image.mode not in GREY16_MODES and is_truncated_to_8_bits(image, tags):
+    truncated = image.mode not in GREY16_MODES and is_truncated_to_8_bits(image, tags)
+    if truncated and not repeats_8_bits(data, image):
         raise DataError(
             f"{where} has 16 bits per colour channel, of which 8 would be lost silently; "
             "convert it to 8 bits per channel, or to 16-bit grey"
         )
     return image
-
-
-def read_tiff_tags(image: Image.Image) -> Any:
-    """Return the tags of the current frame of a TIFF; an empty dict for other formats."""
-    return image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
 
 
 def refuse_image_size(image: Image.Image, rule: ImageRule, where: str) -> None:
@@ -190,31 +218,12 @@ def refuse_image_size(image: Image.Image, rule: ImageRule, where: str) -> None:
         )
 
 
-def refuse_tiff_tags(tags: Any, num_bands: int, where: str) -> None:
-    """Raise DataError for TIFF bands that Pillow would ignore or a georeference that would be lost.
-
-    Args:
-        tags: of the frame.
-        num_bands: bands that Pillow reads.
-        where: name of the file in the message.
-    """
-    samples = int(tags.get(SAMPLES_PER_PIXEL, num_bands))
-    if samples > max(num_bands, 1):
-        raise DataError(
-            f"{where} has {samples} bands; images have 1 (grey) or 3 (RGB), and optionally an "
-            "alpha channel: export the bands that you need to a file of their own"
-        )
-    if any(tag in tags for tag in GEO_TAGS):
-        raise DataError(
-            f"{where} has a georeference (GeoTIFF), which would be lost; "
-            "export it as plain TIFF or PNG"
-        )
-
-
 def explain_unreadable(data: bytes) -> str:
     """Return the problem and the remedy for bytes that Pillow cannot open."""
     if not data:
         return "is empty; repair or remove it"
+    if (kind := detect_unread_format(data)) is not None:
+        return f"is {kind}, a format that is not read; convert it to PNG, TIFF or 8-bit JPEG"
     if data[128:132] == b"DICM" or data[344:347] in (b"n+1", b"ni1"):
         return "is a medical volume (DICOM, NIfTI); export its slices as 8-bit or 16-bit PNG"
     if data[:4] in (b"II*\0", b"MM\0*"):
@@ -234,27 +243,6 @@ def explain_unreadable(data: bytes) -> str:
     return "is not a readable image; repair or remove it"
 
 
-def max_bits_per_sample(tags: Any) -> int:
-    """Return the largest number of bits of any channel in the tags of a TIFF."""
-    return int(np.ravel(tags.get(BITS_PER_SAMPLE, 8)).max())
-
-
-def is_truncated_to_8_bits(image: Image.Image, tags: Any) -> bool:
-    """Return whether Pillow truncates 16-bit channels to 8, by the tags or the codec's raw mode."""
-    if tags and max_bits_per_sample(tags) > 8 and image.mode != "F":
-        return True
-    tiles = getattr(image, "tile", [])
-    return any(";16" in word for tile in tiles for word in iter_strings(tile[3]))
-
-
-def iter_strings(arguments: object) -> Iterator[str]:
-    """Yield the strings among the arguments of a codec."""
-    if isinstance(arguments, str):
-        yield arguments
-    elif isinstance(arguments, tuple):
-        yield from (item for item in arguments if isinstance(item, str))
-
-
 def read_orientation(image: Image.Image) -> int:
     """Return the EXIF orientation of an image, 1 if it has none or an invalid one."""
     # Pillow takes as long to parse nothing as to open the image.
@@ -266,10 +254,10 @@ def read_orientation(image: Image.Image) -> int:
 
 def load_pixels(
     image: Image.Image, where: str, exif: ExifPolicy = "upright"
-) -> tuple[Image.Image, bool]:
+) -> tuple[Image.Image, int]:
     """Decode all pixels, rotated upright or as stored.
 
-    Returns the image and whether it has an EXIF orientation other than upright. Raises DataError
+    Returns the image and its EXIF orientation: 2 to 8, or 0 if it is upright. Raises DataError
     if the file is damaged.
     """
     try:
@@ -281,7 +269,8 @@ def load_pixels(
             loaded = ImageOps.exif_transpose(image) if after != 1 else image
         else:
             loaded = image.transpose(UNDO_ORIENTATION[before]) if before != after == 1 else image
-        return loaded, before != 1 or after != 1
+        orientation = after if after != 1 else before
+        return loaded, 0 if orientation == 1 else orientation
     except Exception as error:  # Pillow's decoders raise whatever the bytes provoke
         raise DataError(f"{where} is damaged ({error}); repair or remove it") from error
 
@@ -302,24 +291,37 @@ def read_image(data: bytes, rule: ImageRule, where: str, *, pixels: bool = True)
         if header.mode != "P" and size[0] * size[1] <= rule.max_pixels:
             return StoredImage(data, None, None, size, size, header.mode, header.mode)
     opened = open_image(data, where, rule)
+    refuse_inverted_16_bit(opened, where)
     several = getattr(opened, "n_frames", 1) > 1 and opened.format != "MPO"
-    image, oriented = load_pixels(opened, where, rule.exif)
+    tags = read_tiff_tags(opened)
+    narrowed = opened.mode not in GREY16_MODES and is_truncated_to_8_bits(opened, tags)
+    image, orientation = load_pixels(opened, where, rule.exif)
     full_size = image.size
     channels, notes = inspect_image(image, rule.alpha, rule.allow_16_bit, where)
-    if oriented:
+    if orientation:
         notes.append("turned" if rule.exif == "upright" else "unturned")
     if several:
         notes.append("frame")
+    if narrowed:
+        notes.append("narrowed")
     if rule.resize is not None and max(image.size) > rule.resize:
         image = downscale_image(image, rule.resize, channels)
         notes.append("resized")
     extension = None
-    if {"turned", "unturned", "frame", "resized"} & set(notes):
+    if {"turned", "unturned", "frame", "narrowed", "resized"} & set(notes):
         if image.mode in ("CMYK", "YCbCr"):
             image = image.convert("RGB")
         data, extension = encode_png(image), "png"
     return StoredImage(
-        data, extension, image, image.size, full_size, image.mode, channels, tuple(notes)
+        data,
+        extension,
+        image,
+        image.size,
+        full_size,
+        image.mode,
+        channels,
+        tuple(notes),
+        orientation,
     )
 
 
@@ -339,8 +341,7 @@ def inspect_image(
         if not allow_16_bit:
             raise DataError(
                 f"{where} has more than 8 bits per pixel (mode {image.mode}, {values}); choose "
-                "which values become black and white: --image-range 0 65535, or "
-                "--image-percentiles 0.5 99.5"
+                "which values become black and white, such as --image-range 0 65535"
             )
         if alpha == "refuse" and "transparency" in image.info:
             raise DataError(
@@ -367,32 +368,3 @@ def inspect_image(
         colours = np.asarray(image.convert("RGB"))
         return "L" if (colours == colours[..., :1]).all() else "RGB", notes
     return "RGB" if image.mode in ("RGB", "RGBA") else "L", notes
-
-
-def downscale_image(image: Image.Image, longest: int, channels: Channels) -> Image.Image:
-    """Scale an image down to `longest` pixels on its longer side, by area averaging."""
-    size = compute_scaled_size(image.size, longest)
-    if image.mode in GREY16_MODES:
-        scaled = Image.fromarray(np.asarray(image).astype(np.float32)).resize(
-            size, Image.Resampling.BOX
-        )
-        return Image.fromarray(np.asarray(scaled).round().astype(np.uint16))
-    return image.convert(channels).resize(size, Image.Resampling.BOX)
-
-
-def compute_scaled_size(size: tuple[int, int], longest: int) -> tuple[int, int]:
-    """Return (width, height) scaled down so that the longer side is at most `longest`."""
-    factor = min(1.0, longest / max(size))
-    return max(1, round(size[0] * factor)), max(1, round(size[1] * factor))
-
-
-def encode_png(image: Image.Image) -> bytes:
-    """Encode an image as PNG without metadata, so that an applied orientation is not kept."""
-    if image.mode in GREY16_MODES:
-        image = Image.fromarray(np.asarray(image).astype(np.uint16))
-    # PNG does not support a palette with an alpha channel.
-    clean = image.convert("RGBA") if image.mode == "PA" else image.copy()
-    clean.info.clear()
-    out = io.BytesIO()
-    clean.save(out, "PNG", exif=b"")
-    return out.getvalue()

@@ -84,3 +84,57 @@ def read_png_header(data: bytes) -> ImageHeader | None:
             return ImageHeader((width, height), "P", palette)
         case _:
             return None
+
+
+UNREAD_FORMATS = (
+    (0, b"\0\0\0\x0cjP  \r\n\x87\n", "JPEG 2000"),
+    (0, b"\xff\x4f\xff\x51", "JPEG 2000"),
+    (0, b"\0\0\0\x0cJXL \r\n\x87\n", "JPEG XL"),
+    (0, b"\xff\x0a", "JPEG XL"),
+    (0, b"\xff\xd8\xff\xf7", "JPEG-LS"),
+    (0, b"8BPS", "Photoshop"),
+    (0, b"gimp xcf", "GIMP"),
+    (0, b"v/1\x01", "OpenEXR"),
+    (0, b"#?RADIANCE", "Radiance HDR"),
+    (0, b"DDS ", "DDS"),
+    (0, b"\x93NUMPY", "a NumPy array"),
+    (0, b"\x89HDF\r\n", "HDF5"),
+    (0, b"SIMPLE  =", "FITS"),
+    (0, b"%PDF", "PDF"),
+    (0, b"\xc5\xd0\xd3\xc6", "EPS"),
+    (0, b"\0\0\x01\0", "an icon"),
+    (0, b"PK\x03\x04", "a zip archive"),
+    (0, b"<svg", "SVG"),
+    *((0, b"P%d" % n + end, "PNM") for n in range(1, 8) for end in (b"\n", b" ", b"\r")),
+    (4, b"ftypavi", "AVIF"),
+    (4, b"ftyphei", "HEIF"),
+    (4, b"ftyphev", "HEIF"),
+    (4, b"ftypmif1", "HEIF or AVIF"),
+    (4, b"ftypmsf1", "HEIF or AVIF"),
+)
+"""(offset, first bytes, name) of formats that Pillow is not allowed to read, or cannot."""
+
+
+def detect_unread_format(data: bytes) -> str | None:
+    """Return the name of an image format that is not read; None for others and damaged files."""
+    for offset, magic, name in UNREAD_FORMATS:
+        if data.startswith(magic, offset):
+            return name
+    return detect_unread_jpeg(data) if data.startswith(JPEG_START) else None
+
+
+def detect_unread_jpeg(data: bytes) -> str | None:
+    """Return the kind of a JPEG of other than 8 bits, lossless or arithmetic-coded, else None."""
+    offset = 2
+    while offset + 5 <= len(data) and data[offset] == 0xFF:
+        marker = data[offset + 1]
+        if marker == 0xFF:
+            offset += 1
+            continue
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            bits = data[offset + 4]
+            if marker in (0xC3, 0xC7, 0xCB, 0xCF):
+                return f"a lossless JPEG of {bits} bits"
+            return None if bits == 8 else f"a JPEG of {bits} bits"
+        offset += 2 + int.from_bytes(data[offset + 2 : offset + 4], "big")
+    return None

@@ -7,21 +7,26 @@ import numpy as np
 from PIL import Image
 
 from shards.images.files import (
-    GREY16_MODES,
     ImageFormat,
     ImageRule,
     inspect_image,
     load_pixels,
     open_image,
+    read_image,
     read_orientation,
 )
 from shards.images.headers import JPEG_START, read_image_header
+from shards.images.tiff import GREY16_MODES, refuse_inverted_16_bit
 from shards.sample import Uint8
 
 try:
     import simplejpeg
 except ImportError:  # the extra `turbo`
     simplejpeg = None
+
+
+Size = tuple[int, int]
+"""(width, height)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +62,9 @@ def decode_unconverted(data: bytes, image_format: ImageFormat, where: str) -> De
     if (pixels := decode_with_simplejpeg(data, image_format)) is not None:
         return DecodedImage(pixels, image_format)
     rule = ImageRule(alpha=image_format.alpha, max_pixels=image_format.max_pixels)
-    image, _ = load_pixels(open_image(data, where, rule), where)
+    opened = open_image(data, where, rule)
+    refuse_inverted_16_bit(opened, where)
+    image, _ = load_pixels(opened, where)
     inspect_image(image, image_format.alpha, image_format.range is not None, where)
     return DecodedImage(image, image_format)
 
@@ -101,6 +108,22 @@ def decode_image(data: bytes, image_format: ImageFormat, where: str) -> Uint8:
     """
     decoded = decode_unconverted(data, image_format, where)
     return decoded.crop(0, 0, *decoded.size)
+
+
+def decode_file(data: bytes, image_format: ImageFormat, where: str) -> tuple[Uint8, Size]:
+    """Decode an image file that was not packed, to the array that packing it would have given.
+
+    Returns uint8 [H, W, C] and (width, height) before it was scaled down. Raises DataError as
+    `decode_image`.
+    """
+    rule = image_format.file_rule()
+    if rule.exif == "upright" and rule.frame is None and rule.resize is None:
+        pixels = decode_image(data, image_format, where)
+        return pixels, (pixels.shape[1], pixels.shape[0])
+    stored = read_image(data, rule, where, pixels=False)
+    if stored.extension is None and stored.image is not None:
+        return to_array(stored.image, image_format), stored.full_size
+    return decode_image(stored.data, image_format, where), stored.full_size
 
 
 def to_array(image: Image.Image, image_format: ImageFormat) -> Uint8:

@@ -1,20 +1,19 @@
 """A mask file -> the canonical mask of the shard format."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image
 
-from shards.images.files import ImageRule, load_pixels, open_image
+from shards.images.files import ImageRule, open_image
 from shards.images.headers import read_image_header
 from shards.masks.counts import count_pixel_values
-from shards.masks.formats import ClassMap, MaskFormat, read_stored_values
-from shards.masks.palettes import palette_bytes, read_header_palette, read_palette
+from shards.masks.formats import ClassMap, MaskFormat
+from shards.masks.palettes import format_colour, palette_bytes, read_header_palette, read_palette
 from shards.masks.png import CANONICAL_RULE, encode_mask
+from shards.masks.readings import Reading, list_readings
+from shards.masks.stored import describe_loss, load_mask
 from shards.sample import IGNORE, DataError, Palette
-
-LOSSY_FORMATS = ("JPEG", "MPO")
-"""File formats whose pixel values are only close to those that were saved."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +28,12 @@ class CanonicalMask:
     """The file's bytes if they are already canonical, else None."""
     class_map: ClassMap | None
     """None if only the header was read."""
+    orientation: int = 0
+    """EXIF orientation 2 to 8 of the file, 0 if it is upright."""
+    notes: tuple[str, ...] = ()
+    """What reading undid: keys of NOTES."""
+    readings: tuple[Reading, ...] = ()
+    """What has to agree with the other masks of the data set."""
 
     def resize(self, size: tuple[int, int]) -> "CanonicalMask":
         """Resize to (width, height) by nearest neighbour."""
@@ -36,8 +41,8 @@ class CanonicalMask:
         index = np.asarray(
             Image.fromarray(self.class_map.index).resize(size, Image.Resampling.NEAREST)
         )
-        class_map = ClassMap(index, count_pixel_values(index), self.class_map.values)
-        return CanonicalMask(size, self.mode, None, class_map)
+        class_map = replace(self.class_map, index=index, pixels=count_pixel_values(index))
+        return replace(self, size=size, original=None, class_map=class_map)
 
     def encode(self, palette: Palette) -> bytes:
         """Encode as PNG of mode P; canonical bytes are returned unchanged."""
@@ -79,47 +84,53 @@ def read_mask(
     opened = open_image(data, where, rule)
     file_palette = read_header_palette(opened) if opened.format == "PNG" else b""
     looks_canonical = bool(file_palette) and palette_bytes(palette).startswith(file_palette)
-    if opened.format in LOSSY_FORMATS:
-        refuse_exact_format(mask_format, where)
+    if loss := describe_loss(opened, data):
+        refuse_exact_format(mask_format, where, loss)
     mode = opened.mode
-    image, oriented = load_pixels(opened, where, rule.exif)
-    class_map = mask_format.map_classes(image, where)
+    stored = load_mask(opened, where, rule.exif)
+    image = stored.image
+    class_map = mask_format.map_classes(stored, where)
     if mask_format.kind == "binary" and mode == "P" and not mask_format.invert:
         refuse_inverted_palette(image, class_map.values, where)
     same = class_map.values == tuple(np.flatnonzero(class_map.pixels).tolist())
     canonical = (
         looks_canonical
-        and not oriented
+        and not stored.orientation
         and getattr(opened, "n_frames", 1) == 1
         and same
         and mask_format.kind != "rgb"
         and max(class_map.values) < len(file_palette) // 3
-        and np.array_equal(class_map.index, read_stored_values(image, where))
+        and np.array_equal(class_map.index, stored.read_values(where))
     )
-    return CanonicalMask(image.size, mode, data if canonical else None, class_map)
+    original = data if canonical else None
+    readings = list_readings(mask_format, stored, class_map)
+    return CanonicalMask(
+        image.size, mode, original, class_map, stored.orientation, stored.notes, readings
+    )
 
 
-def refuse_exact_format(mask_format: MaskFormat, where: str) -> None:
-    """Raise DataError if a format needs exact values, which a lossy file does not have."""
+def refuse_exact_format(mask_format: MaskFormat, where: str, loss: str) -> None:
+    """Raise DataError if a format needs exact values, which a lossy file (`loss`) does not have."""
     if mask_format.tolerance == 0 and mask_format.threshold is None:
         remedies = {"binary": "--mask-threshold 128", "rgb": "--tolerance 30"}
         remedy = remedies.get(mask_format.kind, "--mask-format values and --tolerance 10")
         raise DataError(
-            f"{where} is a JPEG, whose values are not exact; save masks as PNG, or add {remedy}"
+            f"{where} is {loss}, whose values are not exact; save masks as PNG, or add {remedy}"
         )
 
 
 def refuse_inverted_palette(image: Image.Image, values: tuple[int, ...], where: str) -> None:
-    """Raise DataError if a black and white palette has white at index 0.
+    """Raise DataError if the foreground is black and index 0 has another colour.
 
-    Programs that save a black and white image as GIF may number the colours in this order, so that
-    reading the indices would swap foreground and background.
+    Programs that reduce an image to two colours number them in any order, so that reading the
+    indices may swap foreground and background.
     """
     colours = read_palette(image)
     foreground = max(values)
     foreground_colour = colours[foreground] if foreground < len(colours) else None
-    if foreground and colours[:1] == ((255, 255, 255),) and foreground_colour == (0, 0, 0):
+    if foreground and colours[0] != (0, 0, 0) and foreground_colour == (0, 0, 0):
+        name = "white" if colours[0] == (255, 255, 255) else format_colour(colours[0])
         raise DataError(
-            f"{where} has white at palette index 0, so background and foreground may be swapped; "
-            "add --invert if white is the foreground, else save it without a palette"
+            f"{where} has {name} at palette index 0, so background and foreground may be swapped; "
+            f"add --invert if {name} is the foreground, else save it without a palette"
         )

@@ -6,16 +6,19 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL.Image import Image
 
-from shards.images.files import GREY16_MODES
+from shards.images.tiff import GREY16_MODES
 from shards.masks.counts import Values, count_colours, count_pixel_values, format_counts
 from shards.masks.palettes import format_colour, read_palette, refuse_short_palette
+from shards.masks.stored import StoredMask, refuse_ambiguous_transparency, refuse_transparent_pixels
 from shards.sample import IGNORE, DataError, Uint8
 
 MaskKind = Literal["binary", "index", "values", "palette", "rgb"]
 MAX_CLASS_COLOURS = 64
 """More unknown colours than this are compression noise, not forgotten classes."""
+MIN_CLASS_SHARE = 100
+"""A value of at least one pixel in 100 may be a class."""
 MAX_COMPARED_VALUES = 16
 """Up to this many values, comparing the entire mask is faster than a table look-up per pixel."""
 
@@ -116,26 +119,33 @@ class MaskFormat:
                     else f"{format_colour(one)} is listed twice"
                 )
 
-    def map_classes(self, image: Image.Image, where: str) -> "ClassMap":
+    def map_classes(self, mask: StoredMask, where: str) -> "ClassMap":
         """Convert a decoded mask to class indices.
 
         Raises DataError, with pixel counts, for pixels that have no class.
         """
+        image = mask.image
         if self.kind == "rgb":
             return self.map_colours(image, where)
+        if self.threshold is not None and self.threshold > mask.max_value:
+            raise DataError(
+                f"{where} has values up to {mask.max_value} (mode {image.mode}), below "
+                f"--mask-threshold {self.threshold}, so that it would have no foreground; "
+                "drop --mask-threshold, or save all masks with 8 bits"
+            )
         if self.kind == "palette" and image.mode != "P":
             raise DataError(
                 f"{where} has no palette (mode {image.mode}); use --mask-format "
                 + ("rgb with --colours" if image.mode in ("RGB", "RGBA") else "index")
             )
-        pixels = read_stored_values(image, where)
+        pixels = mask.read_values(where)
         counts = count_pixel_values(pixels)
         table = self.build_table(counts, where)
         unknown = np.flatnonzero((table < 0) & (counts > 0))
         if len(unknown) and self.unknown == "error":
             raise DataError(
                 f"{where} has values without a class: {format_counts(counts, unknown)}; "
-                + self.suggest_remedy(unknown, image.mode)
+                + self.suggest_remedy(counts, unknown, image.mode)
             )
         table[table < 0] = IGNORE
         if self.kind == "palette":
@@ -146,7 +156,8 @@ class MaskFormat:
             index = pixels.astype(np.uint8, copy=False)
         else:
             index = apply_table(pixels, present, table.astype(np.uint8))
-        return ClassMap(index, by_class.astype(np.int64), tuple(present.tolist()))
+        values, indices = tuple(present.tolist()), tuple(table[present].tolist())
+        return ClassMap(index, by_class.astype(np.int64), values, indices)
 
     def build_table(self, counts: NDArray[np.int64], where: str) -> NDArray[np.int64]:
         """Build the table [256 or 65536] from pixel value to class index, -1 if it has none.
@@ -184,7 +195,7 @@ class MaskFormat:
         bound = 1 if self.threshold is None else self.threshold
         return ((levels >= bound) ^ self.invert).astype(np.int64)
 
-    def map_colours(self, image: Image.Image, where: str) -> "ClassMap":
+    def map_colours(self, image: Image, where: str) -> "ClassMap":
         """Convert a decoded colour mask to class indices by the table of colours."""
         mode = "RGBA" if len(self.colours[0]) == 4 else "RGB"
         if mode == "RGB":
@@ -195,6 +206,8 @@ class MaskFormat:
             raise DataError(f"{where} has mode {image.mode}; colour masks must be RGB, RGBA or P")
         if image.mode == "P":
             refuse_short_palette(image, where)
+            if mode == "RGB":
+                refuse_ambiguous_transparency(image, where)
         rgba, counts, runs, lengths = count_colours(image, mode)
         colours = rgba[:, : len(mode)]
         classes = self.match_colours(colours)
@@ -218,7 +231,7 @@ class MaskFormat:
         classes[unknown] = IGNORE
         by_class = np.bincount(classes, weights=counts, minlength=256).astype(np.int64)
         index = np.repeat(classes[runs].astype(np.uint8), lengths)
-        return ClassMap(index.reshape(image.height, image.width), by_class, ())
+        return ClassMap(index.reshape(image.height, image.width), by_class)
 
     def match_colours(self, colours: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the class index of each colour [N, 3 or 4]; -1 if none is within the tolerance."""
@@ -229,9 +242,7 @@ class MaskFormat:
             classes[near] = index
         return classes
 
-    def refuse_other_palette(
-        self, image: Image.Image, counts: NDArray[np.int64], where: str
-    ) -> None:
+    def refuse_other_palette(self, image: Image, counts: NDArray[np.int64], where: str) -> None:
         """Raise DataError if an index that occurs has another colour than declared."""
         palette = read_palette(image)
         for index in np.flatnonzero(counts[: self.num_classes]):
@@ -244,21 +255,28 @@ class MaskFormat:
                     "read the colours instead: --mask-format rgb with --colours"
                 )
 
-    def suggest_remedy(self, unknown: NDArray[np.int64], mode: str) -> str:
-        """Return the most likely remedy for values that have no class."""
-        if len(unknown) == 1:
-            return f"to ignore these pixels, add --ignore-value {unknown[0]}"
-        if mode == "P":
+    def suggest_remedy(
+        self, counts: NDArray[np.int64], unknown: NDArray[np.int64], mode: str
+    ) -> str:
+        """Return the most likely remedy for values that have no class.
+
+        A value is only to be ignored if it is rare: any other may be a class.
+        """
+        if mode == "P" and len(unknown) > 1:
             return (
                 "they are palette indices: name them all with --classes, or read the colours: "
                 "--mask-format rgb"
             )
-        if self.kind == "index":
-            return (
-                f"{self.num_classes} classes allow 0 to {self.num_classes - 1}: "
-                "name them all with --classes, or use --mask-format values"
-            )
-        return "name them all with --mask-values and --classes, or add --unknown ignore"
+        if np.count_nonzero(counts) == 2 and counts[0] and len(unknown) == 1:
+            return "with 0 and one other value, the format is --mask-format binary"
+        if MIN_CLASS_SHARE * counts[unknown].sum() < counts.sum():
+            return "if these few pixels belong to no class, add --unknown ignore"
+        if self.kind == "values":
+            return "name them all with --mask-values and --classes"
+        return (
+            f"{self.num_classes} classes allow 0 to {self.num_classes - 1}: "
+            "name them all with --classes, or use --mask-format values"
+        )
 
     def source_values(self, foreground: int | None) -> tuple[int, ...]:
         """Return the pixel value of each class in the files; () for colours.
@@ -285,53 +303,10 @@ class ClassMap:
     """Class indices [H, W], 255 = ignore."""
     pixels: NDArray[np.int64]
     """Pixel count of each index [256]."""
-    values: tuple[int, ...]
+    values: tuple[int, ...] = ()
     """Pixel values that occur in the file; () for colours."""
-
-
-def read_stored_values(image: Image.Image, where: str) -> Values:
-    """Return the stored values [H, W]: palette indices, never the luminance of their colours.
-
-    Raises DataError if the mask is in colour or its values do not fit into 16 bits.
-    """
-    match image.mode:
-        case "1":
-            return np.asarray(image).astype(np.uint8)
-        case "L" | "P":
-            return np.asarray(image)
-        case "I;16" | "I;16B" | "I;16L" | "I":
-            values = np.asarray(image)
-            if values.min() < 0 or values.max() > 65535:
-                raise DataError(
-                    f"{where} has values from {values.min()} to {values.max()}; "
-                    "mask values must be 0 to 65535"
-                )
-            return values.astype(np.uint8) if values.max() < 256 else values.astype(np.uint16)
-        case "RGB" | "RGBA" | "LA":
-            refuse_transparent_pixels(image, where)
-            bands = np.asarray(image)
-            colours = bands[..., : 3 if image.mode != "LA" else 1]
-            if (colours == colours[..., :1]).all():
-                return np.ascontiguousarray(colours[..., 0])
-            raise DataError(
-                f"{where} is in colour (mode {image.mode}); use --mask-format rgb with --colours, "
-                "a table with the colour of each class"
-            )
-        case mode:
-            raise DataError(
-                f"{where} has mode {mode}; masks must be of mode 1, L, P, I;16, RGB or RGBA"
-            )
-
-
-def refuse_transparent_pixels(image: Image.Image, where: str) -> None:
-    """Raise DataError if an alpha channel is not constant."""
-    if image.mode in ("RGBA", "LA"):
-        min_alpha, max_alpha = image.getchannel("A").getextrema()
-        if min_alpha != max_alpha:
-            raise DataError(
-                f"{where} has transparent pixels, which may stand for a class; declare it with "
-                "--mask-format rgb and colours of four numbers, or flatten the mask"
-            )
+    indices: tuple[int, ...] = ()
+    """Class index of each of these values."""
 
 
 def apply_table(pixels: Values, present: NDArray[np.int64], table: Uint8) -> Uint8:

@@ -5,10 +5,11 @@ import zlib
 
 import numpy as np
 
-from shards.images.files import ImageRule, load_pixels, open_image
+from shards.images.files import ImageRule, open_image
 from shards.images.headers import PNG_END, PNG_START
 from shards.masks.counts import count_pixel_values, format_counts
 from shards.masks.palettes import palette_bytes
+from shards.masks.stored import load_mask
 from shards.sample import IGNORE, DataError, Palette, Uint8
 
 CANONICAL_RULE = ImageRule()
@@ -22,12 +23,13 @@ def decode_mask(data: bytes, num_classes: int, where: str) -> Uint8:
     """
     mask = unpack_mask(data)
     if mask is None:
-        image, _ = load_pixels(open_image(data, where, CANONICAL_RULE), where)
-        if image.mode not in ("P", "L"):
+        stored = load_mask(open_image(data, where, CANONICAL_RULE), where)
+        if stored.image.mode not in ("P", "L"):
             raise DataError(
-                f"{where} is not a canonical mask (mode {image.mode}, expected P); pack it again"
+                f"{where} is not a canonical mask (mode {stored.image.mode}, expected P); "
+                "pack it again"
             )
-        mask = np.asarray(image)
+        mask = stored.read_values(where).astype(np.uint8, copy=False)
     if mask.max(initial=0) >= num_classes and ((mask >= num_classes) & (mask != IGNORE)).any():
         counts = count_pixel_values(mask)
         beyond = np.flatnonzero(counts[num_classes:IGNORE]) + num_classes

@@ -152,9 +152,22 @@ def propose_values(survey: MaskSurvey) -> Proposal | None:
     values = {value for (value,) in survey.value_counts}
     if survey.lossy or len(values) > MAX_VALUES:
         return None
-    note = "if 255 marks pixels to ignore, remove it from both lists and add --ignore-value 255"
-    notes = (RENAME_NOTE, *(note,) * (IGNORE in values))
-    return Proposal(value_flags(values), f"the masks have {survey.summary}", notes=notes)
+    counts = survey.value_counts
+    stray = {value for value in values if counts[value,] * RARITY < survey.num_pixels}
+    notes = [RENAME_NOTE]
+    if IGNORE in values - stray:
+        notes.append(
+            "if 255 marks pixels to ignore, remove it from both lists and add --ignore-value 255"
+        )
+    flags = value_flags(values - stray)
+    if stray:
+        flags += ("--unknown", "ignore")
+        share = survey.format_share(sum(counts[value,] for value in stray))
+        notes.append(
+            f"rare values are ignored, {share}: {' '.join(map(str, sorted(stray)))}; if one is a "
+            "class, add it to both lists"
+        )
+    return Proposal(flags, f"the masks have {survey.summary}", notes=tuple(notes))
 
 
 def propose_colours(survey: MaskSurvey) -> Proposal | None:

@@ -5,11 +5,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from shards.images.files import GREY16_MODES, ImageRule, load_pixels, open_image
-from shards.masks.canonical import LOSSY_FORMATS
+from shards.images.files import ImageRule, open_image
+from shards.images.tiff import GREY16_MODES
 from shards.masks.counts import count_colours, count_pixel_values
-from shards.masks.formats import read_stored_values
 from shards.masks.palettes import read_palette
+from shards.masks.stored import describe_loss, load_mask
 from shards.sample import Colour, DataError
 
 PixelValue = tuple[int, ...]
@@ -134,10 +134,11 @@ class MaskSurvey:
 def survey_mask(data: bytes, where: str, rule: ImageRule) -> MaskSurvey:
     """Survey one mask file. Raises DataError if no mask format can read it."""
     opened = open_image(data, where, rule)
-    lossy = opened.format in LOSSY_FORMATS
-    image, _ = load_pixels(opened, where, rule.exif)
+    lossy = describe_loss(opened, data) is not None
+    stored = load_mask(opened, where, rule.exif)
+    image = stored.image
     try:
-        counts = count_pixel_values(read_stored_values(image, where))
+        counts = count_pixel_values(stored.read_values(where))
     except DataError:
         if image.mode not in ("RGB", "RGBA", "LA"):
             raise

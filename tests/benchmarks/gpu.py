@@ -1,4 +1,4 @@
-"""All measurements that need a GPU, in one command of at most eight minutes.
+"""All measurements that need a GPU, in commands of at most eight minutes.
 
     tests/benchmarks/gpu.sh --out DIR                     # installs the wheels of a folder first
     python tests/benchmarks/gpu.py --out DIR [--isbi FOLDER] [--only step predict] [--budget 480]
@@ -20,8 +20,12 @@ four minutes and depends least on the GPU; the rest of the grid adds detail.
     grid      the fourth variant, compiled without channels_last (a minute to compile, of least
               interest); segmentation_models_pytorch; other batch sizes; batch norm
 
-In two shorter runs: `--only limits step train predict`, about seven minutes, then
-`--only limits tests learn grid`.
+All rows take longer than eight minutes. Three runs that do not, into the same --out (their rows add
+up, and each knows the figures of the earlier ones):
+
+    --only limits step train predict    seven minutes
+    --only limits tests learn           seven minutes
+    --only limits grid                  five minutes
 
 The rows of a step share a process, which imports torch and compiles once. Every row has a time
 limit. A row that fails ends that process, since its error may have left the GPU in a bad state; a
@@ -45,16 +49,16 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
 from itertools import groupby
 from pathlib import Path
 from typing import Any, TextIO
 
 import psutil
 from gpu_bench import LOG, REPO, Bench, Figure, NotApplicableError, last_lines
+from gpu_table import RESULTS, Table, known_figures
 
 GRACE = 60
 """Seconds beyond --budget after which a row is killed."""
@@ -62,9 +66,6 @@ STARTING = 90
 """Seconds within which a process must start its first row."""
 PATIENCE = 3
 """Factor on the time limits in a rehearsal, on a busy machine."""
-WIDTH = 100
-"""Maximum characters of a printed figure; gpu.json and gpu.md are not truncated."""
-RESULTS = "gpu.json"
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "PYTHONUNBUFFERED": "1",
@@ -90,6 +91,16 @@ def step_row(step: str, name: str, limit: float, expected: str = "", **settings:
     return Row(step, name, limit, "gpu_steps:ours", {**settings, "expected": expected})
 
 
+TESTS = (
+    "tests/pipelines/test_gpu.py",
+    "tests/pipelines/test_step.py",
+    "tests/pipelines/test_memory_probe.py",
+    "tests/pipelines/test_predict_speed.py",
+    "tests/pipelines/test_saving.py",
+    "tests/unet/test_masks.py",
+    "tests/unet/test_metrics.py",
+)
+"""Files with tests marked gpu."""
 FASTEST = {"channels_last": True, "compiled": True}
 ROWS = (
     Row("limits", "card", 120, "gpu_steps:card"),
@@ -110,9 +121,10 @@ ROWS = (
     Row("predict", "everything but the network", 90, "gpu_predict:ceiling"),
     Row("predict", "stages", 60, "gpu_predict:stages"),
     Row("predict", "one large image", 120, "gpu_predict:large"),
-    Row("tests", "pytest -m gpu", 180, "gpu_train:pytest_gpu"),
-    Row("tests", "out of memory", 60, "gpu_train:out_of_memory"),
-    Row("tests", "two ranks on one GPU", 60, "gpu_train:two_ranks"),
+    Row("tests", "pytest -m gpu", 240, "gpu_train:pytest_gpu", {"files": TESTS[:1]}),
+    Row("tests", "pytest -m gpu, other files", 240, "gpu_train:pytest_gpu", {"files": TESTS[1:]}),
+    Row("tests", "out of memory", 90, "gpu_train:out_of_memory"),
+    Row("tests", "more ranks than GPUs", 60, "gpu_train:too_many_ranks"),
     Row("learn", "unet train", 160, "gpu_train:learn"),
     Row("learn", "public loop", 140, "gpu_train:learn_public"),
     step_row("grid", "compiled", 120, "120 ms", compiled=True),
@@ -128,20 +140,6 @@ ROWS = (
     step_row("grid", "batch 64, eager, channels_last", 45, batch=64, channels_last=True),
 )
 STEPS = tuple(dict.fromkeys(row.step for row in ROWS))
-
-
-@dataclass(slots=True)
-class Result:
-    """State and figures of a row."""
-
-    step: str
-    name: str
-    state: str = "skipped"
-    """done, failed or skipped."""
-    seconds: float = 0.0
-    figures: list[Figure] = field(default_factory=list)
-    message: str = "the run ended before this row"
-    """Reason for a failure or a skip."""
 
 
 # ------------------------------------------------------------------------------ the worker process
@@ -181,77 +179,7 @@ def work(arguments: argparse.Namespace) -> None:
                 send(state="done", message="")
 
 
-def known_figures(path: Path) -> dict[tuple[str, str, str], Any]:
-    """Read {(step, row, figure): value} of the previous rows."""
-    return {
-        (row["step"], row["name"], figure["name"]): figure["value"]
-        for row in json.loads(path.read_text())["rows"]
-        for figure in row["figures"]
-    }
-
-
 # ------------------------------------------------------------------------------ the parent process
-
-
-class Table:
-    """Results so far, written to disk after every figure."""
-
-    def __init__(self, out: Path, rows: dict[int, Row], *, rehearsal: bool) -> None:
-        self.out, self.rehearsal = out, rehearsal
-        self.started, self.start = datetime.now(UTC), time.monotonic()
-        self.results = {number: Result(row.step, row.name) for number, row in rows.items()}
-        self.write()
-
-    @property
-    def seconds(self) -> float:
-        """Seconds since the start."""
-        return time.monotonic() - self.start
-
-    def write(self) -> None:
-        """Replace gpu.json and gpu.md."""
-        plain = {
-            "started": self.started.isoformat(timespec="seconds"),
-            "seconds": round(self.seconds, 1),
-            "rehearsal": self.rehearsal,
-            "rows": [asdict(result) for result in self.results.values()],
-        }
-        replace_file(self.out / RESULTS, json.dumps(plain, indent=1) + "\n")
-        replace_file(self.out / "gpu.md", "\n".join(self.lines()) + "\n")
-
-    def lines(self) -> Iterator[str]:
-        """Yield the lines of the Markdown table."""
-        kind = "Rehearsal on a CPU: its figures are meaningless" if self.rehearsal else "Measured"
-        yield f"{kind}; {self.started:%Y-%m-%d %H:%M} UTC, {self.seconds:.0f} s.\n"
-        yield markdown_row("step", "row", "figure", "measured", "expected (estimate)")
-        yield markdown_row(*["---"] * 5)
-        for result in self.results.values():
-            head = (result.step, result.name)
-            for figure in result.figures:
-                yield markdown_row(*head, figure.name, figure.text, figure.expected)
-            if result.state != "done":
-                yield markdown_row(*head, result.state.upper(), result.message, "")
-
-    def finish(self, result: Result, state: str, message: str, seconds: float) -> None:
-        """Record the final state of a row and print its figures."""
-        result.state, result.message, result.seconds = state, message, round(seconds, 1)
-        self.write()
-        figures = []
-        for figure in result.figures:
-            estimate = f" (expected {figure.expected})" if figure.expected else ""
-            figures.append(f"{figure.name} {figure.text}"[:WIDTH] + estimate)
-        head = f"[{self.seconds:.0f} s] {result.step}: {result.name}: {state}"
-        print(f"{head} {message}"[: 3 * WIDTH], "; ".join(figures), sep=" -- ", flush=True)
-
-
-def markdown_row(*cells: str) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Replace a file atomically."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text)
-    part.replace(path)
 
 
 class Worker:
@@ -378,13 +306,18 @@ def main() -> int:
     if arguments.rehearse:
         os.environ["OMP_NUM_THREADS"] = "1"
     rows = {number: row for number, row in enumerate(ROWS) if row.step in arguments.only}
-    table = Table(arguments.out, rows, rehearsal=arguments.rehearse)
+    names = [(row.step, row.name) for row in ROWS]
+    try:
+        table = Table(arguments.out, names, [*rows], rehearsal=arguments.rehearse)
+    except ValueError as error:
+        print(f"--out {arguments.out}: {error}", file=sys.stderr)
+        return 2
     with tempfile.TemporaryDirectory() as folder, (arguments.out / LOG).open("a") as log:
         arguments.work = (arguments.work or Path(folder)).resolve()
         arguments.work.mkdir(parents=True, exist_ok=True)
         for _, numbers in groupby(rows, key=lambda number: ROWS[number].step):
             measure(list(numbers), table, arguments, log)
-    failed = [r for r in table.results.values() if r.state == "failed"]
+    failed = [number for number in rows if table.results[number].state == "failed"]
     print(f"{len(failed)} of {len(rows)} rows failed; {arguments.out / 'gpu.md'}")
     return 1 if failed else 0
 

@@ -15,6 +15,10 @@ LOG = "gpu.log"
 """File in --out with the output of all processes."""
 
 
+TUNED = "samples/s, cudnn.benchmark"
+"""Speed of a bare step under the setting that `unet train` uses."""
+
+
 class NotApplicableError(Exception):
     """The row cannot be measured here, for the given reason; it is skipped, not failed."""
 
@@ -54,6 +58,8 @@ class Sizes:
     steps: int = 20
     pairs: int = 4000
     """Training pairs of 512 x 512."""
+    few_pairs: int = 64
+    """Pairs for runs that end at their first step."""
     images: int = 2560
     """Images of 512 x 512 to predict."""
     val_fraction: float = 0.1
@@ -83,6 +89,7 @@ REHEARSAL = Sizes(
     warmup=1,
     steps=2,
     pairs=12,
+    few_pairs=12,
     images=12,
     val_fraction=0.4,
     log_every=1,
@@ -94,7 +101,7 @@ REHEARSAL = Sizes(
     stage_images=2,
     large=700,
     learn_seconds=2,
-    oom_batch=2,
+    oom_batch=64,
 )
 
 

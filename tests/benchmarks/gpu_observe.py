@@ -16,6 +16,7 @@ and waiting counts like computing.
 """
 
 import json
+import os
 import signal
 import sys
 import threading
@@ -25,13 +26,16 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from os.path import basename
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
 
-PACKAGES = ("pipelines", "unet", "shards")
+REPO = Path(__file__).resolve().parents[2]
+OURS = tuple(f"{REPO / package}{os.sep}" for package in ("pipelines", "unet", "shards"))
+"""What the paths of our modules start with."""
 EVERY = 0.005
 PLACES = 15
 IDLE = {
@@ -68,14 +72,15 @@ def counted_syncs() -> Iterator[Counter[str]]:
 
 def place_of(frame: FrameType) -> str | None:
     """Describe a frame as `train.py:281 run > adam.py adam` (our line > leaf); None if idle."""
-    leaf = Path(frame.f_code.co_filename).name, frame.f_code.co_name
+    # Of strings: this runs 200 times a second for every thread, and holds the interpreter lock.
+    leaf = basename(frame.f_code.co_filename), frame.f_code.co_name
     if leaf in IDLE:
         return None
     current: FrameType | None = frame
     while current is not None:
-        path = Path(current.f_code.co_filename)
-        if path.parent.name in PACKAGES:
-            here = f"{path.name}:{current.f_lineno} {current.f_code.co_name}"
+        path = current.f_code.co_filename
+        if path.startswith(OURS):
+            here = f"{basename(path)}:{current.f_lineno} {current.f_code.co_name}"
             return here if current is frame else f"{here} > {leaf[0]} {leaf[1]}"
         current = current.f_back
     return f"{leaf[0]} {leaf[1]}"
@@ -146,6 +151,8 @@ def main() -> int:
         return import_module(f"pipelines.{verb}").main(flags)
     finally:
         observer.stop()
+        # Python restores the default action as it ends: a late signal would kill the process.
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
 
 
 if __name__ == "__main__":

@@ -54,7 +54,6 @@ def make_batch(job: Job, bench: Bench) -> torch.Tensor:
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
 
 
-@torch.inference_mode()
 def forward(bench: Bench) -> None:
     """Time the bare forward pass on a batch of the size that `unet predict` uses."""
     job, device = prepare_job(bench, "forward"), bench.device
@@ -69,6 +68,7 @@ def forward(bench: Bench) -> None:
         if compiled:
             model.compile(backend=bench.backend, dynamic=False)
 
+        @torch.inference_mode()
         def step(model: UNet = model) -> None:
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 model(image)
@@ -114,13 +114,23 @@ def measure(bench: Bench, job: Job, what: str, more: tuple[str, ...]) -> None:
     rate = steady_rate(job.out, count)
     bench.report("first to last shard", rate, "images/s", "goal 1000")
     bench.report("entire command", count / spent, "images/s, including startup")
-    report_profile(bench, seen)
+    if seen.exists():
+        report_profile(bench, seen)
+    else:
+        bench.report("profiled for", 0.0, "s: the command had ended")
 
 
-@torch.inference_mode()
 def stages(bench: Bench) -> None:
     """Time each stage of `unet predict` per image, alone, on one core or on the GPU."""
-    job, device, count = prepare_job(bench, "stages"), bench.device, bench.sizes.stage_images
+    job = prepare_job(bench, "stages")
+    model = load_model(job, bench, channels_last=False)
+    with torch.inference_mode():
+        time_stages(bench, job, model)
+
+
+def time_stages(bench: Bench, job: Job, model: UNet) -> None:
+    """Time each stage, in inference mode."""
+    device, count = bench.device, bench.sizes.stage_images
     start = time.perf_counter()
     pixels = read_images(job, count)
     bench.report("read and decode", per_image(start, count), "ms of a core")
@@ -130,7 +140,6 @@ def stages(bench: Bench) -> None:
     pinned = batch.pin_memory() if device.type == "cuda" else batch
     spent = seconds(lambda: pinned.to(device, non_blocking=True), device, REPEATS)
     bench.report("copy to the device", spent / size * 1e3, "ms")
-    model = load_model(job, bench, channels_last=False)
 
     def forward_pass(image: torch.Tensor) -> torch.Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):

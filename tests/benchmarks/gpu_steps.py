@@ -18,11 +18,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from gpu_bench import Bench, NotApplicableError
+from gpu_bench import TUNED, Bench, NotApplicableError
 from gpu_observe import counted_syncs
 from learning_isbi2012 import dice_loss
 from milesial import Milesial
-from network import matrix_rate, seconds
+from network import matrix_rate, seconds, synchronise
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from training import make_batch, make_step
@@ -44,17 +44,23 @@ def card(bench: Bench) -> None:
     bench.report("device", torch.cuda.get_device_name() if cuda else platform.processor() or "CPU")
     if cuda:
         query = ["nvidia-smi", "--query-gpu=driver_version,memory.total", "--format=csv,noheader"]
-        answer = subprocess.run(query, capture_output=True, text=True, check=True, timeout=30)
-        bench.report("driver, memory", answer.stdout.strip())
+        try:
+            answer = subprocess.run(query, capture_output=True, text=True, check=True, timeout=30)
+        except (OSError, subprocess.SubprocessError) as error:
+            # Must not cost the figures below, which all others are compared with.
+            bench.report("driver, memory", f"nvidia-smi failed: {error}"[:200])
+        else:
+            bench.report("driver, memory", answer.stdout.strip())
     bench.report("torch", f"{torch.__version__}, cuDNN {torch.backends.cudnn.version()}")
     bench.report("Python", platform.python_version())
     bench.report("cores", len(os.sched_getaffinity(0)), "", "16")
+    shared = shutil.disk_usage("/dev/shm").free / 2**30
+    bench.report("free in /dev/shm", shared, "GiB", "> 2")
     dtype = torch.bfloat16 if cuda else torch.float32
     rate = matrix_rate(device, dtype, bench.sizes.matrix)
     bench.report("matrix rate", rate, "TFLOP/s", "700-800")
     source = torch.randn(bench.sizes.copied // 4, device=device)
     target = torch.empty_like(source)
-    seconds(lambda: target.copy_(source), device, 2)
     spent = seconds(lambda: target.copy_(source), device, 10)
     bench.report("copy, read and write", 2 * bench.sizes.copied / spent / 1e12, "TB/s", "2.6-2.9")
 
@@ -115,7 +121,7 @@ def ours(
         model.compile(backend=bench.backend, dynamic=False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     step = make_step(model, optimizer, Namespace(batch=size, side=bench.sizes.side), bench.device)
-    report_step(bench, step, size, count_flops(build, bench.sizes.side), expected)
+    report_step(bench, step, size, count_flops(build, bench.sizes.side), expected=expected)
 
 
 def public(bench: Bench, *, channels_last: bool = False) -> None:
@@ -148,7 +154,7 @@ def public(bench: Bench, *, channels_last: bool = False) -> None:
         scaler.update()
 
     flops = count_flops(lambda: Milesial(3, 2, bench.sizes.width), bench.sizes.side)
-    report_step(bench, step, size, flops, "")
+    report_step(bench, step, size, flops, syncs="1, of GradScaler")
 
 
 def smp(bench: Bench) -> None:
@@ -162,13 +168,28 @@ def smp(bench: Bench) -> None:
     model.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     step = make_step(model, optimizer, Namespace(batch=size, side=bench.sizes.side), bench.device)
-    report_step(bench, step, size, count_flops(lambda: build(**config), bench.sizes.side), "")
+    report_step(bench, step, size, count_flops(lambda: build(**config), bench.sizes.side))
 
 
 def report_step(
-    bench: Bench, step: Callable[[], None], batch: int, flops: float, expected: str
+    bench: Bench,
+    step: Callable[[], None],
+    batch: int,
+    flops: float,
+    *,
+    expected: str = "",
+    syncs: str = "0",
 ) -> None:
-    """Time and profile a step; `flops` per sample, forward and backward; `expected` per step."""
+    """Time and profile a step, with and without cudnn.benchmark, which `unet train` uses.
+
+    Args:
+        bench: receives the figures.
+        step: makes one step.
+        batch: samples of a step.
+        flops: of a sample, forward and backward.
+        expected: time of a step.
+        syncs: expected synchronisations of a step.
+    """
     device, cuda = bench.device, bench.device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats()
@@ -180,22 +201,23 @@ def report_step(
     bench.report("step, median", spent * 1e3, "ms", expected)
     bench.report("step, min - max", f"{min(times) * 1e3:.1f} - {max(times) * 1e3:.1f}", "ms")
     bench.report("samples/s", batch / spent)
-    bench.report("rate", batch * flops / spent / 1e12, "TFLOP/s")
-    share = batch * flops / spent / 1e12
-    bench.report_ratio("share of the matrix rate", share, "limits", "card", "matrix rate")
     if cuda:
         used = torch.cuda.max_memory_allocated() / 2**30
         bench.report("peak memory", used, "GiB", "24-28 at batch 32")
-    with counted_syncs() as syncs:
+    with counted_syncs() as found:
         step()
-    bench.report("synchronisations per step", syncs.total(), "", "0")
+    bench.report("synchronisations per step", found.total(), "", syncs)
     torch.backends.cudnn.benchmark = True
     try:
         tuned = step_times(step, device, bench.sizes.warmup, bench.sizes.steps)
     finally:
         torch.backends.cudnn.benchmark = False
-    change = statistics.median(tuned) / spent - 1
+    change, spent = statistics.median(tuned) / spent - 1, statistics.median(tuned)
     bench.report("cudnn.benchmark changes a step by", f"{change:+.1%}", "", "0 to -15 %")
+    bench.report(TUNED, batch / spent)
+    rate = batch * flops / spent / 1e12
+    bench.report("rate, cudnn.benchmark", rate, "TFLOP/s")
+    bench.report_ratio("share of the matrix rate", rate, "limits", "card", "matrix rate")
     bench.report("kernels of a step", list_kernels(step, device))
 
 
@@ -226,13 +248,6 @@ def step_times(
         mark.record()
     torch.cuda.synchronize()
     return [a.elapsed_time(b) / 1e3 for a, b in pairwise(marks)]
-
-
-def synchronise(device: torch.device) -> float:
-    """Synchronise with the device; returns the time."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def list_kernels(step: Callable[[], None], device: torch.device) -> str:

@@ -1,17 +1,20 @@
 """`unet train` on a GPU end to end, its tests, and learning."""
 
 import json
+import os
 import signal
 import statistics
 import sys
 import time
-import xml.etree.ElementTree as ElementTree
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gpu_bench import REPO, Bench, NotApplicableError
+import torch
+from gpu_bench import REPO, TUNED, Bench, NotApplicableError
+from gpu_outcomes import VARIABLE as OUTCOMES
 from gpu_process import LAUNCH, Process, observe_verb, run, verb
 from packing import prepare
 from PIL import Image
@@ -35,19 +38,24 @@ MEASURED = (
 def pack_shards(bench: Bench) -> None:
     """Generate pairs of 512 x 512 and pack them."""
     start = time.perf_counter()
-    data = prepare(bench.work, bench.sizes.pairs)
+    prepare(bench.work, bench.sizes.pairs)
     bench.report("generated in", time.perf_counter() - start, "s")
-    flags = ("--images", data.images, "--masks", data.binary, "--mask-format", "binary")
-    split = ("--val-fraction", bench.sizes.val_fraction, "--out", bench.work / "shards")
-    with Process(bench, [*verb("pack"), *flags, *split]) as process:
-        bench.report("packed at", bench.sizes.pairs / process.wait(), "pairs/s, including startup")
+    start = time.perf_counter()
+    shards_of(bench)
+    rate = bench.sizes.pairs / (time.perf_counter() - start)
+    bench.report("packed at", rate, "pairs/s, including startup")
 
 
-def shards_of(bench: Bench) -> Path:
-    """Return the packed pairs, packing them if that row was skipped."""
-    folder = bench.work / "shards"
+def shards_of(bench: Bench, pairs: int | None = None) -> Path:
+    """Return the folder of as many packed pairs; packs them once. Default: those to train on."""
+    pairs = pairs or bench.sizes.pairs
+    folder = bench.work / f"shards-{pairs}"
     if not (folder / MANIFEST).exists():
-        pack_shards(bench)
+        data = prepare(bench.work, pairs)
+        flags = ("--images", data.images, "--masks", data.binary, "--mask-format", "binary")
+        split = ("--val-fraction", bench.sizes.val_fraction, "--out", folder)
+        with Process(bench, [*verb("pack"), *flags, *split]) as process:
+            process.wait()
     return folder
 
 
@@ -58,17 +66,21 @@ def fastest(bench: Bench) -> tuple[str, tuple[str, str]]:
         "eager, channels_last": ("--no-compile", "--channels-last"),
         "eager": ("--no-compile", "--no-channels-last"),
     }
-    rates = {way: bench.known.get(("step", way, "samples/s"), 0.0) for way in ways}
+    rates = {way: bench.known.get(("step", way, TUNED), 0.0) for way in ways}
     # The first if nothing was measured.
     best = max(rates, key=lambda way: rates[way])
     return best, ways[best]
 
 
-def train_flags(bench: Bench, run_dir: Path, *more: object) -> list[object]:
+def train_flags(
+    bench: Bench, run_dir: Path, *more: object, pairs: int | None = None
+) -> list[object]:
+    """Return the flags of `unet train`; the data are `pairs` pairs, packed if necessary."""
     sizes = bench.sizes
     model = [f"--model.{name.replace('_', '-')}={n}" for name, n in sizes.network.items()]
     return [
-        *("--data", shards_of(bench), "--run-dir", run_dir, "--crop-size", sizes.side, *model),
+        *("--data", shards_of(bench, pairs), "--run-dir", run_dir, *model),
+        *("--crop-size", sizes.side),
         *("--global-batch-size", sizes.batch, "--log-every", sizes.log_every),
         *("--model.preset", "modern", "--eval-every", 10**9, *fastest(bench)[1], *more),
     ]
@@ -107,12 +119,11 @@ def report_speed(bench: Bench, lines: Sequence[dict[str, Any]]) -> float:
         ("of the public loop, channels_last", "public loop, channels_last", "goal 2"),
     )
     for name, row, expected in ratios:
-        bench.report_ratio(name, rate, "step", row, "samples/s", expected)
-    bare = {name: bench.known.get(("step", way, name)) for name in ("samples/s", "rate")}
-    if bare["samples/s"] and bare["rate"]:
-        flops = rate * bare["rate"] / bare["samples/s"]
+        bench.report_ratio(name, rate, "step", row, TUNED, expected)
+    speed, flops = (bench.known.get(("step", way, f)) for f in (TUNED, "rate, cudnn.benchmark"))
+    if speed and flops:
         share = ("limits", "card", "matrix rate", "goal 0.40")
-        bench.report_ratio("share of the matrix rate", flops, *share)
+        bench.report_ratio("share of the matrix rate", rate * flops / speed, *share)
     for metric, name, expected in MEASURED:
         values = [line[metric] for line in lines if line.get(metric) is not None]
         if values:
@@ -205,45 +216,61 @@ def launch(bench: Bench, ranks: int, flags: Sequence[object]) -> list[object]:
 # ------------------------------------------------------------------------------- tests and messages
 
 
-def pytest_gpu(bench: Bench) -> None:
-    """Run the tests marked gpu. Raises RuntimeError if one fails or none ran."""
-    report = bench.out / "tests.xml"
-    # Properties of test cases require the older format.
-    flags = ("-q", "-m", "gpu", "-p", "no:cacheprovider", "-n", 0, "-o", "junit_family=xunit1")
-    flags += ("--junitxml", report)
-    code, _ = run(bench, [sys.executable, "-m", "pytest", *flags, "tests/pipelines/test_gpu.py"])
-    outcomes: dict[str, list[str]] = {"passed": [], "failed": [], "skipped": []}
-    for case in ElementTree.parse(report).iter("testcase"):  # trusted: written by our own pytest
-        tags = {child.tag for child in case}
-        failed, name = tags & {"failure", "error"}, case.get("name", "")
-        outcome = "failed" if failed else "skipped" if "skipped" in tags else "passed"
-        outcomes[outcome].append(name)
-        for found in case.iter("property"):
-            bench.report(f"{name}: {found.get('name')}", found.get("value", ""))
-    for outcome, names in outcomes.items():
-        bench.report(outcome, len(names))
-    if outcomes["failed"] or code:
-        raise RuntimeError(f"pytest exited with {code}; failed: {', '.join(outcomes['failed'])}")
-    if not outcomes["skipped" if bench.rehearse else "passed"]:
+def pytest_gpu(bench: Bench, *, files: Sequence[str]) -> None:
+    """Run the tests marked gpu of some files; their figures are reported as they come.
+
+    Raises RuntimeError if one fails or none ran.
+    """
+    outcomes = bench.work / "outcomes.jsonl"
+    outcomes.write_text("")
+    # -v: the log says which test was running when the time limit was reached.
+    flags = ("-v", "-m", "gpu", "-p", "no:cacheprovider", "-p", "gpu_outcomes", "-n", 0)
+    paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    environment = {OUTCOMES: str(outcomes), "PYTHONPATH": paths}
+    count: Counter[str] = Counter()
+    command = [sys.executable, "-m", "pytest", *flags, *files]
+    with Process(bench, command, **environment) as process, outcomes.open() as lines:
+        while True:
+            ended = process.process.poll() is not None
+            for line in lines:
+                found = json.loads(line)
+                name = found["test"].rpartition("::")[2]
+                count[found["outcome"]] += 1
+                for key, value in found["properties"].items():
+                    bench.report(f"{name}: {key}", value)
+                if found["outcome"] == "failed":
+                    bench.report(found["test"], "failed", "", "passed")
+            if ended:
+                break
+            time.sleep(0.05)
+        code = process.process.returncode
+    for outcome in ("passed", "failed", "skipped"):
+        bench.report(outcome, count[outcome])
+    if code:
+        raise RuntimeError(f"pytest exited with {code}; {count['failed']} tests failed")
+    if not count["skipped" if bench.rehearse else "passed"]:
         raise RuntimeError("no test was found")
 
 
 def out_of_memory(bench: Bench) -> None:
     """Check the message of `unet train` for a batch that does not fit into GPU memory."""
-    batch = bench.sizes.oom_batch
+    batch, few = bench.sizes.oom_batch, bench.sizes.few_pairs
     more = ("--global-batch-size", batch, "--steps", 1, "--workers", 2, *UNTRACKED)
-    flags = train_flags(bench, bench.work / "run-too-large", "--no-compile", *more)
+    run_dir = bench.work / "run-too-large"
+    flags = train_flags(bench, run_dir, "--no-compile", *more, pairs=few)
     code, output = run(bench, [*verb("train"), *flags])
     report_message(bench, code, output, about="memory")
     if "Traceback" in output:
         raise RuntimeError("a user would see a traceback")
 
 
-def two_ranks(bench: Bench) -> None:
-    """Check the message of two ranks on one GPU; in a rehearsal, on a CPU, they train."""
-    flags = train_flags(bench, bench.work / "run-two", "--no-compile", "--steps", 1, *UNTRACKED)
+def too_many_ranks(bench: Bench) -> None:
+    """Check the message of more ranks than GPUs; in a rehearsal, on a CPU, two ranks train."""
+    gpus = 1 if bench.rehearse else torch.cuda.device_count()
+    more = ("--no-compile", "--steps", 1, *UNTRACKED)
+    flags = train_flags(bench, bench.work / "run-ranks", *more, pairs=bench.sizes.few_pairs)
     # The launcher always adds its own traceback.
-    report_message(bench, *run(bench, launch(bench, 2, flags)), about="1 GPU")
+    report_message(bench, *run(bench, launch(bench, gpus + 1, flags)), about=f"{gpus} GPU")
 
 
 def report_message(bench: Bench, code: int, output: str, *, about: str) -> None:

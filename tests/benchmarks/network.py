@@ -47,13 +47,19 @@ def build(device: torch.device) -> dict[str, nn.Module]:
 
 
 def seconds(work: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Time one call, with the device synchronised."""
-    start = time.perf_counter()
+    """Time one call after a first one for warm-up, with the device synchronised."""
+    work()
+    start = synchronise(device)
     for _ in range(repeats):
         work()
+    return (synchronise(device) - start) / repeats
+
+
+def synchronise(device: torch.device) -> float:
+    """Wait for the device; returns the time."""
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return (time.perf_counter() - start) / repeats
+    return time.perf_counter()
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype, side: int | None = None) -> float:
@@ -61,6 +67,7 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, side: int | None = Non
     side = side or (8192 if device.type == "cuda" else 2048)
     a = torch.randn(side, side, device=device, dtype=dtype)
     with torch.inference_mode():
+        # The clock of a GPU rises under load.
         seconds(lambda: a @ a, device, 3)
         return 2 * side**3 / seconds(lambda: a @ a, device, 20) / 1e12
 
@@ -105,13 +112,11 @@ def main() -> None:
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
         next(iter(models.values())).eval()(image)
         flops = counter.get_total_flops()
-    for number in range(-1, arguments.rounds):
+    for _ in range(arguments.rounds):
         for name, model in models.items():
             for kind, work in (("forward", inference), ("forward + backward", training)):
                 spent = seconds(lambda m=model, w=work: w(m), device, arguments.repeats)
-                # The first round is for warm-up and compilation.
-                if number >= 0:
-                    times.setdefault((kind, name), []).append(spent)
+                times.setdefault((kind, name), []).append(spent)
     what = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor()
     print(
         f"{date.today()}, {what}, {torch.get_num_threads()} threads, torch {torch.__version__}, "

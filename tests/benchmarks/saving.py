@@ -32,6 +32,7 @@ import torch
 from packing import row
 
 from pipelines.runtime.devices import hold_memory
+from pipelines.runtime.run_folder import RunFolder
 from pipelines.training import checkpoints as checkpoint_files
 from pipelines.training.checkpoints import Checkpoints, TrainState
 from pipelines.training.optim import Learner, OptimConfig, build_learner
@@ -96,7 +97,7 @@ def measure(arguments: argparse.Namespace, mode: str, folder: Path) -> Times:
     learner = build_learner(model, OptimConfig())
     step, times = build_step(arguments, learner), Times()
     state = TrainState(0, 0, 0.0, 0, None, None, {})
-    with Checkpoints(folder, keep=1) as checkpoints:
+    with Checkpoints(RunFolder(folder), keep=1) as checkpoints:
         for number in range(arguments.saves):
             for _ in range(arguments.steps):
                 times.plain.append(timed(step))
@@ -112,7 +113,7 @@ def measure(arguments: argparse.Namespace, mode: str, folder: Path) -> Times:
             while not writing.done():
                 times.meanwhile.append(timed(step))
             times.written.append(time.perf_counter() - start)
-            file = checkpoints.folder / "last" / TRAINING
+            file = checkpoints.run.last / TRAINING
             found = torch.load(file, map_location=arguments.device, weights_only=True)["model"]
             assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     # The first steps warm up.

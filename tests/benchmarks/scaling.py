@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 from packing import row
 
+from pipelines.runtime.run_folder import RunFolder
 from pipelines.training.checkpoints import Checkpoints, TrainState
 from pipelines.training.optim import OptimConfig, build_learner
 from unet import DataSpec, UNet
@@ -65,7 +66,7 @@ def measure(preset: str) -> Measured:
     learner.optimizer.step()
     state = TrainState(1, 1, 0.0, 0, None, None, {})
     with tempfile.TemporaryDirectory() as folder:
-        checkpoints = Checkpoints(Path(folder), keep=1)
+        checkpoints = Checkpoints(RunFolder(Path(folder)), keep=1)
         checkpoints.save(state, learner, None, is_best=True)
         checkpoints.wait()
         start = time.perf_counter()

@@ -104,7 +104,7 @@ def test_ranks_agree_about_once_a_second_and_the_clock_stands_still_between(cloc
 
 
 def test_the_clock_is_that_of_rank_0(clock) -> None:
-    # Rank 0 says that 90 seconds have gone by; this rank's own clock counts for nothing.
+    # Rank 0 reports 90 seconds; the clock of this rank is not used.
     budget = make(Ranks((0, 90.0, 0), main=False), Limits(None, 3))
     clock.seconds += 10_000
     budget.advance()

@@ -31,6 +31,7 @@ def test_the_table_summarises_the_data(draw, call, tmp_path: Path) -> None:
     draw(folder, 2, size=(24, 32), name="small{}", seed=1)
     Image.new("L", (32, 24)).save(folder / "masks" / "small1.png")
     more = ("--mask-values", 0, 128, 255, 9, "--classes", "background", "cell", "rim", "ghost")
+    more = (*more, "--allow-absent-classes")
     ended = call("check", *flags(folder, tmp_path / "out", *more, mask_format="values"))
     assert ended.code == 0, ended.err
     masks = [np.asarray(Image.open(path)) for path in (folder / "masks").iterdir()]
@@ -98,6 +99,40 @@ def test_the_contact_sheet_samples_the_complete_data_set(draw, call, tmp_path: P
     # Every third of 70: 24 images, six per row.
     assert width == 6 * 200
     assert 4 * 28 <= height <= 4 * 28 + 40
+
+
+@pytest.mark.parametrize("verb", ["check", "pack"])
+def test_a_stray_overview_is_named(verb: str, draw, call, tmp_path: Path) -> None:
+    folder = draw(tmp_path / "in", 12, size=(16, 16), mode="L")
+    draw(folder, 1, size=(120, 160), name="overview")
+    ended = call(verb, *flags(folder, tmp_path / "out"))
+    assert ended.code == 0, ended.err
+    name = folder / "images" / "overview.png"
+    assert f"outlier: {name} is RGB, 12 images are grey: all become RGB" in ended.out
+    assert f"outlier: {name} is 160 x 120, no other image is larger than 16 x 16" in ended.out
+    assert f"outlier: {name} has 8" in ended.out
+    if verb == "check":
+        assert {o["name"] for o in report(tmp_path / "out")["outliers"]} == {str(name)}
+
+
+def test_the_contact_sheet_shows_outliers_and_foreground_first(
+    draw, call, monkeypatch, tmp_path: Path
+) -> None:
+    folder = draw(tmp_path / "in", 80, size=(16, 16), mode="L")
+    draw(folder, 1, size=(120, 160), name="z_overview")
+    for number in range(80):
+        if number % 8:
+            Image.new("L", (16, 16)).save(folder / "masks" / f"p{number:03d}.png")
+    shown = []
+
+    def draw_sheet(cells, palette, legend):
+        shown.extend(cell.caption for cell in cells)
+        return Image.new("RGB", (8, 8))
+
+    monkeypatch.setattr("pipelines.check.draw_contact_sheet", draw_sheet)
+    assert call("check", *flags(folder, tmp_path / "out")).code == 0
+    assert shown[:11] == ["z_overview.png", *(f"p{number:03d}.png" for number in range(0, 80, 8))]
+    assert 20 < len(shown) <= 30
 
 
 def test_images_without_masks_can_be_checked(draw, call, tmp_path: Path) -> None:
@@ -297,7 +332,7 @@ BAD_DATA: dict[str, tuple[Callable[[Folder], object], tuple[object, ...], str]] 
     "nothing pairs": (
         save_image(solid_image(), "b.png"),
         (),
-        "(for example: b.png and a.png); see --ma",
+        "(for example: b.png and a.png); see --image-suffix",
     ),
     "no mask": (lambda f: solid_image().save(f / "images" / "b.png"), (), "b.png has no mask in"),
     "no partner": (
@@ -390,12 +425,12 @@ BAD_DATA: dict[str, tuple[Callable[[Folder], object], tuple[object, ...], str]] 
     "a value too many": (
         save_mask(levels(1, 2, 2)),
         INDEX,
-        "a.png has values without a class: 2: 2 px; to ignore these pixels, add --ignore-",
+        "a.png has values without a class: 2: 2 px; if these few pixels belong to no class",
     ),
     "values too many": (
         save_mask(levels(1, 5, 6)),
         INDEX,
-        "5: 1 px, 6: 1 px; 2 classes allow 0 to 1: name them all with --classes",
+        "5: 1 px, 6: 1 px; if these few pixels belong to no class, add --unknown ignore",
     ),
     "no palette": (nothing, ("--mask-format", "palette", *AB), "a.png has no palette (mode L)"),
     "two palettes": (
@@ -509,7 +544,7 @@ GOOD_DATA: dict[str, tuple[Callable[[Folder], object], tuple[object, ...]]] = {
     "frames, one chosen": (frames, ("--frame", 1)),
     "transparent, dropped": (save_image(solid_image(mode="RGBA")), ("--alpha", "drop")),
     "turned, ignored": (rotated, ("--exif", "ignore")),
-    "sizes, resized": (save_mask(np.zeros((8, 10), np.uint8)), ("--resize-mask",)),
+    "sizes, resized": (save_mask(np.eye(8, 10, dtype=np.uint8)), ("--resize-mask",)),
     "no mask, skipped": (
         lambda f: solid_image().save(f / "images" / "b.png"),
         ("--skip-unpaired",),
@@ -551,7 +586,7 @@ BAD_FLAGS: dict[str, tuple[tuple[object, ...], str]] = {
     ),
     "a reversed range": (
         ("--images", "i", "--image-range", 9, 9),
-        "--image-range must be LOW HIGH within 0 65535, --image-percentiles within 0 100",
+        "must be LOW HIGH within 0 65535",
     ),
     "a range too wide": (("--images", "i", "--image-range", 0, 70000), "within 0 65535"),
     "percentiles too wide": (("--images", "i", "--image-percentiles", 0, 101), "within 0 100"),
@@ -615,8 +650,8 @@ BAD_RULES: dict[str, tuple[tuple[object, ...], str]] = {
         "--group-by '[' is not a regular expression: ",
     ),
     "two ways to split": (
-        ("binary", "--fold", "1/2", "--split-folders"),
-        "--fold and --split-folders both define the splits; use one of them",
+        ("binary", "--split-file", "s.csv", "--split-folders"),
+        "--split-file and --split-folders both define the splits; use one of them",
     ),
     "fold 0": (("binary", "--fold", "0/5"), "--fold must be i/n with i from 1 to n, got '0/5'"),
     "one fold": (("binary", "--fold", "1/1"), "--fold must be i/k: fold i, from 1 to k"),

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from pipelines import cli
+from pipelines.runtime.command import expand_home
 from pipelines.runtime.yaml_flags import plain_type, setting_types
 
 SCRIPT = Path(sys.executable).parent / "unet"
@@ -100,7 +101,8 @@ def test_required_flags_come_first_in_help(verb: str, call) -> None:
 def test_groups_are_titled_and_their_flags_have_no_prefix(verb: str, call) -> None:
     text = call(verb, "--help").out
     groups = re.findall(r" (\w+) options .*\n\W+([A-Z].*\.)\s+\W+\n\W*--\w", text)
-    expected = {"index": ["image"], "check": ["pairing", "mask", "image", "geometry", "split"]}
+    source = ["pairing", "mask", "image", "geometry", "split", "duplicate"]
+    expected = {"index": ["image"], "check": source}
     expected["pack"] = [*expected["check"], "shard", "border", "job"]
     assert [name for name, _ in groups] == expected[verb]
     assert not [flag for flag in flag_names(config_class(verb)) if "." in flag]
@@ -116,3 +118,10 @@ def test_every_verb_runs_as_a_module(
         runpy.run_module(f"pipelines.{verb}", run_name="__main__")
     assert ended.value.code == 2
     assert f"unet {verb}" in capsys.readouterr().err
+
+
+def test_the_home_folder_is_expanded_after_an_equals_sign(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/somewhere")
+    words = ["--images=~/i", "~/m", "--mask-suffix=~", "--group-by=a~/b"]
+    expanded = ["--images=/somewhere/i", "/somewhere/m", "--mask-suffix=~", "--group-by=a~/b"]
+    assert [expand_home(word) for word in words] == expanded

@@ -315,7 +315,7 @@ def test_a_pack_configuration_is_saved_flat_and_loaded_again(file) -> None:
     flags += ["--classes", "a", "b", "--image-range", "5", "900", "--fold", "1/3", "--seed", "7"]
     original = parse(PackConfig, [*flags, "--skip-unpaired", "--part", "2/4"], "pack")
     saved = to_plain(original)
-    assert (saved["images"], saved["classes"], saved["part"]) == ("i", ["a", "b"], "2/4")
+    assert (saved["images"], saved["classes"], saved["part"]) == (["i"], ["a", "b"], "2/4")
     assert not [name for name, value in saved.items() if isinstance(value, dict)]
     assert parse(PackConfig, ["--config", file(yaml.safe_dump(saved))], "pack") == original
 

@@ -14,11 +14,10 @@ import pytest
 import torch
 from accelerate import DistributedDataParallelKwargs
 
-from pipelines import train
 from pipelines.runtime import devices
 from pipelines.runtime.devices import start
 from pipelines.runtime.errors import UsageError
-from pipelines.training import passes
+from pipelines.training import passes, setup
 
 FAULTS = """
 import resource, torch
@@ -192,7 +191,7 @@ def test_a_training_is_deterministic_where_that_is_asked_for(
     deterministic: bool, shards: Path, tiny, call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     found, benchmarks = [], []
-    begin, surround = train.start, passes.TrainingPass.__call__
+    begin, surround = setup.start, passes.TrainingPass.__call__
 
     def noting_start(*given: object, **more: object) -> object:
         # cuBLAS reads its variable when CUDA starts.
@@ -204,7 +203,7 @@ def test_a_training_is_deterministic_where_that_is_asked_for(
         benchmarks.append(self.benchmark)
         return surround(self, step)
 
-    monkeypatch.setattr(train, "start", noting_start)
+    monkeypatch.setattr(setup, "start", noting_start)
     monkeypatch.setattr(passes.TrainingPass, "__call__", noting_pass)
     given = ("--data", shards, "--run-dir", tmp_path, *tiny, "--workers", 0, "--steps", 2)
     # Bilinear upsampling has no deterministic backward of its own on GPUs; torch replaces it.

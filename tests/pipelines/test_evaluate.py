@@ -1,4 +1,4 @@
-"""Evaluation: the scores that can be worked out by hand, and refusals that say what is there."""
+"""`unet evaluate`: scores that can be computed by hand, and one-line refusals."""
 
 import csv
 import hashlib
@@ -15,7 +15,7 @@ from PIL import Image
 from pipelines import evaluate
 from pipelines.drawing.panels import GAP, IGNORED, WRONG
 from pipelines.evaluation import per_image
-from pipelines.evaluation.per_image import Coming, ImageCounts
+from pipelines.evaluation.per_image import ImageCounts, PendingCounts
 from pipelines.model.load import load_model
 from shards.offsets import read_offsets
 from unet import confusion_per_image
@@ -43,6 +43,7 @@ def hand(tmp_path: Path, by_hand, call) -> tuple[Path, Path]:
         *("--images", tmp_path / "images", "--masks", tmp_path / "masks", "--workers", 1),
         *("--mask-format", "index", "--classes", *classes, "--ignore-value", 9),
         *("--split-file", tmp_path / "split.csv", "--out", tmp_path / "shards"),
+        "--allow-absent-classes",
     )
     assert ended.code == 0, ended.err
     return by_hand(classes=classes), tmp_path / "shards"
@@ -50,8 +51,8 @@ def hand(tmp_path: Path, by_hand, call) -> tuple[Path, Path]:
 
 def test_the_scores_are_those_worked_out_by_hand(hand, call, tmp_path: Path) -> None:
     checkpoint, data = hand
-    told = ("--checkpoint", checkpoint, "--data", data, "--out", tmp_path / "out", "--workers", 0)
-    ended = call("evaluate", *told)
+    argv = ("--checkpoint", checkpoint, "--data", data, "--out", tmp_path / "out", "--workers", 0)
+    ended = call("evaluate", *argv)
     assert ended.code == 0, ended.err
     scores = json.loads((tmp_path / "out" / "scores.json").read_text())
     # cell: a has tp 1, fp 1, fn 1; b has tp 3, fp 1, fn 0; c has none in what counts.
@@ -91,8 +92,8 @@ def test_what_an_absent_class_scores_can_be_declared(
     empty: str, image_dice: float, ghost: int, hand, call, tmp_path: Path
 ) -> None:
     checkpoint, data = hand
-    told = ("--checkpoint", checkpoint, "--data", data, "--out", tmp_path / "out", "--workers", 0)
-    ended = call("evaluate", *told, "--empty", empty)
+    argv = ("--checkpoint", checkpoint, "--data", data, "--out", tmp_path / "out", "--workers", 0)
+    ended = call("evaluate", *argv, "--empty", empty)
     assert ended.code == 0, ended.err
     scores = json.loads((tmp_path / "out" / "scores.json").read_text())
     assert (scores["empty_policy"], scores["num_images"], scores["num_valid"]) == (empty, 3, 3)
@@ -111,9 +112,9 @@ def test_boundaries_are_scored_as_worked_out_by_hand(
     more: tuple, tolerance: float, of_a: float, of_b: float, hand, call, tmp_path: Path
 ) -> None:
     checkpoint, data = hand
-    told = ("--checkpoint", checkpoint, "--data", data, "--out", tmp_path / "out", "--workers", 0)
+    argv = ("--checkpoint", checkpoint, "--data", data, "--out", tmp_path / "out", "--workers", 0)
     given = ("--surface", *(("--surface-tolerance", *more) if more else ()), "--empty", "one")
-    ended = call("evaluate", *told, *given)
+    ended = call("evaluate", *argv, *given)
     assert ended.code == 0, ended.err
     scores = json.loads((tmp_path / "out" / "scores.json").read_text())
     # a: mask pixels 0 and 3 are 0 and 2 from the prediction's 0 and 1, these 0 and 1 from them;
@@ -137,10 +138,10 @@ def read_csv(path: Path) -> list[dict[str, str]]:
         return [*csv.DictReader(file)]
 
 
-def test_each_picture_has_a_line_as_worked_out_by_hand(hand, call, tmp_path: Path) -> None:
+def test_each_image_has_a_line_as_worked_out_by_hand(hand, call, tmp_path: Path) -> None:
     checkpoint, data = hand
-    told = ("--checkpoint", checkpoint, "--data", data, "--out", tmp_path / "out", "--workers", 0)
-    ended = call("evaluate", *told)
+    argv = ("--checkpoint", checkpoint, "--data", data, "--out", tmp_path / "out", "--workers", 0)
+    ended = call("evaluate", *argv)
     assert ended.code == 0, ended.err
     assert "scores.csv" in ended.out
     lines = read_csv(tmp_path / "out" / "scores.csv")
@@ -159,12 +160,12 @@ def test_each_picture_has_a_line_as_worked_out_by_hand(hand, call, tmp_path: Pat
 
 
 @pytest.mark.parametrize("empty", ["skip", "one", "zero"])
-def test_the_lines_of_the_pictures_add_up_to_the_scores(
+def test_the_lines_of_the_images_add_up_to_the_scores(
     empty: str, hand, call, tmp_path: Path
 ) -> None:
     checkpoint, data = hand
-    told = ("--checkpoint", checkpoint, "--data", data, "--out", tmp_path / "out", "--workers", 0)
-    assert call("evaluate", *told, "--empty", empty, "--worst", 0).code == 0
+    argv = ("--checkpoint", checkpoint, "--data", data, "--out", tmp_path / "out", "--workers", 0)
+    assert call("evaluate", *argv, "--empty", empty, "--worst", 0).code == 0
     scores = json.loads((tmp_path / "out" / "scores.json").read_text())
     lines = read_csv(tmp_path / "out" / "scores.csv")
     assert len(lines) == scores["num_images"] == 3
@@ -181,12 +182,12 @@ def test_the_lines_of_the_pictures_add_up_to_the_scores(
         assert np.mean(counted) == pytest.approx(scores["per_image"][score], abs=1e-9)
 
 
-def test_the_worst_pictures_are_drawn_beside_their_truth(hand, call, tmp_path: Path) -> None:
+def test_the_worst_images_are_drawn_beside_their_masks(hand, call, tmp_path: Path) -> None:
     checkpoint, data = hand
     out = tmp_path / "out"
-    told = ("--checkpoint", checkpoint, "--data", data, "--out", out, "--workers", 0)
-    assert call("evaluate", *told).code == 0
-    # Of c nothing can be said.
+    argv = ("--checkpoint", checkpoint, "--data", data, "--out", out, "--workers", 0)
+    assert call("evaluate", *argv).code == 0
+    # Of c nothing can be message.
     names = sorted(path.name for path in (out / "worst").iterdir())
     assert names == ["1-0.5000-a.png", "2-0.8571-b.png"]
     drawn = np.asarray(Image.open(out / "worst" / names[0]))
@@ -202,22 +203,20 @@ def test_the_worst_pictures_are_drawn_beside_their_truth(hand, call, tmp_path: P
     assert difference == [bright, [*WRONG], black, [*WRONG], [*IGNORED], black]
 
 
-def test_pictures_of_other_scores_do_not_stay_and_other_files_do(
-    hand, call, tmp_path: Path
-) -> None:
+def test_images_of_other_scores_do_not_stay_and_other_files_do(hand, call, tmp_path: Path) -> None:
     checkpoint, data = hand
     folder = tmp_path / "out" / "worst"
     folder.mkdir(parents=True)
     for name in ("8-0.1234-gone.png", "mine.png"):
         (folder / name).write_bytes(b"")
-    told = ("--checkpoint", checkpoint, "--data", data, "--out", tmp_path / "out", "--workers", 0)
-    assert call("evaluate", *told, "--worst", 1).code == 0
+    argv = ("--checkpoint", checkpoint, "--data", data, "--out", tmp_path / "out", "--workers", 0)
+    assert call("evaluate", *argv, "--worst", 1).code == 0
     assert {path.name for path in folder.iterdir()} == {"1-0.5000-a.png", "mine.png"}
-    assert call("evaluate", *told, "--worst", 0).code == 0
+    assert call("evaluate", *argv, "--worst", 0).code == 0
     assert {path.name for path in folder.iterdir()} == {"mine.png"}
 
 
-def test_a_large_picture_is_drawn_smaller(by_hand, call, tmp_path: Path) -> None:
+def test_a_large_image_is_drawn_smaller(by_hand, call, tmp_path: Path) -> None:
     for part in ("images", "masks"):
         (tmp_path / part).mkdir()
     picture = np.zeros((40, 2000), np.uint8)
@@ -227,8 +226,8 @@ def test_a_large_picture_is_drawn_smaller(by_hand, call, tmp_path: Path) -> None
     folders = ("--images", tmp_path / "images", "--masks", tmp_path / "masks", "--workers", 1)
     packed = ("--mask-format", "binary", "--val-fraction", 0, "--out", tmp_path / "data")
     assert call("pack", *folders, *packed).code == 0
-    told = ("--checkpoint", by_hand(), "--data", tmp_path / "data", "--split", "train")
-    assert call("evaluate", *told, "--out", tmp_path / "out", "--workers", 0).code == 0
+    argv = ("--checkpoint", by_hand(), "--data", tmp_path / "data", "--split", "train")
+    assert call("evaluate", *argv, "--out", tmp_path / "out", "--workers", 0).code == 0
     (drawn,) = (tmp_path / "out" / "worst").iterdir()
     assert Image.open(drawn).size == (4 * 1000 + 3 * GAP, 20)
 
@@ -237,13 +236,13 @@ def test_a_large_picture_is_drawn_smaller(by_hand, call, tmp_path: Path) -> None
 def test_every_file_is_the_same_for_any_number_of_ranks(
     by_hand, shards: Path, launch, call, content, tmp_path: Path
 ) -> None:
-    told = ("--checkpoint", by_hand(), "--data", shards, "--worst", 2, "--batch-size", 1)
-    assert call("evaluate", *told, "--out", tmp_path / "1", "--workers", 0).code == 0
+    argv = ("--checkpoint", by_hand(), "--data", shards, "--worst", 2, "--batch-size", 1)
+    assert call("evaluate", *argv, "--out", tmp_path / "1", "--workers", 0).code == 0
     expected = content(tmp_path / "1")
     assert {name.partition("/")[0] for name in expected} == {"scores.json", "scores.csv", "worst"}
     assert len(read_csv(tmp_path / "1" / "scores.csv")) == 4
     for world in (2, 3):
-        ended = launch(world, "evaluate", *told, "--out", tmp_path / str(world), "--workers", 0)
+        ended = launch(world, "evaluate", *argv, "--out", tmp_path / str(world), "--workers", 0)
         assert ended.code == 0, ended.err
         assert content(tmp_path / str(world)) == expected
 
@@ -269,7 +268,7 @@ class Meeting:
 def test_counts_come_together_in_pieces_as_they_do_at_once(
     world: int, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(per_image, "MOST_GATHERED", most)
+    monkeypatch.setattr(per_image, "MAX_GATHERED", most)
     given = {"batch_size": 2, "world": world}
     everyone = [ImageCounts((5, 1, 7), 2, rank=rank, **given) for rank in range(world)]
     mask = torch.zeros(1, 3, 4, dtype=torch.uint8)
@@ -296,7 +295,7 @@ def test_counts_of_a_gpu_are_read_once_they_have_arrived() -> None:
 
     counts = ImageCounts((3,), 2, batch_size=2, rank=0, world=1)
     counted = torch.full((2, 6), 99)
-    counts._coming = Coming(np.array([0, 2]), (5, 7), counted, Copy())
+    counts._pending = PendingCounts(np.array([0, 2]), (5, 7), counted, Copy())
     counts.update(torch.eye(2, dtype=torch.int64)[None], torch.tensor([1]), (3, 4))
     first = [7, 5, 0, 1, 2, 3, 4, 5]
     assert counts.rows.tolist() == [first, [4, 3, 1, 1, 0, 0, 0, 0], first]
@@ -306,11 +305,11 @@ def test_boundaries_cost_nothing_and_are_nowhere_unless_asked_for(
     hand, call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     checkpoint, data = hand
-    told = ("--checkpoint", checkpoint, "--data", data, "--out", tmp_path / "out", "--workers", 0)
+    argv = ("--checkpoint", checkpoint, "--data", data, "--out", tmp_path / "out", "--workers", 0)
     # As if SciPy were not installed.
     monkeypatch.setitem(sys.modules, "scipy", None)
     monkeypatch.setitem(sys.modules, "scipy.spatial", None)
-    ended = call("evaluate", *told)
+    ended = call("evaluate", *argv)
     assert ended.code == 0, ended.err
     assert "surface" not in (tmp_path / "out" / "scores.json").read_text()
     assert "HD95" not in ended.out
@@ -322,12 +321,12 @@ def test_boundaries_without_scipy_are_refused_before_any_work(
     monkeypatch.setitem(sys.modules, "scipy", None)
     nowhere = ("--checkpoint", tmp_path / "nowhere", "--data", tmp_path / "nowhere")
     ended = call("evaluate", *nowhere, "--surface")
-    said = "unet evaluate: --surface requires SciPy: pip install 'unet-shards[scipy]'\n"
-    assert (ended.code, ended.err) == (2, said)
+    message = "unet evaluate: --surface requires SciPy: pip install 'unet-shards[scipy]'\n"
+    assert (ended.code, ended.err) == (2, message)
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("given", "message"),
     [
         (("--surface-tolerance", 3), "--surface-tolerance requires --surface"),
         (
@@ -342,10 +341,10 @@ def test_boundaries_without_scipy_are_refused_before_any_work(
         (("--worst", -1), "--worst must be >= 0, got -1"),
     ],
 )
-def test_settings_that_mean_nothing_are_refused(given: tuple, said: str, call) -> None:
+def test_settings_that_mean_nothing_are_refused(given: tuple, message: str, call) -> None:
     ended = call("evaluate", "--checkpoint", "x", "--data", "x", *given)
     assert ended.code == 2
-    assert said in ended.said
+    assert message in ended.said
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
@@ -354,10 +353,10 @@ def test_neither_workers_nor_batches_change_a_digit(
     batch_size: int, workers: int, hand, call, tmp_path: Path
 ) -> None:
     checkpoint, data = hand
-    told = ("--checkpoint", checkpoint, "--data", data, "--surface")
-    assert call("evaluate", *told, "--out", tmp_path / "1", "--workers", 0).code == 0
+    argv = ("--checkpoint", checkpoint, "--data", data, "--surface")
+    assert call("evaluate", *argv, "--out", tmp_path / "1", "--workers", 0).code == 0
     more = ("--batch-size", batch_size, "--workers", workers)
-    assert call("evaluate", *told, "--out", tmp_path / "2", *more).code == 0
+    assert call("evaluate", *argv, "--out", tmp_path / "2", *more).code == 0
     one, two = ((tmp_path / name / "scores.json").read_bytes() for name in "12")
     assert one == two
 
@@ -370,11 +369,11 @@ def test_perfect_predictions_score_one(by_hand, draw, call, tmp_path: Path) -> N
     folders = ("--images", folder / "images", "--masks", folder / "masks", "--workers", 1)
     packed = ("--mask-format", "binary", "--val-fraction", 0, "--out", tmp_path / "data")
     assert call("pack", *folders, *packed).code == 0
-    told = ("--checkpoint", by_hand(), "--data", tmp_path / "data", "--split", "train")
+    argv = ("--checkpoint", by_hand(), "--data", tmp_path / "data", "--split", "train")
     # Also in tiles.
     for tile in (1024, 32):
         more = ("--out", tmp_path / "out", "--workers", 0, "--tile", tile)
-        assert call("evaluate", *told, *more).code == 0
+        assert call("evaluate", *argv, *more).code == 0
         scores = json.loads((tmp_path / "out" / "scores.json").read_text())
         assert scores["macro"] == scores["micro"] == scores["per_image"] == {"dice": 1, "iou": 1}
 
@@ -398,7 +397,7 @@ def test_a_split_that_is_missing_names_those_there_are(trained, shards, call) ->
 
 
 @pytest.mark.parametrize(
-    ("made", "said"),
+    ("made", "message"),
     [
         ({"classes": ("background", "nucleus")}, "has the classes background, nucleus, "),
         ({"classes": ("background", "a", "b")}, "they must be the same"),
@@ -406,17 +405,17 @@ def test_a_split_that_is_missing_names_those_there_are(trained, shards, call) ->
     ],
 )
 def test_a_model_of_something_else_is_refused(
-    made: dict, said: str, by_hand, shards: Path, call, tmp_path: Path
+    made: dict, message: str, by_hand, shards: Path, call, tmp_path: Path
 ) -> None:
-    told = ("--checkpoint", by_hand(**made), "--data", shards, "--out", tmp_path / "out")
-    ended = call("evaluate", *told)
+    argv = ("--checkpoint", by_hand(**made), "--data", shards, "--out", tmp_path / "out")
+    ended = call("evaluate", *argv)
     assert ended.code == 1
-    assert said in ended.err
+    assert message in ended.err
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_pictures_without_masks_cannot_be_scored(
+def test_images_without_masks_cannot_be_scored(
     workers: int, by_hand, cells: Path, call, tmp_path: Path
 ) -> None:
     data = tmp_path / "data"
@@ -424,15 +423,15 @@ def test_pictures_without_masks_cannot_be_scored(
     manifest = json.loads((data / "index.json").read_text())
     manifest.update(classes=["background", "foreground"], palette=[[0, 0, 0], [1, 1, 1]])
     (data / "index.json").write_text(json.dumps(manifest))
-    told = ("--checkpoint", by_hand(), "--data", data, "--split", "unlabelled")
-    ended = call("evaluate", *told, "--out", tmp_path / "out", "--workers", workers)
+    argv = ("--checkpoint", by_hand(), "--data", data, "--split", "unlabelled")
+    ended = call("evaluate", *argv, "--out", tmp_path / "out", "--workers", workers)
     assert ended.code == 1
     assert "has no mask; pack the images with --masks" in ended.err
     assert "Traceback" not in ended.err
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_picture_that_does_not_decode_is_never_skipped(
+def test_a_image_that_does_not_decode_is_never_skipped(
     workers: int, by_hand, shards: Path, call, tmp_path: Path
 ) -> None:
     data = tmp_path / "data"
@@ -442,8 +441,8 @@ def test_a_picture_that_does_not_decode_is_never_skipped(
     with path.open("r+b") as file:
         file.seek(entry.image.offset)
         file.write(bytes(16))
-    told = ("--checkpoint", by_hand(), "--data", data, "--out", tmp_path / "out")
-    ended = call("evaluate", *told, "--workers", workers)
+    argv = ("--checkpoint", by_hand(), "--data", data, "--out", tmp_path / "out")
+    ended = call("evaluate", *argv, "--workers", workers)
     assert ended.code == 1
     assert f"{path}: {entry.key} " in ended.err.strip().splitlines()[-1]
     assert "Traceback" not in ended.err
@@ -455,19 +454,19 @@ def test_a_flipped_byte_is_found_by_verify_shards_alone(
 ) -> None:
     data = tmp_path / "data"
     shutil.copytree(shards, data)
-    told = ("--checkpoint", by_hand(), "--data", data, "--out", tmp_path / "out", "--workers", 0)
-    assert call("evaluate", *told, "--verify-shards").code == 0
+    argv = ("--checkpoint", by_hand(), "--data", data, "--out", tmp_path / "out", "--workers", 0)
+    assert call("evaluate", *argv, "--verify-shards").code == 0
     for name, code in (("train-000001.tar", 0), ("val-000001.tar", 1)):
         path = data / name
         path.write_bytes(path.read_bytes()[:-1] + b"\1")
-        assert call("evaluate", *told).code == 0
+        assert call("evaluate", *argv).code == 0
         # Only the split that is scored is read.
-        ended = call("evaluate", *told, "--verify-shards")
+        ended = call("evaluate", *argv, "--verify-shards")
         assert ended.code == code
     assert f"{path} does not match the manifest (sha256); copy or pack it again" in ended.err
 
 
-def test_a_checkpoint_that_is_no_folder_needs_a_place_for_its_scores(
+def test_a_checkpoint_that_is_not_a_folder_needs_a_place_for_its_scores(
     by_hand, shards: Path, call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded = load_model(str(by_hand()))
@@ -477,7 +476,7 @@ def test_a_checkpoint_that_is_no_folder_needs_a_place_for_its_scores(
     assert "use --out to choose where scores are written" in ended.err
 
 
-def test_a_folder_that_is_no_data_set_is_refused(trained: Path, call, tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_data_set_is_refused(trained: Path, call, tmp_path: Path) -> None:
     ended = call("evaluate", "--checkpoint", trained, "--data", tmp_path / "nowhere")
     assert (ended.code, "does not exist or is not a directory" in ended.err) == (1, True)
     ended = call("evaluate", "--checkpoint", trained, "--data", tmp_path)

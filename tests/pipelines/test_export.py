@@ -211,7 +211,7 @@ def test_the_check_gives_the_largest_difference(changed) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (one_value(2e-4), r"differ from the model's by 2\.0e-04 of the largest at 37 x 53"),
         (one_value(float("nan")), "differ from the model's by nan of the largest at 37 x 53"),
@@ -221,8 +221,8 @@ def test_the_check_gives_the_largest_difference(changed) -> None:
     ],
     ids=["one value", "nan", "channels", "batch", "fails"],
 )
-def test_the_check_finds_any_difference(changed, change, said: str) -> None:
-    with pytest.raises(RunError, match=said):
+def test_the_check_finds_any_difference(changed, change, message: str) -> None:
+    with pytest.raises(RunError, match=message):
         changed(change)
 
 
@@ -272,17 +272,17 @@ def test_a_missing_extra_is_named_before_anything_is_read(
     monkeypatch.setattr(
         export, "find_spec", lambda name: None if name in missing else find_spec(name)
     )
-    told = ("--checkpoint", tmp_path / "nowhere")
-    ended = call("export", *told, "--out", tmp_path / "model.onnx")
+    args = ("--checkpoint", tmp_path / "nowhere")
+    ended = call("export", *args, "--out", tmp_path / "model.onnx")
     assert (ended.code, ended.out) == (2, "")
     assert ended.err == (
         "unet export: --format onnx requires onnxscript and onnxruntime: "
         "pip install 'unet-shards[export]'\n"
     )
     # torch needs none of them.
-    ended = call("export", *told, "--format", "torch", "--out", tmp_path / "model.pt2")
+    ended = call("export", *args, "--format", "torch", "--out", tmp_path / "model.pt2")
     assert ended.code == 1
-    assert "nowhere does not exist" in ended.err
+    assert "nowhere: does not exist" in ended.err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -300,7 +300,7 @@ def test_help_needs_none_of_the_extra(
 
 
 @pytest.mark.parametrize(
-    ("told", "said"),
+    ("args", "message"),
     [
         (("--out", "m.onnx", "--format", "tflite"), "invalid choice 'tflite'"),
         (("--out", "m.pt2"), "--out m.pt2 must end in .onnx with --format onnx"),
@@ -313,8 +313,8 @@ def test_help_needs_none_of_the_extra(
     ],
 )
 def test_a_wrong_command_is_refused(
-    told: tuple[str, ...],
-    said: str,
+    args: tuple[str, ...],
+    message: str,
     checkpoint: Path,
     call,
     tmp_path: Path,
@@ -322,7 +322,7 @@ def test_a_wrong_command_is_refused(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("folder.onnx").mkdir()
-    ended = call("export", "--checkpoint", checkpoint, *told)
+    ended = call("export", "--checkpoint", checkpoint, *args)
     assert ended.code == 2
-    assert said in ended.said
+    assert message in ended.said
     assert [path.name for path in tmp_path.iterdir()] == ["folder.onnx"]

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pipelines.loading.augment import Augment, AugmentConfig
-from pipelines.loading.batches import ahead, train_batches
+from pipelines.loading.batches import prefetch, train_batches
 from pipelines.loading.dataset import DataSet
 from pipelines.runtime.devices import start
 from pipelines.training.optim import OptimConfig, build_learner
@@ -298,7 +298,7 @@ def test_batches_that_are_prefetched_keep_their_order_and_their_pixels(
     reference = train_batches(DataSet(Store(str(shards)), manifest, None, 0), plan, **given)
     fetched = train_batches(DataSet(Store(str(shards)), manifest, None, 2), plan, **given, pin=cuda)
     # Without a GPU nothing is pinned, and nothing fetched beside the caller.
-    fetched = fetched if cuda else ahead(fetched)
+    fetched = fetched if cuda else prefetch(fetched)
     copies = []
     for batch in islice(fetched, 12):
         assert batch.image.is_pinned() == cuda

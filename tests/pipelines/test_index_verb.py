@@ -253,8 +253,40 @@ def test_palette_masks_are_read_as_indices(indexed, tmp_path: Path) -> None:
     image.save(out, "PNG")
     members = {"a.png": encode_image(0), "a.mask.png": out.getvalue()}
     tar(tmp_path / "a.tar", members)
-    assert_holds(tmp_path, manifest := indexed(tmp_path), "train", members, "mask.png")
+    manifest = indexed(tmp_path, *CLASSES, "--allow-absent-classes")
+    assert_holds(tmp_path, manifest, "train", members, "mask.png")
     assert manifest.splits["train"].shards[0].pixels == (0, 0, 192, 0)
+
+
+def make_palette_mask(values, *colours) -> bytes:
+    image = Image.fromarray(np.array(values, np.uint8).repeat(96).reshape(12, 16)).copy()
+    image.putpalette([number for colour in colours for number in colour])
+    out = io.BytesIO()
+    image.save(out, "PNG")
+    return out.getvalue()
+
+
+def test_palettes_that_swap_classes_are_refused(refused, tmp_path: Path) -> None:
+    black, red = (0, 0, 0), (255, 0, 0)
+    one, other = make_palette_mask([0, 1], black, red), make_palette_mask([0, 1], red, black)
+    members = {
+        **{"a.png": encode_image(0), "a.mask.png": one},
+        **{"b.png": encode_image(1), "b.mask.png": other},
+    }
+    tar(tmp_path / "a.tar", members)
+    text = refused(tmp_path, "--classes", "background", "cell")
+    assert "palettes differ: by its index, (0, 0, 0) is background in 1 masks" in text
+
+
+def test_masks_whose_foreground_is_255_are_refused(refused, tmp_path: Path) -> None:
+    members = {
+        "a.png": encode_image(0),
+        "a.mask.png": make_palette_mask([0, 255], *[(9, 9, 9)] * 256),
+    }
+    tar(tmp_path / "a.tar", members)
+    text = refused(tmp_path, "--classes", "background", "cell")
+    assert "class 'cell' has no pixel in 1 masks; 50 % of the pixels are ignored" in text
+    assert "if 255 is a class, extract the tar and pack its files" in text
 
 
 def test_images_without_masks_are_unlabelled(indexed, tmp_path: Path, call, by_hand) -> None:
@@ -270,6 +302,32 @@ def test_images_without_masks_are_unlabelled(indexed, tmp_path: Path, call, by_h
     assert [(sample.key, sample.mask) for sample in found] == [("a", None), ("b", None)]
     predict = ("--checkpoint", by_hand(), "--input", tmp_path / "data", "--out", tmp_path / "out")
     assert (ended := call("predict", *predict, "--workers", 0)).code == 0, ended.err
+
+
+def test_one_of_two_images_of_a_sample_is_declared(index, indexed, tmp_path: Path) -> None:
+    names = ("a.jpg", "a.depth.png", "b.jpg", "b.depth.png")
+    tar(tmp_path / "a.tar", {name: encode_image(n) for n, name in enumerate(names)})
+    ended = index(tmp_path)
+    assert ended.code == 1
+    assert "a.jpg and a.depth.png may be images of one sample; name the extension" in ended.err
+    manifest = indexed(tmp_path, "--image-ext", "jpg")
+    assert manifest.splits["unlabelled"].samples == 2
+    assert read_offsets(tmp_path / "a.tar")[0].image.name == "a.jpg"
+
+
+def test_equal_keys_of_two_shards_are_refused_by_predict_with_or_without_a_manifest(
+    indexed, call, by_hand, tmp_path: Path
+) -> None:
+    for number in range(2):
+        tar(tmp_path / "data" / f"{number}.tar", pairs("a", f"b{number}", first=5 * number))
+    flags = ("--checkpoint", by_hand(), "--input", tmp_path / "data", "--workers", 0)
+    raw = call("predict", *flags, "--out", tmp_path / "raw")
+    indexed(tmp_path / "data", *CLASSES)
+    with_manifest = call("predict", *flags, "--out", tmp_path / "indexed")
+    for ended in (raw, with_manifest):
+        assert ended.code == 1
+        assert "would write the same output; rename one of each" in ended.err
+        assert "1.tar" in ended.err
 
 
 def test_16_bit_images_need_a_range(indexed, refused, tmp_path: Path) -> None:
@@ -403,12 +461,12 @@ def test_indexing_packed_shards_restores_the_manifest(
         "pack",
         *("--images", folder / "images", "--masks", folder / "masks", "--out", data),
         *("--mask-format", "index", *CLASSES, "--ignore-value", 255, "--val-fraction", 0.3),
-        *("--samples-per-shard", 3, "--workers", 1),
+        *("--samples-per-shard", 3, "--workers", 1, "--allow-absent-classes"),
     )
     assert ended.code == 0, ended.err
     before, files = read_manifest(data), content(data)
     (data / "index.json").unlink()
-    after = indexed(data)
+    after = indexed(data, *CLASSES, "--allow-absent-classes")
     for name in ("classes", "palette", "image_format", "mean", "std", "splits", "duplicates"):
         assert getattr(after, name) == getattr(before, name), name
     files.pop("index.json")
@@ -529,11 +587,11 @@ SPACE = (
         ({"b.mask.png": encode_mask(1)}, "b.mask.png has no image; see --image-ext and --mask-ext"),
         (
             {"./a.png": encode_image(1)},
-            "./a.png and a.png are two images of the same key; keep one",
+            "./a.png occurs twice; keep one of them",
         ),
         (
             {"a.jpg": encode_image(1)},
-            "a.jpg and a.png are two images of the same key; keep one of them",
+            "a.jpg and a.png are two images of the same key; name the extension of the images",
         ),
         (
             {"a.MASK.png": encode_mask(1)},
@@ -691,12 +749,20 @@ def test_problems_of_all_shards_are_reported_at_once(refused, tmp_path: Path) ->
     ]
 
 
-def test_a_data_set_is_not_indexed_twice(refused, indexed, tmp_path: Path) -> None:
-    tar(tmp_path / "a.tar", pairs("a"))
-    indexed(tmp_path)
-    assert refused(tmp_path).endswith(
-        "is already a data set; remove its index.json to index it again"
-    )
+def test_a_rerun_with_the_same_settings_reports_that(
+    index, indexed, content, tmp_path: Path
+) -> None:
+    tar(tmp_path / "a.tar", pairs("a", "b"))
+    indexed(tmp_path, *CLASSES)
+    before = content(tmp_path)
+    ended = index(tmp_path, *CLASSES)
+    assert (ended.code, ended.err) == (0, "")
+    assert "is already indexed with these settings; nothing was written" in ended.out
+    assert content(tmp_path) == before
+    told = "is already a data set, with other contents or settings; remove its index.json"
+    assert told in index(tmp_path, *CLASSES, "--split", "val").err
+    tar(tmp_path / "b.tar", pairs("c", first=7))
+    assert told in index(tmp_path, *CLASSES).err
 
 
 @pytest.mark.parametrize("name", ["a.tar", "a.tar.gz", "a.tgz"])
@@ -724,7 +790,7 @@ def test_a_folder_without_shards_is_refused(index, refused, tmp_path: Path) -> N
         ((*CLASSES, "--image-ext", "json"), "--image-ext must not contain json, mask.png"),
         ((*CLASSES, "--mask-ext", "json"), "--mask-ext must not be json"),
         ((*CLASSES, "--image-ext", "png", "--mask-ext", "png"), "leaves no extension for images"),
-        ((*CLASSES, "--image-range", 9, 3), "--image-range must be LOW HIGH within 0 65535"),
+        ((*CLASSES, "--image-range", 9, 3), "--image-range 9 3: must be LOW HIGH within 0 65535"),
         (
             (*CLASSES, "--image-range", 0, 9, "--image-percentiles", 0, 9),
             "--image-range and --image-percentiles exclude each other",

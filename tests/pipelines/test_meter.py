@@ -1,4 +1,4 @@
-"""What metrics.jsonl says of arithmetic and memory: counted, not guessed, and free."""
+"""FLOPs and memory in metrics.jsonl: counted exactly, without cost."""
 
 from types import SimpleNamespace
 
@@ -64,6 +64,11 @@ def test_counting_changes_no_random_state_and_counts_no_recomputation() -> None:
         ("NVIDIA L40S", "bf16", 362),
         ("NVIDIA L4", "bf16", 121),
         ("NVIDIA A10", "bf16", 125),
+        ("NVIDIA A10G", "bf16", 70),
+        ("NVIDIA L40", "bf16", 181),
+        ("NVIDIA H100 NVL", "bf16", 835),
+        ("NVIDIA H200 NVL", "bf16", 835),
+        ("NVIDIA GH200 480GB", "bf16", 989),
         ("Tesla V100-SXM2-16GB", "fp16", 125),
         ("Tesla T4", "fp16", 65),
         ("NVIDIA GeForce RTX 4090", "bf16", 165),
@@ -73,8 +78,7 @@ def test_counting_changes_no_random_state_and_counts_no_recomputation() -> None:
         # Float32 and TF32 have other peaks.
         ("NVIDIA H100 80GB HBM3", "no", None),
         # Other cards, and parts of cards, with names that begin alike.
-        ("NVIDIA A10G", "bf16", None),
-        ("NVIDIA L40", "bf16", None),
+        ("NVIDIA A10M", "bf16", None),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", "bf16", None),
         ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", "bf16", None),
         ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "bf16", None),

@@ -4,6 +4,7 @@ from math import cos, pi
 
 import pytest
 import torch
+from torch.optim import AdamW
 
 from pipelines.training.optim import (
     Average,
@@ -64,6 +65,14 @@ def test_sgd_has_nesterov_momentum_and_the_same_groups():
     for group, decay in zip(optimizer.param_groups, (1e-4, 0.0), strict=True):
         found = [group[name] for name in ("momentum", "nesterov", "weight_decay")]
         assert found == [0.9, True, decay]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_a_loss_scaler_decides_about_a_step_not_a_fused_kernel(optimizer):
+    # GradScaler reads this attribute; with it, skipped steps could not be counted.
+    built = build_optimizer(model(), OptimConfig(optimizer=optimizer))
+    assert not getattr(built, "_step_supports_amp_scaling", False)
+    assert getattr(AdamW(model().parameters(), fused=True), "_step_supports_amp_scaling", False)
 
 
 def test_without_warmup_the_learning_rate_starts_at_its_highest():
@@ -151,7 +160,7 @@ def train(learner, steps, first=1):
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.9])
-def test_a_learner_goes_on_from_its_state_bit_by_bit(decay):
+def test_a_learner_resumes_from_its_state_bit_by_bit(decay):
     config = OptimConfig(ema_decay=decay)
     straight, first = build_learner(model(), config), build_learner(model(), config)
     train(straight, 4)

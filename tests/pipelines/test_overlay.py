@@ -5,7 +5,13 @@ import pytest
 from PIL import Image
 
 from pipelines.drawing.contact_sheet import CAPTION, CELL, COLUMNS, Cell, draw_contact_sheet
-from pipelines.drawing.overlay import TINT, draw_overlay, find_outline
+from pipelines.drawing.overlay import (
+    MIN_CONTRAST,
+    TINT,
+    choose_overlay_colours,
+    draw_overlay,
+    find_outline,
+)
 
 PALETTE = ((0, 0, 0), (200, 0, 0), (0, 100, 0))
 
@@ -119,3 +125,21 @@ def test_any_name_can_be_a_caption(caption):
     # The caption is clipped: the cell next to it is unchanged.
     alone = np.asarray(draw_contact_sheet([cell(caption=""), cell()], PALETTE, ("",)))
     np.testing.assert_array_equal(sheet[:48, CELL:], alone[:48, CELL:])
+
+
+@pytest.mark.parametrize("tone", [(220, 30, 40), (30, 30, 30), (200, 150, 200), (128, 128, 128)])
+def test_mask_colours_stand_out_from_the_image_and_from_each_other(tone):
+    palette = ((0, 0, 0), (255, 51, 51), (51, 51, 190), (128, 128, 128))
+    images = [np.full((20, 30, 3), tone, dtype=np.uint8)]
+    chosen = np.array(choose_overlay_colours(images, palette), dtype=float)
+    assert chosen[0].tolist() == [0, 0, 0]
+    for index in range(1, 4):
+        assert np.linalg.norm(chosen[index] - tone) >= MIN_CONTRAST
+        others = np.delete(chosen[1:], index - 1, axis=0)
+        assert np.linalg.norm(others - chosen[index], axis=1).min() > 50
+
+
+def test_mask_colours_that_stand_out_are_kept():
+    palette = ((0, 0, 0), (255, 51, 51))
+    images = [np.full((5, 5, 3), 60, dtype=np.uint8)]
+    assert choose_overlay_colours(images, palette) == palette

@@ -328,7 +328,7 @@ def test_one_image_behind_two_links_is_not_split(linked: Path, call, tmp_path: P
     for name, listed in (("train", lines[:2]), ("val", lines[2:])):
         (tmp_path / f"{name}.txt").write_text("\n".join(listed) + "\n")
     lists = ("--split-file", tmp_path / "train.txt", tmp_path / "val.txt")
-    ended = call("pack", *flags(linked, tmp_path / "out", "--val-fraction", 0.1, *lists))
+    ended = call("pack", *flags(linked, tmp_path / "out", *lists))
     assert ended.code == 1
     for number in range(2):
         both = f"one/p00{number}.png (train) = two/p00{number}.png (val)"
@@ -487,7 +487,7 @@ def test_a_name_that_is_not_valid_text_is_printed_on_a_strict_terminal(
             for part in ("images", "masks"):
                 (folder / part / name).mkdir()
                 (folder / part / listed).rename(folder / part / name / listed)
-        arguments += ["--val-fraction", 0.1, "--split-folders"]
+        arguments += ["--split-folders"]
     process: subprocess.Popen[str] = spawn(verb, *arguments, PYTHONIOENCODING="utf-8:strict")
     for stream in (process.stdout, process.stderr):
         stream.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
@@ -572,3 +572,54 @@ def test_a_url_is_not_created_as_a_folder(
     # As given, or as a path, in which two slashes become one.
     assert url in message or url.replace("//", "/") in message
     assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("keep_going", [False, True])
+def test_a_rerun_of_a_finished_pack_reports_that(
+    keep_going: bool, draw, call, content, tmp_path: Path
+) -> None:
+    folder, out = draw(tmp_path / "in", 6, size=(8, 8)), tmp_path / "out"
+    if keep_going:
+        (folder / "masks" / "p003.png").unlink()
+    arguments = flags(folder, out, "--samples-per-shard", 2, *["--keep-going"] * keep_going)
+    code = call("pack", *arguments).code
+    assert code == (3 if keep_going else 0)
+    before = content(out)
+    rerun = call("pack", *arguments, "--workers", 2)
+    assert (rerun.code, rerun.err) == (code, "")
+    assert rerun.out == (
+        f"{out} is already packed with these settings: {6 - keep_going} samples; nothing to do\n"
+    )
+    assert content(out) == before
+
+
+def test_a_rerun_after_a_kill_behind_the_manifest_finishes(
+    draw, call, content, monkeypatch, tmp_path: Path
+) -> None:
+    folder, out = draw(tmp_path / "in", 6, size=(8, 8)), tmp_path / "out"
+    with monkeypatch.context() as patched:
+        patched.setattr("pipelines.pack.clear_work", lambda store: None)
+        assert call("pack", *flags(folder, out)).code == 0
+    assert len([*(out / ".pack").iterdir()]) > 1
+    rerun = call("pack", *flags(folder, out))
+    assert rerun.code == 0
+    assert "is already packed with these settings" in rerun.out
+    assert [path.name for path in (out / ".pack").iterdir()] == ["plan.json"]
+
+
+@pytest.mark.parametrize("change", ["content", "removed", "flag"])
+def test_a_rerun_with_other_files_or_flags_is_refused(
+    change: str, draw, call, content, tmp_path: Path
+) -> None:
+    folder, out = draw(tmp_path / "in", 6, size=(8, 8)), tmp_path / "out"
+    assert call("pack", *flags(folder, out)).code == 0
+    before = content(out)
+    if change == "content":
+        Image.new("L", (8, 8)).save(folder / "masks" / "p000.png")
+    elif change == "removed":
+        for part in ("images", "masks"):
+            (folder / part / "p000.png").unlink()
+    rerun = call("pack", *flags(folder, out, *["--invert"] * (change == "flag")))
+    assert rerun.code == 1
+    assert "is already a data set, made from other files or with other settings" in rerun.err
+    assert content(out) == before

@@ -90,6 +90,7 @@ def test_packed_samples_are_read_unchanged(call, drawn, max_samples) -> None:
             *("--images", folder / "images", "--masks", folder / "masks", "--out", folder / "out"),
             *("--mask-format", "values", "--mask-values", *VALUES[:3], "--ignore-value", 255),
             *("--image-range", 0, 65535, "--samples-per-shard", max_samples, "--workers", 1),
+            "--allow-absent-classes",
         )
         assert ended.code == 0, ended.err
         manifest = read_manifest(folder / "out")

@@ -41,7 +41,8 @@ def test_objects_are_identical_to_locally_packed_files(
     ended = call("pack", *flags(folder, url, "--workers", workers))
     assert ended.code == 0, ended.err
     assert objects(url) == local
-    assert not [name for name in objects("s3://bucket") if ".pack" in name]
+    left = {name.rpartition("/")[2] for name in objects("s3://bucket") if ".pack" in name}
+    assert left == {"plan.json"}
     assert "next: unet train" not in ended.out
 
 
@@ -103,9 +104,13 @@ def test_a_finished_data_set_is_not_changed(folder: Path, objects, call) -> None
     url = "s3://bucket/finished"
     assert call("pack", *flags(folder, url, "--workers", 1)).code == 0
     before = objects(url)
-    ended = call("pack", *flags(folder, url, "--workers", 1))
+    ended = call("pack", *flags(folder, url, "--workers", 1, "--seed", 3))
     assert ended.code == 1
     assert f"{url} is already a data set" in ended.err
+    assert objects(url) == before
+    rerun = call("pack", *flags(folder, url, "--workers", 1))
+    assert rerun.code == 0
+    assert f"{url} is already packed with these settings" in rerun.out
     assert objects(url) == before
 
 

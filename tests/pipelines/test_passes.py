@@ -1,4 +1,4 @@
-"""A pass of training: convolutions are timed in it alone; memory that runs out is explained."""
+"""A training pass: cuDNN benchmarks only in it; out of memory is reported with remedies."""
 
 import re
 from pathlib import Path
@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipelines.loading.stages import Batch
 from pipelines.runtime.errors import RunError
+from pipelines.training.optim import Average
 from pipelines.training.passes import TrainingPass
 from unet import UNet
 
@@ -65,7 +67,7 @@ def test_other_errors_of_a_pass_are_as_they_were() -> None:
         raise RuntimeError("shapes")
 
 
-@pytest.mark.parametrize("when", ["forward", "backward"])
+@pytest.mark.parametrize("when", ["copy", "forward", "backward", "average"])
 def test_training_that_does_not_fit_ends_with_1_and_one_line(
     when: str, shards: Path, tiny, call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -82,9 +84,23 @@ def test_training_that_does_not_fit_ends_with_1_and_one_line(
         if passes == 3:
             if when == "forward":
                 fail()
-            logits.register_hook(fail)
+            if when == "backward":
+                logits.register_hook(fail)
         return logits
 
+    def copied(batch: Batch, device: torch.device) -> Batch:
+        if when == "copy" and passes == 2:
+            fail()
+        return to_device(batch, device)
+
+    def averaged(average: Average, model: UNet, step: int) -> None:
+        if when == "average" and step == 2:
+            fail()
+        update(average, model, step)
+
+    to_device, update = Batch.to, Average.update
+    monkeypatch.setattr(Batch, "to", copied)
+    monkeypatch.setattr(Average, "update", averaged)
     monkeypatch.setattr(UNet, "forward", bounded)
     given = ("--data", shards, "--run-dir", tmp_path, *tiny, "--workers", 0)
     ended = call("train", *given, "--accumulate", 2, "--steps", 4)

@@ -21,7 +21,7 @@ WORDS = (
     "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
     "GET was unable to find an engine to execute this computation",
 )
-"""What cuDNN and cuBLAS say of it, as plain RuntimeErrors."""
+"""Messages of cuDNN and cuBLAS for it, as plain RuntimeErrors."""
 
 
 @pytest.fixture(scope="module")
@@ -74,24 +74,24 @@ def memory(monkeypatch: pytest.MonkeyPatch):
     return make
 
 
-def told(checkpoint: Path, given: object, out: object, *more: object) -> list[object]:
+def argv(checkpoint: Path, given: object, out: object, *more: object) -> list[object]:
     return ["--checkpoint", checkpoint, "--input", given, "--out", out, "--workers", 0, *more]
 
 
 @pytest.mark.parametrize("most", [1, 2, 3])
-def test_a_batch_that_does_not_fit_is_halved_once_and_said_once(
+def test_a_batch_that_does_not_fit_is_halved_once_and_reported_once(
     most: int, bright: Path, pictures: Path, call, memory, content, tmp_path: Path
 ) -> None:
     more = ("--batch-size", 4, "--tile", 48, "--tta", "--probabilities", "float16")
-    assert call("predict", *told(bright, pictures, tmp_path / "a", *more)).code == 0
+    assert call("predict", *argv(bright, pictures, tmp_path / "a", *more)).code == 0
     asked = memory(most)
-    ended = call("predict", *told(bright, pictures, tmp_path / "b", *more))
+    ended = call("predict", *argv(bright, pictures, tmp_path / "b", *more))
     assert ended.code == 0, ended.err
     fits = 2 if most > 1 else 1
     ((line,),) = (ended.err.splitlines(),)
     assert line == (
         "a batch of 4 tiles exceeds the memory of this GPU (cpu); continuing with "
-        f"--batch-size {fits}"
+        f"{fits}, as --batch-size {fits} would have from the start"
     )
     # 4, perhaps 2, and from then on what fits.
     refused = [size for size, _ in asked if size > most]
@@ -121,7 +121,7 @@ def test_tiles_of_valid_convolutions_are_halved_and_the_masks_are_the_same(
 ) -> None:
     asked = memory(side=side)
     more = ("--tile", 48, "--batch-size", batch_size, "--png")
-    ended = call("predict", *told(valid, pictures, tmp_path, *more))
+    ended = call("predict", *argv(valid, pictures, tmp_path, *more))
     assert ended.code == 0, ended.err
     ((line,),) = (ended.err.splitlines(),)
     assert line == (
@@ -137,11 +137,11 @@ def test_tiles_of_valid_convolutions_are_halved_and_the_masks_are_the_same(
         np.testing.assert_array_equal(mask, np.asarray(Image.open(path))[..., 0] > 127)
 
 
-def test_the_smallest_tile_that_does_not_fit_is_said_in_a_line(
+def test_the_smallest_tile_that_does_not_fit_is_reported_in_a_line(
     valid: Path, pictures: Path, call, memory, tmp_path: Path
 ) -> None:
     memory(most=0)
-    ended = call("predict", *told(valid, pictures, tmp_path, "--tile", 48))
+    ended = call("predict", *argv(valid, pictures, tmp_path, "--tile", 48))
     assert ended.code == 1
     ((line,),) = (ended.err.splitlines(),)
     assert line.startswith(
@@ -151,11 +151,11 @@ def test_the_smallest_tile_that_does_not_fit_is_said_in_a_line(
 
 
 @pytest.mark.parametrize("verb", ["predict", "evaluate"])
-def test_other_tiles_that_do_not_fit_are_said_in_a_line_that_names_the_flag(
+def test_other_tiles_that_do_not_fit_are_reported_in_a_line_that_names_the_flag(
     verb: str, bright: Path, pictures: Path, shards: Path, call, memory, tmp_path: Path
 ) -> None:
     memory(side=40)
-    given = told(bright, pictures, tmp_path, "--tile", 48)
+    given = argv(bright, pictures, tmp_path, "--tile", 48)
     if verb == "evaluate":
         given = ["--checkpoint", bright, "--data", shards, "--out", tmp_path, "--workers", 0]
     ended = call(verb, *given)
@@ -171,7 +171,7 @@ def test_other_tiles_that_do_not_fit_are_said_in_a_line_that_names_the_flag(
 
 @pytest.mark.parametrize("message", WORDS)
 @pytest.mark.parametrize("verb", ["predict", "evaluate"])
-def test_memory_that_runs_out_elsewhere_is_said_in_a_line(
+def test_memory_that_runs_out_elsewhere_is_reported_in_a_line(
     verb: str,
     message: str,
     bright: Path,
@@ -186,7 +186,7 @@ def test_memory_that_runs_out_elsewhere_is_said_in_a_line(
 
     monkeypatch.setattr("pipelines.inference.tiles.predict_masks", fail)
     monkeypatch.setattr("pipelines.evaluation.score.predict_mask", fail)
-    given = told(bright, pictures, tmp_path)
+    given = argv(bright, pictures, tmp_path)
     if verb == "evaluate":
         given = ["--checkpoint", bright, "--data", shards, "--out", tmp_path, "--workers", 0]
     ended = call(verb, *given)
@@ -202,9 +202,9 @@ def test_memory_that_runs_out_elsewhere_is_said_in_a_line(
 def test_a_batch_is_halved_in_whichever_words_memory_runs_out(
     message: str, bright: Path, pictures: Path, call, memory, content, tmp_path: Path
 ) -> None:
-    assert call("predict", *told(bright, pictures, tmp_path / "a")).code == 0
+    assert call("predict", *argv(bright, pictures, tmp_path / "a")).code == 0
     memory(1, error=RuntimeError(message))
-    ended = call("predict", *told(bright, pictures, tmp_path / "b"))
+    ended = call("predict", *argv(bright, pictures, tmp_path / "b"))
     assert ended.code == 0, ended.err
     assert ended.err.count("exceeds the memory of this GPU") == 1
     assert content(tmp_path / "b") == content(tmp_path / "a")
@@ -214,7 +214,7 @@ def test_an_engine_that_is_missing_for_another_reason_is_quoted(
     bright: Path, pictures: Path, call, memory, tmp_path: Path
 ) -> None:
     memory(0, error=RuntimeError(WORDS[2]))
-    ended = call("predict", *told(bright, pictures, tmp_path))
+    ended = call("predict", *argv(bright, pictures, tmp_path))
     assert ended.code == 1
     assert f"({WORDS[2]})" in ended.err
     assert ended.err.count("\n") == 1
@@ -225,7 +225,7 @@ def test_other_errors_of_a_pass_halve_nothing(
 ) -> None:
     asked = memory(0, error=RuntimeError("shapes cannot be multiplied"))
     with pytest.raises(RuntimeError, match="shapes"):
-        call("predict", *told(bright, pictures, tmp_path))
+        call("predict", *argv(bright, pictures, tmp_path))
     assert len(asked) == 1
 
 

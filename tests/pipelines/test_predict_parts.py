@@ -1,4 +1,4 @@
-"""Predicting in parts, by jobs that know nothing of each other: the bytes of one process."""
+"""Prediction in parts, by independent jobs: byte-identical to one process."""
 
 import itertools
 import json
@@ -29,7 +29,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory, draw) -> Path:
 
 
 @pytest.fixture(scope="module")
-def told(bright: Path, pictures: Path) -> Callable[..., list[object]]:
+def argv(bright: Path, pictures: Path) -> Callable[..., list[object]]:
     def flags(out: Path, *more: object) -> list[object]:
         return [
             *("--checkpoint", bright, "--input", pictures, "--out", out, "--workers", 0),
@@ -40,23 +40,23 @@ def told(bright: Path, pictures: Path) -> Callable[..., list[object]]:
 
 
 @pytest.fixture(scope="module")
-def whole(told, call, content, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+def whole(argv, call, content, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """The bytes of one process."""
     out = tmp_path_factory.mktemp("whole")
-    assert call("predict", *told(out)).code == 3
+    assert call("predict", *argv(out)).code == 3
     assert len([*out.glob("*.tar")]) == 7
     return content(out)
 
 
 @pytest.mark.parametrize("order", [*itertools.permutations((1, 2, 3))], ids=str)
 def test_parts_in_any_order_make_the_same_bytes_and_the_last_ends_the_job(
-    order: tuple[int, ...], told, whole, call, content, tmp_path: Path
+    order: tuple[int, ...], argv, whole, call, content, tmp_path: Path
 ) -> None:
     shards = {1: 3, 2: 2, 3: 2}
     there = 0
     for part in order:
         assert not (tmp_path / "index.json").exists()
-        ended = call("predict", *told(tmp_path, "--part", f"{part}/3"))
+        ended = call("predict", *argv(tmp_path, "--part", f"{part}/3"))
         # Part 3 has the input that cannot be read, whenever it runs.
         assert ended.code == (3 if part == 3 else 0), ended.err
         there += shards[part]
@@ -66,13 +66,13 @@ def test_parts_in_any_order_make_the_same_bytes_and_the_last_ends_the_job(
             assert "1 inputs could not be read" in ended.out
         else:
             assert ended.out.splitlines() == [
-                f"part {part}/3: {shards[part]} shards are there; the last part ends the job"
+                f"part {part}/3: {shards[part]} shards finished; the last part writes the manifest"
             ]
     assert content(tmp_path) == whole
 
 
-def test_parts_side_by_side_make_the_same_bytes(told, whole, spawn, content, tmp_path) -> None:
-    parts = [spawn("predict", *told(tmp_path, "--part", f"{i}/3")) for i in (1, 2, 3)]
+def test_parts_side_by_side_make_the_same_bytes(argv, whole, spawn, content, tmp_path) -> None:
+    parts = [spawn("predict", *argv(tmp_path, "--part", f"{i}/3")) for i in (1, 2, 3)]
     for number, process in enumerate(parts, 1):
         _, complaint = process.communicate(timeout=200)
         assert process.returncode == (3 if number == 3 else 0), complaint
@@ -95,14 +95,14 @@ def dying_part(arguments: list[str]) -> None:
 
 
 def test_a_part_that_died_holds_nobody_and_is_made_up_for(
-    told, whole, call, content, tmp_path: Path
+    argv, whole, call, content, tmp_path: Path
 ) -> None:
-    arguments = [str(flag) for flag in told(tmp_path, "--part", "1/2")]
+    arguments = [str(flag) for flag in argv(tmp_path, "--part", "1/2")]
     process = multiprocessing.get_context("fork").Process(target=dying_part, args=(arguments,))
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
-    ended = call("predict", *told(tmp_path, "--part", "2/2"))
+    ended = call("predict", *argv(tmp_path, "--part", "2/2"))
     assert ended.code == 0, ended.err
     there = {path: path.stat().st_ino for path in tmp_path.glob("*.tar")}
     assert sorted(path.name for path in there) == [
@@ -110,58 +110,58 @@ def test_a_part_that_died_holds_nobody_and_is_made_up_for(
     ]
     assert not (tmp_path / "index.json").exists()
     # Without --part: what is missing.
-    assert call("predict", *told(tmp_path)).code == 3
+    assert call("predict", *argv(tmp_path)).code == 3
     assert {path: path.stat().st_ino for path in there} == there
     assert content(tmp_path) == whole
 
 
-def test_a_part_given_again_does_nothing_twice_and_ends_as_before(
-    told, whole, call, content, tmp_path: Path
+def test_a_rerun_of_a_part_does_nothing_twice_and_ends_as_before(
+    argv, whole, call, content, tmp_path: Path
 ) -> None:
     for _ in range(2):
-        ended = call("predict", *told(tmp_path, "--part", "3/3"))
+        ended = call("predict", *argv(tmp_path, "--part", "3/3"))
         assert ended.code == 3
-        assert re.match(r"part 3/3: 2 shards are there", ended.out)
+        assert re.match(r"part 3/3: 2 shards finished", ended.out)
     # Cut otherwise on the way: the number of parts is not the job's.
-    assert call("predict", *told(tmp_path, "--part", "1/2")).code == 3
-    assert call("predict", *told(tmp_path, "--part", "2/2")).code == 0
+    assert call("predict", *argv(tmp_path, "--part", "1/2")).code == 3
+    assert call("predict", *argv(tmp_path, "--part", "2/2")).code == 0
     assert content(tmp_path) == whole
-    assert call("predict", *told(tmp_path, "--part", "2/2")).code == 0
+    assert call("predict", *argv(tmp_path, "--part", "2/2")).code == 0
     assert content(tmp_path) == whole
 
 
-def test_more_parts_than_shards_do_no_harm(told, whole, call, content, tmp_path: Path) -> None:
+def test_more_parts_than_shards_do_no_harm(argv, whole, call, content, tmp_path: Path) -> None:
     for part in (9, *range(8, 0, -1)):
-        ended = call("predict", *told(tmp_path, "--part", f"{part}/9"))
+        ended = call("predict", *argv(tmp_path, "--part", f"{part}/9"))
         assert ended.code == (3 if part == 3 else 0), ended.err
     assert content(tmp_path) == whole
 
 
 @pytest.mark.ranks
 def test_the_ranks_of_a_part_share_its_shards(
-    told, whole, call, launch, content, tmp_path: Path
+    argv, whole, call, launch, content, tmp_path: Path
 ) -> None:
-    ended = launch(2, "predict", *told(tmp_path, "--part", "1/2"))
+    ended = launch(2, "predict", *argv(tmp_path, "--part", "1/2"))
     assert ended.code == 0, ended.err
     made = {path.name for path in tmp_path.glob("*.tar")}
     assert made == {f"predicted-{number:06d}.tar" for number in (0, 2, 4, 6)}
-    ended = launch(2, "predict", *told(tmp_path, "--part", "2/2"))
+    ended = launch(2, "predict", *argv(tmp_path, "--part", "2/2"))
     assert ended.code == 0, ended.err
     assert json.loads((tmp_path / "state.json").read_text())["errors"] == 1
     assert content(tmp_path) == whole
 
 
-def test_a_part_with_other_settings_is_refused(told, call, content, tmp_path: Path) -> None:
-    assert call("predict", *told(tmp_path, "--part", "1/2")).code == 3
+def test_a_part_with_other_settings_is_refused(argv, call, content, tmp_path: Path) -> None:
+    assert call("predict", *argv(tmp_path, "--part", "1/2")).code == 3
     before = content(tmp_path)
-    ended = call("predict", *told(tmp_path, "--part", "2/2", "--min-confidence", 0.7))
+    ended = call("predict", *argv(tmp_path, "--part", "2/2", "--min-confidence", 0.7))
     assert ended.code == 2
-    assert "was begun with min_confidence = 0.0, now it is 0.7" in ended.err
+    assert "was started with min_confidence = 0.0, now it is 0.7" in ended.err
     assert content(tmp_path) == before
 
 
 @pytest.mark.parametrize(
-    ("part", "said"),
+    ("part", "message"),
     [
         ("4/3", "--part must be i/n with i from 1 to n, got '4/3'"),
         ("0/3", "--part must be i/n with i from 1 to n, got '0/3'"),
@@ -169,10 +169,10 @@ def test_a_part_with_other_settings_is_refused(told, call, content, tmp_path: Pa
     ],
 )
 def test_parts_that_make_no_sense_are_refused(
-    part: str, said: str, told, call, tmp_path: Path
+    part: str, message: str, argv, call, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    ended = call("predict", *told(out, "--part", part))
+    ended = call("predict", *argv(out, "--part", part))
     assert ended.code == 2
-    assert said in ended.said
+    assert message in ended.said
     assert not out.exists()

@@ -1,4 +1,4 @@
-"""Predicting into a bucket: the bytes of a local prediction, whole or absent, after any kill."""
+"""Prediction into a bucket: byte-identical to a local one, atomic, resumable after kills."""
 
 import json
 import time
@@ -26,7 +26,7 @@ def bright(by_hand) -> Path:
     return by_hand()
 
 
-def told(checkpoint: Path, given: object, out: object, *more: object) -> list[object]:
+def argv(checkpoint: Path, given: object, out: object, *more: object) -> list[object]:
     return ["--checkpoint", checkpoint, "--input", given, "--out", out, "--workers", 0, *more]
 
 
@@ -42,7 +42,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory, draw) -> Path:
 def local(bright: Path, pictures: Path, call, content, tmp_path_factory) -> Objects:
     """What is to be there in the end."""
     out = tmp_path_factory.mktemp("local")
-    assert call("predict", *told(bright, pictures, out, *EVERYTHING)).code == 3
+    assert call("predict", *argv(bright, pictures, out, *EVERYTHING)).code == 3
     return content(out)
 
 
@@ -51,7 +51,7 @@ def test_the_objects_are_those_of_a_local_prediction(
     workers: int, bright: Path, pictures: Path, local: Objects, objects, call
 ) -> None:
     url = f"s3://bucket/whole-{workers}"
-    given = told(bright, pictures, url, *EVERYTHING, "--workers", workers)
+    given = argv(bright, pictures, url, *EVERYTHING, "--workers", workers)
     ended = call("predict", *given)
     assert ended.code == 3, ended.err
     assert objects(url) == local
@@ -68,7 +68,7 @@ def test_after_a_kill_the_objects_are_the_same_and_none_was_sent_twice(
 ) -> None:
     pictures = draw(tmp_path / "in", 40, size=(160, 160)) / "images"
     more = ("--samples-per-shard", 1, "--batch-size", 1)
-    assert call("predict", *told(bright, pictures, tmp_path / "out", *more)).code == 0
+    assert call("predict", *argv(bright, pictures, tmp_path / "out", *more)).code == 0
     url = "s3://bucket/killed"
     system, root = fsspec.url_to_fs(url)
 
@@ -81,7 +81,7 @@ def test_after_a_kill_the_objects_are_the_same_and_none_was_sent_twice(
             if name.endswith(".tar")
         }
 
-    process = spawn("predict", *told(bright, pictures, url, *more))
+    process = spawn("predict", *argv(bright, pictures, url, *more))
 
     def two_are_there() -> bool:
         time.sleep(0.05)  # the server answers in this process: it is not asked all the time
@@ -93,7 +93,7 @@ def test_after_a_kill_the_objects_are_the_same_and_none_was_sent_twice(
     there = objects(url)
     assert "index.json" not in there
     assert "job.json" in there
-    ended = call("predict", *told(bright, pictures, url, *more))
+    ended = call("predict", *argv(bright, pictures, url, *more))
     assert ended.code == 0, ended.err
     assert finished.items() <= shards().items()
     assert objects(url) == content(tmp_path / "out")
@@ -102,12 +102,12 @@ def test_after_a_kill_the_objects_are_the_same_and_none_was_sent_twice(
 def test_another_job_in_the_same_place_is_refused_by_name(
     bright: Path, pictures: Path, objects, call
 ) -> None:
-    url = "s3://bucket/begun"
-    assert call("predict", *told(bright, pictures, url)).code == 3
+    url = "s3://bucket/started"
+    assert call("predict", *argv(bright, pictures, url)).code == 3
     before = objects(url)
-    ended = call("predict", *told(bright, pictures, url, "--min-confidence", 0.7))
+    ended = call("predict", *argv(bright, pictures, url, "--min-confidence", 0.7))
     assert ended.code == 2
-    assert f"{url} was begun with min_confidence = 0.0, now it is 0.7" in ended.err
+    assert f"{url} was started with min_confidence = 0.0, now it is 0.7" in ended.err
     assert objects(url) == before
 
 
@@ -117,31 +117,31 @@ def test_a_place_with_other_shards_is_left_alone(
     url = "s3://bucket/others"
     system, root = fsspec.url_to_fs(url)
     system.pipe_file(f"{root}/train-000000.tar", b"theirs")
-    ended = call("predict", *told(bright, pictures, url))
+    ended = call("predict", *argv(bright, pictures, url))
     assert ended.code == 2
-    assert f"{url} holds shards of something else" in ended.err
+    assert f"{url} holds other shards" in ended.err
     assert objects(url) == {"train-000000.tar": b"theirs"}
 
 
-def test_one_picture_is_drawn_there_too(bright: Path, pictures: Path, objects, call) -> None:
+def test_one_image_is_drawn_there_too(bright: Path, pictures: Path, objects, call) -> None:
     url = "s3://bucket/one"
-    assert call("predict", *told(bright, pictures / "p000.png", url)).code == 0
+    assert call("predict", *argv(bright, pictures / "p000.png", url)).code == 0
     assert objects(url)["p000.figure.png"].startswith(b"\x89PNG")
 
 
-def test_a_bucket_that_is_not_there_is_said_in_one_line(bright: Path, pictures: Path, call) -> None:
-    ended = call("predict", *told(bright, pictures, "s3://nowhere/a"))
+def test_a_missing_bucket_is_reported_in_one_line(bright: Path, pictures: Path, call) -> None:
+    ended = call("predict", *argv(bright, pictures, "s3://nowhere/a"))
     assert ended.code == 1
     ((line,),) = (ended.err.splitlines(),)
     assert line.startswith("unet predict: s3://nowhere/a")
     assert "bucket" in line.lower()
 
 
-def test_an_upload_that_fails_is_said_and_goes_on_later(
+def test_an_upload_that_fails_is_reported_and_resumes_later(
     bright: Path, pictures: Path, local: Objects, objects, call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url = "s3://bucket/failing"
-    given = told(bright, pictures, url, *EVERYTHING)
+    given = argv(bright, pictures, url, *EVERYTHING)
     put = s3fs.S3FileSystem._put_file
 
     async def fail(self, lpath, rpath, *given, **more):
@@ -170,7 +170,7 @@ def test_from_a_bucket_into_a_bucket(
     for path in pictures.iterdir():
         system.pipe_file(f"{root}/{path.name}", path.read_bytes())
     url = "s3://bucket/there"
-    given = told(bright, "s3://bucket/in", url, *EVERYTHING, "--workers", 1)
+    given = argv(bright, "s3://bucket/in", url, *EVERYTHING, "--workers", 1)
     ended = call("predict", *given)
     assert ended.code == 3, ended.err
     # The errors name the places of the inputs.

@@ -110,26 +110,26 @@ def test_lists_may_name_urls_in_any_bucket_and_lie_at_urls(folder: Path, tmp_pat
 @pytest.mark.parametrize(
     "given", ["s3://bucket/nothing", "s3://bucket/in/*.webp", "s3://b*/in/pics", "s3://nowhere/a"]
 )
-def test_what_is_not_there_is_said_as_of_files_here(given: str) -> None:
+def test_what_is_missing_is_reported_as_of_files_here(given: str) -> None:
     with pytest.raises(UsageError, match="no image, folder, list") as caught:
         find_inputs(given)
     assert str(caught.value).startswith(f"--input {given}: ")
 
 
-def test_a_folder_without_pictures_is_refused(folder: Path) -> None:
+def test_a_folder_without_images_is_refused(folder: Path) -> None:
     fsspec.filesystem("s3").pipe_file("bucket/none/notes.md", b"")
     with pytest.raises(DataError, match="s3://bucket/none contains no images"):
         find_inputs("s3://bucket/none")
 
 
 @pytest.mark.parametrize("given", ["gs://bucket/pics", "nothing://bucket/pics"])
-def test_what_cannot_be_reached_is_said_in_one_line(given: str) -> None:
+def test_what_cannot_be_reached_is_reported_in_one_line(given: str) -> None:
     with pytest.raises(DataError, match=f"{given} cannot be reached: ") as caught:
         find_inputs(given)
     assert "\n" not in str(caught.value)
 
 
-def test_a_picture_that_vanishes_is_an_error_of_its_own() -> None:
+def test_a_image_that_vanishes_is_an_error_of_its_own() -> None:
     fsspec.filesystem("s3").pipe({"bucket/gone/a.png": b"a", "bucket/gone/b.png": b"b"})
     inputs = find_inputs("s3://bucket/gone")
     fsspec.filesystem("s3").rm("bucket/gone/a.png")
@@ -160,7 +160,7 @@ def test_what_fails_at_first_is_asked_for_again(
     assert len(failed) >= len(expected)
 
 
-def test_what_fails_for_good_is_an_error_of_each_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_fails_for_good_is_an_error_of_each_image(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards.store, "RETRY_DELAYS", (1e-3,) * 3)
     every = [find_inputs(f"{URL}/{given}") for given in ("in/pics", "in/tars", "shards")]
 
@@ -178,11 +178,11 @@ def test_worker_processes_predict_from_a_url_what_they_do_from_a_copy(
     given: str, by_hand, spawn, call, content, folder: Path, tmp_path: Path
 ) -> None:
     # The command has listed with a client of its own before it starts its workers.
-    told = ("--checkpoint", by_hand(), "--samples-per-shard", 4)
+    argv = ("--checkpoint", by_hand(), "--samples-per-shard", 4)
     where = {"here": folder / given, "there": f"{URL}/in/{given}"}
     for name, place in where.items():
         more = ("--input", place, "--out", tmp_path / name, "--workers", 2)
-        process = spawn("predict", *told, *more)
+        process = spawn("predict", *argv, *more)
         out, err = process.communicate(timeout=120)
         assert process.returncode == 0, err
         assert f" masks in {tmp_path / name}" in out
@@ -190,19 +190,19 @@ def test_worker_processes_predict_from_a_url_what_they_do_from_a_copy(
     assert here.keys() == there.keys()
     assert sum(name.endswith(".tar") for name in here) > 0
     for name in here:
-        # A job is known by its list, which for tars says where they lie.
+        # A job is identified by its list of inputs, which for tars holds their URLs.
         assert name == "job.json" or here[name] == there[name]
 
 
-def test_bad_inputs_at_a_url_are_listed_and_the_job_goes_on(
+def test_bad_inputs_at_a_url_are_listed_and_the_job_continues(
     by_hand, spawn, folder: Path, tmp_path: Path
 ) -> None:
     system = fsspec.filesystem("s3")
     good = (folder / "pics" / "a.png").read_bytes()
     system.pipe({"bucket/bad/a.png": good, "bucket/bad/b.png": b"", "bucket/bad/c.png": good[:99]})
     (tmp_path / "list.txt").write_text("\n".join(f"{URL}/bad/{name}.png" for name in "abcd"))
-    told = ("--checkpoint", by_hand(), "--input", tmp_path / "list.txt", "--workers", 2)
-    process = spawn("predict", *told, "--out", tmp_path / "out")
+    argv = ("--checkpoint", by_hand(), "--input", tmp_path / "list.txt", "--workers", 2)
+    process = spawn("predict", *argv, "--out", tmp_path / "out")
     _, err = process.communicate(timeout=120)
     assert process.returncode == 3, err
     lines = (tmp_path / "out" / "errors.jsonl").read_text().splitlines()

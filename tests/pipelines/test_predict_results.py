@@ -1,4 +1,4 @@
-"""What is made of probabilities: thresholds, specks, ignored pixels, and the probabilities kept."""
+"""From probabilities to results: thresholds, small components, ignored pixels, stored values."""
 
 import io
 import json
@@ -41,7 +41,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def told(checkpoint: Path, given: object, out: object, *more: object) -> list[object]:
+def argv(checkpoint: Path, given: object, out: object, *more: object) -> list[object]:
     return ["--checkpoint", checkpoint, "--input", given, "--out", out, "--workers", 0, *more]
 
 
@@ -76,7 +76,7 @@ def test_the_second_class_is_wherever_it_is_as_probable_as_the_threshold(
     threshold: float, least: int, tile: int, bright: Path, pictures: Path, call, tmp_path: Path
 ) -> None:
     more = ("--threshold", threshold, "--tile", tile)
-    assert call("predict", *told(bright, pictures, tmp_path, *more)).code == 0
+    assert call("predict", *argv(bright, pictures, tmp_path, *more)).code == 0
     for source, (mask, info) in read(tmp_path).items():
         expected = red(pictures, source) >= least
         np.testing.assert_array_equal(mask, expected)
@@ -88,7 +88,7 @@ def test_the_second_class_is_wherever_it_is_as_probable_as_the_threshold(
 
 def test_a_threshold_for_three_classes_is_refused(by_hand, pictures: Path, call, tmp_path) -> None:
     three = by_hand("RGB", ("background", "cell", "wall"))
-    ended = call("predict", *told(three, pictures, tmp_path / "out", "--threshold", 0.3))
+    ended = call("predict", *argv(three, pictures, tmp_path / "out", "--threshold", 0.3))
     assert ended.code == 2
     ((line,),) = (ended.err.splitlines(),)
     assert "--threshold is for models of two classes" in line
@@ -104,7 +104,7 @@ def test_specks_are_removed_from_the_mask_and_all_that_counts_it(
 ) -> None:
     plain, clean = tmp_path / "plain", tmp_path / "clean"
     for out, more in ((plain, ()), (clean, ("--min-area", 20, "--png"))):
-        assert call("predict", *told(bright, pictures, out, *more)).code == 0
+        assert call("predict", *argv(bright, pictures, out, *more)).code == 0
     before, after = read(plain), read(clean)
     for source, (mask, info) in after.items():
         expected = specks.remove_specks(before[source][0], 20)
@@ -122,11 +122,11 @@ def test_without_scipy_min_area_is_refused_in_one_line(
     bright: Path, pictures: Path, call, monkeypatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(predict, "has_scipy", lambda: False)
-    ended = call("predict", *told(bright, pictures, tmp_path / "out", "--min-area", 5))
+    ended = call("predict", *argv(bright, pictures, tmp_path / "out", "--min-area", 5))
     assert ended.code == 2
     assert ended.err == ("unet predict: --min-area needs SciPy: pip install 'unet-shards[scipy]'\n")
     # No area is below one pixel.
-    assert call("predict", *told(bright, pictures, tmp_path, "--min-area", 1)).code == 0
+    assert call("predict", *argv(bright, pictures, tmp_path, "--min-area", 1)).code == 0
 
 
 @pytest.mark.parametrize("more", [(), ("--min-area", 20), ("--threshold", 0.9)])
@@ -136,9 +136,9 @@ def test_a_mask_with_min_confidence_differs_in_ignored_pixels_only(
 ) -> None:
     plain, careful = tmp_path / "plain", tmp_path / "careful"
     more = (*more, "--tile", tile)
-    assert call("predict", *told(bright, pictures, plain, *more)).code == 0
+    assert call("predict", *argv(bright, pictures, plain, *more)).code == 0
     assert (
-        call("predict", *told(bright, pictures, careful, *more, "--min-confidence", 0.9)).code == 0
+        call("predict", *argv(bright, pictures, careful, *more, "--min-confidence", 0.9)).code == 0
     )
     before, ignored = read(plain), 0
     chosen_at = 129 if "--threshold" in more else 128
@@ -166,7 +166,7 @@ def test_probabilities_are_read_by_stock_webdataset(
 ) -> None:
     three = by_hand("RGB", ("background", "cell", "wall"))
     more = ("--probabilities", kind, "--tile", tile)
-    assert call("predict", *told(three, pictures, tmp_path, *more)).code == 0
+    assert call("predict", *argv(three, pictures, tmp_path, *more)).code == 0
     shards = str(tmp_path / "predicted-000000.tar")
     samples = {s["__key__"]: s for s in wds.WebDataset(shards, shardshuffle=False).decode("pil")}
     assert set(samples) == {"p0", "p1", "p2"}
@@ -195,8 +195,8 @@ def test_a_data_set_with_probabilities_is_one_like_any_other(
     kind: str, bright: Path, pictures: Path, call, tmp_path: Path
 ) -> None:
     plain, kept = tmp_path / "plain", tmp_path / "kept"
-    assert call("predict", *told(bright, pictures, plain)).code == 0
-    assert call("predict", *told(bright, pictures, kept, "--probabilities", kind)).code == 0
+    assert call("predict", *argv(bright, pictures, plain)).code == 0
+    assert call("predict", *argv(bright, pictures, kept, "--probabilities", kind)).code == 0
     for source, (mask, info) in read(plain).items():
         np.testing.assert_array_equal(read(kept)[source][0], mask)
         assert read(kept)[source][1] == info
@@ -213,7 +213,7 @@ def test_a_key_that_leaves_no_room_for_probabilities_is_an_error_of_its_own(
     # Beyond 90 bytes a key is a hash of 72.
     for length in (82, 83, 90, 91):
         (tmp_path / "in" / f"{'x' * length}.png").write_bytes(data)
-    given = told(bright, tmp_path / "in", tmp_path / "out", "--probabilities", "png")
+    given = argv(bright, tmp_path / "in", tmp_path / "out", "--probabilities", "png")
     assert call("predict", *given).code == 3
     lines = (tmp_path / "out" / "errors.jsonl").read_text().splitlines()
     errors = [json.loads(line)["error"] for line in lines]
@@ -221,7 +221,7 @@ def test_a_key_that_leaves_no_room_for_probabilities_is_an_error_of_its_own(
     assert "has a key of 83 bytes; with --probabilities a tar has room for 82" in errors[0]
     assert "has a key of 90 bytes" in errors[1]
     assert len(read(tmp_path / "out")) == 2
-    assert call("predict", *told(bright, tmp_path / "in", tmp_path / "plain")).code == 0
+    assert call("predict", *argv(bright, tmp_path / "in", tmp_path / "plain")).code == 0
 
 
 # ---- the same bytes
@@ -229,7 +229,7 @@ def test_a_key_that_leaves_no_room_for_probabilities_is_an_error_of_its_own(
 
 EVERYTHING = (
     *("--probabilities", "float16", "--min-area", 9, "--min-confidence", 0.8, "--threshold", 0.4),
-    *("--include-image", "--split", "train", "--png", "--overlay", "--samples-per-shard", 2),
+    *("--include-image", "--out-split", "train", "--png", "--overlay", "--samples-per-shard", 2),
 )
 
 
@@ -237,8 +237,8 @@ EVERYTHING = (
 def test_with_everything_the_bytes_do_not_depend_on_the_number_of_workers(
     workers: int, bright: Path, pictures: Path, call, content, tmp_path: Path
 ) -> None:
-    assert call("predict", *told(bright, pictures, tmp_path / "0", *EVERYTHING)).code == 0
-    given = told(bright, pictures, tmp_path / "n", *EVERYTHING)
+    assert call("predict", *argv(bright, pictures, tmp_path / "0", *EVERYTHING)).code == 0
+    given = argv(bright, pictures, tmp_path / "n", *EVERYTHING)
     assert call("predict", *given, "--workers", workers).code == 0
     assert content(tmp_path / "n") == content(tmp_path / "0")
 
@@ -247,8 +247,8 @@ def test_with_everything_the_bytes_do_not_depend_on_the_number_of_workers(
 def test_with_everything_the_bytes_do_not_depend_on_the_number_of_ranks(
     bright: Path, pictures: Path, call, launch, content, tmp_path: Path
 ) -> None:
-    assert call("predict", *told(bright, pictures, tmp_path / "1", *EVERYTHING)).code == 0
-    ended = launch(2, "predict", *told(bright, pictures, tmp_path / "2", *EVERYTHING))
+    assert call("predict", *argv(bright, pictures, tmp_path / "1", *EVERYTHING)).code == 0
+    ended = launch(2, "predict", *argv(bright, pictures, tmp_path / "2", *EVERYTHING))
     assert ended.code == 0, ended.err
     assert content(tmp_path / "2") == content(tmp_path / "1")
 
@@ -258,12 +258,12 @@ def test_with_everything_a_kill_leaves_nothing_behind(
 ) -> None:
     pictures = draw(tmp_path / "in", 24, size=(160, 160)) / "images"
     whole, out = tmp_path / "whole", tmp_path / "out"
-    assert call("predict", *told(bright, pictures, whole, *EVERYTHING)).code == 0
-    process = spawn("predict", *told(bright, pictures, out, *EVERYTHING))
+    assert call("predict", *argv(bright, pictures, whole, *EVERYTHING)).code == 0
+    process = spawn("predict", *argv(bright, pictures, out, *EVERYTHING))
     wait_for(lambda: len([*out.glob("*.tar")]) >= 2, "shard 2")
     kill(process)
     assert not (out / "index.json").exists()
-    assert call("predict", *told(bright, pictures, out, *EVERYTHING)).code == 0
+    assert call("predict", *argv(bright, pictures, out, *EVERYTHING)).code == 0
     assert content(out) == content(whole)
 
 
@@ -276,7 +276,7 @@ def test_with_fail_fast_the_first_input_that_cannot_be_read_ends_the_job(
     pictures, out = draw(tmp_path / "in", 9, size=(20, 20)) / "images", tmp_path / "out"
     for name in ("p004.png", "p007.png"):
         (pictures / name).write_bytes(b"")
-    given = told(bright, pictures, out, "--samples-per-shard", 2, "--batch-size", 1)
+    given = argv(bright, pictures, out, "--samples-per-shard", 2, "--batch-size", 1)
     ended = call("predict", *given, "--fail-fast")
     assert ended.code == 1
     ((line,),) = (ended.err.splitlines(),)
@@ -289,13 +289,13 @@ def test_with_fail_fast_the_first_input_that_cannot_be_read_ends_the_job(
     for name in ("p004.png", "p007.png"):
         (pictures / name).write_bytes((pictures / "p000.png").read_bytes())
     assert call("predict", *given, "--fail-fast").code == 0
-    assert call("predict", *told(bright, pictures, tmp_path / "whole", *given[8:])).code == 0
+    assert call("predict", *argv(bright, pictures, tmp_path / "whole", *given[8:])).code == 0
     assert content(out) == content(tmp_path / "whole")
 
 
-def test_one_picture_is_drawn_beside_its_mask(bright: Path, draw, call, tmp_path: Path) -> None:
+def test_one_image_is_drawn_beside_its_mask(bright: Path, draw, call, tmp_path: Path) -> None:
     picture = draw(tmp_path / "in", 1, size=(40, 60), name="one") / "images" / "one.png"
-    assert call("predict", *told(bright, picture, tmp_path / "out")).code == 0
+    assert call("predict", *argv(bright, picture, tmp_path / "out")).code == 0
     drawn = np.asarray(Image.open(tmp_path / "out" / "one.figure.png"))
     image = np.asarray(Image.open(picture))
     mask = read(tmp_path / "out")["one.png"][0]
@@ -305,45 +305,45 @@ def test_one_picture_is_drawn_beside_its_mask(bright: Path, draw, call, tmp_path
     assert (overlay[mask == 1] != image[mask == 1]).any(axis=-1).mean() > 0.9
     # Two are not.
     draw(tmp_path / "two", 2, size=(40, 60))
-    assert call("predict", *told(bright, tmp_path / "two" / "images", tmp_path / "2")).code == 0
+    assert call("predict", *argv(bright, tmp_path / "two" / "images", tmp_path / "2")).code == 0
     assert not [*(tmp_path / "2").glob("*.figure.png")]
 
 
-def test_a_large_picture_is_drawn_small(bright: Path, call, tmp_path: Path) -> None:
+def test_a_large_image_is_drawn_small(bright: Path, call, tmp_path: Path) -> None:
     Image.new("L", (2000, 10), 200).save(tmp_path / "wide.png")
-    assert call("predict", *told(bright, tmp_path / "wide.png", tmp_path / "out")).code == 0
+    assert call("predict", *argv(bright, tmp_path / "wide.png", tmp_path / "out")).code == 0
     drawn = Image.open(tmp_path / "out" / "wide.figure.png")
     assert drawn.height == 5
     assert 2000 < drawn.width < 2100
 
 
-def test_progress_tells_pictures_pixels_errors_and_the_time_left(
+def test_progress_reports_images_pixels_errors_and_the_time_left(
     bright: Path, draw, call, monkeypatch, tmp_path: Path
 ) -> None:
     pictures = draw(tmp_path / "in", 6, size=(20, 20)) / "images"
     (pictures / "p001.png").write_bytes(b"")
     monkeypatch.setattr(progress, "LINE_INTERVAL", 1e-9)
-    ended = call("predict", *told(bright, pictures, tmp_path / "out"))
+    ended = call("predict", *argv(bright, pictures, tmp_path / "out"))
     assert ended.code == 3
     lines = [line for line in ended.err.splitlines() if line]
     assert lines
     line = r"predict, [\d.,]+ megapixels/s, [01] errors: \d of 6 images, [\d.,]+/s, \d\d:\d\d left"
-    for said in lines:
-        assert re.fullmatch(line, said), said
+    for message in lines:
+        assert re.fullmatch(line, message), message
     assert "1 errors: 6 of 6 images" in lines[-1]
 
 
 def test_what_waits_is_bounded_and_raises_what_fails() -> None:
-    waiting = engine.Waiting(10 * engine.OVERHEAD)
+    waiting = engine.BoundedQueue(10 * engine.OVERHEAD)
     done: list[Future[int]] = []
     with ThreadPoolExecutor(1) as pool:
         for number in range(200):
             done.append(pool.submit(int, number))
             waiting.add(done[-1], size=engine.OVERHEAD)
             assert len(waiting.work) <= 5
-            assert waiting.held <= 10 * engine.OVERHEAD
+            assert waiting.num_bytes <= 10 * engine.OVERHEAD
         waiting.finish()
-        assert waiting.held == 0
+        assert waiting.num_bytes == 0
         assert all(work.done() for work in done)
         # However large, one may be under way.
         waiting.add(pool.submit(int, 1), size=2**40)
@@ -355,7 +355,7 @@ def test_what_waits_is_bounded_and_raises_what_fails() -> None:
             waiting.finish()
 
 
-def test_results_come_one_behind_and_all_of_them() -> None:
+def test_results_are_delayed_by_one_and_all_of_them() -> None:
     made: list[int] = []
 
     def make():
@@ -363,13 +363,13 @@ def test_results_come_one_behind_and_all_of_them() -> None:
             made.append(number)
             yield number
 
-    seen = [(item, made[-1]) for item in engine.one_behind(make())]
+    seen = [(item, made[-1]) for item in engine.delay_by_one(make())]
     assert seen == [(0, 1), (1, 2), (2, 3), (3, 3)]
-    assert [*engine.one_behind(iter(()))] == []
+    assert [*engine.delay_by_one(iter(()))] == []
 
 
 @torch.inference_mode()
-def test_pictures_of_one_size_that_follow_each_other_go_together(bright: Path) -> None:
+def test_images_of_one_size_that_follow_each_other_go_together(bright: Path) -> None:
     sizes, seen = [(8, 8), (8, 8), None, (8, 8), (8, 9)], []
 
     def forward(images):
@@ -382,7 +382,7 @@ def test_pictures_of_one_size_that_follow_each_other_go_together(bright: Path) -
         Decoded(str(i), str(i), None if size is None else torch.zeros((3, *size)), size and None)
         for i, size in enumerate(sizes)
     ]
-    launched = [*engine.launch([Chunk(7, 0, 5)], [items], forward)]
+    launched = [*engine.predict_chunks([Chunk(7, 0, 5)], [items], forward)]
     assert seen == [(2, 8), (1, 8), (1, 9)]
     pairs = [pair for part in launched for pair in part.results()]
     assert [item.key for item, _ in pairs] == ["0", "1", "2", "3", "4"]

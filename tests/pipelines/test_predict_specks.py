@@ -40,7 +40,7 @@ def around(y, x):
 
 
 def remove_by_hand(mask, min_area):
-    """As the docstring says, round by round."""
+    """Reference implementation of the docstring, round by round."""
     found = mask.copy()
     waiting = [area for area in areas(mask) if len(area) < min_area]
     pixels = {(y, x) for y in range(mask.shape[0]) for x in range(mask.shape[1])}

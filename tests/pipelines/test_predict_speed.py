@@ -4,6 +4,7 @@ import functools
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -121,6 +122,49 @@ def test_the_first_tile_is_that_of_the_first_readable_input() -> None:
     assert first_tile(Decode(), TileConfig(tile=100), model) is None
 
 
+def test_weights_that_are_moved_stay_ordinary_tensors_and_compile_in_channels_last(
+    trained: Path, images: Path, call, samples, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    compile_it = functools.partial(torch.compile, backend="aot_eager")
+    monkeypatch.setattr(torch, "compile", compile_it)
+    weights, make = [], CompiledForward.__init__
+
+    def watch(compiled: CompiledForward, forward: Any, *more: Any) -> None:
+        weights.extend(forward.__self__.parameters())
+        make(compiled, forward, *more)
+
+    monkeypatch.setattr(CompiledForward, "__init__", watch)
+    for name, more in (("plain", ()), ("fast", ("--compile", "--channels-last"))):
+        ended = call("predict", *flags(trained, images, tmp_path / name, *more))
+        assert ended.code == 3, ended.err
+    assert weights
+    assert not any(weight.is_inference() for weight in weights)
+    plain, fast = samples(tmp_path / "plain"), samples(tmp_path / "fast")
+    for source, sample in plain.items():
+        assert (sample.mask != fast[source].mask).mean() < 0.01
+
+
+def test_after_a_compiled_batch_did_not_fit_the_line_says_that_smaller_ones_are_not_compiled(
+    trained: Path, draw, call, compiled_shapes, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    given, forward = draw(tmp_path / "in", 4, size=(40, 60)) / "images", UNet.forward
+
+    def bounded(model: UNet, image: torch.Tensor) -> torch.Tensor:
+        if len(image) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(model, image)
+
+    monkeypatch.setattr(UNet, "forward", torch.compiler.disable(bounded))
+    ended = call(
+        "predict", *flags(trained, given, tmp_path / "out", "--batch-size", 4, "--compile")
+    )
+    assert ended.code == 0, ended.err
+    assert compiled_shapes == [(4, 3, 40, 60)]
+    assert "going on with 2, uncompiled, so that from here on masks may differ" in ended.err
+    assert "--batch-size 2, into another --out, compiles all" in ended.err
+    assert "would have from the start" not in ended.err
+
+
 def test_a_network_that_cannot_be_compiled_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("Failed to find C compiler.\nPlease specify one")
@@ -165,7 +209,7 @@ def test_channels_last_comes_with_compile_on_a_gpu_unless_it_is_given(
     assert choose(False) is False
 
 
-def test_a_rerun_takes_the_batch_size_that_the_job_was_begun_with(
+def test_a_rerun_takes_the_batch_size_that_the_job_was_started_with(
     trained: Path, images: Path, call, content, monkeypatch, tmp_path: Path
 ) -> None:
     given = flags(trained, images, tmp_path, "--samples-per-shard", 3)
@@ -176,16 +220,16 @@ def test_a_rerun_takes_the_batch_size_that_the_job_was_begun_with(
     (tmp_path / "predicted-000001.tar").unlink()
     (tmp_path / "index.json").unlink()
     ended = call("predict", *given, "--batch-size", 7)
-    assert (ended.code, "begun with batch_size = 4, now it is 7" in ended.err) == (2, True)
+    assert (ended.code, "started with batch_size = 4, now it is 7" in ended.err) == (2, True)
     ended = call("predict", *given, "--channels-last")
-    assert (ended.code, "begun with channels_last = False, now" in ended.err) == (2, True)
+    assert (ended.code, "started with channels_last = False, now" in ended.err) == (2, True)
     ended = call("predict", *given, "--compile")
-    assert (ended.code, "begun with compile = False, now it is True" in ended.err) == (2, True)
+    assert (ended.code, "started with compile = False, now it is True" in ended.err) == (2, True)
     assert job(tmp_path)["batch_size"] == 4
     config = options.PredictConfig(checkpoint="", input="", out="o")
     settled = config.settle(job(tmp_path), torch.device("cuda"))
-    assert (settled.batch_size, settled.channels_last) == (4, False)
-    assert config.settle({}, torch.device("cpu")).batch_size == 7
+    assert (settled.tiles.batch_size, settled.channels_last) == (4, False)
+    assert config.settle({}, torch.device("cpu")).tiles.batch_size == 7
     assert content(tmp_path).items() <= before.items()
 
 
@@ -205,12 +249,12 @@ def test_a_job_of_a_version_without_a_setting_is_refused_by_name(
     trained: Path, images: Path, call, tmp_path: Path
 ) -> None:
     assert call("predict", *flags(trained, images, tmp_path)).code == 3
-    begun = job(tmp_path)
-    del begun["channels_last"]
-    (tmp_path / "job.json").write_text(json.dumps(begun))
+    started = job(tmp_path)
+    del started["channels_last"]
+    (tmp_path / "job.json").write_text(json.dumps(started))
     ended = call("predict", *flags(trained, images, tmp_path))
     assert ended.code == 2
-    assert "by a version of this program that did not know channels_last; predict" in ended.err
+    assert "by a version of this program without the setting channels_last; predict" in ended.err
 
 
 def test_channels_last_gives_the_same_masks(
@@ -226,7 +270,10 @@ def test_channels_last_gives_the_same_masks(
     monkeypatch.setattr(UNet, "forward", watch)
     for name, more in (("plain", ()), ("last", ("--channels-last",))):
         layouts.clear()
-        assert call("predict", *flags(trained, images, tmp_path / name, *more)).code == 3
+        assert (
+            call("predict", *flags(trained, images, tmp_path / name, "--include-image", *more)).code
+            == 3
+        )
         assert layouts == {name == "last"}
         assert job(tmp_path / name)["channels_last"] == (name == "last")
     plain, last = samples(tmp_path / "plain"), samples(tmp_path / "last")
@@ -280,7 +327,7 @@ def test_results_carry_the_counts_of_their_masks() -> None:
         counts=torch.tensor([[1, 3, 0], [4, 0, 0]]),
     )
     items = [Decoded("a", "a.png", None), Decoded("b", "b.png", None)]
-    found = [found for _, found in engine.Launched(0, items, masks, None).results()]
+    found = [found for _, found in engine.InFlightBatch(0, items, masks, None).results()]
     assert [one.counts for one in found] == [[1, 3, 0], [4, 0, 0]]
 
 

@@ -16,7 +16,7 @@ def bright(by_hand) -> Path:
     return by_hand()
 
 
-def told(checkpoint: Path, given: object, out: object, *more: object) -> list[object]:
+def argv(checkpoint: Path, given: object, out: object, *more: object) -> list[object]:
     return [
         *("--checkpoint", checkpoint, "--input", given, "--out", out, "--workers", 0),
         *("--include-image", *more),
@@ -48,11 +48,11 @@ def upright(path: Path) -> np.ndarray:
     return np.rot90(pixels, -1) if path.stem in ("camera", "turned") else pixels
 
 
-def test_pictures_lie_beside_their_masks_as_packing_stores_them(
+def test_images_lie_beside_their_masks_as_packing_stores_them(
     bright: Path, pictures: Path, call, samples, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    assert call("predict", *told(bright, pictures, out)).code == 0
+    assert call("predict", *argv(bright, pictures, out)).code == 0
     packed = ("--images", pictures, "--out", tmp_path / "packed", "--workers", 1)
     assert call("pack", *packed).code == 0
     found, expected = samples(out), samples(tmp_path / "packed")
@@ -70,17 +70,17 @@ def test_pictures_lie_beside_their_masks_as_packing_stores_them(
         np.testing.assert_array_equal(sample.mask, sample.image[..., 0] > 127)
     for source in ("plain.png", "photo.JPG", "scan.tif", "drawn.bmp", "misnamed.png"):
         assert found[source].raw.image == (pictures / source).read_bytes()
-    # The extension tells what the bytes are.
+    # The extension matches the format of the bytes.
     assert found["misnamed.png"].raw.extension == "jpg"
     assert found["camera.jpeg"].raw.extension == "png"
 
 
-def test_pictures_out_of_shards_go_into_shards_again(
+def test_images_out_of_shards_go_into_shards_again(
     bright: Path, pictures: Path, call, samples, tmp_path: Path
 ) -> None:
     packed = ("--images", pictures, "--out", tmp_path / "packed", "--workers", 1)
     assert call("pack", *packed).code == 0
-    assert call("predict", *told(bright, tmp_path / "packed", tmp_path / "out")).code == 0
+    assert call("predict", *argv(bright, tmp_path / "packed", tmp_path / "out")).code == 0
     found, given = samples(tmp_path / "out"), samples(tmp_path / "packed")
     assert set(found) == set(given)
     for source, sample in found.items():
@@ -93,7 +93,7 @@ def test_pictures_out_of_shards_go_into_shards_again(
 def test_a_split_has_the_name_that_it_is_given(
     bright: Path, pictures: Path, call, samples, tmp_path: Path
 ) -> None:
-    given = told(bright, pictures, tmp_path, "--split", "train", "--samples-per-shard", 5)
+    given = argv(bright, pictures, tmp_path, "--out-split", "train", "--samples-per-shard", 5)
     assert call("predict", *given).code == 0
     manifest = read_manifest(tmp_path)
     assert [*manifest.splits] == ["train"]
@@ -104,7 +104,7 @@ def test_a_split_has_the_name_that_it_is_given(
 
 
 @pytest.mark.parametrize("probabilities", ["none", "png", "float16"])
-def test_training_goes_on_with_pseudo_labels_beside_real_validation(
+def test_training_resumes_with_pseudo_labels_beside_real_validation(
     probabilities: str, bright: Path, shards: Path, cells: Path, call, metrics, tiny, tmp_path: Path
 ) -> None:
     # Images without masks: those that the data set does not validate on.
@@ -113,7 +113,7 @@ def test_training_goes_on_with_pseudo_labels_beside_real_validation(
     for path in sorted((cells / "images").iterdir())[4:]:
         (unseen / path.name).symlink_to(path)
     more = ("--min-confidence", 0.9, "--probabilities", probabilities, "--samples-per-shard", 3)
-    assert call("predict", *told(bright, unseen, tmp_path / "pseudo", *more)).code == 0
+    assert call("predict", *argv(bright, unseen, tmp_path / "pseudo", *more)).code == 0
 
     both = tmp_path / "both"
     (both / "val").mkdir(parents=True)
@@ -147,7 +147,7 @@ def test_what_cannot_be_trained_on_is_left_out(
     frames = [Image.new("L", (8, 8), level) for level in (0, 255)]
     frames[0].save(tmp_path / "in" / "film.gif", save_all=True, append_images=frames[1:])
     (tmp_path / "in" / "cut.png").rename(tmp_path / "in" / "empty.png")
-    ended = call("predict", *told(bright, tmp_path / "in", tmp_path / "out"))
+    ended = call("predict", *argv(bright, tmp_path / "in", tmp_path / "out"))
     assert ended.code == 3, ended.err
     assert (tmp_path / "out" / "errors.jsonl").read_text().count("\n") == 4
     assert set(samples(tmp_path / "out")) == {"good.png"}

@@ -77,7 +77,7 @@ def test_the_proposed_command_packs_the_masks(
         mask.save(path)
     before = content(tmp_path)
     ended = call("pack", *auto(folder, "--val-fraction", 0, "--out", tmp_path / "out"))
-    assert ended.code == 1
+    assert ended.code == 0
     assert content(tmp_path) == before
     assert not (tmp_path / "out").exists()
     program, verb, *words = proposed(ended.out)
@@ -101,7 +101,7 @@ def test_the_proposed_command_packs_the_masks(
 def test_the_proposed_command_keeps_the_given_flags(folder: Path, call, tmp_path: Path) -> None:
     more = ("--test-fraction", 0.25, "--skip-unpaired", "--image-range", 5, 900, "--frame", 0)
     ended = call("check", *auto(folder, *more, "--out", tmp_path / "a look"))
-    assert ended.code == 1
+    assert ended.code == 0
     words = proposed(ended.out)
     assert words[:2] == ["unet", "check"]
     line = shlex.join(words)
@@ -136,7 +136,7 @@ def test_the_proposal_does_not_depend_on_the_number_of_workers(
     (folder / "masks" / "more7.png").write_bytes(b"")
     one = call("pack", *auto(folder, "--out", "out"))
     several = call("pack", *auto(folder, "--out", "out", "--workers", workers))
-    assert one.code == several.code == 1
+    assert one.code == several.code == 0
     assert one.out.replace("--workers 1", "") == several.out.replace(f"--workers {workers}", "")
     assert one.err == several.err
 
@@ -147,7 +147,7 @@ def test_masks_that_cannot_be_read_are_named(folder: Path, call) -> None:
     (folder / "masks" / "p002.png").unlink()
     (folder / "masks" / "p002.png").symlink_to(folder / "nowhere")
     ended = call("pack", *auto(folder, "--out", "out"))
-    assert ended.code == 1
+    assert ended.code == 0
     lines = ended.err.splitlines()
     assert [name in line for name, line in zip(("p001", "p002", "p004"), lines, strict=True)]
     assert "p001.png is empty; repair or remove it" in lines[0]

@@ -1,4 +1,4 @@
-"""Any number of ranks: the same batches, the same scores, the same files; and one voice."""
+"""Any number of ranks: the same batches, the same scores, the same files, printed once."""
 
 import csv
 import json
@@ -90,7 +90,7 @@ def test_the_number_of_workers_changes_nothing(
     np.testing.assert_array_equal(curve(metrics(tmp_path), *LOSSES), curve(metrics(alone), *LOSSES))
 
 
-def test_two_ranks_train_on_the_same_batches_and_one_of_them_speaks(
+def test_two_ranks_train_on_the_same_batches_and_one_of_them_prints(
     uneven, alone, tiny, launch, call, metrics, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
@@ -99,7 +99,7 @@ def test_two_ranks_train_on_the_same_batches_and_one_of_them_speaks(
     assert_same_run(metrics(run_dir), metrics(alone))
     assert ended.out.count("finished at step 8") == 1
     assert json.loads((run_dir / "state.json").read_text())["finished"]
-    # What two ranks began, one goes on with: more steps, the same folder.
+    # One rank resumes the run of two: more steps, the same folder.
     ended = call("train", *training(uneven, run_dir, tiny), "--workers", 0, "--steps", 10)
     assert ended.code == 0, ended.err
     assert [line["step"] for line in metrics(run_dir) if "train/loss" in line] == [*range(1, 11)]
@@ -130,8 +130,8 @@ def test_the_same_samples_are_skipped_and_counted_over_ranks(
 def test_scores_are_the_same_to_the_last_digit(
     uneven: Path, alone: Path, launch, call, tmp_path: Path
 ) -> None:
-    told = ("--checkpoint", alone, "--data", uneven, "--surface", "--empty", "one", "--out")
-    assert call("evaluate", *told, tmp_path / "1", "--workers", 0).code == 0
+    argv = ("--checkpoint", alone, "--data", uneven, "--surface", "--empty", "one", "--out")
+    assert call("evaluate", *argv, tmp_path / "1", "--workers", 0).code == 0
     expected = (tmp_path / "1" / "scores.json").read_bytes()
     scores = json.loads(expected)
     assert scores["num_images"] == 5
@@ -139,7 +139,7 @@ def test_scores_are_the_same_to_the_last_digit(
     assert 0 < scores["per_image"]["surface_dice"] < 1
     # Five images go through the model in two batches: of three ranks one has none.
     for world in (2, 3):
-        ended = launch(world, "evaluate", *told, tmp_path / str(world))
+        ended = launch(world, "evaluate", *argv, tmp_path / str(world))
         assert ended.code == 0, ended.err
         assert ended.out.count("scores.json") == 1
         assert (tmp_path / str(world) / "scores.json").read_bytes() == expected
@@ -150,15 +150,15 @@ def test_predictions_are_the_same_files(
 ) -> None:
     pictures = draw(tmp_path / "in", 7, size=(30, 44), seed=9) / "images"
     (pictures / "p900.png").write_bytes(b"no image")
-    told = ("--checkpoint", alone, "--input", pictures, "--samples-per-shard", 3, "--png")
-    ended = call("predict", *told, "--out", tmp_path / "1", "--workers", 0)
+    argv = ("--checkpoint", alone, "--input", pictures, "--samples-per-shard", 3, "--png")
+    ended = call("predict", *argv, "--out", tmp_path / "1", "--workers", 0)
     assert ended.code == 3, ended.err
     expected = content(tmp_path / "1")
     assert len([name for name in expected if name.endswith(".tar")]) == 3
     for world in (2, 3):
         out = tmp_path / str(world)
-        ended = launch(world, "predict", *told, "--out", out)
-        # Under a launcher, which would kill the others, state.json says what was left out.
+        ended = launch(world, "predict", *argv, "--out", out)
+        # A launcher would kill the other ranks, so only state.json reports the skipped inputs.
         assert ended.code == 0, ended.err
         assert "7 masks in" in ended.out
         assert json.loads((out / "state.json").read_text())["errors"] == 1
@@ -167,23 +167,23 @@ def test_predictions_are_the_same_files(
 
 
 @pytest.mark.parametrize("then", [1, 3])
-def test_predictions_go_on_with_another_number_of_ranks_after_a_kill(
+def test_predictions_resume_with_another_number_of_ranks_after_a_kill(
     then: int, alone: Path, draw, launch, spawn_ranks, call, kill, wait_for, content, tmp_path: Path
 ) -> None:
     pictures = draw(tmp_path / "in", 30, size=(120, 120), seed=9) / "images"
-    told = ("--checkpoint", alone, "--input", pictures, "--samples-per-shard", 2, "--workers", 1)
-    assert call("predict", *told, "--out", tmp_path / "whole").code == 0
+    argv = ("--checkpoint", alone, "--input", pictures, "--samples-per-shard", 2, "--workers", 1)
+    assert call("predict", *argv, "--out", tmp_path / "whole").code == 0
     out = tmp_path / "out"
-    process = spawn_ranks(2, "predict", *told, "--out", out)
+    process = spawn_ranks(2, "predict", *argv, "--out", out)
     wait_for(lambda: len([*out.glob("*.tar")]) >= 2, "the second shard")
     kill(process)
     there = {path: path.stat().st_ino for path in out.glob("*.tar")}
     assert len(there) >= 2
     assert not (out / "index.json").exists()
     if then == 1:
-        ended = call("predict", *told, "--out", out)
+        ended = call("predict", *argv, "--out", out)
     else:
-        ended = launch(then, "predict", *told, "--out", out)
+        ended = launch(then, "predict", *argv, "--out", out)
     assert ended.code == 0, ended.err
     assert {path: path.stat().st_ino for path in there} == there
     assert content(out) == content(tmp_path / "whole")
@@ -201,14 +201,14 @@ def test_processes_that_do_not_know_of_each_other_are_refused(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_usage_error_is_said_once(uneven: Path, tiny, launch, tmp_path: Path) -> None:
+def test_a_usage_error_is_reported_once(uneven: Path, tiny, launch, tmp_path: Path) -> None:
     given = training(uneven, tmp_path / "run", tiny)
     ended = launch(2, "train", *given, "--stepz", 3, accelerate=True)
     assert ended.code != 0
     assert ended.err.count("Unrecognized options: --stepz") == 1
 
 
-def test_a_global_batch_that_does_not_divide_is_said_once(
+def test_a_global_batch_that_does_not_divide_is_reported_once(
     uneven: Path, tiny, launch, tmp_path: Path
 ) -> None:
     given = training(uneven, tmp_path / "run", tiny)

@@ -22,7 +22,7 @@ import shards.order
 import shards.store
 from pipelines.loading.augment import AugmentConfig
 from pipelines.loading.batches import train_batches
-from pipelines.loading.dataset import DataConfig, DataSet, choose_cache, open_data
+from pipelines.loading.dataset import DataSet, LoadingOptions, choose_cache, open_data
 from pipelines.loading.stages import Batch
 from shards.cache import ShardCache
 from shards.manifest import read_manifest
@@ -282,13 +282,12 @@ def test_a_cache_that_cannot_be_written_is_said_in_one_line(workers, refused, tm
 
 
 def test_one_process_says_once_what_would_change_the_cache(tmp_path: Path, capsys) -> None:
-    config = DataConfig(data=URL, workers=0, cache_dir=tmp_path / "cache", cache_bytes=99)
-    assert choose_cache(config, 99, "raise it")[1] == ""
+    options = LoadingOptions(workers=0, cache_dir=tmp_path / "cache", cache_bytes=99)
+    assert choose_cache(URL, options, 99, "raise it")[1] == ""
     for main in (True, False):
         rank: Any = SimpleNamespace(is_main_process=main, process_index=0, num_processes=1)
-        assert (
-            open_data(config, read_manifest(URL), ["train"], rank, 1000, "raise it").cache is None
-        )
+        data = open_data(URL, options, read_manifest(URL), ["train"], rank, 1000, "raise it")
+        assert data.cache is None
     assert capsys.readouterr().err == (
         f"{URL} is read by range requests: --cache-bytes 99 is less than the 1,000 bytes of "
         "shards in use at the same time; raise it\n"

@@ -25,6 +25,7 @@ from pipelines.reporting.charts import Chart, Series, draw_chart, label, step_ax
 from pipelines.reporting.run_record import MIN_POINTS, Thinner, read_metrics
 from pipelines.runtime import environment
 from pipelines.runtime.command import parse
+from pipelines.runtime.run_folder import RunFolder
 from pipelines.training.options import TrainConfig
 from shards.manifest import read_manifest
 from tests.conftest import REPO
@@ -211,8 +212,8 @@ def test_the_commands_to_go_on_with_are_commands(report, run_dir: Path, shards: 
         config = parse(configs[verb], words, verb)
         if isinstance(config, TrainConfig):
             # The resolved configuration resolves to itself.
-            assert (config.data, config.run_dir, config.minutes) == (str(shards), run_dir, 2)
-            assert config.steps == 6
+            assert (config.data, config.run_dir, config.length.minutes) == (str(shards), run_dir, 2)
+            assert config.length.steps == 6
 
 
 def test_scores_of_evaluate_are_taken_where_they_are_of_this_checkpoint(
@@ -601,7 +602,7 @@ class Alone:
 
 
 def test_at_the_end_of_a_run_the_main_process_reports_alone(run_dir: Path) -> None:
-    environment.write_environment(run_dir, Alone())
+    environment.write_environment(RunFolder(run_dir), Alone())
     line = compose.write_report_safely(run_dir, Alone())
     assert line == f"report: {run_dir / 'report.html'}"
     made = Page((run_dir / "report.html").read_text())

@@ -1,4 +1,4 @@
-"""Checkpoints written beside training: steps go on, bits stay, failures and kills end as ever."""
+"""Checkpoints written in the background: training continues, bit-identical, failures reported."""
 
 import json
 import multiprocessing
@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from pipelines.runtime.errors import RunError
+from pipelines.runtime.run_folder import RunFolder
 from pipelines.training import checkpoints as checkpoint_files
 from pipelines.training.checkpoints import Checkpoints, TrainState
 from pipelines.training.optim import Average, Learner, OptimConfig, build_learner
@@ -65,7 +66,7 @@ def assert_equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor])
     assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
 
 
-def told(data: Path, run_dir: Path, tiny: tuple[str, ...], *more: object) -> list[object]:
+def argv(data: Path, run_dir: Path, tiny: tuple[str, ...], *more: object) -> list[object]:
     flags = ("--data", data, "--run-dir", run_dir, *tiny, "--workers", 0, "--log-every", 1)
     return [*flags, "--tracking.pictures", 0, *CONSTANT, *more]
 
@@ -76,24 +77,52 @@ def told(data: Path, run_dir: Path, tiny: tuple[str, ...], *more: object) -> lis
 def test_a_snapshot_is_of_the_moment_it_was_taken(
     learner: Learner, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    go_on = threading.Event()
+    resume_writing = threading.Event()
     write = Snapshot.write
 
     def later(self: Snapshot, folder: Path) -> None:
-        assert go_on.wait(SECONDS)
+        assert resume_writing.wait(SECONDS)
         write(self, folder)
 
     before = {name: tensor.clone() for name, tensor in tensors(learner.state_dict()).items()}
     monkeypatch.setattr(Snapshot, "write", later)
-    with Checkpoints(tmp_path, keep=2) as checkpoints:
+    with Checkpoints(RunFolder(tmp_path), keep=2) as checkpoints:
         checkpoints.save(STATE, learner, None, is_best=True)
         learn(learner)
-        go_on.set()
+        resume_writing.set()
     after = tensors(learner.state_dict())
     assert not torch.equal(before[".model.head.weight"], after[".model.head.weight"])
     found = saved(tmp_path / "checkpoints" / "best")
     scored = {k.replace(".average", ".scored", 1): t for k, t in before.items() if ".average" in k}
     assert_equal(found, before | scored)
+
+
+@pytest.mark.parametrize("flagged", [False, True])
+@pytest.mark.parametrize("decay", [0.0, 0.9])
+def test_the_optimizer_updates_the_model_after_a_resume(
+    flagged: bool, decay: float, tmp_path: Path
+) -> None:
+    """`flagged`: as checkpoints of earlier versions, whose weights torch would assign."""
+    torch.manual_seed(0)
+    config = OptimConfig(ema_decay=decay)
+    model = UNet(UNetConfig(base_channels=1, depth=1, norm="batch"))
+    learner = build_learner(model, config)
+    model(torch.rand(2, 3, 8, 8)).square().mean().backward()
+    learner.optimizer.step()
+    with Checkpoints(RunFolder(tmp_path), keep=2) as checkpoints:
+        checkpoints.save(STATE, learner, None, is_best=True)
+    file = tmp_path / "checkpoints" / "last" / "training.pt"
+    training = torch.load(file, weights_only=True)
+    if flagged:
+        for metadata in training["model"]._metadata.values():
+            metadata["assign_to_params_buffers"] = True
+    resumed = build_learner(UNet(UNetConfig(base_channels=1, depth=1, norm="batch")), config)
+    resumed.load_state_dict(training)
+    before = [parameter.clone() for parameter in resumed.model.parameters()]
+    resumed.model(torch.rand(2, 3, 8, 8)).square().mean().backward()
+    resumed.optimizer.step()
+    after = resumed.model.parameters()
+    assert not any(torch.equal(one, other) for one, other in zip(before, after, strict=True))
 
 
 def test_the_same_memory_takes_one_snapshot_after_another(learner: Learner) -> None:
@@ -133,7 +162,7 @@ def test_the_writer_yields_busy_cores_to_training(
         write(self, folder)
 
     monkeypatch.setattr(Snapshot, "write", record)
-    with Checkpoints(tmp_path, keep=2) as checkpoints:
+    with Checkpoints(RunFolder(tmp_path), keep=2) as checkpoints:
         checkpoints.save(STATE, learner, None, is_best=True)
     assert writers == [checkpoint_files.NICENESS] != [ours]
     assert os.getpriority(os.PRIO_PROCESS, 0) == ours
@@ -154,7 +183,7 @@ def test_a_second_save_waits_for_the_first(
         now -= 1
 
     monkeypatch.setattr(Checkpoints, "publish", slow)
-    with Checkpoints(tmp_path, keep=9) as checkpoints:
+    with Checkpoints(RunFolder(tmp_path), keep=9) as checkpoints:
         for step in range(1, 4):
             checkpoints.save(replace(STATE, step=step), learner, None, is_best=False)
             there = [path.name for path in (tmp_path / "checkpoints").glob("step-*")]
@@ -189,7 +218,7 @@ def test_a_failure_is_raised_by_whatever_is_called_next(
     learner: Learner, in_the_way, tmp_path: Path
 ) -> None:
     in_the_way(1)
-    checkpoints = Checkpoints(tmp_path, keep=2)
+    checkpoints = Checkpoints(RunFolder(tmp_path), keep=2)
     checkpoints.raise_failure()
     checkpoints.save(STATE, learner, None, is_best=False)
     fails(checkpoints)
@@ -200,17 +229,20 @@ def test_a_failure_is_raised_by_whatever_is_called_next(
     ):
         with pytest.raises(RunError, match=r"step-00000001 cannot be written \(.*File exists"):
             action()
-    assert not checkpoints.begun
+    assert not checkpoints.exist
 
 
 def test_a_failure_is_not_lost_where_the_run_ends_with_another(
     learner: Learner, in_the_way, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     in_the_way(1)
-    with pytest.raises(RunError, match="cannot be written"), Checkpoints(tmp_path, 2) as ours:
+    with (
+        pytest.raises(RunError, match="cannot be written"),
+        Checkpoints(RunFolder(tmp_path), 2) as ours,
+    ):
         ours.save(STATE, learner, None, is_best=False)
     assert caplog.text == ""
-    ours = Checkpoints(tmp_path, 2)
+    ours = Checkpoints(RunFolder(tmp_path), 2)
     ours.save(STATE, learner, None, is_best=False)
     ours.__exit__(None, ZeroDivisionError(), None)
     assert "step-00000001 cannot be written" in caplog.text
@@ -221,11 +253,11 @@ def test_a_failure_ends_the_run_before_the_next_save(
 ) -> None:
     in_the_way(100)
     more = ("--steps", 100_000, "--save-every", 100, "--eval-every", 100_000)
-    ended = call("train", *told(shards, tmp_path, tiny, *more))
+    ended = call("train", *argv(shards, tmp_path, tiny, *more))
     assert ended.code == 1
-    said = ended.err.splitlines()[-1]
-    assert said.startswith(f"unet train: {tmp_path / 'checkpoints' / 'step-00000100'} cannot be")
-    assert "make room, and the same command goes on" in said
+    message = ended.err.splitlines()[-1]
+    assert message.startswith(f"unet train: {tmp_path / 'checkpoints' / 'step-00000100'} cannot be")
+    assert "free some space, then rerun the same command to resume" in message
     assert ended.err.count("cannot be written") == 1
     assert metrics(tmp_path)[-1]["step"] < 200
     assert not (tmp_path / "checkpoints" / "last").exists()
@@ -236,14 +268,14 @@ def test_a_failure_of_the_last_checkpoint_is_one_of_the_run(
 ) -> None:
     way = in_the_way(3)
     more = ("--steps", 3, "--eval-every", 2)
-    ended = call("train", *told(shards, tmp_path, tiny, *more))
+    ended = call("train", *argv(shards, tmp_path, tiny, *more))
     assert ended.code == 1
     assert "step-00000003 cannot be written" in ended.err.splitlines()[-1]
     assert "finished" not in ended.out
     assert not (tmp_path / "state.json").exists()
     assert json.loads((tmp_path / "checkpoints/last/state.json").read_text())["step"] == 2
     way.unlink()
-    ended = call("train", *told(shards, tmp_path, tiny, *more))
+    ended = call("train", *argv(shards, tmp_path, tiny, *more))
     assert ended.code == 0, ended.err
     assert "finished at step 3" in ended.out
 
@@ -252,7 +284,7 @@ def test_a_failure_of_the_last_checkpoint_is_one_of_the_run(
 def test_a_failure_ends_all_ranks(shards: Path, tiny, launch, in_the_way, tmp_path: Path) -> None:
     in_the_way(20)
     more = ("--steps", 1_000_000, "--save-every", 20, "--eval-every", 1_000_000)
-    ended = launch(2, "train", *told(shards, tmp_path, tiny, *more))
+    ended = launch(2, "train", *argv(shards, tmp_path, tiny, *more))
     assert ended.code == 1
     assert ended.err.count("step-00000020 cannot be written") == 1
 
@@ -305,15 +337,15 @@ def network(request: pytest.FixtureRequest) -> tuple[object, ...]:
     return request.param
 
 
-def test_steps_go_on_while_a_checkpoint_is_written_and_its_bits_are_the_same(
+def test_steps_continue_while_a_checkpoint_is_written_and_its_bits_are_the_same(
     network, shards: Path, tiny, call, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     whole, run_dir = tmp_path / "whole", tmp_path / "beside"
     request.getfixturevalue("at_once")
-    assert call("train", *told(shards, whole, tiny, *TEN, *network)).code == 0
+    assert call("train", *argv(shards, whole, tiny, *TEN, *network)).code == 0
     request.getfixturevalue("monkeypatch").undo()
     seen = request.getfixturevalue("beside")
-    ended = call("train", *told(shards, run_dir, tiny, *TEN, *network))
+    ended = call("train", *argv(shards, run_dir, tiny, *TEN, *network))
     assert ended.code == 0, ended.err
     assert len(seen) == 2
     assert 6 <= seen[0] <= 8
@@ -339,7 +371,7 @@ def test_what_comes_after_training_finds_the_checkpoints_complete(
 
     monkeypatch.setattr(Checkpoints, "publish", slow)
     monkeypatch.setattr(Tracker, "finish", noting)
-    ended = call("train", *told(shards, tmp_path, tiny, "--steps", 2, "--eval-every", 2))
+    ended = call("train", *argv(shards, tmp_path, tiny, "--steps", 2, "--eval-every", 2))
     assert ended.code == 0, ended.err
     assert "report: " in ended.out
     assert [name for name, _ in found] == ["step-00000002"]
@@ -350,7 +382,7 @@ def test_sigterm_while_a_checkpoint_is_written_ends_with_a_complete_one(
 ) -> None:
     publish = Checkpoints.publish
 
-    def told_to_stop(self: Checkpoints, state: TrainState, *given: Any, **named: Any) -> None:
+    def request_stop(self: Checkpoints, state: TrainState, *given: Any, **named: Any) -> None:
         if state.step == 5:
             os.kill(os.getpid(), signal.SIGTERM)
             # Long enough for the run to take notice and to save again.
@@ -360,17 +392,17 @@ def test_sigterm_while_a_checkpoint_is_written_ends_with_a_complete_one(
     whole, run_dir = tmp_path / "whole", tmp_path / "stopped"
     many = ("--save-every", 5, "--eval-every", 1_000_000, "--keep-checkpoints", 9)
     with monkeypatch.context() as patch:
-        patch.setattr(Checkpoints, "publish", told_to_stop)
-        ended = call("train", *told(shards, run_dir, tiny, *many, "--steps", 1_000_000))
+        patch.setattr(Checkpoints, "publish", request_stop)
+        ended = call("train", *argv(shards, run_dir, tiny, *many, "--steps", 1_000_000))
     assert ended.code == 75, ended.err
     names = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
     step = json.loads((run_dir / "state.json").read_text())["step"]
     assert step > 5
     assert names == ["last", "step-00000005", f"step-{step:08d}"]
     assert (run_dir / "checkpoints" / "last").resolve().name == names[-1]
-    # It goes on as if nothing had happened.
+    # It resumes identically.
     for folder in (run_dir, whole):
-        ended = call("train", *told(shards, folder, tiny, *many, "--steps", step + 2))
+        ended = call("train", *argv(shards, folder, tiny, *many, "--steps", step + 2))
         assert ended.code == 0, ended.err
     last = f"checkpoints/step-{step + 2:08d}"
     assert_equal(saved(run_dir / last), saved(whole / last))
@@ -409,7 +441,7 @@ def test_a_kill_while_training_is_ahead_of_the_disk_costs_the_steps_since_the_ch
     given = ("--steps", 12, "--save-every", 4, "--eval-every", 100)
     process = multiprocessing.get_context("fork").Process(
         target=killed_in_the_background,
-        args=(moment, run_dir / "metrics.jsonl", told(shards, run_dir, tiny, *given)),
+        args=(moment, run_dir / "metrics.jsonl", argv(shards, run_dir, tiny, *given)),
     )
     process.start()
     process.join()
@@ -418,7 +450,7 @@ def test_a_kill_while_training_is_ahead_of_the_disk_costs_the_steps_since_the_ch
     names = {path.name for path in (run_dir / "checkpoints").iterdir()}
     assert names == {"last", "step-00000004", ".step-00000008.tmp"}
     for folder in (whole, run_dir):
-        ended = call("train", *told(shards, folder, tiny, *given))
+        ended = call("train", *argv(shards, folder, tiny, *given))
         assert ended.code == 0, ended.err
     last = "checkpoints/step-00000012"
     assert_equal(saved(run_dir / last), saved(whole / last))

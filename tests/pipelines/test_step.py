@@ -1,4 +1,4 @@
-"""One step of training, seen from the device: nothing is waited for, and nothing is done twice."""
+"""A training step on the device: no synchronisation, no repeated work."""
 
 import signal
 from collections.abc import Callable
@@ -41,7 +41,7 @@ def made_of_numbers(calls: list[Any]) -> int:
     return sum(call.name == "aten.lift_fresh.default" for call in calls)
 
 
-def told(data: Path, run_dir: Path, tiny: tuple[str, ...], *more: object) -> list[object]:
+def argv(data: Path, run_dir: Path, tiny: tuple[str, ...], *more: object) -> list[object]:
     return ["--data", data, "--run-dir", run_dir, *tiny, "--workers", 0, *more]
 
 
@@ -154,7 +154,7 @@ def test_the_loop_itself_asks_for_no_number_and_sends_those_of_augmentation_at_o
     monkeypatch.setattr(train, "seed_dropout", begin)
     monkeypatch.setattr(Budget, "advance", end)
     monkeypatch.setattr(torch.optim.AdamW, "step", apart)
-    ended = call("train", *told(shards, tmp_path, tiny, "--steps", 3))
+    ended = call("train", *argv(shards, tmp_path, tiny, "--steps", 3))
     assert ended.code == 0, ended.err
     assert len(recorded) == 2 * 3
     # The first batch is drawn.
@@ -172,7 +172,7 @@ def test_the_first_batch_is_drawn_once_however_many_passes_a_step_has(
     drawn = []
     draw = train.draw_batch
     monkeypatch.setattr(train, "draw_batch", lambda *args: drawn.append(1) or draw(*args))
-    ended = call("train", *told(shards, tmp_path, tiny, "--steps", 2, "--accumulate", 2))
+    ended = call("train", *argv(shards, tmp_path, tiny, "--steps", 2, "--accumulate", 2))
     assert ended.code == 0, ended.err
     assert len(drawn) == 1
 
@@ -191,7 +191,7 @@ def test_on_a_gpu_no_step_waits(
     run: str, refuse_waits, shards: Path, tiny, call, monkeypatch: pytest.MonkeyPatch, tmp_path
 ) -> None:
     if run == "again":
-        assert call("train", *told(shards, tmp_path, tiny, "--steps", 2)).code == 0
+        assert call("train", *argv(shards, tmp_path, tiny, "--steps", 2)).code == 0
     seed, advance = train.seed_dropout, Budget.advance
     steps = []
 
@@ -208,7 +208,7 @@ def test_on_a_gpu_no_step_waits(
 
     monkeypatch.setattr(train, "seed_dropout", begin)
     monkeypatch.setattr(Budget, "advance", end)
-    ended = call("train", *told(shards, tmp_path, tiny, "--steps", 6))
+    ended = call("train", *argv(shards, tmp_path, tiny, "--steps", 6))
     assert ended.code == 0, ended.err
     assert len(steps) == (6 if run == "fresh" else 4)
 
@@ -225,7 +225,7 @@ def test_a_resumed_optimizer_is_left_where_it_was_loaded(
         accelerate.optimizer, "move_to_device", lambda *args: moved.append(1) or move(*args)
     )
     for steps in (2, 4):
-        assert call("train", *told(shards, tmp_path, tiny, "--steps", steps)).code == 0
+        assert call("train", *argv(shards, tmp_path, tiny, "--steps", steps)).code == 0
     assert not moved
 
 
@@ -278,7 +278,7 @@ def test_validation_of_any_size_compiles_nothing(
     assert call("pack", *folders, *more, "--out", tmp_path / "data").code == 0
     # Without an average of the weights it is the compiled network that is scored.
     flags = ("--steps", 3, "--eval-every", 1, "--compile", "--optim.ema-decay", 0)
-    ended = call("train", *told(tmp_path / "data", tmp_path / "run", tiny, *flags))
+    ended = call("train", *argv(tmp_path / "data", tmp_path / "run", tiny, *flags))
     assert ended.code == 0, ended.err
     assert [line["step"] for line in metrics(tmp_path / "run") if "val/dice" in line] == [1, 2, 3]
     assert len(graphs) == 1, graphs
@@ -302,15 +302,15 @@ def test_maps_lie_channels_last_where_asked_or_where_it_is_faster(
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [((), "false"), (("--channels-last",), "true"), (("--no-channels-last",), "false")],
 )
-def test_the_layout_that_was_taken_is_written_down_and_can_be_given_again(
-    flags: tuple[str, ...], said: str, shards: Path, tiny, call, tmp_path: Path
+def test_the_layout_that_was_taken_is_written_down_and_can_be_rerun(
+    flags: tuple[str, ...], message: str, shards: Path, tiny, call, tmp_path: Path
 ) -> None:
-    assert call("train", *told(shards, tmp_path / "run", tiny, "--steps", 1, *flags)).code == 0
+    assert call("train", *argv(shards, tmp_path / "run", tiny, "--steps", 1, *flags)).code == 0
     written = tmp_path / "run" / "config.yaml"
-    assert f"channels_last: {said}\n" in written.read_text()
+    assert f"channels_last: {message}\n" in written.read_text()
     ended = call("train", "--config", written, "--run-dir", tmp_path / "again")
     assert ended.code == 0, ended.err
-    assert f"channels_last: {said}\n" in (tmp_path / "again" / "config.yaml").read_text()
+    assert f"channels_last: {message}\n" in (tmp_path / "again" / "config.yaml").read_text()

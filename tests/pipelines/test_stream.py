@@ -1,6 +1,6 @@
 """The stream as training sees it: pixels by way of real loader workers, for any ranks and workers.
 
-Every sample has a colour of its own, so that what arrives tells which sample it was.
+Every sample has its own colour, which identifies it in a batch.
 """
 
 import io
@@ -92,7 +92,7 @@ def draw(
 
 
 def numbers(batch: Batch) -> list[int]:
-    """Which samples they are, as their colour tells."""
+    """Identify samples by their colour."""
     return [int(image[0, 0, 0]) + 256 * int(image[1, 0, 0]) for image in batch.image]
 
 
@@ -199,7 +199,7 @@ def read_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[],
 
 
 @pytest.mark.parametrize(("world", "workers"), [(1, 0), (1, 2), (3, 1), (4, 2), (8, 0)])
-def test_a_resume_goes_on_with_the_next_sample_and_reads_none_before_it(
+def test_a_resume_resumes_with_the_next_sample_and_reads_none_before_it(
     world: int, workers: int, make: Make, read_places: Callable[[], list[tuple]]
 ) -> None:
     data = make((50, 7, 150, 100, 200))

@@ -1,4 +1,4 @@
-"""What a training survives: kills at any moment, full disks, folders that refuse, a lost rank."""
+"""Training survives kills at any moment, full disks, unwritable folders and a lost rank."""
 
 import json
 import multiprocessing
@@ -20,7 +20,7 @@ from pipelines.training import tracking
 REPO = Path(__file__).resolve().parents[2]
 
 
-def told(data: Path, run_dir: Path, tiny: tuple[str, ...], *more: object) -> list[str]:
+def argv(data: Path, run_dir: Path, tiny: tuple[str, ...], *more: object) -> list[str]:
     flags = ["--data", data, "--run-dir", run_dir, *tiny, "--workers", 0, "--log-every", 1]
     return [str(flag) for flag in (*flags, "--tracking.pictures", 0, *more)]
 
@@ -74,7 +74,7 @@ def killed_at(moment: int, arguments: list[str]) -> None:
     torch.save = deadly(torch.save)
     writer.flush_to_disk = deadly(writer.flush_to_disk)
     checkpoints.write_json = deadly(checkpoints.write_json)
-    checkpoints.point = deadly(checkpoints.point)
+    checkpoints.replace_link = deadly(checkpoints.replace_link)
     checkpoints.shutil.rmtree = deadly(checkpoints.shutil.rmtree)
     Path.rename = deadly(Path.rename)  # type: ignore[method-assign]
     Path.replace = deadly(Path.replace)  # type: ignore[method-assign]
@@ -85,7 +85,7 @@ def killed_at(moment: int, arguments: list[str]) -> None:
 def whole(shards: Path, tiny, call, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of six steps that nothing happened to; a checkpoint after each step."""
     run_dir = tmp_path_factory.mktemp("whole") / "run"
-    assert call("train", *told(shards, run_dir, tiny, *SIX)).code == 0
+    assert call("train", *argv(shards, run_dir, tiny, *SIX)).code == 0
     return run_dir
 
 
@@ -101,7 +101,7 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(
 ) -> None:
     run_dir = tmp_path / "run"
     process = multiprocessing.get_context("fork").Process(
-        target=killed_at, args=(moment, told(shards, run_dir, tiny, *SIX))
+        target=killed_at, args=(moment, argv(shards, run_dir, tiny, *SIX))
     )
     process.start()
     process.join()
@@ -110,7 +110,7 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(
     if last.exists():
         assert learned(run_dir)
         assert json.loads((last / "state.json").read_text())["step"] < 6
-    ended = call("train", *told(shards, run_dir, tiny, *SIX))
+    ended = call("train", *argv(shards, run_dir, tiny, *SIX))
     assert ended.code == 0, ended.err
     assert_same(run_dir, whole)
     assert losses(metrics(run_dir)) == losses(metrics(whole))
@@ -118,20 +118,20 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(
 
 
 @pytest.mark.ranks
-def test_two_ranks_killed_in_an_epoch_go_on_bit_for_bit_with_accumulation(
+def test_two_ranks_killed_in_an_epoch_resume_bit_for_bit_with_accumulation(
     shards: Path, tiny, launch, spawn_ranks, kill, wait_for, metrics, tmp_path: Path
 ) -> None:
     # Eight training samples, four a step: after eleven steps an epoch is half over.
     more = ("--save-every", 11, "--eval-every", 1_000_000, "--accumulate", 2, *CONSTANT)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    process = spawn_ranks(2, "train", *told(shards, parts, tiny, "--steps", 1_000_000, *more))
+    process = spawn_ranks(2, "train", *argv(shards, parts, tiny, "--steps", 1_000_000, *more))
     saved = parts / "checkpoints" / "last" / "state.json"
     wait_for(saved.exists, "the first checkpoint")
     kill(process)
     step = json.loads(saved.read_text())["step"]
     assert step % 11 == 0
     for run_dir in (parts, whole):
-        ended = launch(2, "train", *told(shards, run_dir, tiny, "--steps", step + 9, *more))
+        ended = launch(2, "train", *argv(shards, run_dir, tiny, "--steps", step + 9, *more))
         assert ended.code == 0, ended.err
     assert_same(parts, whole)
     assert losses(metrics(parts)) == losses(metrics(whole))
@@ -144,7 +144,7 @@ def test_two_ranks_killed_in_an_epoch_go_on_bit_for_bit_with_accumulation(
 @pytest.mark.parametrize(
     ("lost", "how"), [(0, signal.SIGKILL), (1, signal.SIGKILL), (1, signal.SIGSTOP)]
 )
-def test_where_one_rank_dies_or_hangs_the_other_ends_and_says_why(
+def test_where_one_rank_dies_or_hangs_the_other_ends_and_records_why(
     lost: int, how: signal.Signals, shards: Path, tiny, wait_for, tmp_path: Path
 ) -> None:
     with socket.socket() as probe:
@@ -152,7 +152,7 @@ def test_where_one_rank_dies_or_hangs_the_other_ends_and_says_why(
         port = probe.getsockname()[1]
     endless = ("--steps", 1_000_000, "--eval-every", 1_000_000)
     # Minutes. It is also how long ranks wait for each other at the start.
-    arguments = told(shards, tmp_path, tiny, *endless, "--rank-timeout", 0.3)
+    arguments = argv(shards, tmp_path, tiny, *endless, "--rank-timeout", 0.3)
 
     def rank(number: int) -> subprocess.Popen[str]:
         about = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": 2, "MASTER_PORT": port}
@@ -205,21 +205,21 @@ def test_a_full_disk_costs_the_checkpoint_that_found_it_full(
 ) -> None:
     run_dir = tmp_path / "run"
     more = ("--save-every", 2, "--eval-every", 6, *CONSTANT)
-    assert call("train", *told(shards, run_dir, tiny, "--steps", 2, *more)).code == 0
+    assert call("train", *argv(shards, run_dir, tiny, "--steps", 2, *more)).code == 0
     saved = run_dir / "checkpoints" / "step-00000002"
     before = content(saved)
     largest = (saved / file).stat().st_size - 1
-    ended = limited(largest, told(shards, run_dir, tiny, "--steps", 6, *more))
+    ended = limited(largest, argv(shards, run_dir, tiny, "--steps", 6, *more))
     assert ended.returncode == 1, ended.stderr
     assert "Traceback" not in ended.stderr
-    said = ended.stderr.splitlines()[-1]
-    assert said.startswith(f"unet train: {run_dir / 'checkpoints' / 'step-00000004'} cannot be")
-    assert "make room, and the same command goes on" in said
+    message = ended.stderr.splitlines()[-1]
+    assert message.startswith(f"unet train: {run_dir / 'checkpoints' / 'step-00000004'} cannot be")
+    assert "free some space, then rerun the same command to resume" in message
     assert content(saved) == before
     assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == [
         *("best", "last", "step-00000002"),
     ]
-    ended = call("train", *told(shards, run_dir, tiny, "--steps", 6, *more))
+    ended = call("train", *argv(shards, run_dir, tiny, "--steps", 6, *more))
     assert ended.code == 0, ended.err
     assert_same(run_dir, whole)
 
@@ -245,7 +245,7 @@ def test_what_fails_on_the_device_is_not_reported_as_a_full_disk(
         raise error
 
     monkeypatch.setattr(torch, "save", fail)
-    ended = call("train", *told(shards, tmp_path, tiny, "--steps", 1))
+    ended = call("train", *argv(shards, tmp_path, tiny, "--steps", 1))
     assert ended.code == 1
     checkpoints = tmp_path / "checkpoints"
     expected = line.replace("CHECKPOINT", str(checkpoints / "step-00000001"))
@@ -255,35 +255,35 @@ def test_what_fails_on_the_device_is_not_reported_as_a_full_disk(
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
-def test_metrics_that_cannot_be_written_are_said_in_one_line(
+def test_metrics_that_cannot_be_written_are_reported_in_one_line(
     shards: Path, tiny, call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     # Else the device would be read from.
-    monkeypatch.setattr(tracking, "forget_after", lambda *_: None)
+    monkeypatch.setattr(tracking, "drop_lines_after", lambda *_: None)
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
-    ended = call("train", *told(shards, tmp_path, tiny, "--steps", 2))
+    ended = call("train", *argv(shards, tmp_path, tiny, "--steps", 2))
     assert ended.code == 1
     assert f"{tmp_path / 'metrics.jsonl'} cannot be written (No space left on device)" in ended.err
     (tmp_path / "metrics.jsonl").unlink()
     monkeypatch.undo()
-    assert call("train", *told(shards, tmp_path, tiny, "--steps", 2)).code == 0
+    assert call("train", *argv(shards, tmp_path, tiny, "--steps", 2)).code == 0
 
 
-def test_pictures_that_cannot_be_written_end_nothing(
+def test_images_that_cannot_be_written_do_not_end_the_run(
     shards: Path, tiny, call, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     (tmp_path / "pictures").write_text("a file where a folder should be")
     more = ("--steps", 2, "--tracking.pictures", 2)
-    ended = call("train", *told(shards, tmp_path, tiny, *more))
+    ended = call("train", *argv(shards, tmp_path, tiny, *more))
     assert ended.code == 0, ended.err
-    assert "train-first_batch.png was not written, training goes on" in caplog.text
+    assert "train-first_batch.png was not written, training continues" in caplog.text
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere /sys is no folder that refuses")
 def test_a_run_folder_that_nothing_can_be_written_to_is_refused_at_once(
     shards: Path, tiny, call
 ) -> None:
-    ended = call("train", *told(shards, Path("/sys/run"), tiny, "--steps", 1))
+    ended = call("train", *argv(shards, Path("/sys/run"), tiny, "--steps", 1))
     assert ended.code == 1
     assert ended.err.count("\n") == 1
     assert "--run-dir /sys/run cannot be written to" in ended.err
@@ -293,7 +293,7 @@ def test_a_report_that_cannot_be_written_does_not_make_a_failure_of_the_run(
     shards: Path, tiny, call, tmp_path: Path
 ) -> None:
     (tmp_path / "report.html").mkdir()
-    ended = call("train", *told(shards, tmp_path, tiny, "--steps", 1))
+    ended = call("train", *argv(shards, tmp_path, tiny, "--steps", 1))
     assert ended.code == 0, ended.err
     assert json.loads((tmp_path / "state.json").read_text())["finished"]
     assert "no report" in ended.out + ended.err

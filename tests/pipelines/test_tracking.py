@@ -1,4 +1,4 @@
-"""Tracking: metrics.jsonl always, wandb where it is wanted, and no tracker ends a training."""
+"""Tracking: metrics.jsonl always, wandb on request; a failing tracker does not end the run."""
 
 import json
 import logging
@@ -13,7 +13,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pipelines.training import tracking
-from pipelines.training.tracking import forget_after, has_wandb_key
+from pipelines.training.tracking import drop_lines_after, has_wandb_key
 
 WANDB = Path(sys.executable).parent / "wandb"
 
@@ -25,16 +25,16 @@ def inspect(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in ended.stdout.splitlines()]
 
 
-def told(data: Path, run_dir: Path, tiny: tuple[str, ...], *more: object) -> list[object]:
+def argv(data: Path, run_dir: Path, tiny: tuple[str, ...], *more: object) -> list[object]:
     given = ["--data", data, "--run-dir", run_dir, *tiny, "--workers", 0, "--log-every", 1]
     return [*given, "--tracking.backend", "wandb", *more]
 
 
-def test_without_a_key_wandb_writes_the_same_numbers_offline_and_a_resume_goes_on_with_the_run(
+def test_without_a_key_wandb_writes_the_same_numbers_offline_and_a_resume_resumes_with_the_run(
     shards: Path, tiny, call, metrics, tmp_path: Path
 ) -> None:
-    assert call("train", *told(shards, tmp_path, tiny, "--steps", 2)).code == 0
-    assert call("train", *told(shards, tmp_path, tiny, "--steps", 3)).code == 0
+    assert call("train", *argv(shards, tmp_path, tiny, "--steps", 2)).code == 0
+    assert call("train", *argv(shards, tmp_path, tiny, "--steps", 3)).code == 0
     runs = sorted((tmp_path / "wandb").glob("offline-run-*"))
     assert len(runs) == 2
     # One curve: both parts have one id.
@@ -69,9 +69,9 @@ def test_the_first_batch_and_validation_can_be_looked_at_without_a_tracker(
     assert files["val-pictures.png"].size == (4 * 48 + 3 * 8, 4 * 48)
 
 
-def test_pictures_can_be_left_out(shards: Path, tiny, call, tmp_path: Path) -> None:
+def test_images_can_be_left_out(shards: Path, tiny, call, tmp_path: Path) -> None:
     flags = ("--steps", 1, "--tracking.pictures", 0, "--tracking.backend", "none")
-    assert call("train", *told(shards, tmp_path, tiny), *flags).code == 0
+    assert call("train", *argv(shards, tmp_path, tiny), *flags).code == 0
     assert not (tmp_path / "pictures").exists()
 
 
@@ -82,18 +82,18 @@ def test_drawing_changes_nothing_of_what_is_learned(
     for number in (0, 3):
         run_dir = tmp_path / str(number)
         flags = ("--steps", 4, "--eval-every", 2, "--tracking.pictures", number)
-        arguments = told(shards, run_dir, tiny, *flags, "--model.dropout", 0.5)
+        arguments = argv(shards, run_dir, tiny, *flags, "--model.dropout", 0.5)
         ended = call("train", *arguments, "--tracking.backend", "none", "--optim.ema-decay", 0)
         assert ended.code == 0, ended.err
         found.append([line.get("train/loss", line.get("val/dice")) for line in metrics(run_dir)])
     assert found[0] == found[1]
 
 
-def test_tensorboard_gets_the_same_numbers_and_pictures(
+def test_tensorboard_gets_the_same_numbers_and_images(
     shards: Path, tiny, call, metrics, tmp_path: Path
 ) -> None:
     flags = ("--tracking.backend", "tensorboard", "--steps", 2)
-    ended = call("train", *told(shards, tmp_path, tiny)[:-2], *flags)
+    ended = call("train", *argv(shards, tmp_path, tiny)[:-2], *flags)
     assert ended.code == 0, ended.err
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     for line in metrics(tmp_path):
@@ -108,7 +108,7 @@ def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_made(
 ) -> None:
     monkeypatch.setattr(tracking, "find_spec", lambda name: None)
     flags = ("--tracking.backend", "tensorboard")
-    ended = call("train", *told(shards, tmp_path / "run", tiny)[:-2], *flags)
+    ended = call("train", *argv(shards, tmp_path / "run", tiny)[:-2], *flags)
     assert ended.code == 2
     assert "pip install 'unet-shards[tensorboard]'" in ended.said
     assert not (tmp_path / "run").exists()
@@ -117,7 +117,7 @@ def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_made(
 def test_the_best_checkpoint_is_an_artifact_if_that_is_asked_for(
     shards: Path, tiny, call, tmp_path: Path
 ) -> None:
-    ended = call("train", *told(shards, tmp_path, tiny, "--steps", 1, "--tracking.artifact"))
+    ended = call("train", *argv(shards, tmp_path, tiny, "--steps", 1, "--tracking.artifact"))
     assert ended.code == 0, ended.err
     (run,) = (tmp_path / "wandb").glob("offline-run-*")
     (artifact,) = (r["artifact"] for r in inspect(run) if r["type"] == "artifact")
@@ -145,7 +145,7 @@ class Broken:
 @pytest.mark.parametrize(
     "fails", [("init_trackers",), ("log",), ("end_training",), ("init_trackers", "log")]
 )
-def test_a_tracker_that_fails_ends_nothing_and_is_said_once(
+def test_a_tracker_that_fails_does_not_end_the_run_and_is_reported_once(
     fails: tuple[str, ...],
     shards: Path,
     tiny,
@@ -157,7 +157,7 @@ def test_a_tracker_that_fails_ends_nothing_and_is_said_once(
 ) -> None:
     Broken(*fails).install(monkeypatch)
     with caplog.at_level(logging.WARNING):
-        ended = call("train", *told(shards, tmp_path, tiny, "--steps", 3))
+        ended = call("train", *argv(shards, tmp_path, tiny, "--steps", 3))
     assert ended.code == 0
     assert len([r for r in caplog.records if "the tracker is down" in r.getMessage()]) == 1
     assert [line["step"] for line in metrics(tmp_path) if "train/loss" in line] == [1, 2, 3]
@@ -181,13 +181,13 @@ def test_lines_of_steps_that_will_be_made_again_are_dropped(
 ) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(text)
-    forget_after(path, 2)
+    drop_lines_after(path, 2)
     assert path.read_text() == "".join(text.splitlines(keepends=True)[:kept])
     assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-def test_a_file_that_is_not_there_is_not_made(tmp_path: Path) -> None:
-    forget_after(tmp_path / "metrics.jsonl", 2)
+def test_a_file_that_is_missing_is_not_made(tmp_path: Path) -> None:
+    drop_lines_after(tmp_path / "metrics.jsonl", 2)
     assert not [*tmp_path.iterdir()]
 
 
@@ -220,7 +220,7 @@ def test_wandb_is_online_only_where_it_has_a_key(
         ({"WANDB_API_KEY": "k", "WANDB_MODE": "disabled"}, "disabled"),
     ],
 )
-def test_the_mode_follows_the_key_unless_it_is_said(
+def test_the_mode_follows_the_key_unless_it_is_reported(
     environment: dict[str, str],
     mode: str,
     shards: Path,
@@ -242,7 +242,7 @@ def test_the_mode_follows_the_key_unless_it_is_said(
         lambda _, project, config, init_kwargs: given.append(init_kwargs["wandb"]),
     )
     run_dir = tmp_path / "run"
-    assert call("train", *told(shards, run_dir, tiny, "--steps", 1)).code == 0
+    assert call("train", *argv(shards, run_dir, tiny, "--steps", 1)).code == 0
     ((arguments),) = given
     assert arguments["mode"] == mode
     assert (arguments["dir"], arguments["name"]) == (str(run_dir), "run")

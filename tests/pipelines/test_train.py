@@ -30,7 +30,7 @@ from unet import SegmentationLoss, UNet
 Values = dict[str, Any]
 
 
-def told(data: Path | str, run_dir: Path, tiny: tuple[str, ...], *more: object) -> list[object]:
+def argv(data: Path | str, run_dir: Path, tiny: tuple[str, ...], *more: object) -> list[object]:
     return ["--data", data, "--run-dir", run_dir, *tiny, "--workers", 0, *more]
 
 
@@ -65,13 +65,13 @@ def interrupt(monkeypatch: pytest.MonkeyPatch):
     def at(step: int) -> None:
         advance = Budget.advance
 
-        def told_to_stop(self: Budget) -> int | None:
+        def request_stop(self: Budget) -> int | None:
             if self.step + 1 == step:
                 os.kill(os.getpid(), signal.SIGTERM)
                 self.next_agreement = self.step + 1
             return advance(self)
 
-        monkeypatch.setattr(Budget, "advance", told_to_stop)
+        monkeypatch.setattr(Budget, "advance", request_stop)
 
     yield at
     monkeypatch.undo()
@@ -111,7 +111,7 @@ def test_metrics_have_the_names_that_are_promised(trained: Path, metrics) -> Non
         assert line["val/dice"] == line["val/dice/foreground"]
 
 
-def test_the_run_folder_says_what_the_run_was_and_how_it_ended(trained: Path) -> None:
+def test_the_run_folder_records_what_the_run_was_and_how_it_ended(trained: Path) -> None:
     config = yaml.safe_load((trained / "config.yaml").read_text())
     assert config["steps"] == 6
     assert config["crop_size"] == 32
@@ -123,7 +123,7 @@ def test_the_run_folder_says_what_the_run_was_and_how_it_ended(trained: Path) ->
 def test_a_run_ends_with_the_scores_of_each_class_and_three_commands_that_are_right(
     shards: Path, tiny, call, tmp_path: Path
 ) -> None:
-    ended = call("train", *told(shards, tmp_path, tiny, "--steps", 1))
+    ended = call("train", *argv(shards, tmp_path, tiny, "--steps", 1))
     assert ended.code == 0
     for name in ("background", "foreground", "macro", "per image"):
         assert re.search(rf"^{name} +[01]\.\d{{4}}", ended.out, re.MULTILINE)
@@ -158,7 +158,7 @@ def test_the_model_is_rebuilt_from_its_checkpoint_alone(trained: Path, shards: P
     assert logits.shape == (1, 2, 40, 33)
 
 
-def test_the_links_are_relative_and_point_at_whole_checkpoints(trained: Path) -> None:
+def test_the_links_are_relative_and_point_at_complete_checkpoints(trained: Path) -> None:
     for name in ("best", "last"):
         link = trained / "checkpoints" / name
         assert link.is_symlink()
@@ -190,7 +190,7 @@ def test_old_checkpoints_go_and_the_best_stays(
 
     monkeypatch.setattr(score, "score", graded)
     more = ("--steps", 5, "--eval-every", 1, "--keep-checkpoints", 2)
-    assert call("train", *told(shards, tmp_path, tiny, *more)).code == 0
+    assert call("train", *argv(shards, tmp_path, tiny, *more)).code == 0
     folder = tmp_path / "checkpoints"
     assert sorted(path.name for path in folder.iterdir()) == [
         *("best", "last", "step-00000002", "step-00000004", "step-00000005"),
@@ -206,7 +206,7 @@ def test_epochs_are_counted_in_steps_of_the_global_batch(
     shards: Path, tiny, call, metrics, tmp_path: Path
 ) -> None:
     # 8 training samples, 4 a step.
-    assert call("train", *told(shards, tmp_path, tiny, "--epochs", 1.5)).code == 0
+    assert call("train", *argv(shards, tmp_path, tiny, "--epochs", 1.5)).code == 0
     assert json.loads((tmp_path / "state.json").read_text())["step"] == 3
 
 
@@ -216,7 +216,7 @@ def test_minutes_end_a_run_with_a_learning_rate_of_almost_nothing(
     # The clock of so short a run is looked at more often.
     monkeypatch.setattr(budget, "AGREE_SECONDS", 0.05)
     more = ("--minutes", 0.02, "--log-every", 1, "--eval-every", 100_000)
-    assert call("train", *told(shards, tmp_path, tiny, *more)).code == 0
+    assert call("train", *argv(shards, tmp_path, tiny, *more)).code == 0
     state = json.loads((tmp_path / "state.json").read_text())
     assert state["finished"]
     assert state["seconds"] >= 1.2
@@ -225,28 +225,28 @@ def test_minutes_end_a_run_with_a_learning_rate_of_almost_nothing(
     rates = [line["train/lr"] for line in lines if "train/lr" in line]
     assert rates[-1] < max(rates)
     # Given again, the time is up.
-    ended = call("train", *told(shards, tmp_path, tiny, *more))
-    assert (ended.code, "had finished" in ended.out) == (0, True)
+    ended = call("train", *argv(shards, tmp_path, tiny, *more))
+    assert (ended.code, "had already finished" in ended.out) == (0, True)
 
 
 # ---- interrupted and resumed
 
 
-def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(
+def test_an_interrupted_run_resumes_identically(
     shards: Path, tiny, call, interrupt, metrics, tmp_path: Path
 ) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     more = ("--steps", 8, "--log-every", 1, "--eval-every", 3)
-    assert call("train", *told(shards, whole, tiny, *more)).code == 0
+    assert call("train", *argv(shards, whole, tiny, *more)).code == 0
     interrupt(4)
-    ended = call("train", *told(shards, parts, tiny, *more))
+    ended = call("train", *argv(shards, parts, tiny, *more))
     assert ended.code == 75
-    assert "interrupted at step 4, checkpoint saved; the same command goes on" in ended.out
+    assert "interrupted at step 4, checkpoint saved; rerun the same command" in ended.out
     state = json.loads((parts / "state.json").read_text())
     assert (state["finished"], state["step"]) == (False, 4)
-    assert "the same command again" in state["go_on"]
+    assert "rerun the same command" in state["go_on"]
     assert os.readlink(parts / "checkpoints" / "last") == "step-00000004"
-    assert call("train", *told(shards, parts, tiny, *more)).code == 0
+    assert call("train", *argv(shards, parts, tiny, *more)).code == 0
     assert json.loads((parts / "state.json").read_text())["finished"]
     assert_equal(parts, whole)
 
@@ -258,14 +258,14 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(
 
 
 @pytest.mark.parametrize("step", [3, 5])
-def test_a_run_interrupted_at_its_last_step_is_scored_when_it_is_given_again(
+def test_a_run_interrupted_at_its_last_step_is_scored_by_a_rerun(
     step: int, shards: Path, tiny, call, interrupt, metrics, tmp_path: Path
 ) -> None:
     # Step 3 is followed by a validation, step 5 is the last.
     interrupt(step)
     more = ("--steps", 5, "--eval-every", 3)
-    assert call("train", *told(shards, tmp_path, tiny, *more)).code == 75
-    assert call("train", *told(shards, tmp_path, tiny, *more)).code == 0
+    assert call("train", *argv(shards, tmp_path, tiny, *more)).code == 75
+    assert call("train", *argv(shards, tmp_path, tiny, *more)).code == 0
     assert [line["step"] for line in metrics(tmp_path) if "val/dice" in line] == [3, 5]
     state = json.loads((tmp_path / "state.json").read_text())
     assert (state["finished"], state["step"]) == (True, 5)
@@ -285,7 +285,7 @@ def test_what_was_consumed_is_not_read_again(
     monkeypatch.setattr(ShardReader, "read_all", noting)
     interrupt(3)
     more = ("--steps", 100, "--eval-every", 1000)
-    assert call("train", *told(shards, tmp_path, tiny, *more)).code == 75
+    assert call("train", *argv(shards, tmp_path, tiny, *more)).code == 75
     assert positions == [*range(12)]
     positions.clear()
     monkeypatch.undo()
@@ -293,33 +293,33 @@ def test_what_was_consumed_is_not_read_again(
     advance = Budget.advance
 
     def stop(self: Budget) -> int | None:
-        self.asked_to_stop, self.next_agreement = self.step == 5, self.step + 1
+        self.stop_requested, self.next_agreement = self.step == 5, self.step + 1
         return advance(self)
 
     monkeypatch.setattr(Budget, "advance", stop)
-    assert call("train", *told(shards, tmp_path, tiny, *more)).code == 75
+    assert call("train", *argv(shards, tmp_path, tiny, *more)).code == 75
     assert positions == [*range(12, 24)]
 
 
-def test_a_process_that_gets_sigterm_saves_and_says_so(
+def test_a_process_that_gets_sigterm_saves_and_reports_it(
     shards: Path, tiny, spawn, wait_for, call, metrics, tmp_path: Path
 ) -> None:
     more = ("--steps", 1_000_000, "--log-every", 1, "--eval-every", 1_000_000)
-    process = spawn("train", *told(shards, tmp_path, tiny, *more))
+    process = spawn("train", *argv(shards, tmp_path, tiny, *more))
     log = tmp_path / "metrics.jsonl"
     wait_for(lambda: log.exists() and log.read_text().count("\n") > 3, "the fourth step")
     # The run folder is taken as long as its process lives.
-    second = call("train", *told(shards, tmp_path, tiny, *more))
+    second = call("train", *argv(shards, tmp_path, tiny, *more))
     assert second.code == 1
     assert "another process is training in" in second.err
     process.send_signal(signal.SIGTERM)
-    said, complaint = process.communicate(timeout=200)
+    message, complaint = process.communicate(timeout=200)
     assert process.returncode == 75, complaint
-    assert "the same command goes on" in said
+    assert "rerun the same command to resume" in message
     state = json.loads((tmp_path / "state.json").read_text())
     assert not state["finished"]
     assert (tmp_path / "checkpoints" / f"step-{state['step']:08d}" / "training.pt").exists()
-    ended = call("train", *told(shards, tmp_path, tiny, "--steps", state["step"] + 2))
+    ended = call("train", *argv(shards, tmp_path, tiny, "--steps", state["step"] + 2))
     assert ended.code == 0
     assert metrics(tmp_path)[-1]["step"] == state["step"] + 2
 
@@ -331,7 +331,7 @@ def test_a_signal_to_all_its_processes_is_for_the_trainer_alone(
 ) -> None:
     more = ("--steps", 1_000_000, "--log-every", 1, "--eval-every", 1_000_000, "--workers", 2)
     data = f"{place}{shards.resolve()}" if place else shards
-    process = spawn("train", *told(data, tmp_path, tiny, *more))
+    process = spawn("train", *argv(data, tmp_path, tiny, *more))
     log = tmp_path / "metrics.jsonl"
     wait_for(lambda: log.exists() and log.read_text().count("\n") > 3, "the fourth step")
     os.killpg(process.pid, number)
@@ -340,11 +340,11 @@ def test_a_signal_to_all_its_processes_is_for_the_trainer_alone(
     assert [*tmp_path.glob("checkpoints/step-*/training.pt")]
 
 
-def test_a_warning_given_again_and_again_does_not_kill_what_is_about_to_end(
+def test_a_warning_repeated_does_not_kill_what_is_about_to_end(
     shards: Path, tiny, spawn, wait_for, tmp_path: Path
 ) -> None:
     more = ("--steps", 1_000_000, "--log-every", 1, "--eval-every", 1_000_000)
-    process = spawn("train", *told(shards, tmp_path, tiny, *more))
+    process = spawn("train", *argv(shards, tmp_path, tiny, *more))
     log = tmp_path / "metrics.jsonl"
     wait_for(lambda: log.exists() and log.read_text().count("\n") > 3, "the fourth step")
 
@@ -358,15 +358,15 @@ def test_a_warning_given_again_and_again_does_not_kill_what_is_about_to_end(
     assert not json.loads((tmp_path / "state.json").read_text())["finished"]
 
 
-def test_after_sigkill_the_run_goes_on_from_its_last_checkpoint(
+def test_after_sigkill_the_run_resumes_from_its_last_checkpoint(
     shards: Path, tiny, spawn, wait_for, kill, call, metrics, tmp_path: Path
 ) -> None:
     more = ("--log-every", 1, "--eval-every", 5)
-    process = spawn("train", *told(shards, tmp_path, tiny, "--steps", 1_000_000, *more))
+    process = spawn("train", *argv(shards, tmp_path, tiny, "--steps", 1_000_000, *more))
     wait_for((tmp_path / "checkpoints" / "last" / "state.json").exists, "the first checkpoint")
     kill(process)
     step = json.loads((tmp_path / "checkpoints" / "last" / "state.json").read_text())["step"]
-    ended = call("train", *told(shards, tmp_path, tiny, "--steps", step + 2, *more))
+    ended = call("train", *argv(shards, tmp_path, tiny, "--steps", step + 2, *more))
     assert ended.code == 0, ended.err
     steps = [line["step"] for line in metrics(tmp_path) if "train/loss" in line]
     assert steps == [*range(1, step + 3)]
@@ -376,9 +376,9 @@ def test_after_sigkill_the_run_goes_on_from_its_last_checkpoint(
 def test_a_finished_run_is_left_as_it_is(trained: Path, shards: Path, tiny, call, content) -> None:
     before = content(trained)
     more = ("--steps", 6, "--log-every", 2, "--eval-every", 3)
-    ended = call("train", *told(shards, trained, tiny, *more))
+    ended = call("train", *argv(shards, trained, tiny, *more))
     assert ended.code == 0
-    assert "had finished at step 6" in ended.out
+    assert "had already finished at step 6" in ended.out
     after = content(trained)
     assert before.keys() == after.keys()
     assert not [n for n in before if n.startswith("checkpoints") and before[n] != after[n]]
@@ -402,10 +402,10 @@ def test_a_setting_that_must_not_change_is_refused_by_name(
     change: tuple[object, ...], name: str, trained: Path, shards: Path, tiny, call, content
 ) -> None:
     before = content(trained)
-    ended = call("train", *told(shards, trained, tiny, "--steps", 9, *change))
+    ended = call("train", *argv(shards, trained, tiny, "--steps", 9, *change))
     assert ended.code == 2
-    assert f"was begun with {name}" in ended.err
-    assert "begin in another --run-dir" in ended.err
+    assert f"was started with {name}" in ended.err
+    assert "start in another --run-dir" in ended.err
     assert content(trained) == before
 
 
@@ -415,9 +415,9 @@ def test_other_data_are_refused(
     folders = ("--images", cells / "images", "--masks", cells / "masks", "--mask-format", "binary")
     more = ("--split-file", split_file, "--seed", 7, "--workers", 1, "--out", tmp_path / "other")
     assert call("pack", *folders, *more).code == 0
-    ended = call("train", *told(tmp_path / "other", trained, tiny, "--steps", 9))
+    ended = call("train", *argv(tmp_path / "other", trained, tiny, "--steps", 9))
     assert ended.code == 2
-    assert "was begun with manifest = " in ended.err
+    assert "was trained on other data: " in ended.err
 
 
 # ---- what goes wrong
@@ -444,7 +444,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_keys(
         return raws
 
     monkeypatch.setattr(ShardReader, "read_all", noting)
-    ended = call("train", *told(shards, tmp_path, tiny, "--steps", 2000, "--eval-every", 2000))
+    ended = call("train", *argv(shards, tmp_path, tiny, "--steps", 2000, "--eval-every", 2000))
     assert ended.code == 1
     keys = dict(positions)
     assert "step 3: loss, cross_entropy, dice, gradient not finite" in ended.err
@@ -462,7 +462,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_keys(
 def test_a_global_batch_that_does_not_divide_is_refused_with_those_that_do(
     given: tuple[object, ...], remedy: str, shards: Path, tiny, call, tmp_path: Path
 ) -> None:
-    ended = call("train", *told(shards, tmp_path / "run", tiny, *given))
+    ended = call("train", *argv(shards, tmp_path / "run", tiny, *given))
     assert ended.code == 2
     assert remedy in ended.err
     assert not (tmp_path / "run").exists()
@@ -479,7 +479,7 @@ def test_a_split_that_is_missing_is_named_with_those_there_are(
     folders = ("--images", folder / "images", "--masks", folder / "masks")
     more = ("--mask-format", "binary", "--split-file", tmp_path / "split.csv", "--workers", 1)
     assert call("pack", *folders, *more, "--out", tmp_path / "data").code == 0
-    ended = call("train", *told(tmp_path / "data", tmp_path / "run", tiny))
+    ended = call("train", *argv(tmp_path / "data", tmp_path / "run", tiny))
     assert ended.code == 1
     assert f"has no samples in the split '{missing}'; splits with samples: {split}" in ended.err
     assert not (tmp_path / "run").exists()
@@ -493,7 +493,7 @@ def test_a_shard_that_was_cut_is_named_in_one_line(
     subprocess.run(["cp", "-r", shards, data], check=True)
     for path in data.glob("train-*.tar"):
         path.write_bytes(path.read_bytes()[:-512])
-    given = told(data, tmp_path / "run", tiny, "--steps", 2)
+    given = argv(data, tmp_path / "run", tiny, "--steps", 2)
     ended = call("train", *given, "--workers", workers)
     assert ended.code == 1
     assert "bytes, but the manifest lists" in ended.err
@@ -537,13 +537,13 @@ def test_a_sample_that_does_not_decode_ends_the_run_by_name(
 ) -> None:
     data, names = spoil("train", (0,))
     # Two steps are the whole epoch.
-    ended = call("train", *told(data, tmp_path / "run", tiny, "--steps", 2, "--workers", workers))
+    ended = call("train", *argv(data, tmp_path / "run", tiny, "--steps", 2, "--workers", workers))
     assert ended.code == 1
     assert any(name in ended.err.strip().splitlines()[-1] for name in names)
     assert "Traceback" not in ended.err
 
 
-def test_skipped_samples_are_told_and_counted_the_same_for_any_number_of_workers(
+def test_skipped_samples_are_reported_and_counted_the_same_for_any_number_of_workers(
     spoil, tiny, call, metrics, tmp_path: Path
 ) -> None:
     data, names = spoil("train", (0,))
@@ -551,7 +551,7 @@ def test_skipped_samples_are_told_and_counted_the_same_for_any_number_of_workers
     found = []
     for workers in (0, 2):
         run_dir = tmp_path / f"run{workers}"
-        ended = call("train", *told(data, run_dir, tiny, *more, "--workers", workers))
+        ended = call("train", *argv(data, run_dir, tiny, *more, "--workers", workers))
         assert ended.code == 0, ended.err
         lines = [line for line in metrics(run_dir) if "train/loss" in line]
         counts = [line["train/skipped"] for line in lines]
@@ -568,7 +568,7 @@ def test_more_bad_samples_than_allowed_end_the_run_in_one_line(
 ) -> None:
     data, _ = spoil("train", (0,))
     more = ("--steps", 50, "--log-every", 2, "--bad-samples", "skip", *allowed)
-    ended = call("train", *told(data, tmp_path / "run", tiny, *more))
+    ended = call("train", *argv(data, tmp_path / "run", tiny, *more))
     assert ended.code == 1
     assert skips(ended.err)
     last = ended.err.strip().splitlines()[-1]
@@ -582,7 +582,7 @@ def test_data_of_which_nothing_decodes_end_the_run_all_the_same(
     workers: int, spoil, tiny, call, tmp_path: Path
 ) -> None:
     data, names = spoil("train", (0, 1, 2))
-    ended = call("train", *told(data, tmp_path / "run", tiny, *SKIP, "--workers", workers))
+    ended = call("train", *argv(data, tmp_path / "run", tiny, *SKIP, "--workers", workers))
     assert ended.code == 1
     last = ended.err.strip().splitlines()[-1]
     assert any(name in last for name in names)
@@ -592,7 +592,7 @@ def test_data_of_which_nothing_decodes_end_the_run_all_the_same(
 
 def test_validation_skips_nothing(spoil, tiny, call, tmp_path: Path) -> None:
     data, names = spoil("val", (0,))
-    ended = call("train", *told(data, tmp_path / "run", tiny, "--steps", 2, *SKIP))
+    ended = call("train", *argv(data, tmp_path / "run", tiny, "--steps", 2, *SKIP))
     assert ended.code == 1
     assert any(name in ended.err.strip().splitlines()[-1] for name in names)
 
@@ -603,14 +603,14 @@ def test_a_flipped_byte_is_found_by_verify_shards_alone(
 ) -> None:
     data = tmp_path / "data"
     shutil.copytree(shards, data)
-    verified = told(data, tmp_path / "run", tiny, "--steps", 1, "--verify-shards")
+    verified = argv(data, tmp_path / "run", tiny, "--steps", 1, "--verify-shards")
     assert call("train", *verified).code == 0
     path = sorted(data.glob(f"{split}-*.tar"))[-1]
     whole = path.read_bytes()
     path.write_bytes(whole[:-1] + b"\1")
-    assert call("train", *told(data, tmp_path / "other", tiny, "--steps", 1)).code == 0
+    assert call("train", *argv(data, tmp_path / "other", tiny, "--steps", 1)).code == 0
     for run_dir in ("other", "new"):
-        ended = call("train", *told(data, tmp_path / run_dir, tiny, *verified[-3:]))
+        ended = call("train", *argv(data, tmp_path / run_dir, tiny, *verified[-3:]))
         assert ended.code == 1
         assert f"{path} does not match the manifest (sha256); copy or pack it again" in ended.err
         assert "Traceback" not in ended.err
@@ -620,46 +620,46 @@ def test_a_flipped_byte_is_found_by_verify_shards_alone(
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("given", "message"),
     [
-        (("--steps", 0), "steps must be above 0, got 0"),
-        (("--minutes", -1), "minutes must be above 0, got -1"),
-        (("--epochs", 0), "epochs must be above 0, got 0"),
-        (("--crop-size", 0), "crop_size must be above 0, got 0"),
-        (("--global-batch-size", 0), "global_batch_size must be above 0, got 0"),
-        (("--log-every", 0), "log_every must be at least 1, got 0"),
-        (("--keep-checkpoints", 0), "keep_checkpoints must be at least 1, got 0"),
-        (("--max-bad-share", 1.5), "max_bad_share is a share, 0 to 1, got 1.5"),
+        (("--steps", 0), "--steps must be > 0, got 0"),
+        (("--minutes", -1), "--minutes must be > 0, got -1"),
+        (("--epochs", 0), "--epochs must be > 0, got 0"),
+        (("--crop-size", 0), "--crop-size must be > 0, got 0"),
+        (("--global-batch-size", 0), "--global-batch-size must be > 0, got 0"),
+        (("--log-every", 0), "--log-every must be >= 1, got 0"),
+        (("--keep-checkpoints", 0), "--keep-checkpoints must be >= 1, got 0"),
+        (("--max-bad-share", 1.5), "--max-bad-share must be in [0, 1], got 1.5"),
         (("--bad-samples", "ignore"), "ignore"),
-        (("--workers", -1), "workers must be >= 0, got -1"),
-        (("--cache-bytes", 0), "cache_bytes must be > 0, got 0"),
+        (("--workers", -1), "--workers must be >= 0, got -1"),
+        (("--cache-bytes", 0), "--cache-bytes must be >= 1, got 0"),
         (("--cache-dir", "/tmp/c"), "--cache-dir applies to data at a URL; "),
         (("--augment.foreground-share", 2), "augment.foreground_share must be in [0, 1], got 2.0"),
-        (("--seed", -1), "seed must not be below 0"),
-        (("--optim.lr", 0), "optim.lr must be above 0"),
+        (("--seed", -1), "--seed must be >= 0, got -1"),
+        (("--optim.lr", 0), "optim.lr must be > 0"),
         (("--optim.warmup", 1), "optim.warmup must be in [0, 1), got 1"),
         (("--augment.scale", 0.5), "augment.scale must be >= 1, got 0.5"),
         (("--loss.dice", -1), "loss.dice must be a finite number >= 0, got -1"),
         (("--tiles.tile", 4), "tile must be at least 16 pixels, got 4"),
         (("--model.preset", "papre"), "papre"),
-        (("--patience", 0), "patience must be at least 1, got 0"),
+        (("--patience", 0), "--patience must be >= 1, got 0"),
         (("--best-by", "accuracy"), "accuracy"),
         (("--model.depth", 0), "depth must be at least 1, got 0"),
         (("--tracking.backend", "mlflow"), "mlflow"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(
-    given: tuple[object, ...], said: str, shards: Path, tiny, call, tmp_path: Path
+    given: tuple[object, ...], message: str, shards: Path, tiny, call, tmp_path: Path
 ) -> None:
-    ended = call("train", *told(shards, tmp_path / "run", tiny, *given))
+    ended = call("train", *argv(shards, tmp_path / "run", tiny, *given))
     assert ended.code == 2
-    assert said in ended.said
+    assert message in ended.said
     assert "Traceback" not in ended.err
     assert not (tmp_path / "run").exists()
 
 
 def test_a_run_folder_that_is_a_file_is_refused(shards: Path, tiny, call, tmp_path: Path) -> None:
     (tmp_path / "run").write_text("")
-    ended = call("train", *told(shards, tmp_path / "run", tiny, "--steps", 1))
+    ended = call("train", *argv(shards, tmp_path / "run", tiny, "--steps", 1))
     assert ended.code in (1, 2)
     assert "Traceback" not in ended.err

@@ -23,7 +23,7 @@ PAPER = (
 )
 
 
-def told(data: Path, run_dir: Path, flags: tuple[str, ...], *more: object) -> list[object]:
+def argv(data: Path, run_dir: Path, flags: tuple[str, ...], *more: object) -> list[object]:
     steps = ("--steps", 4, "--log-every", 1, "--eval-every", 4)
     return ["--data", data, "--run-dir", run_dir, *flags, "--workers", 0, *steps, *more]
 
@@ -73,7 +73,7 @@ def test_the_network_of_2015_trains_resumes_and_is_scored_at_full_size(
     shards: Path, call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    ended = call("train", *told(shards, whole, PAPER))
+    ended = call("train", *argv(shards, whole, PAPER))
     assert ended.code == 0, ended.err
     assert (config_of(whole).padding, config_of(whole).dropout) == ("valid", 0.5)
     # The whole of 48 x 48 images, and a margin of 20 pixels on each side.
@@ -86,16 +86,16 @@ def test_the_network_of_2015_trains_resumes_and_is_scored_at_full_size(
     # Dropout too is the same after a resume.
     advance = Budget.advance
 
-    def told_to_stop(self: Budget) -> int | None:
+    def request_stop(self: Budget) -> int | None:
         if self.step == 1:
             os.kill(os.getpid(), signal.SIGTERM)
             self.next_agreement = 2
         return advance(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Budget, "advance", told_to_stop)
-        assert call("train", *told(shards, parts, PAPER)).code == 75
-    assert call("train", *told(shards, parts, PAPER)).code == 0
+        patch.setattr(Budget, "advance", request_stop)
+        assert call("train", *argv(shards, parts, PAPER)).code == 75
+    assert call("train", *argv(shards, parts, PAPER)).code == 0
     assert losses(parts) == losses(whole)
     expected = weights_of(whole)
     assert all(torch.equal(tensor, expected[n]) for n, tensor in weights_of(parts).items())
@@ -104,7 +104,7 @@ def test_the_network_of_2015_trains_resumes_and_is_scored_at_full_size(
 def test_a_crop_that_valid_convolutions_cannot_take_is_refused_with_the_nearest(
     shards: Path, call, tmp_path: Path
 ) -> None:
-    ended = call("train", *told(shards, tmp_path / "run", PAPER, "--crop-size", 66))
+    ended = call("train", *argv(shards, tmp_path / "run", PAPER, "--crop-size", 66))
     assert ended.code == 2
     assert "--crop-size: padding valid requires sides of 28 + 4b pixels, got 66" in ended.said
     assert "the nearest are 64 and 68" in ended.said
@@ -122,7 +122,7 @@ def test_a_crop_that_valid_convolutions_cannot_take_is_refused_with_the_nearest(
 def test_the_network_is_what_was_asked_for(
     flags, field, value, shards: Path, tiny, call, tmp_path: Path
 ) -> None:
-    ended = call("train", *told(shards, tmp_path / "run", tiny, *flags))
+    ended = call("train", *argv(shards, tmp_path / "run", tiny, *flags))
     assert ended.code == 0, ended.err
     assert getattr(config_of(tmp_path / "run"), field) == value
 
@@ -134,21 +134,21 @@ def test_switches_of_speed_and_memory_change_no_loss(
     plain, switched = tmp_path / "plain", tmp_path / "switched"
     # Half as many kernels to compile as at depth 2.
     network = (*tiny, "--model.depth", "1")
-    assert call("train", *told(shards, plain, network)).code == 0
-    ended = call("train", *told(shards, switched, network, switch))
+    assert call("train", *argv(shards, plain, network)).code == 0
+    ended = call("train", *argv(shards, switched, network, switch))
     assert ended.code == 0, ended.err
     assert losses(switched) == pytest.approx(losses(plain), rel=1e-3)
-    # The checkpoint does not depend on the switch.
+    # A checkpoint does not record the setting.
     assert weights_of(switched).keys() == weights_of(plain).keys()
-    again = call("train", *told(shards, switched, network))
-    assert "had finished at step 4" in again.out
+    again = call("train", *argv(shards, switched, network))
+    assert "had already finished at step 4" in again.out
 
 
 def test_gradient_checkpointing_and_batch_norm_are_refused_together(
     shards: Path, tiny, call, tmp_path: Path
 ) -> None:
     flags = ("--model.norm", "batch", "--gradient-checkpointing")
-    ended = call("train", *told(shards, tmp_path / "run", tiny, *flags))
+    ended = call("train", *argv(shards, tmp_path / "run", tiny, *flags))
     assert ended.code == 2
     assert "would update the running averages" in ended.said
 
@@ -156,7 +156,7 @@ def test_gradient_checkpointing_and_batch_norm_are_refused_together(
 def test_every_loss_is_logged_by_its_name(touching: Path, tiny, call, tmp_path: Path) -> None:
     flags = [f"--loss.{name}=0.5" for name in ("bce", "focal", "tversky", "label-smoothing")]
     weights = ("--loss.class-weights", "inverse", "--loss.border-weight", 10)
-    ended = call("train", *told(touching, tmp_path / "run", tiny, *flags, *weights))
+    ended = call("train", *argv(touching, tmp_path / "run", tiny, *flags, *weights))
     assert ended.code == 0, ended.err
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     first = json.loads(lines[0])
@@ -175,7 +175,7 @@ def test_border_weights_raise_the_loss_between_cells_for_any_number_of_workers(
         "workers": ("--loss.border-weight", 10, "--workers", 2),
     }.items():
         run_dir = tmp_path / name
-        arguments = told(touching, run_dir, tiny, "--loss.dice", 0, *flags)
+        arguments = argv(touching, run_dir, tiny, "--loss.dice", 0, *flags)
         ended = call("train", *arguments)
         assert ended.code == 0, ended.err
         found[name] = losses(run_dir)
@@ -184,7 +184,7 @@ def test_border_weights_raise_the_loss_between_cells_for_any_number_of_workers(
 
 
 def test_border_weights_need_border_maps(shards: Path, tiny, call, tmp_path: Path) -> None:
-    ended = call("train", *told(shards, tmp_path / "run", tiny, "--loss.border-weight", 10))
+    ended = call("train", *argv(shards, tmp_path / "run", tiny, "--loss.border-weight", 10))
     assert ended.code == 2
     assert "has none; pack it with --border-sigma 5" in ended.said
 
@@ -208,14 +208,14 @@ def test_class_weights_need_counted_pixels(cells: Path, tiny, call, tmp_path: Pa
     )
     assert ended.code == 0, ended.err
     flags = ("--loss.class-weights", "inverse")
-    ended = call("train", *told(tmp_path / "data", tmp_path / "run", tiny, *flags))
+    ended = call("train", *argv(tmp_path / "data", tmp_path / "run", tiny, *flags))
     assert ended.code == 2
     assert "does not list; pack it with --verify full" in ended.said
 
 
 def test_batch_norm_of_a_single_value_is_refused(shards: Path, tiny, call, tmp_path: Path) -> None:
     small = ("--crop-size", 4, "--global-batch-size", 2, "--accumulate", 2)
-    ended = call("train", *told(shards, tmp_path / "run", tiny, "--model.norm", "batch", *small))
+    ended = call("train", *argv(shards, tmp_path / "run", tiny, "--model.norm", "batch", *small))
     assert ended.code == 2
     assert "sees one value of each channel in crops of 4 pixels" in ended.said
 
@@ -224,10 +224,10 @@ def test_batch_norm_of_a_single_value_is_refused(shards: Path, tiny, call, tmp_p
 def test_batch_norm_on_several_cpu_ranks_is_refused_by_one_of_them(
     shards: Path, tiny, launch, tmp_path: Path
 ) -> None:
-    arguments = told(shards, tmp_path / "run", tiny, "--model.norm", "batch")
+    arguments = argv(shards, tmp_path / "run", tiny, "--model.norm", "batch")
     ended = launch(2, "train", *arguments)
     assert ended.code != 0
-    assert ended.err.count("--model.norm batch is over all ranks on GPUs only") == 1
+    assert ended.err.count("--model.norm batch is synchronised over ranks on GPUs only") == 1
 
 
 def test_border_maps_are_read_only_where_they_are_used(
@@ -244,7 +244,7 @@ def test_border_maps_are_read_only_where_they_are_used(
     monkeypatch.setattr(ShardReader, "build_sample", noting)
     for flags, expected in (((), {False}), (("--loss.border-weight", 10), {False, True})):
         seen.clear()
-        ended = call("train", *told(touching, tmp_path / str(len(flags)), tiny, *flags))
+        ended = call("train", *argv(touching, tmp_path / str(len(flags)), tiny, *flags))
         assert ended.code == 0, ended.err
         # Validation has no use for them in either case.
         assert seen == expected

@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from shards.images.encoding import compute_scaled_size
 from shards.images.files import (
     IMAGE_EXTENSIONS,
     NOTES,
     UNSUPPORTED_EXTENSIONS,
     ImageFormat,
     ImageRule,
-    compute_scaled_size,
     encode_png,
     load_pixels,
     open_image,
@@ -194,7 +194,7 @@ def test_a_header_agrees_with_the_decoded_image(to_bytes, noise):
         assert (decoded.mode, decoded.size) == (trusted.mode, trusted.size)
 
 
-def test_every_note_occurs(to_bytes, noise):
+def test_every_note_occurs(to_bytes, raw_png, noise):
     notes = set()
     several = [Image.fromarray(noise(seed=i)) for i in range(2)]
     for data, rule in (
@@ -205,10 +205,11 @@ def test_every_note_occurs(to_bytes, noise):
         (to_bytes(Image.new("RGBA", (2, 2))), {"alpha": "drop"}),
         (to_bytes(several[0].convert("CMYK"), "TIFF"), {}),
         (to_bytes(Image.fromarray(grey16())), {"allow_16_bit": True}),
+        (raw_png([b"\7" * 24] * 2, 4, 16, 2), {}),
     ):
         notes |= set(read(data, **rule).notes)
-    # The note on masks is added when a mask is compared with its image.
-    assert notes | {"mask"} == set(NOTES)
+    # Notes on masks are added when a mask is read with its image.
+    assert notes | {"mask", "white_is_zero"} == set(NOTES)
 
 
 # ------------------------------------------------------------------------------------ 16 bits
@@ -466,6 +467,15 @@ def test_a_scaled_size_keeps_the_aspect_ratio_within_the_limit(width, height, lo
 
 REPAIR = "repair or remove it"
 NOT_AN_IMAGE = f"is not a readable image; {REPAIR}"
+UNREAD = "is {}, a format that is not read; convert it to PNG, TIFF or 8-bit JPEG"
+
+
+def twelve_bits(data: bytes) -> bytes:
+    """A JPEG whose frame header declares 12 bits."""
+    place = data.index(b"\xff\xc0") + 4
+    return data[:place] + b"\x0c" + data[place + 1 :]
+
+
 BANDS = (
     "has {} bands; images have 1 (grey) or 3 (RGB), and optionally an alpha channel: export the "
     "bands that you need to a file of their own"
@@ -476,7 +486,7 @@ COLOUR_16 = (
 )
 GREY_16 = (
     "has more than 8 bits per pixel (mode {}, values from {} to {}); choose which values become "
-    "black and white: --image-range 0 65535, or --image-percentiles 0.5 99.5"
+    "black and white, such as --image-range 0 65535"
 )
 ALPHA = (
     "has transparent pixels; flatten it onto a background, or add --alpha drop to keep them in "
@@ -505,7 +515,9 @@ class Files:
         return self.pil(frames[0], file_format, save_all=True, append_images=frames[1:])
 
     def bands(self, count, bits=8, **options):
-        return self.tiff(bytes(48 * count * bits // 8), (8, 6), bits, count, **options)
+        # High and low bytes differ, so that 16 bits do not only repeat 8.
+        data = (b"\0\1" if count > 1 else b"\0\0") * (48 * count * bits // 16)
+        return self.tiff(data, (8, 6), bits, count, **options)
 
     def truncated(self, file_format):
         data = self.pil(Image.fromarray(self.noise((40, 40, 3))), file_format)
@@ -528,8 +540,19 @@ BAD = {
     "a web page": (lambda f: b"<!DOCTYPE html><html><body>404</body></html>", NOT_AN_IMAGE),
     "zeros": (lambda f: bytes(1000), NOT_AN_IMAGE),
     "a git-lfs pointer": (lambda f: b"version https://git-lfs.github.com/spec/v1\n", NOT_AN_IMAGE),
-    "a format that is not listed": (lambda f: f.pil(Image.new("L", (2, 2)), "PPM"), NOT_AN_IMAGE),
-    "JPEG 2000": (lambda f: f.pil(Image.new("L", (32, 32)), "JPEG2000"), NOT_AN_IMAGE),
+    "a format that is not listed": (
+        lambda f: f.pil(Image.new("L", (2, 2)), "PPM"),
+        UNREAD.format("PNM"),
+    ),
+    "JPEG 2000": (
+        lambda f: f.pil(Image.new("L", (32, 32)), "JPEG2000"),
+        UNREAD.format("JPEG 2000"),
+    ),
+    "AVIF": (lambda f: b"\0\0\0 ftypavif" + bytes(99), UNREAD.format("AVIF")),
+    "12-bit JPEG": (
+        lambda f: twelve_bits(f.pil(Image.new("L", (9, 9)), "JPEG")),
+        UNREAD.format("a JPEG of 12 bits"),
+    ),
     "DICOM": (lambda f: bytes(128) + b"DICM" + bytes(99), VOLUME),
     "NIfTI": (lambda f: bytes(344) + b"n+1\0" + bytes(99), VOLUME),
     "NIfTI with a second file": (lambda f: bytes(344) + b"ni1\0", VOLUME),
@@ -558,8 +581,8 @@ BAD = {
     ),
     "double TIFF": (lambda f: f.bands(1, 64, sample=3), UNDECODED.format(64)),
     "CIELAB": (lambda f: f.pil(Image.new("LAB", (3, 3)), "TIFF"), MODE.format("LAB")),
-    "16-bit RGB PNG": (lambda f: f.png([bytes(48)] * 6, 8, 16, 2), COLOUR_16),
-    "16-bit RGBA PNG": (lambda f: f.png([bytes(64)] * 6, 8, 16, 6), COLOUR_16),
+    "16-bit RGB PNG": (lambda f: f.png([b"\0\1" * 24] * 6, 8, 16, 2), COLOUR_16),
+    "16-bit RGBA PNG": (lambda f: f.png([b"\0\1" * 32] * 6, 8, 16, 6), COLOUR_16),
     "16-bit grey and alpha PNG": (lambda f: f.png([bytes(32)] * 6, 8, 16, 4), COLOUR_16),
     "16-bit RGB TIFF": (lambda f: f.bands(3, 16, photometric=2), COLOUR_16),
     "16-bit RGB TIFF, big": (lambda f: f.bands(3, 16, photometric=2, order=">"), COLOUR_16),
@@ -702,7 +725,9 @@ def test_16_bit_images_with_white_as_zero_are_refused(to_bytes):
     deep = Image.fromarray(np.arange(12, dtype=np.uint16).reshape(3, 4))
     data = to_bytes(deep, "TIFF", tiffinfo={262: 0})
     with pytest.raises(DataError, match=r"a\.tif is 16-bit with white as 0; save it with"):
-        open_image(data, "a.tif", ImageRule())
+        read_image(data, ImageRule(allow_16_bit=True), "a.tif")
+    with pytest.raises(DataError, match="white as 0"):
+        decode_image(data, ImageFormat("L", range=(0, 65535)), "a.tif")
 
 
 def test_a_transparent_grey_value_of_16_bits_needs_a_rule(to_bytes):

@@ -19,6 +19,7 @@ from shards.masks.canonical import read_mask
 from shards.masks.formats import MaskFormat
 from shards.masks.palettes import default_palette, format_colour, palette_bytes, read_palette
 from shards.masks.png import decode_mask, encode_mask, unpack_mask
+from shards.masks.stored import StoredMask
 from shards.sample import DataError
 
 TWO = ("background", "cell")
@@ -200,18 +201,39 @@ def test_the_ignore_value_becomes_255(to_bytes, rule):
     assert mask.class_map.values == (0, 1, 9)
 
 
+def stored(pixels):
+    return StoredMask(Image.fromarray(np.asarray(pixels, dtype=np.uint8)))
+
+
 def refusal(pixels, classes=TWO, **rule):
     mask_format = MaskFormat(num_classes=len(classes), **rule)
     with pytest.raises(DataError) as caught:
-        mask_format.map_classes(Image.fromarray(np.asarray(pixels, dtype=np.uint8)), "masks/a.png")
+        mask_format.map_classes(stored(pixels), "masks/a.png")
     return str(caught.value)
 
 
 def test_one_unknown_value_is_named_with_its_pixel_count_and_the_remedy():
     assert refusal([[0, 1, 7, 7]], kind="index") == (
-        "masks/a.png has values without a class: 7: 2 px; "
-        "to ignore these pixels, add --ignore-value 7"
+        "masks/a.png has values without a class: 7: 2 px; 2 classes allow 0 to 1: "
+        "name them all with --classes, or use --mask-format values"
     )
+
+
+def test_two_values_are_proposed_as_binary_never_as_ignored():
+    text = refusal([[0, 0, 255]], kind="index")
+    assert text.endswith("with 0 and one other value, the format is --mask-format binary")
+
+
+@pytest.mark.parametrize("rule", [{"kind": "index"}, {"kind": "values", "values": (0, 1)}])
+def test_only_rare_values_are_proposed_to_be_ignored(rule):
+    pixels = np.zeros((30, 20), dtype=np.uint8)
+    pixels[0] = 1
+    pixels[1, :5] = 9
+    assert refusal(pixels, **rule).endswith(
+        "if these few pixels belong to no class, add --unknown ignore"
+    )
+    pixels[1, :6] = 9
+    assert "ignore" not in refusal(pixels, **rule)
 
 
 def test_several_unknown_indices_are_named_the_most_common_first():
@@ -224,7 +246,7 @@ def test_several_unknown_indices_are_named_the_most_common_first():
 def test_unknown_values_of_a_values_mask_are_named():
     assert refusal([[0, 128, 3, 4]], kind="values", values=(0, 128)) == (
         "masks/a.png has values without a class: 3: 1 px, 4: 1 px; "
-        "name them all with --mask-values and --classes, or add --unknown ignore"
+        "name them all with --mask-values and --classes"
     )
 
 
@@ -239,11 +261,9 @@ def test_counts_have_thousands_separators():
 
 @pytest.mark.parametrize("rule", [{"kind": "index"}, {"kind": "values", "values": (0, 1)}])
 def test_255_is_an_error_unless_it_is_declared_as_ignored(rule):
-    assert "255: 1 px; to ignore these pixels, add --ignore-value 255" in refusal(
-        [[0, 1, 255]], **rule
-    )
+    assert "255: 1 px; " in refusal([[0, 1, 255]], **rule)
     mask_format = MaskFormat(num_classes=2, ignore_value=255, **rule)
-    classes = mask_format.map_classes(Image.fromarray(np.array([[0, 1, 255]], dtype=np.uint8)), "x")
+    classes = mask_format.map_classes(stored([[0, 1, 255]]), "x")
     assert classes.index.tolist() == [[0, 1, 255]]
 
 
@@ -509,7 +529,7 @@ def test_any_mask_of_declared_colours_is_read_exactly(seed, height, width, count
     mask_format = MaskFormat(
         kind="rgb", num_classes=count, colours=tuple(map(tuple, table.tolist()))
     )
-    classes = mask_format.map_classes(Image.fromarray(table[index].astype(np.uint8)), "x")
+    classes = mask_format.map_classes(stored(table[index]), "x")
     assert np.array_equal(classes.index, index)
     assert classes.pixels.tolist() == np.bincount(index.ravel(), minlength=256).tolist()
 

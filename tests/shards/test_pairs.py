@@ -8,8 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shards.folders.pairs import Pair, PairRule, find_pairs, read_pair_lists
+from shards.folders.pairs import (
+    Pair,
+    PairRule,
+    find_pairs,
+    find_pairs_in_folders,
+    read_pair_lists,
+)
 from shards.folders.separation import plan_separation
+from shards.folders.split_names import find_declared_splits, find_named_split
 from shards.folders.splits import SPLITS, SplitRule, hash_fraction
 from shards.folders.walk import list_images
 from shards.sample import DataError, format_problems
@@ -258,7 +265,7 @@ def test_folders_without_any_pair_are_refused_with_examples(tree):
     images, masks = tree("images", "b.jpg", "a.jpg"), tree("masks", "a_m.png")
     assert refusal(find_pairs, images, masks, PLAIN) == (
         f"no image in {images} has a mask of the same name in {masks} (for example: a.jpg and "
-        "a_m.png); see --mask-suffix, --pair-regex and --pairs"
+        "a_m.png); see --image-suffix, --mask-suffix, --pair-regex and --pairs"
     )
     assert "(for example: a.jpg and nothing)" in refusal(
         find_pairs, images, masks, PairRule(mask_suffix="_x")
@@ -582,14 +589,9 @@ def test_an_image_without_a_group_is_refused():
         ({"fold": (6, 5)}, "--fold must be i/k: fold i, from 1 to k, of k >= 2 folds"),
         ({"fold": (1, 1)}, "--fold must be i/k: fold i, from 1 to k, of k >= 2 folds"),
         (
-            {"fold": (1, 2), "files": (Path("s.csv"),)},
-            "--fold and --split-file both define the splits; use one of them",
-        ),
-        (
             {"by_folder": True, "files": (Path("s.csv"),)},
             "--split-file and --split-folders both define the splits; use one of them",
         ),
-        ({"by_folder": True, "fold": (1, 2)}, "--fold and --split-folders both define the splits"),
     ],
 )
 def test_contradictory_split_rules_are_refused(fields, message):
@@ -893,7 +895,6 @@ def test_a_group_that_spans_two_declared_splits_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
-        ({"by_folder": True, "val_fraction": 0.2}, "--val-fraction has no effect with --split-f"),
         ({"fold": (1, 2), "val_fraction": 0.0}, "--val-fraction has no effect with --fold"),
         ({"by_folder": True, "test_fraction": 0.2}, "--test-fraction has no effect with --split"),
     ],
@@ -901,3 +902,132 @@ def test_a_group_that_spans_two_declared_splits_is_refused(tmp_path):
 def test_a_fraction_without_effect_is_refused(rule, message):
     with pytest.raises(ValueError, match=message):
         SplitRule(**rule)
+
+
+# ------------------------------------------------------------------------ declared splits, and val
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        *(("train", "train"), ("camvid_val", "val"), ("Validation-2", "val"), ("valid", "val")),
+        *(("ISIC_Training_Input", "train"), ("test1", "test"), ("trainval", None)),
+        *(("pairs", None), ("train_test", None), ("constrained", None)),
+    ],
+)
+def test_a_word_of_a_name_declares_a_split(name, split):
+    assert find_named_split(name) == split
+
+
+def test_names_of_several_lists_set_the_split_of_their_pairs(lists):
+    files = [
+        lists("my_test.txt", "images/a.jpg masks/a.png\n"),
+        lists("train.csv", "images/x/a.jpg,masks/z.png"),
+    ]
+    splits = find_declared_splits("--pairs", files)
+    pairing = read_pair_lists(files, None, None, splits)
+    assert SplitRule().assign_splits(pairing.pairs) == (["test", "train"], [None, None])
+
+
+def test_lists_of_which_only_some_declare_a_split_are_refused():
+    with pytest.raises(ValueError, match=r"--pairs b.txt: its name declares no split, but that of"):
+        find_declared_splits("--pairs", [Path("train.txt"), Path("b.txt")])
+    assert find_declared_splits("--pairs", [Path("a.txt"), Path("b.txt")]) == [None, None]
+    assert find_declared_splits("--pairs", [Path("train.txt")]) == [None]
+
+
+def test_names_of_several_folders_set_the_split_of_their_pairs(tree, tmp_path):
+    folders = [tmp_path / name for name in ("test/images", "training/images")]
+    masks = [tmp_path / name for name in ("test/1st_manual", "training/1st_manual")]
+    tree("test", "images/1_x.png", "1st_manual/1_y.png")
+    tree("training", "images/2_z.png", "1st_manual/2_y.png")
+    splits = find_declared_splits("--images", folders)
+    pairing = find_pairs_in_folders(folders, masks, PairRule(regex=r"(\d+)[^/]*$"), splits)
+    assert pairing.images == pairing.masks == tmp_path
+    assert pairing.pairs == [
+        Pair("test/images/1_x.png", "test/1st_manual/1_y.png", "test"),
+        Pair("training/images/2_z.png", "training/1st_manual/2_y.png", "train"),
+    ]
+
+
+TRAIN_TEST = pairs_named(*(f"train/{i}.png" for i in range(40)), "test/a.png", "test/b.png")
+
+
+@pytest.mark.parametrize("setting", [{"val_fraction": 0.25}, {"fold": (2, 4)}])
+def test_val_is_cut_out_of_a_declared_train(setting):
+    splits, _ = SplitRule(by_folder=True, **setting).assign_splits(TRAIN_TEST)
+    hashed, _ = SplitRule(**setting).assign_splits(TRAIN_TEST)
+    assert splits == [*hashed[:40], "test", "test"]
+    assert {"train", "val"} == set(splits[:40])
+
+
+def test_without_a_fraction_a_declared_train_keeps_all_samples():
+    splits, _ = SplitRule(by_folder=True).assign_splits(TRAIN_TEST)
+    assert splits == ["train"] * 40 + ["test"] * 2
+
+
+@pytest.mark.parametrize("setting", [{"val_fraction": 0.25}, {"fold": (2, 4)}])
+def test_cutting_val_beside_a_declared_val_is_refused(setting):
+    rule = SplitRule(by_folder=True, **setting)
+    flag = "--fold" if "fold" in setting else "--val-fraction"
+    message = refusal(rule.assign_splits, pairs_named("train/a.png", "val/b.png"))
+    assert message.startswith(f"{flag} cuts val out of train, but the data declare val; remove")
+
+
+@pytest.mark.parametrize("count", [2, 3, 9])
+def test_an_empty_val_takes_the_next_sample_by_hash(count):
+    sizes = []
+    for seed in range(30):
+        pairs = pairs_named(*(f"{seed}_{i}.png" for i in range(count)))
+        notes = []
+        splits, _ = SplitRule().assign_splits(pairs, notes)
+        hashed = [SplitRule().hash_split(p.key) for p in pairs]
+        if "val" in hashed:
+            assert (splits, notes) == (hashed, [])
+            continue
+        first = min((p.key for p in pairs), key=hash_fraction)
+        assert [p.key for p, s in zip(pairs, splits, strict=True) if s == "val"] == [first]
+        assert [note.partition(",")[0] for note in notes] == [f"no sample hashes into val: {first}"]
+        sizes.append(count)
+    assert sizes
+
+
+def test_val_stays_empty_for_those_who_mean_it():
+    pairs = pairs_named("a.png", "b.png", "c.png")
+    assert SplitRule(val_fraction=0).assign_splits(pairs)[0] == ["train"] * 3
+    assert SplitRule().assign_splits(pairs[:1])[0] == ["train"]
+
+
+def test_absolute_paths_of_a_split_file_that_exist_are_found(tree, tmp_path):
+    images = tree("images", "a.png", "x/b.png")
+    (tmp_path / "train.txt").write_text(f"{images}/a.png\n")
+    (tmp_path / "val.txt").write_text("images/x/b.png\n")
+    rule = SplitRule(files=(tmp_path / "train.txt", tmp_path / "val.txt"))
+    pairing = find_pairs(images, None, PLAIN)
+    assert rule.assign_splits(pairing.pairs)[0] == ["train", "val"]
+
+
+def test_lists_of_which_no_path_exists_are_one_line_with_the_folder(lists, tmp_path):
+    text = "".join(f"/gone/{i}.png /gone/m{i}.png\n" for i in range(30))
+    error = refusal(read_pair_lists, [lists("p.txt", text)], None, None)
+    assert error.startswith(f"{tmp_path}/p.txt: none of the 30 listed images exists, the first is")
+    assert f"listed paths are relative to {tmp_path}: set --images and --masks" in error
+    assert "\n" not in error
+
+
+@pytest.mark.parametrize(
+    ("images", "masks", "flags"),
+    [
+        ("{:03d}_image.png", "{:03d}_annotation.png", "--image-suffix _image --mask-suffix _ann"),
+        ("{}.jpg", "{}_mask.gif", "--mask-suffix _mask pairs 9"),
+        ("{}_training.tif", "{}_manual1.gif", "--image-suffix _training --mask-suffix _manual1"),
+        ("raw_{:03d}.tif", "label-{:03d}.png", "--pair-regex '(\\d+)[^/]*$' pairs 9"),
+        ("a{}.png", "b.png", "see --image-suffix, --mask-suffix, --pair-regex and --pairs"),
+    ],
+)
+def test_folders_without_any_pair_are_refused_with_the_flags_that_pair_them(
+    tree, images, masks, flags
+):
+    one = tree("images", *(images.format(i) for i in range(9)))
+    other = tree("masks", *(masks.format(i) for i in range(9)))
+    assert f"); {flags}" in refusal(find_pairs, one, other, PLAIN)

@@ -311,6 +311,13 @@ def test_a_few_arbitrary_values(values):
     assert has_note(proposal, "if 255 marks pixels to ignore") == (255 in values)
 
 
+def test_stray_values_do_not_become_classes():
+    values = [0] * 4000 + [128] * 3000 + [255] * 3000 + [3, 9, 77, 130, 201]
+    proposal = propose_flags(survey_mask(grey(values), "m.png", ImageRule()))
+    assert proposal.flags == (*value_flags(0, 128, 255), "--unknown", "ignore")
+    assert has_note(proposal, "rare values are ignored, 5 px (0.05 %): 3 9 77 130 201; if one is")
+
+
 def test_a_few_arbitrary_values_of_16_bits():
     check([grey16([0, 1000, 65535])], *value_flags(0, 1000, 65535))
 

@@ -1,0 +1,151 @@
+"""Which folders below a folder hold images and which their masks, judged by names."""
+
+import os
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+
+from shards.folders.split_names import SPLIT_NAMES, find_named_split
+from shards.folders.suffixes import Fit, find_fit
+from shards.folders.walk import walk_files
+from shards.images.files import IMAGE_EXTENSIONS
+from shards.sample import DataError
+
+MAX_DEPTH, MAX_FOLDERS = 3, 40
+"""Folders that are compared: the first 40 within three levels."""
+MIN_SHARE = 0.3
+"""Layouts with fewer pairs than this share of the largest are not proposed."""
+DECOYS = (
+    *("object", "instance", "inst", "color", "colour", "viz", "vis", "overlay", "center", "edge"),
+    *("fov", "roi", "depth", "2nd", "second", "unlabel", "pred", "bound"),
+)
+LABELS = (
+    *("label", "annot", "anno", "gt", "ground", "truth", "seg", "manual", "target", "lesion"),
+    *("1st", "class"),
+)
+MASKS = ("mask", "msk", "matte", "_fg")
+IMAGES = ("image", "img", "rgb", "input", "jpeg", "photo", "original", "raw", "sat")
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Folders of images, those of their masks in the same order, and what pairs them."""
+
+    images: tuple[str, ...]
+    masks: tuple[str, ...]
+    """Relative paths, `.` for the folder itself."""
+    fit: Fit
+    rank: tuple[float, ...]
+    """The highest is proposed."""
+
+    @property
+    def mask_place(self) -> str:
+        """Describe where the masks are."""
+        return " ".join(self.masks) + (f" (*{s})" if (s := self.fit.mask_suffix) else "")
+
+
+def find_layouts(root: Path) -> tuple[list[Layout], Counter[str]]:
+    """Find the layouts below a folder, the most likely first, and count files per extension.
+
+    Raises DataError if the folder is missing or contains no images.
+    """
+    if not root.is_dir():
+        raise DataError(f"{root} is not a directory")
+    files = list(walk_files(str(root)))
+    extensions = Counter(os.path.splitext(name)[1].lower() for name in files)
+    folders = group_by_folder(
+        n for n in files if os.path.splitext(n.lower())[1] in IMAGE_EXTENSIONS
+    )
+    if not folders:
+        what = ", ".join(
+            f"{count} {ext or 'without extension'}" for ext, count in extensions.items()
+        )
+        raise DataError(f"{root} contains no images; it has {what or 'no files'}")
+    groups: dict[tuple[object, ...], list[tuple[str, str]]] = defaultdict(list)
+    for one, other in product(folders, folders):
+        if contains(other, one):
+            continue
+        if find_fit(names_beside(folders, one, other), folders[other], shared=one == other).pairs:
+            groups[pattern_of(one, other)].append((one, other))
+    layouts = [make_layout(folders, members) for members in groups.values()]
+    most = max((layout.fit.pairs for layout in layouts), default=0)
+    kept = [layout for layout in layouts if layout.fit.pairs >= max(2, MIN_SHARE * most)]
+    return sorted(kept, key=lambda layout: layout.rank, reverse=True), extensions
+
+
+def group_by_folder(names: Iterable[str]) -> dict[str, list[str]]:
+    """Return {folder: names below it} of the folders near the top."""
+    folders: dict[str, list[str]] = defaultdict(list)
+    for name in sorted(names):
+        parts = name.split("/")[:-1]
+        for depth in range(min(len(parts), MAX_DEPTH) + 1):
+            folder = "/".join(parts[:depth]) or "."
+            folders[folder].append(name if not depth else name[len(folder) + 1 :])
+    near = sorted(folders, key=lambda f: (f != ".", f.count("/"), f))[:MAX_FOLDERS]
+    return {folder: folders[folder] for folder in near}
+
+
+def contains(outer: str, inner: str) -> bool:
+    """Return whether a folder is above another one."""
+    return outer != inner and (outer == "." or inner.startswith(f"{outer}/"))
+
+
+def names_beside(folders: dict[str, list[str]], one: str, other: str) -> list[str]:
+    """Return the names below a folder without those of another folder inside it."""
+    if not contains(one, other):
+        return folders[one]
+    inside = "" if one == "." else f"{one}/"
+    return [name for name in folders[one] if not f"{inside}{name}".startswith(f"{other}/")]
+
+
+def pattern_of(one: str, other: str) -> tuple[object, ...]:
+    """Return what pairs of folders of several splits have in common: `*/images`, `*/masks`."""
+    words = "|".join(sorted(SPLIT_NAMES, key=len, reverse=True))
+    shared = os.path.commonpath([one, other]) if one != other else os.path.dirname(one)
+    if not any(map(find_named_split, one.split("/"))):
+        return (one, other)
+    ends = (path[len(shared) :].lstrip("/") for path in (one, other))
+    return (shared.count("/"), bool(shared), *(re.sub(words, "*", end, flags=re.I) for end in ends))
+
+
+def make_layout(folders: dict[str, list[str]], members: list[tuple[str, str]]) -> Layout:
+    """Fit one rule to all pairs of folders of a layout, and rank it."""
+    images, masks = zip(*members, strict=True)
+    shared = images == masks
+    left = [
+        f"{i}/{name}"
+        for i, one in enumerate(images)
+        for name in names_beside(folders, one, masks[i])
+    ]
+    right = [f"{i}/{name}" for i, other in enumerate(masks) for name in folders[other]]
+    fit = find_fit(left, right, shared=shared)
+    if shared and score_mask(fit.image_suffix) > score_mask(fit.mask_suffix):
+        fit = replace(fit, image_suffix=fit.mask_suffix, mask_suffix=fit.image_suffix)
+    if shared and is_photo(fit.mask_ext) > is_photo(fit.image_ext):
+        fit = replace(fit, image_ext=fit.mask_ext, mask_ext=fit.image_ext)
+    mask_words = " ".join(masks) + fit.mask_suffix if not shared else fit.mask_suffix
+    image_words = " ".join(images) + fit.image_suffix if not shared else fit.image_suffix
+    coverage = fit.pairs / max(1, len(set(right)))
+    score = score_mask(mask_words) - score_mask(image_words) + coverage
+    depth = sum(one.count("/") + (one != ".") for one in images) / len(images)
+    return Layout(images, masks, fit, (score, -len(images), fit.pairs, depth))
+
+
+def is_photo(extension: str | None) -> bool:
+    """Return whether files with this extension are more likely images than masks."""
+    return extension in (".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
+
+
+def score_mask(words: str) -> int:
+    """Score how likely names are those of masks: labels above masks above images and decoys."""
+    lower = words.lower()
+    if any(word in lower for word in DECOYS):
+        return -1 if "unlabel" not in lower else 1
+    if any(word in lower for word in LABELS):
+        return 4
+    if any(word in lower for word in MASKS):
+        return 2
+    return -2 if any(word in lower for word in IMAGES) else 0
