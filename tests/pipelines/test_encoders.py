@@ -289,6 +289,16 @@ def test_a_run_starts_from_another_with_other_classes(
     assert "has encoder = swin, this run has none; set --model.encoder swin" in ended.said
 
 
+def test_a_missing_checkpoint_is_named_by_the_flag_that_gave_it(
+    backbones: Path, shards: Path, call, tmp_path: Path
+) -> None:
+    missing = tmp_path / "missing"
+    given = flags(shards, tmp_path / "run", backbones / "resnet", "--init-from", missing)
+    ended = call("train", *given)
+    assert ended.code == 1
+    assert f"--init-from {missing}: does not exist" in ended.said
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_trained_model_is_evaluated_predicts_and_is_reported(
     name: str, backbones: Path, shards: Path, cells: Path, call, tmp_path: Path
