@@ -18,6 +18,7 @@ from pipelines.model.export_file import (
     quiet,
     read_onnx,
     read_torch,
+    refuse_windows,
     sides_name,
     size_name,
     sizes_to_try,
@@ -63,6 +64,7 @@ def run(config: ExportConfig) -> int:
     if config.out.is_dir():
         raise UsageError(f"--out {config.out} is a directory; --out takes the file to write")
     loaded = load_model(config.checkpoint)
+    refuse_windows(loaded.model)
     config.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".", suffix=".tmp", dir=config.out.parent) as folder:
         file = Path(folder) / config.out.name

@@ -27,6 +27,7 @@ from pipelines.runtime.errors import INTERRUPTED, RunError
 from pipelines.runtime.run_folder import RunFolder, RunLock
 from pipelines.training.budget import NotFinite
 from pipelines.training.checkpoints import Checkpoints, TrainState
+from pipelines.training.encoders import drop_gradients, freeze_encoder
 from pipelines.training.optim import learning_rate, set_learning_rate
 from pipelines.training.options import TrainConfig
 from pipelines.training.setup import (
@@ -91,6 +92,7 @@ def train(
 
         lr = learning_rate(config.optim, budget.progress)
         set_learning_rate(t.optimizer, lr)
+        frozen = freeze_encoder(t.learner.model, config.model.freeze_until, budget.progress)
         for number in range(passes):
             batch = next_batch(t)
             with t.training_pass(budget.step + 1), accelerator.accumulate(t.model):
@@ -99,6 +101,8 @@ def train(
                     show_first_batch(t, image, mask)
                 loss, parts = t.criterion(t.model(image), mask, border)
                 accelerator.backward(loss)
+                if frozen:
+                    drop_gradients(t.learner.model)
                 norm = clip_gradients(accelerator, t.model, config.optim.clip_norm)
                 t.optimizer.step()
                 t.optimizer.zero_grad()

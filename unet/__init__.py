@@ -3,6 +3,7 @@
 Nothing here knows shards or ranks, or opens files other than weights.
 """
 
+from unet.encoder import Encoder, EncoderConfig, find_stages
 from unet.losses import LossConfig, SegmentationLoss, inverse_frequency
 from unet.masks import MaskRule, PredictedMasks, predict_mask, predict_masks
 from unet.metrics import Empty, Scores, SegmentationScores, confusion_per_image
@@ -16,6 +17,8 @@ __all__ = [
     "Block",
     "DataSpec",
     "Empty",
+    "Encoder",
+    "EncoderConfig",
     "LossConfig",
     "MaskRule",
     "NetworkGeometry",
@@ -29,6 +32,7 @@ __all__ = [
     "UNet",
     "UNetConfig",
     "confusion_per_image",
+    "find_stages",
     "halve_tile",
     "inverse_frequency",
     "predict_blocks",

@@ -133,14 +133,20 @@ class Up(nn.Module):
     """One step of the expanding path: upsample, concatenate the skip, double convolution."""
 
     def __init__(
-        self, in_channels: int, out_channels: int, config: ConvConfig, *, up: Upsampling
+        self,
+        in_channels: int,
+        skip_channels: int,
+        out_channels: int,
+        config: ConvConfig,
+        *,
+        up: Upsampling,
     ) -> None:
         super().__init__()
         self.up = make_upsampling(up, in_channels, out_channels)
-        self.conv = DoubleConv(2 * out_channels, out_channels, config)
+        self.conv = DoubleConv(skip_channels + out_channels, out_channels, config)
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
-        """[B, in, H, W] and skip [B, out, >= 2H, >= 2W] -> [B, out, 2H, 2W] (`valid`: 4 less)."""
+        """[B, in, H, W] and skip [B, skip, >= 2H, >= 2W] -> [B, out, 2H, 2W] (`valid`: 4 less)."""
         x = self.up(x)
         return self.conv(torch.cat([centre_crop(skip, x.shape[-2:]), x], dim=1))
 

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from unet import milesial, weights
 from unet.blocks import Activation, ConvConfig, DoubleConv, Down, Norm, Padding, Up, Upsampling
+from unet.encoder import Encoder, EncoderConfig
 from unet.masks import predict_mask
 from unet.pixels import AnyImage, to_pixels
 from unet.spec import DataSpec
@@ -47,6 +48,9 @@ class UNetConfig:
     with a 1x1 convolution."""
     dropout: float = 0.0
     """Dropout probability in the last two levels of the contracting path, in training."""
+    encoder: EncoderConfig | None = None
+    """Backbone that replaces the contracting path from its first feature map on; `depth` is then
+    its own. Above it, double convolutions on the image keep borders sharp."""
 
     def __post_init__(self) -> None:
         for name, known in (
@@ -79,6 +83,21 @@ class UNetConfig:
             )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+        if self.encoder is not None:
+            self.require_encoder(self.encoder)
+
+    def require_encoder(self, encoder: EncoderConfig) -> None:
+        """Raise ValueError if a field contradicts the encoder."""
+        if self.padding != "same" or self.dropout:
+            raise ValueError("with an encoder, padding must be same and dropout 0")
+        for name, got, own in (
+            ("depth", self.depth, encoder.depth),
+            ("in_channels", self.in_channels, encoder.backbone.get("num_channels")),
+        ):
+            if got != own:
+                raise ValueError(f"{name} must be {own}, as the encoder has it, got {got}")
+        if max(encoder.channels) > MAX_CHANNELS:
+            raise ValueError(f"encoder.channels must be at most {MAX_CHANNELS:,}")
 
     @property
     def margin(self) -> int:
@@ -140,20 +159,35 @@ class UNet(nn.Module, ModelHubMixin):
         self.gradient_checkpointing = False
         channels = [config.base_channels * 2**level for level in range(config.depth + 1)]
         conv = ConvConfig(config.padding, config.norm, config.activation)
+        encoder = config.encoder
+        num_downs = config.depth if encoder is None else encoder.num_detail_levels
         dropout = [0.0] * (config.depth - 1) + [config.dropout]
         self.downs = nn.ModuleList(
             Down(c_in, c_out, conv, dropout=p)
             for c_in, c_out, p in zip(
-                [config.in_channels, *channels[:-2]], channels[:-1], dropout, strict=True
+                [config.in_channels, *channels][:num_downs],
+                channels[:num_downs],
+                dropout[:num_downs],
+                strict=True,
             )
         )
-        self.bottom = DoubleConv(channels[-2], channels[-1], conv, dropout=config.dropout)
+        if encoder is None:
+            self.bottom = DoubleConv(channels[-2], channels[-1], conv, dropout=config.dropout)
+            contracted = channels
+        else:
+            contracted = [*channels[:num_downs], *encoder.channels]
         self.ups = nn.ModuleList(
-            Up(channels[level + 1], channels[level], conv, up=config.up)
-            for level in reversed(range(config.depth))
+            Up(c_in, contracted[level], channels[level], conv, up=config.up)
+            for level, c_in in zip(
+                reversed(range(config.depth)),
+                [contracted[-1], *reversed(channels[1:-1])],
+                strict=True,
+            )
         )
         self.head = nn.Conv2d(channels[0], config.num_classes, 1)
         self.apply(he_init)
+        # After `he_init`: a backbone initialises itself.
+        self.encoder = None if encoder is None else Encoder(encoder)
 
     @classmethod
     def from_preset(
@@ -180,15 +214,23 @@ class UNet(nn.Module, ModelHubMixin):
         for side in (height, width):
             self.config.require_side(side)
         x = self.pad(image) if self.config.padding == "same" else image
-        skips: list[Tensor] = []
-        for down in self.downs:
-            skip, x = self.run(down, x)
-            skips.append(skip)
-        x = self.run(self.bottom, x)
+        *skips, x = self.contract(x)
         for up in self.ups:
             x = self.run(up, x, skips.pop())
         logits = self.head(x)
         return logits[..., :height, :width] if self.config.padding == "same" else logits
+
+    def contract(self, image: Tensor) -> list[Tensor]:
+        """Compute the map of each level of the contracting path, finest first."""
+        maps: list[Tensor] = []
+        x = image
+        for down in self.downs:
+            skip, x = self.run(down, x)
+            maps.append(skip)
+        deeper = (
+            [self.run(self.bottom, x)] if self.encoder is None else self.run(self.encoder, image)
+        )
+        return [*maps, *deeper]
 
     def run(self, block: nn.Module, *maps: Tensor) -> Any:
         """Run a block, with gradient checkpointing if enabled."""
@@ -231,13 +273,14 @@ class UNet(nn.Module, ModelHubMixin):
         del config
         folder = weights.find_folder(model_id, **download)
         header = weights.read_header(folder)
-        config = weights.from_plain(UNetConfig, header["model"], folder)
+        config = read_config(header, folder)
         spec = weights.from_plain(DataSpec, header["data"], folder) if header.get("data") else None
         # config.json may ask for any size: no memory before the file is known to hold it.
         with torch.device("meta"):
             model = cls(config, spec)
         weights.check_weights(model.state_dict(), folder)
-        model = model.to_empty(device="cpu")
+        # A backbone computes some of its buffers, which no file has.
+        model = model.to_empty(device="cpu") if config.encoder is None else cls(config, spec)
         weights.load_weights(model, folder)
         return model.eval()
 
@@ -302,7 +345,19 @@ class UNet(nn.Module, ModelHubMixin):
 
     def header(self) -> dict[str, Any]:
         """Return the content of `config.json`: model config and data description."""
-        return {"model": asdict(self.config), "data": asdict(self.spec) if self.spec else None}
+        model = asdict(self.config)
+        if self.config.encoder is None:
+            # Versions without encoders read such a file.
+            del model["encoder"]
+        return {"model": model, "data": asdict(self.spec) if self.spec else None}
+
+
+def read_config(header: dict[str, Any], folder: Path) -> UNetConfig:
+    """Build the model config of a parsed `config.json`. Raises ValueError if it is not one."""
+    plain = header["model"]
+    if isinstance(plain, dict) and plain.get("encoder") is not None:
+        weights.from_plain(EncoderConfig, plain["encoder"], folder)
+    return weights.from_plain(UNetConfig, plain, folder)
 
 
 def he_init(module: nn.Module) -> None:

@@ -5,10 +5,12 @@ from typing import Literal
 
 from pipelines.model.load import load_model, require_spec
 from pipelines.runtime.errors import UsageError
+from pipelines.runtime.yaml_flags import refuse_unused
 from shards.manifest import Manifest, common_side
 from unet import (
     PRESETS,
     DataSpec,
+    EncoderConfig,
     LossConfig,
     SegmentationLoss,
     UNet,
@@ -21,6 +23,11 @@ from unet.spec import counted_classes
 
 CROP_SIZE = {"modern": 512, "paper": 572, "small": 256}
 """Largest default crop of each preset, in pixels."""
+ENCODER_BASE_CHANNELS = {"modern": 32, "small": 16}
+"""Default of each preset with an encoder: decoders of 32 to 512 and 16 to 256 channels. The encoder
+has most of the parameters; a decoder of 64 to 1,024 would have as many again."""
+ENCODER_DEPTH = 5
+"""Of backbones with strides 4 to 32."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,15 +50,62 @@ class ModelConfig:
     """Upsampling in the expanding path; default: transpose."""
     dropout: float | None = None
     """Dropout probability at the end of the contracting path; default: 0 (paper: 0.5)."""
+    encoder: str | None = None
+    """Pretrained backbone as the contracting path: hub id, or local folder with config.json,
+    model.safetensors and preprocessor_config.json (ResNet, ConvNeXt, Swin and other hierarchical
+    backbones of transformers). Requires the extra `encoders`. Its mean and deviation replace those
+    of the data set. The decoder then has --model.base-channels 32 (small: 16) by default."""
+    encoder_weights: str = "pretrained"
+    """Weights of the encoder: `pretrained` (its own), `none` (random), or a .safetensors file."""
+    freeze_encoder: bool = False
+    """Do not train the encoder; its batch norm keeps its statistics."""
+    freeze_until: float = 0.0
+    """Share of the run in which the encoder is frozen, while the decoder learns."""
+    drop_path: float | None = None
+    """Probability that the deepest block of the encoder is skipped in training (stochastic depth);
+    default: drop_path_rate of its configuration."""
 
     def __post_init__(self) -> None:
+        if self.encoder is None:
+            refuse_unused(
+                self,
+                "requires --model.encoder",
+                *("encoder_weights", "freeze_encoder", "freeze_until", "drop_path"),
+                prefix="model.",
+            )
+        else:
+            self.refuse_fixed_by_encoder()
         self.network()
 
-    def network(self, **data: int) -> UNetConfig:
-        """Return the architecture; `data` sets in_channels and num_classes."""
+    def refuse_fixed_by_encoder(self) -> None:
+        """Raise ValueError for a setting that the encoder decides or that has no effect."""
+        if self.preset == "paper":
+            raise ValueError("--model.preset paper cannot have an encoder; use modern or small")
+        refuse_unused(self, "is set by --model.encoder; remove it", "depth", prefix="model.")
+        reason = "has no effect with --model.encoder; use --model.drop-path"
+        refuse_unused(self, reason, "dropout", prefix="model.")
+        for name in ("freeze_until", "drop_path"):
+            if not 0 <= (getattr(self, name) or 0) < 1:
+                flag = name.replace("_", "-")
+                raise ValueError(f"--model.{flag} must be in [0, 1), got {getattr(self, name)}")
+        if self.freeze_encoder and (self.freeze_until or self.drop_path is not None):
+            raise ValueError(
+                "--model.freeze-encoder: a frozen encoder has neither --model.freeze-until nor "
+                "--model.drop-path; remove one"
+            )
+
+    def network(self, encoder: EncoderConfig | None = None, **data: int) -> UNetConfig:
+        """Return the architecture; `data` sets in_channels and num_classes.
+
+        `encoder`: the backbone of `self.encoder`; without it, the depth is that of most backbones.
+        """
         names = ("base_channels", "depth", "norm", "activation", "up", "dropout")
         given = {name: getattr(self, name) for name in names}
         changes = {name: value for name, value in given.items() if value is not None}
+        if self.encoder is not None:
+            depth = ENCODER_DEPTH if encoder is None else encoder.depth
+            width = ENCODER_BASE_CHANNELS[self.preset]
+            changes = {"base_channels": width, **changes, "depth": depth, "encoder": encoder}
         return replace(PRESETS[self.preset], **changes, **data)
 
 
@@ -80,15 +134,21 @@ def default_crop_size(network: UNetConfig, max_side: int) -> int:
     return max(valid_input(1, network.depth), larger - step)
 
 
-def build_model(model: ModelConfig, manifest: Manifest, crop_size: int) -> UNet:
-    """Build an untrained model with the data spec of a data set."""
+def build_model(
+    model: ModelConfig, manifest: Manifest, crop_size: int, encoder: EncoderConfig | None = None
+) -> UNet:
+    """Build an untrained model with the data spec of a data set.
+
+    Mean and deviation are those that the weights of `encoder` were trained with, if it has some.
+    """
+    mean, std = (encoder.mean, encoder.std) if encoder is not None else (None, None)
     form = manifest.image_format
     spec = DataSpec(
         classes=manifest.classes,
         palette=manifest.palette,
         channels=form.channels,
-        mean=manifest.mean,
-        std=manifest.std,
+        mean=mean or manifest.mean,
+        std=std or manifest.std,
         crop_size=crop_size,
         image_range=form.range,
         alpha=form.alpha,
@@ -98,7 +158,7 @@ def build_model(model: ModelConfig, manifest: Manifest, crop_size: int) -> UNet:
         resize=form.resize,
     )
     data = {"in_channels": len(form.channels), "num_classes": len(manifest.classes)}
-    return UNet(model.network(**data), spec)
+    return UNet(model.network(encoder, **data), spec)
 
 
 def load_initial_weights(model: UNet, checkpoint: str) -> None:
@@ -108,8 +168,11 @@ def load_initial_weights(model: UNet, checkpoint: str) -> None:
     if the checkpoint cannot be loaded.
     """
     source = load_model(checkpoint, "--init-from")
+    refuse_other_encoder(model.config.encoder, source.model.config.encoder, checkpoint)
     for field in fields(model.config):
         name = field.name
+        if name == "encoder":
+            continue
         value, own = getattr(source.model.config, name), getattr(model.config, name)
         if value != own and name not in ("num_classes", "dropout"):
             can_change = name not in ("in_channels", "padding")
@@ -124,6 +187,17 @@ def load_initial_weights(model: UNet, checkpoint: str) -> None:
         own_head = {name: t for name, t in model.state_dict().items() if name.startswith("head.")}
         tensors |= own_head
     model.load_state_dict(tensors)
+
+
+def refuse_other_encoder(
+    own: EncoderConfig | None, theirs: EncoderConfig | None, checkpoint: str
+) -> None:
+    """Raise UsageError if the encoders of a run and of the checkpoint it starts from differ."""
+    if theirs is None if own is None else own.same_network(theirs):
+        return
+    have, has = (encoder.source if encoder else "none" for encoder in (own, theirs))
+    remedy = f"set --model.encoder {has}" if theirs else "remove --model.encoder"
+    raise UsageError(f"--init-from {checkpoint} has encoder = {has}, this run has {have}; {remedy}")
 
 
 def refuse_missing(loss: LossConfig, manifest: Manifest, data: str) -> None:

@@ -18,6 +18,7 @@ from torch.export import Dim, ExportedProgram
 
 from pipelines.model.load import LoadedModel
 from pipelines.runtime.errors import RunError
+from unet import UNet
 from unet.model import valid_input
 
 METADATA = "metadata.json"
@@ -25,6 +26,8 @@ METADATA = "metadata.json"
 TOLERANCE = 1e-4
 """Largest allowed difference from the model's logits, relative to the largest logit: ten times that
 of float32 sums in another order."""
+SEVERAL_IMAGES = "L['image'].size()[0] > 1"
+"""Guard of torch.export on the batch size."""
 RunFile = Callable[[Tensor], Tensor]
 """An exported file: images uint8 [B, C, H, W] -> logits float32 [B, K, H', W']."""
 Size = tuple[int, int, int]
@@ -140,6 +143,20 @@ def side_dim(name: str, loaded: LoadedModel) -> Dim:
     return step * Dim(f"_{name}", min=min_side // step) + min_side % step
 
 
+def refuse_windows(model: UNet) -> None:
+    """Raise RunError for an encoder that pads its maps to whole windows: Swin, Swin V2.
+
+    torch.export cannot trace a branch on the size of an image.
+    """
+    encoder = model.config.encoder
+    if encoder is not None and "window_size" in encoder.backbone:
+        raise RunError(
+            f"encoder {encoder.source} ({encoder.backbone['model_type']}) attends in windows, "
+            "which torch.export cannot trace for images of any size; use a ConvNeXt or ResNet "
+            "encoder for models to export"
+        )
+
+
 def trace(loaded: LoadedModel) -> ExportedProgram:
     """Trace the graph for any batch size, height and width that the model takes."""
     min_side, step = fitting_sides(loaded)
@@ -155,6 +172,10 @@ def trace(loaded: LoadedModel) -> ExportedProgram:
         program = torch.export.export(
             Exported(loaded), (image,), dynamic_shapes={"image": dims}, strict=False
         )
+    if loaded.model.encoder is not None and hasattr(program, "_guards_code"):
+        # Depthwise convolutions make torch ask for the memory format of their input, and so assume
+        # several images; `compare_logits` runs one.
+        program._guards_code = [code for code in program._guards_code if code != SEVERAL_IMAGES]
     for node in program.graph.nodes:
         # Stack traces contain paths of this machine.
         node.meta.pop("stack_trace", None)

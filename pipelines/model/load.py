@@ -9,7 +9,8 @@ from pipelines.runtime.run_folder import CHECKSUMS, RunFolder
 from shards.documents import Sha256, convert, parse_json
 from shards.images.files import ImageFormat
 from shards.sample import DataError
-from unet import DataSpec, UNet, weights
+from unet import DataSpec, UNet, UNetConfig, weights
+from unet.model import read_config
 
 PICKLES = (".pth", ".pt", ".ckpt", ".bin", ".pkl")
 """Extensions of files that torch.save writes."""
@@ -89,7 +90,7 @@ def load_model(checkpoint: str, flag: str = "--checkpoint") -> LoadedModel:
         with (folder / weights.WEIGHTS).open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         refuse_damaged_weights(folder, digest)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, ImportError) as error:
         raise DataError(f"{flag} {checkpoint}: {error}") from error
     except OSError as error:
         raise DataError(
@@ -101,6 +102,18 @@ def load_model(checkpoint: str, flag: str = "--checkpoint") -> LoadedModel:
             "model with UNet(config, spec)"
         )
     return LoadedModel(model, model.spec, digest)
+
+
+def load_config(checkpoint: str, flag: str) -> UNetConfig:
+    """Read the model config of a checkpoint, as `load_model` finds it, without its weights.
+
+    Raises DataError naming `flag` if the checkpoint is missing or damaged.
+    """
+    try:
+        folder = weights.find_folder(str(find_checkpoint(checkpoint, flag)))
+        return read_config(weights.read_header(folder), folder)
+    except (ValueError, OSError) as error:
+        raise DataError(f"{flag} {checkpoint}: {error}") from error
 
 
 def require_spec(model: UNet) -> DataSpec:

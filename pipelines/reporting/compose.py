@@ -19,6 +19,7 @@ from pipelines.reporting.run_record import RunRecord, number, read_record
 from pipelines.runtime.run_folder import RunFolder
 from shards.sample import Palette
 from shards.writer import write_atomically
+from unet import EncoderConfig, UNet
 
 EXCLUDED = {
     "train/skipped": "samples that could not be decoded and were replaced",
@@ -112,7 +113,8 @@ def subtitle(record: RunRecord, results: CheckpointResults) -> str:
     """Describe network and data in one line."""
     parts = []
     if preset := record.setting("model", "preset"):
-        parts.append(f"U-Net, preset {preset}")
+        encoder = record.setting("model", "encoder")
+        parts.append(f"U-Net, preset {preset}" + (f", encoder {encoder}" if encoder else ""))
     if (data := record.setting("data")) is not None:
         parts.append(f"data {data}")
     if results.manifest is not None:
@@ -267,8 +269,24 @@ def facts(record: RunRecord, results: CheckpointResults) -> Iterator[tuple[str, 
     if results.loaded is not None:
         parameters = sum(p.numel() for p in results.loaded.model.parameters())
         yield "Network", f"{parameters:,} parameters"
+        if (encoder := results.loaded.model.config.encoder) is not None:
+            yield "Encoder", describe_encoder(encoder, results.loaded.model)
         yield "Weights", f"sha256 {results.loaded.digest}"
     yield "Devices", devices(record.environment)
+
+
+def describe_encoder(encoder: EncoderConfig, model: UNet) -> str:
+    """Describe where an encoder came from, its licence and its size."""
+    assert model.encoder is not None
+    parameters = sum(p.numel() for p in model.encoder.parameters())
+    parts = [
+        f"{encoder.source} ({encoder.backbone['model_type']}), {parameters:,} parameters",
+        f"weights {encoder.weights}",
+    ]
+    parts += [f"revision {encoder.revision}"] if encoder.revision else []
+    parts += [f"sha256 {encoder.sha256}"] if encoder.sha256 else []
+    parts += [f"licence {encoder.licence}"] if encoder.licence else []
+    return ", ".join(parts)
 
 
 def devices(environment: dict[str, Any]) -> str:

@@ -131,17 +131,18 @@ def is_flat(annotation: Any) -> bool:
     return annotation == Flat[plain_type(annotation)]
 
 
-def refuse_unused(group: Any, reason: str, *names: str) -> None:
+def refuse_unused(group: Any, reason: str, *names: str, prefix: str = "") -> None:
     """Raise ValueError if a setting that would have no effect differs from its default.
 
     Args:
         group: a dataclass of settings.
         reason: rest of the message, after the flag.
         names: fields to check; default: all.
+        prefix: name of the group in its flags, such as `model.`.
     """
     for field, value in settings_of(group):
         if value != field.default and (not names or field.name in names):
-            raise ValueError(f"--{field.name.replace('_', '-')} {reason}")
+            raise ValueError(f"--{prefix}{field.name.replace('_', '-')} {reason}")
 
 
 def to_plain(value: Any) -> Any:

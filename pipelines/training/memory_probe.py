@@ -141,7 +141,8 @@ def reserve_memory(learner: Learner, accelerator: Accelerator) -> list[Tensor]:
 
     That is the optimizer's moments, DDP's gradient buckets with several ranks, and a margin.
     """
-    optimizer, parameters = learner.optimizer, [*learner.model.parameters()]
+    optimizer = learner.optimizer
+    parameters = [p for p in learner.model.parameters() if p.requires_grad]
     fresh = [parameter for parameter in parameters if parameter not in optimizer.state]
     copies = fresh * num_moments(optimizer)
     if accelerator.num_processes > 1:

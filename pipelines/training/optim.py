@@ -6,7 +6,6 @@ from math import cos, pi
 from typing import Any, Literal
 
 import torch
-from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from unet import UNet
@@ -31,6 +30,9 @@ class OptimConfig:
     """Share of the run in which the learning rate rises linearly from 0."""
     clip_norm: float = 1.0
     """Maximum norm of the gradients, which are clipped to it; 0: no clipping."""
+    encoder_lr_scale: float | None = None
+    """Learning rate of the encoder, as a share of --optim.lr; default: 0.1 with pretrained weights,
+    which larger steps destroy, else 1."""
     ema_decay: float = 0.999
     """Decay of the moving average of the weights, which is scored and saved; 0: no average. Early
     steps use (1 + n) / (10 + n), so that short runs have a useful average too."""
@@ -38,19 +40,45 @@ class OptimConfig:
     def __post_init__(self) -> None:
         if self.lr <= 0 or self.weight_decay < 0 or self.clip_norm < 0:
             raise ValueError("optim.lr must be > 0, optim.weight_decay and optim.clip_norm >= 0")
+        if self.encoder_lr_scale is not None and self.encoder_lr_scale <= 0:
+            raise ValueError(
+                f"--optim.encoder-lr-scale must be > 0, got {self.encoder_lr_scale}; to keep the "
+                "encoder as it is use --model.freeze-encoder"
+            )
         for name in ("momentum", "warmup", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"optim.{name} must be in [0, 1), got {getattr(self, name)}")
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
-    """Build the optimizer; parameters of one dimension (norms, biases) have no weight decay."""
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    plain = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": plain, "weight_decay": 0.0},
+PRETRAINED_LR_SCALE = 0.1
+"""Default learning rate of a pretrained encoder, as a share of that of the decoder."""
+
+
+def build_optimizer(model: UNet, config: OptimConfig) -> Optimizer:
+    """Build the optimizer of the parameters that are trained.
+
+    Parameters of one dimension (norms, biases) are not decayed; of an encoder, only the weights of
+    convolutions and linear layers are. Its groups follow those of the decoder.
+    """
+    encoder = model.encoder
+    of_encoder = set() if encoder is None else set(encoder.parameters())
+    own = [p for p in model.parameters() if p not in of_encoder]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in own if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in own if p.ndim <= 1], "weight_decay": 0.0},
     ]
+    if encoder is not None and model.config.encoder is not None:
+        scale = config.encoder_lr_scale
+        if scale is None:
+            scale = 1.0 if model.config.encoder.weights == "none" else PRETRAINED_LR_SCALE
+        decayed = set(encoder.decayed_weights())
+        trained = [p for p in encoder.parameters() if p.requires_grad]
+        for weight_decay, some in (
+            (config.weight_decay, [p for p in trained if p in decayed]),
+            (0.0, [p for p in trained if p not in decayed]),
+        ):
+            if some:
+                groups.append({"params": some, "weight_decay": weight_decay, "lr_scale": scale})
     # Not fused: GradScaler leaves it to a fused kernel to skip a step whose gradients overflow, and
     # Accelerate's `step_was_skipped`, which counts `train/overflows`, would always be False.
     if config.optimizer == "sgd":
@@ -77,7 +105,7 @@ def learning_rate(config: OptimConfig, progress: float) -> float:
 def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
     """Set the learning rate of every parameter group."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
 class Average:

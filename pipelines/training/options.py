@@ -193,3 +193,8 @@ class TrainConfig:
                 "--gradient-checkpointing would update the running averages of --model.norm batch "
                 "twice per batch; use instance or group"
             )
+        if self.optim.encoder_lr_scale is not None and (
+            self.model.encoder is None or self.model.freeze_encoder
+        ):
+            needs = "requires" if self.model.encoder is None else "has no effect without a trained"
+            raise ValueError(f"--optim.encoder-lr-scale {needs} --model.encoder")

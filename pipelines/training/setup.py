@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,6 +36,11 @@ from pipelines.runtime.run_folder import RunFolder
 from pipelines.runtime.yaml_flags import to_plain
 from pipelines.training.budget import Budget, Limits
 from pipelines.training.checkpoints import Checkpoints, TrainState
+from pipelines.training.encoders import (
+    initialise_encoder,
+    prepare_backbone,
+    refuse_encoder_batch_norm,
+)
 from pipelines.training.flops import count_flops
 from pipelines.training.memory_probe import Probe, describe_passes
 from pipelines.training.meter import Meter, Progress
@@ -51,6 +57,12 @@ FIXED_SETTINGS = (
     *("model", "loss", "optim", "augment"),
 )
 """Settings and groups of settings that must not change on resume."""
+
+OF_ENCODERS = (
+    *("model.encoder", "model.encoder_weights", "model.freeze_encoder", "model.freeze_until"),
+    *("model.drop_path", "optim.encoder_lr_scale"),
+)
+"""Settings that are fixed for a run with an encoder."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -197,11 +209,13 @@ def load_learner(
 ) -> tuple[Learner, TrainState]:
     """Build the model, its optimizer and average, and load the last checkpoint if there is one.
 
-    Raises UsageError naming a setting that must not change on resume.
+    Raises UsageError naming a setting that must not change on resume, or if the encoder does not
+    fit the run.
     """
     config = setup.config
     set_seed(config.order.seed)
-    model = prepare_model(setup, accelerator, None if checkpoints.exist else config.init_from)
+    model = prepare_model(setup, accelerator, setup.folder.last if checkpoints.exist else None)
+    refuse_encoder_batch_norm(model, config, accelerator, setup.batch_size)
     learner = build_learner(model, config.optim)
     fixed = fixed_settings(setup)
     state = checkpoints.resume(fixed, learner, accelerator.scaler, config.data)
@@ -210,12 +224,22 @@ def load_learner(
     return learner, state
 
 
-def prepare_model(setup: TrainSetup, accelerator: Accelerator, init_from: str | None) -> UNet:
-    """Build a model on its device, with the weights of `init_from` if that is given."""
+def prepare_model(setup: TrainSetup, accelerator: Accelerator, resumed: Path | None) -> UNet:
+    """Build the model on its device, in the memory format of the run.
+
+    Args:
+        setup: the run; a new one starts from the weights of its `--init-from`.
+        accelerator: its device and ranks.
+        resumed: checkpoint of the run, whose weights are loaded later.
+    """
     config = setup.config
-    model = build_model(config.model, setup.manifest, setup.crop_size)
-    if init_from is not None:
-        load_initial_weights(model, init_from)
+    backbone = prepare_backbone(config, setup.manifest, accelerator, resumed)
+    encoder = None if backbone is None else backbone.config
+    model = build_model(config.model, setup.manifest, setup.crop_size, encoder)
+    if backbone is not None:
+        initialise_encoder(model, backbone, frozen=config.model.freeze_encoder)
+    if config.init_from is not None and resumed is None:
+        load_initial_weights(model, config.init_from)
     model = model.to(accelerator.device)
     if config.compute.channels_last:
         # torch's stubs lack this overload.
@@ -236,6 +260,9 @@ def fixed_settings(setup: TrainSetup) -> dict[str, Any]:
         for name, group in groups.items()
         for key, value in (group.items() if isinstance(group, dict) else [("", group)])
     }
+    if setup.config.model.encoder is None:
+        # Runs of versions without encoders are resumed.
+        flat = {name: value for name, value in flat.items() if name not in OF_ENCODERS}
     return {**flat, "order_version": ORDER_VERSION, "manifest": setup.manifest.digest}
 
 
@@ -264,6 +291,7 @@ def resolve_passes(setup: TrainSetup, accelerator: Accelerator, learner: Learner
     if accelerator.is_main_process:
         print(describe_passes(accelerator.device, passes, samples), file=sys.stderr)
     refuse_batch_norm(setup, accelerator.device)
+    refuse_encoder_batch_norm(learner.model, config, accelerator, setup.batch_size)
     return setup
 
 
