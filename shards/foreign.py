@@ -5,7 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import BinaryIO, Literal
 
 from shards.offsets import MemberRange
@@ -52,8 +52,9 @@ class TarContents:
 
     def count_ignored(self, name: str) -> None:
         """Count a member that belongs to no sample, by its kind: `hidden` or its extension."""
-        pure = PurePosixPath(name)
-        kind = "hidden" if pure.name.startswith(".") else pure.suffix or "without extension"
+        base = posixpath.basename(name)
+        extension = posixpath.splitext(base)[1]
+        kind = "hidden" if base.startswith(".") else extension.rstrip(".") or "without extension"
         if kind not in self.ignored and len(self.ignored) >= MAX_IGNORED_KINDS:
             kind = "of other kinds"
         self.ignored[kind] += 1
@@ -130,7 +131,7 @@ def split_member_name(name: str, roles: Mapping[str, Role]) -> tuple[str, str] |
 
     The longest declared extension wins, so keys may contain dots.
     """
-    if PurePosixPath(name).name.startswith(".") or PROBABILITY_MEMBER.fullmatch(name):
+    if posixpath.basename(name).startswith(".") or PROBABILITY_MEMBER.fullmatch(name):
         return None
     for extension in roles:
         cut = len(name) - len(extension)

@@ -107,7 +107,7 @@ class TarWalk:
 
     def read_size(self, block: bytes) -> int:
         """Return the size in a header. Raises DataError if it is not a number or negative."""
-        size = parse_number(block[124:136])
+        size = read_stated_size(block)
         if size is None:
             raise self.refuse(f"invalid size in the header at byte {self.place - BLOCK:,}")
         return size
@@ -158,10 +158,7 @@ class TarWalk:
     def finish_member(self, block: bytes, stated: Extension) -> TarMember:
         """Combine the header of a member with what extended headers state, and skip its data."""
         letter = block[156:157]
-        name = decode_name(block[:100])
-        # GNU's own format keeps times where USTAR keeps the folder.
-        if block[257:265] != GNU_MAGIC and (folder := decode_name(block[345:500])):
-            name = f"{folder}/{name}"
+        name = read_stated_name(block)
         is_folder = letter == FOLDER_TYPE or (letter == b"\0" and name.endswith("/"))
         name = name if stated.name is None else stated.name
         size = self.read_size(block) if stated.size is None else stated.size
@@ -206,6 +203,19 @@ def iter_members(file: BinaryIO, path: Path | str) -> Iterator[TarMember]:
     while (member := walk.read_member()) is not None:
         yield member
     walk.refuse_data_after_end()
+
+
+def read_stated_name(block: bytes) -> str:
+    """Return the name in a header; headers before it may state a longer one."""
+    name = decode_name(block[:100])
+    # GNU's own format keeps times where USTAR keeps the folder.
+    folder = "" if block[257:265] == GNU_MAGIC else decode_name(block[345:500])
+    return f"{folder}/{name}" if folder else name
+
+
+def read_stated_size(block: bytes) -> int | None:
+    """Return the size in a header; None if it is not a number."""
+    return parse_number(block[124:136])
 
 
 def has_valid_checksum(block: bytes) -> bool:
