@@ -4,6 +4,7 @@ Each shard is inspected on its own: its tar must be complete, and every image an
 training. Only if all shards are valid are the `.idx` files written, and the manifest last.
 """
 
+import hashlib
 import re
 import sys
 from collections import Counter
@@ -267,7 +268,14 @@ def build_manifest(
     tallies: dict[str, SampleStatistics] = {}
     for shard in shards:
         pixels = shard.tally.class_pixels(num_classes) if num_classes else ()
-        info = ShardInfo(shard.name, len(shard.lines), shard.size, shard.sha256, pixels)
+        info = ShardInfo(
+            shard.name,
+            len(shard.lines),
+            shard.size,
+            shard.sha256,
+            pixels,
+            hashlib.sha256(shard.encode_offsets()).hexdigest(),
+        )
         infos.setdefault(splits[shard.name], []).append(info)
         tallies.setdefault(splits[shard.name], SampleStatistics()).merge(shard.tally)
     mask_format = {

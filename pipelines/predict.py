@@ -57,6 +57,7 @@ from pipelines.runtime.devices import start
 from pipelines.runtime.errors import INCOMPLETE, RunError, UsageError
 from pipelines.runtime.failures import out_of_memory, summary
 from pipelines.runtime.progress import progress
+from pipelines.runtime.verification import verify_shards
 from shards.manifest import MANIFEST
 from shards.masks.borders import has_scipy
 from shards.sample import DataError
@@ -79,6 +80,10 @@ def run(config: PredictConfig) -> int:
         config.reading.refuse_for_data_set(config.input)
         notes += loaded.describe_differences(inputs.image_format)
         image_format = loaded.stored_format(inputs.image_format)
+    elif config.verify_shards:
+        raise UsageError(
+            f"--verify-shards: --input {config.input} is not a data set (it has no {MANIFEST})"
+        )
     classes = loaded.spec.classes
     if config.results.threshold is not None and len(classes) != 2:
         raise UsageError(
@@ -90,6 +95,9 @@ def run(config: PredictConfig) -> int:
     accelerator = start()
     if accelerator.is_main_process and notes:
         print("\n".join(notes), file=sys.stderr)
+    if isinstance(inputs, ShardInputs) and config.verify_shards:
+        rank, world = accelerator.process_index, accelerator.num_processes
+        verify_shards(inputs.reader.store, inputs.reader.shards, rank=rank, world=world)
     started = read_job(store)
     config = config.settle(started or {}, accelerator.device)
     start_job(config, store, started, inputs, loaded, accelerator.mixed_precision)

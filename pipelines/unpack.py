@@ -12,6 +12,7 @@ from pipelines.drawing.overlay import draw_overlay
 from pipelines.runtime.command import run_command
 from pipelines.runtime.errors import refuse_url
 from pipelines.runtime.progress import progress
+from pipelines.runtime.verification import verify_shards
 from shards.images.files import IMAGE_EXTENSIONS, encode_png
 from shards.images.pixels import decode_image
 from shards.manifest import Manifest, read_manifest
@@ -20,6 +21,7 @@ from shards.order import EvalPlan
 from shards.raw import RawSample
 from shards.reader import SampleSource, ShardReader
 from shards.sample import IGNORE, DataError, Uint8, is_safe_path
+from shards.store import Store
 from shards.writer import write_atomically
 
 
@@ -39,6 +41,8 @@ class UnpackConfig:
     """Split to unpack; default: all."""
     overlay: bool = False
     """Also write images with their masks drawn over them."""
+    verify_shards: bool = False
+    """First read every shard and compare its sha256 with the manifest."""
 
     def __post_init__(self) -> None:
         refuse_url("--out", self.out)
@@ -49,6 +53,8 @@ def run(config: UnpackConfig) -> int:
     manifest = read_manifest(config.data)
     names = list(manifest.splits) if config.split is None else [config.split]
     splits = [manifest.split(name, config.data) for name in names]
+    if config.verify_shards:
+        verify_shards(Store(config.data), [shard for split in splits for shard in split.shards])
     paint = make_painter(manifest)
     seen: set[str] = set()
     with progress(

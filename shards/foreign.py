@@ -2,11 +2,10 @@
 
 import posixpath
 import re
-import tarfile
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import BinaryIO, Literal
 
 from shards.offsets import MemberRange
@@ -18,6 +17,7 @@ from shards.sample import (
     DataError,
     is_safe_path,
 )
+from shards.tar_headers import TarMember, iter_members
 
 Role = Literal["image", "mask", "json", "border"]
 
@@ -27,7 +27,11 @@ COMPRESSED_MAGIC = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
 DECOMPRESS_REMEDY = "decompress it: samples are read by byte offset"
 IMAGE_EXT_REMEDY = "name the extension of the images, such as --image-ext jpg"
 """Remedy where a sample has several members that could be its image."""
-COPY_REMEDY = "copy or write it again"
+
+MAX_UNUSABLE = 10_000
+"""Refused and empty members of a tar that are listed; with more, the tar itself is refused."""
+MAX_IGNORED_KINDS = 1000
+"""Kinds of ignored members that are counted apart."""
 
 SampleMembers = dict[Role, MemberRange]
 """The members of one sample."""
@@ -46,6 +50,15 @@ class TarContents:
     ambiguous: list[str] = field(default_factory=list)
     """Samples with several members that could be the image, without the remedy."""
 
+    def count_ignored(self, name: str) -> None:
+        """Count a member that belongs to no sample, by its kind: `hidden` or its extension."""
+        base = posixpath.basename(name)
+        extension = posixpath.splitext(base)[1]
+        kind = "hidden" if base.startswith(".") else extension.rstrip(".") or "without extension"
+        if kind not in self.ignored and len(self.ignored) >= MAX_IGNORED_KINDS:
+            kind = "of other kinds"
+        self.ignored[kind] += 1
+
 
 def group_members(
     file: BinaryIO, path: Path | str, roles: Mapping[str, Role], *, declared: bool
@@ -59,23 +72,32 @@ def group_members(
         declared: the user named the extensions of images, so that a key is everything before one;
             otherwise members that WebDataset would give one key may be one sample.
 
-    Raises DataError if the tar is truncated, damaged or not a tar.
+    Raises DataError if the tar is compressed, truncated, damaged or not a tar, and if more than
+    `MAX_UNUSABLE` of its members are empty or refused: they would take more memory than samples.
     """
+    refuse_compressed(file, path)
     contents = TarContents()
-    for member in list_members(file, path):
-        if member.isdir():
+    num_empty = 0
+    for member in iter_members(file, path):
+        if member.kind == "folder":
             continue
         try:
             parts = split_member_name(member.name, roles)
             refuse_unusable_member(member, parts is not None, path)
             if parts is None:
-                contents.ignored[classify_ignored_member(member.name)] += 1
+                contents.count_ignored(member.name)
             else:
                 add_member(contents.samples, member, *parts, roles, path)
+                num_empty += not member.size
         except AmbiguousImageError as error:
             contents.ambiguous.append(str(error))
         except DataError as error:
             contents.problems.append(str(error))
+        if len(contents.problems) + len(contents.ambiguous) + num_empty > MAX_UNUSABLE:
+            raise DataError(
+                f"{path}: more than {MAX_UNUSABLE:,} members are empty or cannot be used, such as "
+                f"{member.name!r}; write the tar without them"
+            )
     if not declared:
         contents.ambiguous += find_ambiguous_images(contents.samples, path)
     return contents
@@ -109,7 +131,7 @@ def split_member_name(name: str, roles: Mapping[str, Role]) -> tuple[str, str] |
 
     The longest declared extension wins, so keys may contain dots.
     """
-    if PurePosixPath(name).name.startswith(".") or PROBABILITY_MEMBER.fullmatch(name):
+    if posixpath.basename(name).startswith(".") or PROBABILITY_MEMBER.fullmatch(name):
         return None
     for extension in roles:
         cut = len(name) - len(extension)
@@ -118,48 +140,17 @@ def split_member_name(name: str, roles: Mapping[str, Role]) -> tuple[str, str] |
     return None
 
 
-def list_members(file: BinaryIO, path: Path | str) -> list[tarfile.TarInfo]:
-    """List the members of a tar. Raises DataError if it is truncated, damaged or not a tar."""
+def refuse_compressed(file: BinaryIO, path: Path | str) -> None:
+    """Raise DataError if a file is compressed."""
     file.seek(0)
     if file.read(6).startswith(COMPRESSED_MAGIC):
         raise DataError(f"{path} is compressed; {DECOMPRESS_REMEDY}")
-    file.seek(0)
-    try:
-        with tarfile.open(fileobj=file, mode="r:", encoding="utf-8") as tar:
-            members = tar.getmembers()
-            end = tar.offset
-    except OSError:
-        raise
-    except Exception as error:  # hostile headers raise more than TarError
-        raise DataError(f"{path} is truncated or not a tar ({error}); {COPY_REMEDY}") from error
-    # tarfile accepts the end of the file, and any block that is not a header, as the end marker.
-    file.seek(end)
-    block = file.read(tarfile.BLOCKSIZE)
-    if len(block) < tarfile.BLOCKSIZE:
-        raise DataError(
-            f"{path} is truncated: no end marker after {len(members)} members; {COPY_REMEDY}"
-        )
-    if block.strip(b"\0"):
-        raise DataError(f"{path} is damaged: no tar header at byte {end:,}; {COPY_REMEDY}")
-    while block := file.read(2**20):
-        if block.strip(b"\0"):
-            raise DataError(
-                f"{path} has data after its end marker at byte {end:,}, as concatenated tars do; "
-                "split it, or write it again"
-            )
-    return members
 
 
-def classify_ignored_member(name: str) -> str:
-    """Return the kind of a member that belongs to no sample: `hidden` or its extension."""
-    pure = PurePosixPath(name)
-    return "hidden" if pure.name.startswith(".") else pure.suffix or "without extension"
-
-
-def refuse_unusable_member(member: tarfile.TarInfo, in_sample: bool, path: Path | str) -> None:
+def refuse_unusable_member(member: TarMember, in_sample: bool, path: Path | str) -> None:
     """Raise DataError for a member that has no byte range, leaves the folder or breaks an .idx."""
     where = f"{path}: {member.name!r}"
-    if not member.isreg() or member.issparse():
+    if member.kind != "file":
         raise DataError(f"{where} is a link, device or sparse file; write the tar without it")
     if not is_safe_path(member.name):
         raise DataError(
@@ -174,7 +165,7 @@ def refuse_unusable_member(member: tarfile.TarInfo, in_sample: bool, path: Path 
 
 def add_member(
     samples: dict[str, SampleMembers],
-    member: tarfile.TarInfo,
+    member: TarMember,
     key: str,
     extension: str,
     roles: Mapping[str, Role],
@@ -195,7 +186,7 @@ def add_member(
     # The extensions by which readers of an .idx recognise these members.
     words = {"mask": MASK_EXTENSION, "json": INFO_EXTENSION, "border": BORDER_EXTENSION}
     word = words.get(role, extension)
-    sample[role] = MemberRange(word, member.offset_data, member.size, member.name)
+    sample[role] = MemberRange(word, member.offset, member.size, member.name)
 
 
 def read_member(file: BinaryIO, member: MemberRange) -> bytes:

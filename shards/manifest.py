@@ -41,6 +41,8 @@ class ShardInfo:
     sha256: Sha256
     pixels: tuple[Count, ...]
     """Mask pixels of each class, then of ignore; empty if unlabelled."""
+    idx_sha256: Sha256 | None = field(default=None, compare=False)
+    """sha256 of its `.idx`; None in data sets that were packed before it was recorded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,8 +122,14 @@ def write_manifest(store: Store, manifest: Manifest, within: str | None = None) 
             del plain["image_format"][name]
     for info in plain["splits"].values():
         info["samples"] = sum(shard["samples"] for shard in info["shards"])
+        info["shards"] = [drop_missing_sum(shard) for shard in info["shards"]]
     text = json.dumps({"format": FORMAT, "version": VERSION, **plain}, indent=1) + "\n"
     store.write(MANIFEST, text.encode(), within)
+
+
+def drop_missing_sum(shard: dict[str, Any]) -> dict[str, Any]:
+    """Return the entry of a shard, without the sha256 of its `.idx` if that is unknown."""
+    return {k: v for k, v in shard.items() if k != "idx_sha256" or v is not None}
 
 
 def read_manifest(place: Store | Path | str) -> Manifest:

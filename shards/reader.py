@@ -15,11 +15,19 @@ from webdataset.pipeline import DataPipeline
 
 from shards.cache import ShardCache, ShardPrefetcher, mark_read
 from shards.manifest import ShardInfo
-from shards.offsets import MemberRange, SampleRange, ShardOffsets, read_offsets
+from shards.offsets import (
+    MemberRange,
+    SampleRange,
+    ShardOffsets,
+    check_offsets,
+    read_offsets,
+    refuse_other_header,
+)
 from shards.order import Address
 from shards.raw import RawSample
 from shards.sample import DataError
 from shards.store import ByteRange, Store
+from shards.tar_headers import BLOCK
 
 MAX_OPEN_SHARDS = 128
 """Shards that one process keeps open: more than a stream has lanes."""
@@ -112,17 +120,29 @@ class ShardReader:
         for address, entry in zip(addresses, entries, strict=True):
             self.refuse_offsets_past_end(address.shard, entry)
         spans = [
-            [ByteSpan(address.shard, *piece) for piece in plan_reads(list_sample_members(entry))]
+            [
+                ByteSpan(address.shard, *piece)
+                for piece in plan_reads(
+                    list_sample_members(entry), self.num_header_bytes(address.shard)
+                )
+            ]
             for address, entry in zip(addresses, entries, strict=True)
         ]
         read = self.read_spans(list(chain.from_iterable(spans)))
         raws = zip(addresses, entries, spans, strict=True)
         return [self.build_sample(address, entry, own, read) for address, entry, own in raws]
 
+    def num_header_bytes(self, shard: int) -> int:
+        """Return the bytes before each member that are compared with the `.idx`.
+
+        0 if the manifest has the sha256 of the `.idx`, which was compared when it was opened.
+        """
+        return BLOCK if self.shards[shard].idx_sha256 is None else 0
+
     def refuse_offsets_past_end(self, shard: int, entry: SampleRange) -> None:
         """Raise DataError if a member of a sample extends past the end of its shard."""
         for member in list_sample_members(entry):
-            if not 0 <= member.offset <= member.offset + member.size <= self.shards[shard].bytes:
+            if not BLOCK <= member.offset <= self.shards[shard].bytes - member.size:
                 raise DataError(
                     f"{self.shard_path(shard)}: {entry.key} extends past the end of the shard; the "
                     "shard is truncated or its .idx damaged, copy or pack it again"
@@ -135,7 +155,11 @@ class ShardReader:
         spans: list[ByteSpan],
         read: dict[ByteSpan, bytes],
     ) -> RawSample:
-        """Assemble one sample from the bytes read. Raises DataError if its shard is truncated."""
+        """Assemble one sample from the bytes read.
+
+        Raises DataError if its shard is truncated, or if the tar has other members where the `.idx`
+        lists them.
+        """
         where = f"{self.shard_path(address.shard)}: {entry.key}"
         if any(len(read[span]) != span.end - span.start for span in spans):
             raise DataError(
@@ -143,10 +167,14 @@ class ShardReader:
                 "it again"
             )
         parts: dict[MemberRange, bytes] = {}
+        before = self.num_header_bytes(address.shard)
         for member in list_sample_members(entry):
             end = member.offset + member.size
-            span = next(s for s in spans if s.start <= member.offset and end <= s.end)
-            parts[member] = read[span][member.offset - span.start : end - span.start]
+            span = next(s for s in spans if s.start <= member.offset - before and end <= s.end)
+            begin = member.offset - span.start
+            parts[member] = read[span][begin : end - span.start]
+            if before:
+                refuse_other_header(read[span][begin - before : begin], member, where)
         return RawSample(
             key=entry.key,
             position=address.position,
@@ -203,7 +231,11 @@ class ShardReader:
         opened = {shard: self.offsets[shard] for shard in shards if shard in self.offsets}
         if missing and self.store.local is not None:
             local = self.store.local
-            opened |= {shard: read_offsets(local / self.shards[shard].name) for shard in missing}
+            infos = {shard: self.shards[shard] for shard in missing}
+            opened |= {
+                shard: read_offsets(local / info.name, info.idx_sha256)
+                for shard, info in infos.items()
+            }
         elif missing:
             opened |= self.read_remote_offsets(missing)
         for shard in missing:
@@ -236,8 +268,12 @@ class ShardReader:
             raise
         if any(len(end) != 1 for end in read[len(names) :]):
             self.refuse_changed_sizes(infos)
-        offsets = zip(shards, names, read, strict=False)
-        return {shard: ShardOffsets(data, self.store.path(name)) for shard, name, data in offsets}
+        return {
+            shard: check_offsets(
+                ShardOffsets(data, self.store.path(name)), data, self.shards[shard].idx_sha256
+            )
+            for shard, name, data in zip(shards, names, read, strict=False)
+        }
 
     def refuse_changed_sizes(self, infos: Sequence[ShardInfo]) -> None:
         """Raise DataError naming the first remote shard whose size differs from the manifest."""
@@ -301,9 +337,12 @@ def list_sample_members(entry: SampleRange) -> list[MemberRange]:
     return [member for member in members if member is not None]
 
 
-def plan_reads(members: Sequence[MemberRange]) -> list[tuple[int, int]]:
-    """Return the (start, end) of the reads of a sample: one if its members are close together."""
-    separate = [(member.offset, member.offset + member.size) for member in members]
+def plan_reads(members: Sequence[MemberRange], before: int = 0) -> list[tuple[int, int]]:
+    """Return the (start, end) of the reads of a sample: one if its members are close together.
+
+    `before`: bytes that are read before each member.
+    """
+    separate = [(member.offset - before, member.offset + member.size) for member in members]
     start, end = min(separate)[0], max(end for _, end in separate)
     if end - start > 2 * sum(member.size for member in members) + MAX_GAP_BYTES:
         return separate

@@ -24,6 +24,8 @@ class ShardFile:
     samples: int
     bytes: int
     sha256: str
+    idx_sha256: str | None = None
+    """None in reports that were written before it was recorded."""
 
 
 class ShardWriter:
@@ -74,13 +76,17 @@ class ShardWriter:
         end = 2 * tarfile.BLOCKSIZE
         self.stream.write(bytes(end + -(self.stream.size + end) % tarfile.RECORDSIZE))
         self.stream.flush_to_disk()
-        index = "\n".join([f"v1.2 {len(self.lines)}", *self.lines]) + "\n"
+        index = ("\n".join([f"v1.2 {len(self.lines)}", *self.lines]) + "\n").encode()
         # The lock of the shard also protects the temporary name of its .idx.
         offsets = self.path.with_suffix(".idx")
-        write_atomically(offsets, index.encode(), unique=offsets.name)
+        write_atomically(offsets, index, unique=offsets.name)
         self.sealed = True
         return ShardFile(
-            self.path.name, len(self.lines), self.stream.size, self.stream.digest.hexdigest()
+            self.path.name,
+            len(self.lines),
+            self.stream.size,
+            self.stream.digest.hexdigest(),
+            hashlib.sha256(index).hexdigest(),
         )
 
     def __exit__(

@@ -118,6 +118,8 @@ class PredictConfig:
     fail_fast: bool = False
     """Stop with exit code 1 at the first input that cannot be read. Default: list it in
     OUT/errors.jsonl, continue, and exit with 3."""
+    verify_shards: bool = False
+    """First read every shard of a data set and compare its sha256 with the manifest."""
     part: str | None = None
     """i/n: make only every n-th shard, starting at the i-th, as one of n independent jobs; the last
     one writes the manifest. The same command without --part makes what is missing."""

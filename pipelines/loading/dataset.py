@@ -1,11 +1,9 @@
 """An opened data set: its manifest and readers of its shards, for one rank."""
 
-import hashlib
 import os
 import sys
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate, chain
 from pathlib import Path
@@ -14,11 +12,11 @@ from accelerate import Accelerator
 
 from pipelines.loading.stages import require_mask
 from pipelines.runtime.processes import num_workers
-from pipelines.runtime.progress import progress
-from shards.cache import ShardCache, download_chunks, refuse_changed_shard
-from shards.manifest import Manifest, ShardInfo
+from pipelines.runtime.verification import verify_shards
+from shards.cache import ShardCache
+from shards.manifest import Manifest
 from shards.order import Address, EvalPlan, Order
-from shards.reader import ShardReader, open_shard
+from shards.reader import ShardReader
 from shards.sample import Sample, Uint8
 from shards.store import Store, is_url
 
@@ -118,7 +116,13 @@ def open_data(
         print(warning, file=sys.stderr)
     data = DataSet(Store(place), manifest, cache, workers)
     if options.verify_shards:
-        verify(data, splits, accelerator)
+        verify_shards(
+            data.store,
+            [*chain.from_iterable(manifest.splits[name].shards for name in splits)],
+            threads=workers,
+            rank=accelerator.process_index,
+            world=accelerator.num_processes,
+        )
     return data
 
 
@@ -162,38 +166,6 @@ def split_bytes_in_use(manifest: Manifest, split: str) -> int:
     sizes = [shard.bytes for shard in manifest.splits[split].shards]
     # The workers of a rank read from at most two adjacent shards.
     return min(sum(sizes), 2 * local_ranks() * max(sizes))
-
-
-def verify(data: DataSet, splits: Sequence[str], accelerator: Accelerator) -> None:
-    """Compare the sha256 of all shards with the manifest, each shard on one rank.
-
-    Raises DataError naming the first shard that differs.
-    """
-    shards = list(chain.from_iterable(data.manifest.splits[name].shards for name in splits))
-    mine = shards[accelerator.process_index :: accelerator.num_processes]
-    total = sum(shard.bytes for shard in mine)
-    with (
-        ThreadPoolExecutor(max(1, data.workers)) as threads,
-        progress(
-            total=total, desc="verify shards", unit="byte", disable=not accelerator.is_main_process
-        ) as bar,
-    ):
-        for shard in threads.map(lambda shard: verify_shard(data.store, shard), mine):
-            bar.update(shard.bytes)
-
-
-def verify_shard(store: Store, shard: ShardInfo) -> ShardInfo:
-    """Return the shard. Raises DataError if its sha256 differs from the manifest."""
-    if store.local is not None:
-        with open_shard(store.local / shard.name, shard) as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    else:
-        digest = hashlib.sha256()
-        for data in download_chunks(shard, store):
-            digest.update(data)
-        sha256 = digest.hexdigest()
-    refuse_changed_shard(sha256, shard, store)
-    return shard
 
 
 def default_workers(accelerator: Accelerator) -> int:

@@ -13,8 +13,8 @@ import numpy as np
 
 from pipelines.runtime.errors import describe_read_error
 from shards.foreign import (
-    COPY_REMEDY,
     IMAGE_EXT_REMEDY,
+    MAX_UNUSABLE,
     Role,
     SampleMembers,
     group_members,
@@ -30,6 +30,7 @@ from shards.masks.stored import load_mask
 from shards.offsets import MemberRange
 from shards.sample import IGNORE, INFO_EXTENSION, DataError, encode_key, is_safe_path
 from shards.statistics import SampleStatistics, StoredSample
+from shards.tar_headers import COPY_REMEDY
 
 REPACK = "extract the tar and pack its files (unet pack, see --mask-suffix)"
 """Remedy where a shard would have to be rewritten."""
@@ -84,10 +85,11 @@ def inspect_shard(name: str, rule: IndexRule) -> ShardContents:
     path = rule.folder / name
     try:
         with path.open("rb") as file:
-            # The file is read completely first, so that all later reads hit the page cache.
-            contents.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
             contents.size = os.fstat(file.fileno()).st_size
             members = group_members(file, path, rule.roles, declared=rule.declared)
+            # Before samples are read, so that those reads hit the page cache.
+            file.seek(0)
+            contents.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
             contents.ignored, contents.problems = members.ignored, members.problems
             contents.problems += [f"{one}; {IMAGE_EXT_REMEDY}" for one in members.ambiguous]
             for key, group in members.samples.items():
@@ -95,6 +97,9 @@ def inspect_shard(name: str, rule: IndexRule) -> ShardContents:
                     add_sample(file, key, group, rule, contents)
                 except DataError as error:
                     contents.problems.append(str(error))
+                if len(contents.problems) > MAX_UNUSABLE:
+                    contents.problems.append(f"{path}: the samples after {key} were not checked")
+                    break
         refuse_other_offsets(contents, rule)
     except DataError as error:
         contents.problems.append(str(error))

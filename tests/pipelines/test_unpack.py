@@ -263,7 +263,9 @@ def hostile(tmp_path: Path, draw, call, key: str, members: dict[str, bytes]) -> 
     with ShardWriter(data / "unlabelled-000000.tar") as writer:
         writer.add(key, {name: value or image for name, value in members.items()})
         file = writer.seal()
-    manifest["splits"]["unlabelled"]["shards"][0].update(bytes=file.bytes, sha256=file.sha256)
+    manifest["splits"]["unlabelled"]["shards"][0].update(
+        bytes=file.bytes, sha256=file.sha256, idx_sha256=file.idx_sha256
+    )
     (data / "index.json").write_text(json.dumps(manifest))
     return data
 

@@ -128,7 +128,9 @@ def make_shards(tmp_path, to_bytes, noise):
                     writer.add(key, {**members, "mask.png": mask} if masks else members)
                     content[key] = (image, mask if masks else None)
                 file = writer.seal()
-            infos.append(ShardInfo(file.name, file.samples, file.bytes, file.sha256, ()))
+            infos.append(
+                ShardInfo(file.name, file.samples, file.bytes, file.sha256, (), file.idx_sha256)
+            )
         split = SplitInfo(tuple(infos), (SizeCount(8, 6, "RGB", sum(sizes)),))
         manifest = Manifest(
             classes=classes,

@@ -300,7 +300,7 @@ def test_samples_of_foreign_shards_may_have_no_json(tmp_path):
     ],
 )
 def test_a_sample_without_exactly_one_image_is_named(tmp_path, line, num_images):
-    offsets = offsets_of(tmp_path, f"v1.2 2\njson 0 1 b.json png 0 1 b.png\n{line}\n")
+    offsets = offsets_of(tmp_path, f"v1.2 2\njson 9000 1 b.json png 9001 1 b.png\n{line}\n")
     assert refusal(offsets.__getitem__, 1) == (
         f"{tmp_path / 's.idx'}, line 3: a sample has {num_images} images, expected 1; pack it again"
     )
@@ -308,7 +308,7 @@ def test_a_sample_without_exactly_one_image_is_named(tmp_path, line, num_images)
 
 @pytest.mark.parametrize("line", ["", "png 512 1", "png x 1 a.png", "png 512 1 a.png json"])
 def test_a_damaged_line_is_named(tmp_path, line):
-    offsets = offsets_of(tmp_path, f"v1.2 2\n{line}\njson 0 1 b.json png 0 1 b.png\n")
+    offsets = offsets_of(tmp_path, f"v1.2 2\n{line}\njson 9000 1 b.json png 9001 1 b.png\n")
     assert offsets[1].key == "b"
     assert refusal(offsets.__getitem__, 0) == (
         f"{tmp_path / 's.idx'}, line 2 is damaged; pack it again"
