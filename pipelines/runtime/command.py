@@ -16,6 +16,7 @@ import tyro
 
 from pipelines.runtime import failures
 from pipelines.runtime.errors import REFUSED, USAGE, RunError, UsageError
+from pipelines.runtime.processes import follow_launcher
 from pipelines.runtime.yaml_flags import yaml_flags
 from shards.sample import DataError
 
@@ -29,6 +30,11 @@ def launched_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def rank_name() -> str:
+    """Return ` (rank 1)` for messages of other ranks than 0, else an empty string."""
+    return f" (rank {launched_rank()})" if launched_rank() else ""
+
+
 def run_command(
     config_class: type[T], run: Callable[[T], int], argv: Sequence[str] | None, verb: str
 ) -> int:
@@ -37,6 +43,7 @@ def run_command(
     Bad input and failed runs end in one line on stderr.
     """
     require_utf8()
+    follow_launcher(f"unet {verb}{rank_name()}")
     argv = sys.argv[1:] if argv is None else argv
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -105,8 +112,7 @@ def report_error(verb: str, error: object, code: int) -> int:
     alone = code != USAGE and accelerate is not None and accelerate.is_initialized()
     if not alone and code in (USAGE, REFUSED):
         wait_for_rank_0()
-    rank = f" (rank {launched_rank()})" if launched_rank() else ""
-    print(f"unet {verb}{rank}: {error}", file=sys.stderr, flush=True)
+    print(f"unet {verb}{rank_name()}: {error}", file=sys.stderr, flush=True)
     return code
 
 
