@@ -110,8 +110,10 @@ def run_all(
         return
     with open_executor(workers, scheduler, remote) as executor:
         call = partial(call_task, function)
-        futures: dict[Future[R], T] = {executor.submit(call, task): task for task in tasks}
+        futures: dict[Future[R], T] = {}
         try:
+            # Submitting fails too, if a worker is killed while it starts.
+            futures.update((executor.submit(call, task), task) for task in tasks)
             for future in as_completed(futures):
                 yield futures.pop(future), future.result()
         except CancelledError as error:

@@ -5,8 +5,13 @@ import select
 import signal
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 
 import pytest
+
+from pipelines.runtime.errors import RunError
+from pipelines.runtime.processes import run_all
 
 SLEEPERS = """
 from pipelines.runtime.processes import run_all
@@ -85,3 +90,12 @@ def test_a_process_without_a_launcher_outlives_its_parent() -> None:
     finally:
         os.killpg(started.pid, signal.SIGKILL)
         started.communicate()
+
+
+def test_a_worker_that_is_killed_while_it_starts_is_one_error(monkeypatch) -> None:
+    def submit(*_: object) -> None:
+        raise BrokenProcessPool("A child process terminated abruptly")
+
+    monkeypatch.setattr(ProcessPoolExecutor, "submit", submit)
+    with pytest.raises(RunError, match=r"^a worker process was killed \(out of memory\?\); rerun"):
+        list(run_all(abs, [1, 2], 2))
