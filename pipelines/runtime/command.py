@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,6 +19,7 @@ from pipelines.runtime import failures
 from pipelines.runtime.errors import REFUSED, USAGE, RunError, UsageError
 from pipelines.runtime.processes import follow_launcher
 from pipelines.runtime.yaml_flags import yaml_flags
+from shards.requests import set_remote_timeout
 from shards.sample import DataError
 
 RANK_0_TIMEOUT = 20.0
@@ -50,7 +52,9 @@ def run_command(
             # File names may not be valid text.
             stream.reconfigure(errors="backslashreplace")
     try:
-        code = run(parse(config_class, argv, verb))
+        config = parse(config_class, argv, verb)
+        apply_remote_timeout(config)
+        code = run(config)
         sys.stdout.flush()
         return code
     except BrokenPipeError as error:
@@ -73,6 +77,19 @@ def run_command(
         code = report_error(verb, "stopped; rerun the same command to resume", 130)
     failures.leave_process_group(code)
     return code
+
+
+def apply_remote_timeout(config: object) -> None:
+    """Set the `--remote-timeout` of a verb that has it. Raises UsageError if it is out of range."""
+    for entry in fields(config) if is_dataclass(config) else ():
+        value = getattr(config, entry.name)
+        if entry.name == "remote_timeout":
+            try:
+                set_remote_timeout(value)
+            except ValueError as error:
+                raise UsageError(str(error)) from error
+        else:
+            apply_remote_timeout(value)
 
 
 def require_utf8() -> None:
