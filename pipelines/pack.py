@@ -39,6 +39,7 @@ from pipelines.runtime.progress import progress
 from pipelines.runtime.yaml_flags import Flat, refuse_unused
 from shards.folders.pairs import Pairing
 from shards.manifest import MANIFEST, Manifest, ShardInfo, read_manifest, write_manifest
+from shards.requests import REMOTE_TIMEOUT
 from shards.sample import AggregateDataError, DataError
 from shards.statistics import SampleStatistics, find_duplicates, merge_statistics
 from shards.store import Store, is_url
@@ -64,6 +65,8 @@ class PackConfig:
     """Pack the valid files, list the others in OUT/problems.txt, and exit with 3."""
     workers: int = 0
     """Processes; 0: one per CPU."""
+    remote_timeout: float = REMOTE_TIMEOUT
+    """Seconds for a request to a bucket, retries included."""
     source: Flat[SourceOptions]
     shard: Flat[ShardOptions] = field(default_factory=ShardOptions)
     border: Flat[BorderOptions] = field(default_factory=BorderOptions)

@@ -20,6 +20,7 @@ from shards.masks.png import decode_mask
 from shards.order import EvalPlan
 from shards.raw import RawSample
 from shards.reader import SampleSource, ShardReader
+from shards.requests import REMOTE_TIMEOUT
 from shards.sample import IGNORE, DataError, Uint8, is_safe_path
 from shards.store import Store
 from shards.writer import write_atomically
@@ -43,6 +44,8 @@ class UnpackConfig:
     """Also write images with their masks drawn over them."""
     verify_shards: bool = False
     """First read every shard and compare its sha256 with the manifest."""
+    remote_timeout: float = REMOTE_TIMEOUT
+    """Seconds for a request to a bucket, retries included."""
 
     def __post_init__(self) -> None:
         refuse_url("--out", self.out)

@@ -1,33 +1,32 @@
 """A folder on disk or at any fsspec URL; files appear in it atomically."""
 
-import errno
 import io
 import os
-import random
 import re
 import secrets
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import fsspec
 
+from shards.requests import (
+    UPLOAD_RATE,
+    finish_within,
+    remote_timeout,
+    retry,
+    unreachable_error,
+    wrap_store_errors,
+)
 from shards.sample import DataError
 from shards.writer import write_atomically
 
 ATOMIC_PROTOCOLS = ("abfs", "az", "gcs", "gs", "memory", "s3", "s3a")
 """Protocols whose uploads become visible only when complete; others upload under another name."""
-
-
-RETRY_DELAYS = (0.2, 0.4, 0.8, 1.6, 3.2, 6.4)
-"""Seconds to wait before a failed read is retried; half of each is random."""
-
-PERMANENT_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotImplementedError)
-"""Errors that are not retried, like an OSError with EINVAL, which S3 returns for wrong ranges."""
 
 T = TypeVar("T")
 
@@ -55,6 +54,7 @@ class Store:
         place = str(place)
         self.place = place.rstrip("/") if is_url(place) else place
         self.local = None if is_url(place) else Path(place)
+        self.timeout = remote_timeout()
 
     def __str__(self) -> str:
         return self.place
@@ -77,6 +77,10 @@ class Store:
         except (ImportError, ValueError) as error:
             raise DataError(f"{self.place} cannot be reached: {error}") from error
 
+    def retry(self, request: Callable[[], T]) -> T:
+        """Make a remote request, with retries, within the timeout of this store."""
+        return retry(request, self.timeout)
+
     def create_folder(self) -> None:
         """Create the folder, if it is local. Raises DataError if a file is in the way."""
         if self.local is None:
@@ -95,9 +99,9 @@ class Store:
             return sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
         system, root = self.connect()
         with wrap_store_errors(self.place):
+            system.invalidate_cache()
             try:
-                system.invalidate_cache()
-                paths = system.ls(f"{root}/{below}".rstrip("/"), detail=False)
+                paths = self.retry(lambda: system.ls(f"{root}/{below}".rstrip("/"), detail=False))
             except FileNotFoundError:
                 return []
         return sorted(path.rstrip("/").rpartition("/")[2] for path in paths)
@@ -108,7 +112,7 @@ class Store:
         with wrap_store_errors(self.place):
             system.invalidate_cache()
             try:
-                info = retry(lambda: system.info(root))
+                info = self.retry(lambda: system.info(root))
             except FileNotFoundError:
                 return None
         return "file" if info["type"] == "file" else "folder"
@@ -125,7 +129,7 @@ class Store:
             return [path for path, info in infos.items() if info["type"] == "file"]
 
         with wrap_store_errors(self.place):
-            paths = retry(request)
+            paths = self.retry(request)
             # A listing of millions of files would stay in memory.
             system.invalidate_cache()
         return sorted(path.removeprefix(f"{root}/") for path in paths)
@@ -137,7 +141,7 @@ class Store:
         system, root = self.connect()
         with wrap_store_errors(self.path(name)):
             system.invalidate_cache()
-            return bool(system.exists(f"{root}/{name}"))
+            return self.retry(lambda: bool(system.exists(f"{root}/{name}")))
 
     def read(self, name: str) -> bytes:
         """Read a file. Raises FileNotFoundError if it does not exist."""
@@ -153,7 +157,7 @@ class Store:
             return answer
 
         with wrap_store_errors(self.path(name)):
-            return retry(request)
+            return self.retry(request)
 
     def read_ranges(self, ranges: Sequence[ByteRange]) -> list[bytes]:
         """Read ranges of remote files concurrently; a result is short if its file ends before.
@@ -181,7 +185,7 @@ class Store:
                     raise answer
 
         try:
-            retry(request)
+            self.retry(request)
         except FileNotFoundError as error:
             raise DataError(f"{failed} does not exist; copy or pack the data set again") from error
         except Exception as error:  # each client library has its own exceptions
@@ -195,7 +199,7 @@ class Store:
         system, root = self.connect()
         with wrap_store_errors(self.path(name)):
             system.invalidate_cache()
-            return retry(lambda: int(system.info(f"{root}/{name}")["size"]))
+            return self.retry(lambda: int(system.info(f"{root}/{name}")["size"]))
 
     def write(self, name: str, data: bytes, within: str | None = None) -> None:
         """Write a small file atomically; `within`: subfolder for its temporary file, if local."""
@@ -235,8 +239,10 @@ class Store:
                 # Not on buckets: they have no folders, and a mistyped bucket must not be created.
                 system.makedirs(target.rpartition("/")[0], exist_ok=True)
             try:
-                system.put_file(str(file), aside)
-                size = system.info(aside)["size"]
+                seconds = self.timeout + file.stat().st_size / UPLOAD_RATE
+                put = partial(system.put_file, str(file), aside)
+                finish_within(put, seconds, self.timeout)
+                size = self.retry(lambda: system.info(aside)["size"])
                 if size != file.stat().st_size:
                     with suppress(Exception):  # the incomplete upload is reported in any case
                         system.rm(aside)
@@ -268,7 +274,7 @@ class Store:
         system, root = self.connect()
         with wrap_store_errors(self.path(name)), suppress(FileNotFoundError):
             system.invalidate_cache()
-            system.rm(f"{root}/{name}", recursive=True)
+            self.retry(lambda: system.rm(f"{root}/{name}", recursive=True))
 
     def write_if_absent(self, name: str, lines: Iterable[bytes]) -> bool:
         """Write a file unless it exists; returns whether it was written.
@@ -349,40 +355,3 @@ def rename_if_absent(file: Path, target: Path) -> bool:
         # A file system without hard links (exFAT, some network mounts).
         os.replace(file, target)
     return True
-
-
-def retry(request: Callable[[], T]) -> T:
-    """Return the result of `request`; errors that may be temporary are retried with backoff."""
-    for delay in RETRY_DELAYS:
-        try:
-            return request()
-        except PERMANENT_ERRORS:
-            raise
-        except Exception as error:  # each client library has its own exceptions
-            if getattr(error, "errno", None) == errno.EINVAL:
-                raise
-            time.sleep(random.uniform(delay / 2, delay))  # noqa: S311 (jitter, not a secret)
-    return request()
-
-
-@contextmanager
-def wrap_store_errors(where: str) -> Iterator[None]:
-    """Convert the exceptions of a remote file system to DataError, or to FileNotFoundError."""
-    try:
-        yield
-    except DataError:
-        raise
-    except FileNotFoundError as error:
-        # Each client has its own wording.
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), where) from error
-    except Exception as error:  # each client library has its own exceptions
-        raise unreachable_error(where, error) from error
-
-
-def unreachable_error(where: str, error: Exception) -> DataError:
-    """Return a DataError with the exception of a remote file system in one line."""
-    reason = " ".join(str(error).split()) or type(error).__name__
-    return DataError(
-        f"{where}: {reason}; check address, credentials and network, then rerun the same command "
-        "to resume"
-    )

@@ -15,7 +15,12 @@ from torch.utils.data import DataLoader
 
 from pipelines.inference.decoding import Chunk, Cutting, Decoded, Decoder, DecodeSource, receive
 from pipelines.inference.encode import Found
-from pipelines.runtime.loader_workers import start_forkserver, start_worker
+from pipelines.runtime.loader_workers import (
+    start_forkserver,
+    start_worker,
+    start_workers,
+    watch_workers,
+)
 from pipelines.runtime.shared_memory import Buffers
 from unet import PredictedMasks
 
@@ -56,8 +61,8 @@ def decode_chunks(
         multiprocessing_context=method,
         worker_init_fn=start_worker,
     )
-    sent = iter(loader)
-    return sent if buffers is None else receive(sent, buffers)
+    sent = start_workers(loader)
+    return watch_workers(sent if buffers is None else receive(sent, buffers))
 
 
 @dataclass(frozen=True, slots=True)

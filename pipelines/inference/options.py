@@ -15,6 +15,7 @@ from pipelines.inference.reading import ReadingOptions
 from pipelines.runtime.devices import choose_batch_size, choose_channels_last
 from pipelines.runtime.errors import parse_part, refuse_url
 from pipelines.runtime.yaml_flags import Flat, settings_of
+from shards.requests import REMOTE_TIMEOUT
 from shards.sample import MASK_EXTENSION
 from shards.store import is_url
 from unet import MaskRule, TileConfig
@@ -125,6 +126,8 @@ class PredictConfig:
     one writes the manifest. The same command without --part makes what is missing."""
     workers: int | None = None
     """Decoding processes per rank. Default: its share of the CPUs, at most 8."""
+    remote_timeout: float = REMOTE_TIMEOUT
+    """Seconds for a request to a bucket, retries included."""
     compile: bool = False
     """Compile the network with torch.compile: about a minute at the start, faster on GPUs. Only
     full batches of tiles of the size of the first image are compiled, so that masks depend on

@@ -12,7 +12,13 @@ from pipelines.loading.augment import AugmentConfig
 from pipelines.loading.crop import Cropper
 from pipelines.loading.dataset import DataSet
 from pipelines.loading.stages import Batch, CropStage, SharedBatch, Substitutes, WholeStage
-from pipelines.runtime.loader_workers import start_forkserver, start_method, start_worker
+from pipelines.runtime.loader_workers import (
+    start_forkserver,
+    start_method,
+    start_worker,
+    start_workers,
+    watch_workers,
+)
 from pipelines.runtime.shared_memory import WAITING, Buffers
 from shards.manifest import rare_classes
 from shards.order import EvalPlan, TrainPlan
@@ -59,9 +65,9 @@ def train_batches(
         buffers = Buffers(data.workers, stage.num_bytes(plan.batch_size))
         stage = replace(stage, buffers=buffers)
     # Started here, so that workers are children of this thread, not of the one that pins.
-    loader = iter(make_loader(reader, plan, stage, data.workers))
+    loader = start_workers(make_loader(reader, plan, stage, data.workers))
     batches = receive_batches(loader, stage)
-    return prefetch(batch.pin_memory() for batch in batches) if pin else batches
+    return watch_workers(prefetch(batch.pin_memory() for batch in batches) if pin else batches)
 
 
 def receive_batches(sent: Iterator[Batch | SharedBatch], stage: CropStage) -> Iterator[Batch]:
@@ -98,7 +104,7 @@ def eval_batches(
     reader = data.reader(split)
     plan = EvalPlan(tuple(s.samples for s in reader.shards), batch_size, rank, world)
     stage = WholeStage(data.manifest.image_format, len(data.manifest.classes))
-    return iter(make_loader(reader, plan, stage, data.workers, pin))
+    return watch_workers(start_workers(make_loader(reader, plan, stage, data.workers, pin)))
 
 
 def make_loader(

@@ -17,6 +17,7 @@ from shards.cache import ShardCache
 from shards.manifest import Manifest
 from shards.order import Address, EvalPlan, Order
 from shards.reader import ShardReader
+from shards.requests import REMOTE_TIMEOUT
 from shards.sample import Sample, Uint8
 from shards.store import Store, is_url
 
@@ -34,6 +35,8 @@ class LoadingOptions:
     """Local folder that caches the shards of a URL, shared by all processes of a machine."""
     cache_bytes: int = 100_000_000_000
     """Maximum size of the cache folder in bytes."""
+    remote_timeout: float = REMOTE_TIMEOUT
+    """Seconds for a request to a bucket, retries included."""
     verify_shards: bool = False
     """First read every shard and compare its sha256 with the manifest."""
 

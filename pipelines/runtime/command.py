@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,7 +17,9 @@ import tyro
 
 from pipelines.runtime import failures
 from pipelines.runtime.errors import REFUSED, USAGE, RunError, UsageError
+from pipelines.runtime.processes import follow_launcher
 from pipelines.runtime.yaml_flags import yaml_flags
+from shards.requests import set_remote_timeout
 from shards.sample import DataError
 
 RANK_0_TIMEOUT = 20.0
@@ -29,6 +32,11 @@ def launched_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def rank_name() -> str:
+    """Return ` (rank 1)` for messages of other ranks than 0, else an empty string."""
+    return f" (rank {launched_rank()})" if launched_rank() else ""
+
+
 def run_command(
     config_class: type[T], run: Callable[[T], int], argv: Sequence[str] | None, verb: str
 ) -> int:
@@ -37,13 +45,16 @@ def run_command(
     Bad input and failed runs end in one line on stderr.
     """
     require_utf8()
+    follow_launcher(f"unet {verb}{rank_name()}")
     argv = sys.argv[1:] if argv is None else argv
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # File names may not be valid text.
             stream.reconfigure(errors="backslashreplace")
     try:
-        code = run(parse(config_class, argv, verb))
+        config = parse(config_class, argv, verb)
+        apply_remote_timeout(config)
+        code = run(config)
         sys.stdout.flush()
         return code
     except BrokenPipeError as error:
@@ -66,6 +77,19 @@ def run_command(
         code = report_error(verb, "stopped; rerun the same command to resume", 130)
     failures.leave_process_group(code)
     return code
+
+
+def apply_remote_timeout(config: object) -> None:
+    """Set the `--remote-timeout` of a verb that has it. Raises UsageError if it is out of range."""
+    for entry in fields(config) if is_dataclass(config) else ():
+        value = getattr(config, entry.name)
+        if entry.name == "remote_timeout":
+            try:
+                set_remote_timeout(value)
+            except ValueError as error:
+                raise UsageError(str(error)) from error
+        else:
+            apply_remote_timeout(value)
 
 
 def require_utf8() -> None:
@@ -105,8 +129,7 @@ def report_error(verb: str, error: object, code: int) -> int:
     alone = code != USAGE and accelerate is not None and accelerate.is_initialized()
     if not alone and code in (USAGE, REFUSED):
         wait_for_rank_0()
-    rank = f" (rank {launched_rank()})" if launched_rank() else ""
-    print(f"unet {verb}{rank}: {error}", file=sys.stderr, flush=True)
+    print(f"unet {verb}{rank_name()}: {error}", file=sys.stderr, flush=True)
     return code
 
 

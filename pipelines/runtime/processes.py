@@ -4,17 +4,22 @@ import multiprocessing
 import os
 import pickle
 import re
+import select
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Executor, Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import TypeVar
 
+import pipelines
 from pipelines.runtime.errors import RunError, UsageError
 
+LAUNCHER_INTERVAL = 1.0
+"""Seconds between checks that the launcher still runs."""
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -42,6 +47,31 @@ def follow_parent() -> None:
     def watch() -> None:
         # It waits on a pipe, which closes even if nobody reaps the parent, also under forkserver.
         parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def follow_launcher(name: str) -> None:
+    """Exit this rank, called `name` in the message, when its launcher is killed.
+
+    Nothing else ends it: signals and failures of other ranks reach it through the launcher, and it
+    would keep its devices and the lock of its run folder. No effect without a launcher.
+    """
+    if not {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"} & {*os.environ}:
+        return
+    process, parent = pipelines.IMPORTED_BY
+    if process != os.getpid():
+        # Forked after the import.
+        parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(LAUNCHER_INTERVAL)
+        # A pipe that nobody reads must not delay the exit.
+        if select.select([], [2], [], 0)[1]:
+            with suppress(OSError):
+                os.write(2, f"{name}: the launcher was killed; rerun its command\n".encode())
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
@@ -80,8 +110,10 @@ def run_all(
         return
     with open_executor(workers, scheduler, remote) as executor:
         call = partial(call_task, function)
-        futures: dict[Future[R], T] = {executor.submit(call, task): task for task in tasks}
+        futures: dict[Future[R], T] = {}
         try:
+            # Submitting fails too, if a worker is killed while it starts.
+            futures.update((executor.submit(call, task), task) for task in tasks)
             for future in as_completed(futures):
                 yield futures.pop(future), future.result()
         except CancelledError as error:

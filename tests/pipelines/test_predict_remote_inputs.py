@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import shards.store
+import shards.requests
 from pipelines.inference.input_readers import EncodedImage
 from pipelines.inference.inputs import find_inputs
 from pipelines.runtime.errors import UsageError
@@ -146,7 +146,7 @@ def test_a_image_that_vanishes_is_an_error_of_its_own() -> None:
 def test_what_fails_at_first_is_asked_for_again(
     given: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shards.store, "RETRY_DELAYS", (1e-3,) * 3)
+    monkeypatch.setattr(shards.requests, "RETRY_DELAYS", (1e-3,) * 3)
     expected, failed, cat = read(f"{URL}/{given}"), set[str](), s3fs.S3FileSystem._cat_file
 
     async def fail_once(self: Any, path: str, **more: Any) -> bytes:
@@ -161,7 +161,7 @@ def test_what_fails_at_first_is_asked_for_again(
 
 
 def test_what_fails_for_good_is_an_error_of_each_image(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards.store, "RETRY_DELAYS", (1e-3,) * 3)
+    monkeypatch.setattr(shards.requests, "RETRY_DELAYS", (1e-3,) * 3)
     every = [find_inputs(f"{URL}/{given}") for given in ("in/pics", "in/tars", "shards")]
 
     async def fail(*given: Any, **more: Any) -> bytes:

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import shards.order
-import shards.store
+import shards.requests
 from pipelines.loading.augment import AugmentConfig
 from pipelines.loading.batches import train_batches
 from pipelines.loading.dataset import DataSet, LoadingOptions, choose_cache, open_data
@@ -108,7 +108,7 @@ def server(s3: str, put: Callable[..., str]) -> Iterator[None]:
 def proxy(monkeypatch: pytest.MonkeyPatch) -> type[Proxy]:
     Proxy.asked, Proxy.fails = [], lambda asked: None
     monkeypatch.setattr(Proxy, "log_message", lambda *given: None)
-    monkeypatch.setattr(shards.store, "RETRY_DELAYS", (1e-3,) * 3)
+    monkeypatch.setattr(shards.requests, "RETRY_DELAYS", (1e-3,) * 3)
     return Proxy
 
 

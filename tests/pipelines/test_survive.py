@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -178,6 +179,28 @@ def test_where_one_rank_dies_or_hangs_the_other_ends_and_records_why(
     assert "another rank exited or is unreachable" in message
     assert ("did not answer within --rank-timeout" in message) == (how == signal.SIGSTOP)
     assert "Traceback" not in message
+
+
+@pytest.mark.ranks
+def test_ranks_and_their_workers_exit_when_the_launcher_is_killed(
+    shards: Path, tiny, call, spawn_ranks, wait_for, tmp_path: Path
+) -> None:
+    arguments = argv(shards, tmp_path, tiny, "--steps", 1_000_000, "--save-every", 2)
+    launcher = spawn_ranks(2, "train", *arguments, "--workers", 1)
+    saved = tmp_path / "checkpoints" / "last" / "state.json"
+    wait_for(saved.exists, "the first checkpoint")
+    started = psutil.Process(launcher.pid).children(recursive=True)
+    assert len(started) >= 4
+    launcher.kill()
+    launcher.communicate()
+    _, running = psutil.wait_procs(started, timeout=10)
+    for process in running:
+        process.kill()
+    assert not running
+    step = json.loads(saved.read_text())["step"]
+    # The run folder is free again.
+    ended = call("train", *argv(shards, tmp_path, tiny, "--steps", step, "--save-every", 2))
+    assert ended.code == 0, ended.err
 
 
 # ---- no room, no right

@@ -1,6 +1,7 @@
 """Unpacking restores images and mask values exactly, and writes nowhere else."""
 
 import json
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -303,3 +304,22 @@ def test_an_invalid_description_is_refused(info: bytes, draw, call, tmp_path: Pa
     assert ended.code == 1
     assert "unlabelled-000000.tar" in ended.err
     assert len(ended.err.splitlines()) == 1
+
+
+def test_a_bucket_that_never_answers_is_one_line(call, monkeypatch) -> None:
+    pytest.importorskip("aiohttp")
+    # Restored after the test.
+    monkeypatch.setenv("UNET_REMOTE_TIMEOUT", "60")
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen(99)
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/data"
+        ended = call("unpack", "--data", url, "--out", "unused", "--remote-timeout", 0.5)
+    assert ended.code == 1
+    assert ended.err == (
+        f"unet unpack: {url}/index.json: no answer within --remote-timeout 0.5; check address, "
+        "credentials and network, then rerun the same command to resume\n"
+    )
+    wrong = call("unpack", "--data", url, "--out", "unused", "--remote-timeout", 0)
+    assert wrong.code == 2
+    assert wrong.err == "unet unpack: --remote-timeout must be a number of seconds > 0, got 0.0\n"

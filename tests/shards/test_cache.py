@@ -14,7 +14,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 import shards.cache
 import shards.order
-import shards.store
+import shards.requests
 from shards.cache import ShardCache, try_lock_file
 from shards.order import Address, EvalPlan, Order, TrainPlan
 from shards.reader import SampleSource, ShardReader
@@ -95,7 +95,7 @@ def data(make_shards, tmp_path, monkeypatch):
         return cat_file(system, path, start=start, end=end, **options)
 
     monkeypatch.setattr(LocalFileSystem, "cat_file", answer)
-    monkeypatch.setattr(shards.store, "RETRY_DELAYS", (1e-4,) * 4)
+    monkeypatch.setattr(shards.requests, "RETRY_DELAYS", (1e-4,) * 4)
     monkeypatch.setattr(shards.cache, "RETRY_SECONDS", 0.01)
     return data
 

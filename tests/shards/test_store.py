@@ -9,6 +9,7 @@ import pytest
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
+import shards.requests
 from shards.sample import DataError
 from shards.store import Store, is_url
 
@@ -287,6 +288,7 @@ def test_a_failed_upload_is_reported_in_one_line_and_leaves_no_part(
     place, monkeypatch, kind, method
 ):
     store = Store(place(kind))
+    monkeypatch.setattr(shards.requests, "RETRY_DELAYS", ())
 
     def fail(*_, **__):
         raise ConnectionError("reset by\n  peer")

@@ -7,7 +7,7 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-import shards.store
+import shards.requests
 from shards.sample import DataError
 from shards.store import RemoteFile, Store
 
@@ -86,7 +86,7 @@ def test_a_remote_file_supports_random_access(store):
 
 
 def test_reads_of_a_remote_file_are_retried_before_they_fail(store, monkeypatch):
-    monkeypatch.setattr(shards.store, "RETRY_DELAYS", (1e-3,) * 2)
+    monkeypatch.setattr(shards.requests, "RETRY_DELAYS", (1e-3,) * 2)
     file, failures = RemoteFile(store, "a.png"), [OSError("reset"), OSError("reset")]
     system = type(fsspec.url_to_fs(str(store))[0])
     cat = system.cat_file
