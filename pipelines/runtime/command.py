@@ -15,7 +15,7 @@ from typing import TypeVar
 import tyro
 
 from pipelines.runtime import failures
-from pipelines.runtime.errors import REFUSED, USAGE, RunError, UsageError
+from pipelines.runtime.errors import REFUSED, STOPPED, USAGE, RunError, UsageError
 from pipelines.runtime.yaml_flags import yaml_flags
 from shards.sample import DataError
 
@@ -63,7 +63,7 @@ def run_command(
             raise
         code = report_error(verb, line, REFUSED)
     except KeyboardInterrupt:
-        code = report_error(verb, "stopped; rerun the same command to resume", 130)
+        code = report_error(verb, "stopped; rerun the same command to resume", STOPPED)
     failures.leave_process_group(code)
     return code
 

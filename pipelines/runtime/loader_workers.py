@@ -9,7 +9,7 @@ from multiprocessing.forkserver import ensure_running
 from pipelines.runtime.processes import follow_parent
 from shards.reader import ShardReader
 
-STOPPING = (signal.SIGTERM, signal.SIGUSR1)
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 """Signals that ask a run to checkpoint and exit; schedulers may send them to all its processes."""
 
 
@@ -18,7 +18,8 @@ def start_worker(number: int) -> None:
     del number
     # In its own process group, which signals to the group of the run do not reach.
     os.setpgid(0, 0)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    for name in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(name, signal.SIG_IGN)
     follow_parent()
 
 

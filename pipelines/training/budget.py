@@ -1,5 +1,6 @@
 """The length of a run in steps or minutes, and what ends it early, agreed on by all ranks."""
 
+import os
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -10,6 +11,10 @@ from types import FrameType
 import torch
 from accelerate import Accelerator
 
+from pipelines.runtime.errors import STOPPED
+
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+"""Signals that ask a run to save a checkpoint and exit."""
 AGREE_SECONDS = 1.0
 """About how often ranks agree: signals and the clock take effect within this time."""
 
@@ -58,7 +63,7 @@ class Budget:
         step: int = 0,
         seconds: float = 0.0,
     ) -> None:
-        """Start or resume counting, and handle SIGTERM and SIGUSR1.
+        """Start or resume counting, and handle SIGINT, SIGTERM and SIGUSR1.
 
         Args:
             accelerator: provides the ranks.
@@ -79,12 +84,16 @@ class Budget:
         # On the device: the 1-based step at which each value was first not finite, else 0. float32
         # counts exactly up to 16.7 million, and every device supports it.
         self.bad_steps = torch.zeros(len(self.watched), device=accelerator.device)
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        for number in STOPPING:
             signal.signal(number, self.on_signal)
 
-    def on_signal(self, _number: int, _frame: FrameType | None) -> None:
-        """Request a stop at the next agreement."""
+    def on_signal(self, number: int, _frame: FrameType | None) -> None:
+        """Request a stop at the next agreement; from then on, SIGINT ends the process at once."""
         self.stop_requested = True
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, end_at_once)
+            if self.accelerator.is_main_process:
+                write_line("Ctrl-C: saving a checkpoint; once more ends at once, without saving")
 
     @property
     def progress(self) -> float:
@@ -131,3 +140,14 @@ class Budget:
         step = bad[bad > 0].min()
         found = (bad == step).any(dim=0).tolist()
         return NotFinite(int(step), tuple(compress(self.watched, found)))
+
+
+def end_at_once(_number: int, _frame: FrameType | None) -> None:
+    """End this process without cleanup, as SIGKILL would, with the exit code of Ctrl-C."""
+    write_line("Ctrl-C again: ended at once; rerun the same command to resume from its checkpoints")
+    os._exit(STOPPED)
+
+
+def write_line(line: str) -> None:
+    """Write a line to stderr in a signal handler, where buffered streams may be in use."""
+    os.write(2, f"\n{line}\n".encode())

@@ -36,7 +36,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
-    kept = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1)}
+    kept = {n: signal.getsignal(n) for n in budget.STOPPING}
     yield
     for number, handler in kept.items():
         signal.signal(number, handler)
@@ -112,7 +112,7 @@ def test_the_clock_is_that_of_rank_0(clock) -> None:
     assert budget.progress == 0.5
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", budget.STOPPING)
 def test_a_signal_ends_the_run_at_the_next_agreement(number: signal.Signals, clock) -> None:
     budget = make(Ranks(), Limits(1000, None))
     clock.seconds += 0.1
