@@ -1,10 +1,16 @@
 """Find a checkpoint and load its model."""
 
-import hashlib
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipelines.model.checkpoint_files import (
+    find_best,
+    hash_file,
+    list_checkpoints,
+    verify_model,
+)
 from pipelines.runtime.run_folder import RunFolder
 from shards.images.files import ImageFormat
 from shards.sample import DataError
@@ -75,9 +81,9 @@ def load_model(checkpoint: str, flag: str = "--checkpoint") -> LoadedModel:
     """
     try:
         folder = weights.find_folder(str(find_checkpoint(checkpoint, flag)))
+        refuse_damage(checkpoint, folder, flag)
         model = UNet.from_pretrained(str(folder))
-        with (folder / weights.WEIGHTS).open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hash_file(folder / weights.WEIGHTS)
     except (ValueError, FileNotFoundError) as error:
         raise DataError(f"{flag} {checkpoint}: {error}") from error
     except OSError as error:
@@ -90,6 +96,23 @@ def load_model(checkpoint: str, flag: str = "--checkpoint") -> LoadedModel:
             "model with UNet(config, spec)"
         )
     return LoadedModel(model, model.spec, digest)
+
+
+def refuse_damage(checkpoint: str, folder: Path, flag: str) -> None:
+    """Raise DataError if a checkpoint differs from its checksums; print if its run lost its links.
+
+    Args:
+        checkpoint: what `flag` names: a run folder, checkpoint folder or hub id.
+        folder: the checkpoint folder.
+        flag: for the message.
+    """
+    run = RunFolder(Path(checkpoint))
+    if run.checkpoints.is_dir() and not (run.best.is_dir() or run.last.is_dir()):
+        print(f"{flag} {checkpoint}: best and last are lost; using {folder.name}", file=sys.stderr)
+    try:
+        verify_model(folder)
+    except DataError as error:
+        raise DataError(f"{flag} {checkpoint}: {error}; use another checkpoint") from error
 
 
 def require_spec(model: UNet) -> DataSpec:
@@ -109,6 +132,8 @@ def find_checkpoint(checkpoint: str, flag: str = "--checkpoint") -> Path | str:
         for link in (run.best, run.last):
             if link.is_dir():
                 return link.resolve()
+        if newest := list_checkpoints(run):
+            return find_best(run) or newest[0]
         raise DataError(f"{flag} {checkpoint}: this run has not saved a checkpoint yet")
     if folder.is_dir():
         return folder
