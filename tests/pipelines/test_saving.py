@@ -134,7 +134,7 @@ def test_the_writer_yields_busy_cores_to_training(
         write(self, folder)
 
     monkeypatch.setattr(Snapshot, "write", record)
-    with Checkpoints(tmp_path, keep=2) as checkpoints:
+    with Checkpoints(RunFolder(tmp_path), keep=2) as checkpoints:
         checkpoints.save(STATE, learner, None, is_best=True)
     assert writers == [checkpoint_files.NICENESS] != [ours]
     assert os.getpriority(os.PRIO_PROCESS, 0) == ours
