@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from math import inf
+from typing import Literal
 
 import torch
 from accelerate import Accelerator
@@ -45,6 +46,8 @@ from shards.reader import ShardReader
 from shards.writer import write_json
 from unet import Scores, metrics
 
+End = Literal["finished", "interrupted", "already finished"]
+"""How a run ends."""
 MAX_NAMED = 8
 """Maximum number of sample keys in the error about a step that is not finite."""
 
@@ -61,15 +64,15 @@ def run(config: TrainConfig) -> int:
         data = open_splits(setup, accelerator)
         if is_finished(setup, state):
             accelerator.end_training()
-            return finish_run(setup, accelerator, state, None, interrupted=False)
+            return finish_run(setup, accelerator, state, None, "already finished")
         training = open_training(setup, accelerator, data, learner, state)
         state = replace(state, tracking_id=training.tracker.run_id)
         state, scores = train(training, state, checkpoints)
         finish_saving(checkpoints, accelerator)
         training.progress.close()
         training.tracker.finish(folder.best)
-        interrupted = training.budget.interrupted
-        return finish_run(setup, accelerator, state, scores, interrupted=interrupted)
+        end = "interrupted" if training.budget.interrupted else "finished"
+        return finish_run(setup, accelerator, state, scores, end)
 
 
 def train(
@@ -85,7 +88,7 @@ def train(
         checkpoints.raise_failure()
         if validation_due(t, state):
             state, scores = validate(t, state, checkpoints)
-        elif budget.step > t.first_step and config.schedule.checkpoint_due(budget.step):
+        elif budget.step > t.first_step and checkpoint_due(t):
             save(t, state, checkpoints, is_best=False)
         if budget.spent or out_of_patience(config, state):
             return state, scores
@@ -185,9 +188,16 @@ def log_step(t: Training, lr: float) -> None:
 
 def validation_due(t: Training, state: TrainState) -> bool:
     """Whether to validate now: every `--eval-every` steps and at the end, once per step."""
-    if state.validated == t.budget.step:
+    schedule = t.setup.config.schedule
+    if state.validated == t.budget.step or not schedule.val:
         return False
-    return t.budget.spent or t.setup.config.schedule.validation_due(t.budget.step)
+    return t.budget.spent or schedule.validation_due(t.budget.step)
+
+
+def checkpoint_due(t: Training) -> bool:
+    """Whether to save now without validation; a run without validation ends with a checkpoint."""
+    schedule = t.setup.config.schedule
+    return schedule.checkpoint_due(t.budget.step) or (t.budget.spent and not schedule.val)
 
 
 def validate(t: Training, state: TrainState, checkpoints: Checkpoints) -> tuple[TrainState, Scores]:
@@ -235,7 +245,8 @@ def out_of_patience(config: TrainConfig, state: TrainState) -> bool:
 def is_finished(setup: TrainSetup, state: TrainState) -> bool:
     """Whether the last checkpoint is the end of the run."""
     spent = setup.limits.progress(state.step, state.seconds) >= 1
-    return (spent and state.validated == state.step) or out_of_patience(setup.config, state)
+    validated = state.validated == state.step or not setup.config.schedule.val
+    return (spent and validated) or out_of_patience(setup.config, state)
 
 
 def save(t: Training, state: TrainState, checkpoints: Checkpoints, *, is_best: bool) -> None:
@@ -281,14 +292,15 @@ def finish_run(
     accelerator: Accelerator,
     state: TrainState,
     scores: Scores | None,
-    *,
-    interrupted: bool,
+    end: End,
 ) -> int:
-    """Write RUN/state.json, print the result and the next commands, return the exit code."""
+    """Write RUN/state.json, print the result and the next commands, return the exit code.
+
+    `scores`: of the last validation; None if there was none.
+    """
     # Schedulers may repeat the signal. At exit Python restores the default action, which kills.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    config = setup.config
+    config, interrupted = setup.config, end == "interrupted"
     if accelerator.is_main_process:
         command = f"unet train --data {config.data} --run-dir {config.run_dir}"
         resume = f"rerun the same command ({command} ...)" if interrupted else None
@@ -300,14 +312,15 @@ def finish_run(
                 f"interrupted at step {state.step}, checkpoint saved; rerun the same command to "
                 "resume"
             )
-        elif scores is None:
+        elif end == "already finished":
             print(f"{config.run_dir} had already finished at step {state.step}")
             print("to train longer, raise its --steps, --epochs or --minutes")
         else:
             stale = f", no improvement for {state.stale} validations"
             why = stale if out_of_patience(config, state) else ""
             print(f"finished at step {state.step}, {state.seconds:.0f} s{why}")
-            print(table.table(scores))
+            if scores is not None:
+                print(table.table(scores))
             print(write_report_safely(config.run_dir, accelerator))
         if not interrupted:
             print_next_commands(config)
@@ -315,11 +328,15 @@ def finish_run(
 
 
 def print_next_commands(config: TrainConfig) -> None:
-    """Print how to evaluate, use and export the best checkpoint."""
+    """Print how to evaluate, use and export the best checkpoint, or the last without validation."""
     checkpoint = f"--checkpoint {config.run_dir}"
-    print(f"next: unet evaluate {checkpoint} --data {config.data} --split val")
-    print(f"      unet predict {checkpoint} --input IMAGES --out MASKS --png --overlay")
-    print(f"      unet export {checkpoint} --format onnx --out model.onnx")
+    commands = [
+        f"unet predict {checkpoint} --input IMAGES --out MASKS --png --overlay",
+        f"unet export {checkpoint} --format onnx --out model.onnx",
+    ]
+    if config.schedule.val:
+        commands.insert(0, f"unet evaluate {checkpoint} --data {config.data} --split val")
+    print("next: " + "\n      ".join(commands))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

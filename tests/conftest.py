@@ -161,7 +161,7 @@ def call() -> Callable[..., CommandResult]:
     """Runs `unet VERB ARGUMENTS` in this process."""
 
     def run(verb: str, *arguments: object) -> CommandResult:
-        handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1)}
+        handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
         out, err = io.StringIO(), io.StringIO()
         forget_accelerator()
         try:

@@ -19,7 +19,7 @@ from pipelines.runtime.loader_workers import (
     start_workers,
     watch_workers,
 )
-from pipelines.runtime.shared_memory import WAITING, Buffers
+from pipelines.runtime.shared_memory import WAITING, Buffers, usable_workers
 from shards.manifest import rare_classes
 from shards.order import EvalPlan, TrainPlan
 from shards.reader import ShardReader, Stage, build_pipeline
@@ -61,11 +61,14 @@ def train_batches(
     substitutes = Substitutes(substitute_reader, plan.order) if skip else None
     form, num_classes = manifest.image_format, len(manifest.classes)
     stage = CropStage(form, num_classes, cropper, substitutes, border)
-    if data.workers and start_method(reader) == "fork":
-        buffers = Buffers(data.workers, stage.num_bytes(plan.batch_size))
+    num_bytes, forked = stage.num_bytes(plan.batch_size), start_method(reader) == "fork"
+    # Forked workers write to memory of this process, the others send batches through /dev/shm.
+    workers = usable_workers(data.workers, 0 if forked else data.workers * WAITING * num_bytes)
+    if workers and forked:
+        buffers = Buffers(workers, num_bytes)
         stage = replace(stage, buffers=buffers)
     # Started here, so that workers are children of this thread, not of the one that pins.
-    loader = start_workers(make_loader(reader, plan, stage, data.workers))
+    loader = start_workers(make_loader(reader, plan, stage, workers))
     batches = receive_batches(loader, stage)
     return watch_workers(prefetch(batch.pin_memory() for batch in batches) if pin else batches)
 
@@ -104,7 +107,8 @@ def eval_batches(
     reader = data.reader(split)
     plan = EvalPlan(tuple(s.samples for s in reader.shards), batch_size, rank, world)
     stage = WholeStage(data.manifest.image_format, len(data.manifest.classes))
-    return watch_workers(start_workers(make_loader(reader, plan, stage, data.workers, pin)))
+    workers = usable_workers(data.workers)
+    return watch_workers(start_workers(make_loader(reader, plan, stage, workers, pin)))
 
 
 def make_loader(

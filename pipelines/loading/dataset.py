@@ -145,17 +145,21 @@ def choose_cache(
 
 
 def train_bytes_in_use(
-    order: Order, manifest: Manifest, accelerator: Accelerator, chunk: int
+    order: Order,
+    manifest: Manifest,
+    splits: Sequence[str],
+    accelerator: Accelerator,
+    chunk: int,
 ) -> int:
     """Return the bytes of shards that training and validation on this machine read concurrently.
 
-    `chunk`: consecutive validation images per rank.
+    `splits`: those in use; `chunk`: consecutive validation images per rank.
     """
     weights = [shard.bytes for shard in manifest.splits["train"].shards]
     local, world = local_ranks(), accelerator.num_processes
     first = accelerator.process_index // local * local
     ranks = range(first, min(first + local, world))
-    shards = manifest.splits["val"].shards
+    shards = manifest.splits["val"].shards if "val" in splits else ()
     plans = [EvalPlan(tuple(s.samples for s in shards), chunk, rank, world) for rank in ranks]
     validation = {
         shard for plan in plans for shard in plan.upcoming_shards(plan.chunk_bounds()[0] * chunk)

@@ -1,12 +1,17 @@
 """Find a checkpoint and load its model."""
 
-import hashlib
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipelines.runtime.run_folder import CHECKSUMS, RunFolder
-from shards.documents import Sha256, convert, parse_json
+from pipelines.model.checkpoint_files import (
+    find_best,
+    hash_file,
+    list_checkpoints,
+    verify_model,
+)
+from pipelines.runtime.run_folder import RunFolder
 from shards.images.files import ImageFormat
 from shards.sample import DataError
 from unet import DataSpec, UNet, UNetConfig, weights
@@ -70,15 +75,6 @@ class LoadedModel:
         ]
 
 
-def refuse_damaged_weights(folder: Path, digest: str) -> None:
-    """Raise ValueError if the sha256 of the weights is not the one that training recorded."""
-    if not (folder / CHECKSUMS).exists():
-        return  # exported, from the hub, or of an earlier version
-    sums = convert(parse_json((folder / CHECKSUMS).read_bytes()), dict[str, Sha256])
-    if sums.get(weights.WEIGHTS, digest) != digest:
-        raise ValueError(f"{folder / weights.WEIGHTS} is damaged: its sha256 is another")
-
-
 def load_model(checkpoint: str, flag: str = "--checkpoint") -> LoadedModel:
     """Load the model of a run folder (its `best`, else `last`), a checkpoint folder or a hub id.
 
@@ -86,10 +82,9 @@ def load_model(checkpoint: str, flag: str = "--checkpoint") -> LoadedModel:
     """
     try:
         folder = weights.find_folder(str(find_checkpoint(checkpoint, flag)))
+        refuse_damage(checkpoint, folder, flag)
         model = UNet.from_pretrained(str(folder))
-        with (folder / weights.WEIGHTS).open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        refuse_damaged_weights(folder, digest)
+        digest = hash_file(folder / weights.WEIGHTS)
     except (ValueError, FileNotFoundError, ImportError) as error:
         raise DataError(f"{flag} {checkpoint}: {error}") from error
     except OSError as error:
@@ -116,6 +111,23 @@ def load_config(checkpoint: str, flag: str) -> UNetConfig:
         raise DataError(f"{flag} {checkpoint}: {error}") from error
 
 
+def refuse_damage(checkpoint: str, folder: Path, flag: str) -> None:
+    """Raise DataError if a checkpoint differs from its checksums; print if its run lost its links.
+
+    Args:
+        checkpoint: what `flag` names: a run folder, checkpoint folder or hub id.
+        folder: the checkpoint folder.
+        flag: for the message.
+    """
+    run = RunFolder(Path(checkpoint))
+    if run.checkpoints.is_dir() and not (run.best.is_dir() or run.last.is_dir()):
+        print(f"{flag} {checkpoint}: best and last are lost; using {folder.name}", file=sys.stderr)
+    try:
+        verify_model(folder)
+    except DataError as error:
+        raise DataError(f"{flag} {checkpoint}: {error}; use another checkpoint") from error
+
+
 def require_spec(model: UNet) -> DataSpec:
     """Return the data spec of a model that was built for data or loaded by `load_model`."""
     assert model.spec is not None
@@ -133,11 +145,8 @@ def find_checkpoint(checkpoint: str, flag: str = "--checkpoint") -> Path | str:
         for link in (run.best, run.last):
             if link.is_dir():
                 return link.resolve()
-        if saved := sorted(run.checkpoints.glob("step-*")):
-            raise DataError(
-                f"{flag} {checkpoint}: its links best and last are missing; use {saved[-1]}, or "
-                "resume the run"
-            )
+        if newest := list_checkpoints(run):
+            return find_best(run) or newest[0]
         raise DataError(f"{flag} {checkpoint}: this run has not saved a checkpoint yet")
     if folder.is_dir():
         return folder

@@ -337,7 +337,11 @@ def commands(record: RunRecord) -> Iterator[tuple[str, str]]:
         yield "Train longer", command("train", *same, "--minutes", "MORE")
     else:
         yield "Resume this run", command("train", *same)
-    yield "Score every image", command("evaluate", *checkpoint, "--data", data, "--split", "val")
+    if record.setting("val") is not False:
+        yield (
+            "Score every image",
+            command("evaluate", *checkpoint, "--data", data, "--split", "val"),
+        )
     masks = ("--input", "IMAGES", "--out", "MASKS", "--png", "--overlay")
     yield "Predict", command("predict", *checkpoint, *masks)
     yield "Export", command("export", *checkpoint, "--format", "onnx", "--out", "model.onnx")

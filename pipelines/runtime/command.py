@@ -16,7 +16,7 @@ from typing import TypeVar
 import tyro
 
 from pipelines.runtime import failures
-from pipelines.runtime.errors import REFUSED, USAGE, RunError, UsageError
+from pipelines.runtime.errors import REFUSED, STOPPED, USAGE, RunError, UsageError
 from pipelines.runtime.processes import follow_launcher
 from pipelines.runtime.yaml_flags import yaml_flags
 from shards.requests import set_remote_timeout
@@ -74,7 +74,7 @@ def run_command(
             raise
         code = report_error(verb, line, REFUSED)
     except KeyboardInterrupt:
-        code = report_error(verb, "stopped; rerun the same command to resume", 130)
+        code = report_error(verb, "stopped; rerun the same command to resume", STOPPED)
     failures.leave_process_group(code)
     return code
 

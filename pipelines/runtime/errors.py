@@ -13,6 +13,8 @@ INCOMPLETE = 3
 """Exit code: the job finished but skipped some inputs."""
 INTERRUPTED = 75
 """Exit code: interrupted; rerun to resume (EX_TEMPFAIL)."""
+STOPPED = 130
+"""Exit code: ended by Ctrl-C, without saving."""
 
 
 class UsageError(Exception):

@@ -18,7 +18,7 @@ from torch.utils.data._utils import signal_handling
 from pipelines.runtime.processes import follow_parent
 from shards.reader import ShardReader
 
-STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 """Signals that ask a run to checkpoint and exit; schedulers may send them to all its processes."""
 DEATH_SECONDS = 0.2
 """Seconds between the loss of a worker's memory and its exit status."""
@@ -30,7 +30,8 @@ def start_worker(number: int) -> None:
     del number
     # In its own process group, which signals to the group of the run do not reach.
     os.setpgid(0, 0)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    for name in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(name, signal.SIG_IGN)
     follow_parent()
 
 

@@ -1,6 +1,7 @@
 """A run folder: the paths of its files, and its lock."""
 
 import fcntl
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,8 +9,6 @@ from pipelines.runtime.errors import RunError
 
 SCORES = "scores.json"
 """Name of the scores that `unet evaluate` writes, in a run folder or elsewhere."""
-CHECKSUMS = "checksums.json"
-"""Name of the file in the folder of a checkpoint that holds the sha256 of the others."""
 CHECKPOINT_STATE = "state.json"
 """Name of the state in the folder of a checkpoint."""
 
@@ -69,6 +68,19 @@ class RunFolder:
     def best(self) -> Path:
         """Link to the checkpoint with the best validation score."""
         return self.checkpoints / "best"
+
+
+def require_writable(folder: Path) -> None:
+    """Make a folder for results. Raises RunError, naming --out, if it cannot be written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise RunError(
+            f"{folder} cannot be written to: {error.strerror}; use --out to write the scores "
+            "elsewhere"
+        ) from error
 
 
 class RunLock:

@@ -6,7 +6,12 @@ virtual machines up to a third of the decoding time.
 
 import mmap
 import os
+import shutil
+import sys
+import tempfile
 import weakref
+from functools import cache
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,6 +26,48 @@ PLACES = WAITING + 2
 more are held, as in prediction that draws overlays, the others are sent without shared memory."""
 LARGE = 31 * 2**20
 """Bytes of an array just below the largest size that glibc adapts its threshold to."""
+
+
+SHARED = Path("/dev/shm")  # noqa: S108 (not a temporary file: where Linux keeps shared memory)
+MIN_FREE = 8 * 2**20
+"""Bytes that must be free there: semaphores, and a batch of whole images that is on its way."""
+
+
+def usable_workers(workers: int, num_bytes: int = 0) -> int:
+    """Return the number of workers that shared memory allows: `workers`, or 0; prints why.
+
+    Workers hand over batches and wait for semaphores in /dev/shm. Where it is missing, read-only or
+    full they would crash or stand still; this process then loads the batches itself.
+
+    Args:
+        workers: worker processes that are wanted.
+        num_bytes: bytes of all batches that are sent through /dev/shm, as far as they are known.
+    """
+    if not workers or sys.platform != "linux":
+        return workers
+    problem, needed = "", max(MIN_FREE, num_bytes)
+    try:
+        with tempfile.TemporaryFile(dir=SHARED):
+            free = shutil.disk_usage(SHARED).free
+    except OSError as error:
+        problem = f"cannot be written to ({error.strerror})"
+    else:
+        if free < needed:
+            problem = f"has {free / 2**20:.1f} MiB free of {needed / 2**20:.1f} that workers need"
+    if not problem:
+        return workers
+    report(problem)
+    return 0
+
+
+@cache
+def report(problem: str) -> None:
+    """Print once why there are no workers."""
+    print(
+        f"warning: {SHARED} {problem}: no worker processes, batches are loaded in ordinary memory; "
+        "for speed, enlarge it (Docker: --shm-size 1g)",
+        file=sys.stderr,
+    )
 
 
 class Buffers:

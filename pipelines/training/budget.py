@@ -11,9 +11,12 @@ from types import FrameType
 import torch
 from accelerate import Accelerator
 
-SAME_INTERRUPT_SECONDS = 2.0
-"""SIGINTs this soon after the first are the same: launchers forward the one that a terminal sends
-to all processes."""
+from pipelines.runtime.errors import STOPPED
+
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+"""Signals that ask a run to save a checkpoint and exit."""
+FORWARD_SECONDS = 2.0
+"""torchrun sends its ranks the Ctrl-C that they got from the terminal already: within this time."""
 AGREE_SECONDS = 1.0
 """About how often ranks agree: signals and the clock take effect within this time."""
 
@@ -62,7 +65,7 @@ class Budget:
         step: int = 0,
         seconds: float = 0.0,
     ) -> None:
-        """Start or resume counting, and handle SIGTERM, SIGUSR1 and SIGINT (Ctrl-C).
+        """Start or resume counting, and handle SIGINT, SIGTERM and SIGUSR1.
 
         Args:
             accelerator: provides the ranks.
@@ -79,29 +82,28 @@ class Budget:
         self.start = time.monotonic() - seconds
         self.every, self.agreed, self.next_agreement = 1, step, step + 1
         self.stop_requested = False
+        self.first_sigint = 0.0
         self.interrupted = False
-        self.first_sigint: float | None = None
         # On the device: the 1-based step at which each value was first not finite, else 0. float32
         # counts exactly up to 16.7 million, and every device supports it.
         self.bad_steps = torch.zeros(len(self.watched), device=accelerator.device)
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        for number in STOPPING:
             signal.signal(number, self.on_signal)
-        signal.signal(signal.SIGINT, self.on_sigint)
 
-    def on_signal(self, _number: int, _frame: FrameType | None) -> None:
-        """Request a stop at the next agreement."""
+    def on_signal(self, number: int, _frame: FrameType | None) -> None:
+        """Request a stop at the next agreement; from then on, SIGINT ends the process at once."""
         self.stop_requested = True
-
-    def on_sigint(self, _number: int, _frame: FrameType | None) -> None:
-        """Request a stop as for SIGTERM. Raises KeyboardInterrupt at a second Ctrl-C."""
-        now = time.monotonic()
-        if self.first_sigint is None:
-            self.first_sigint, self.stop_requested = now, True
+        if number == signal.SIGINT:
+            self.first_sigint = time.monotonic()
+            signal.signal(signal.SIGINT, self.on_second_sigint)
             if self.accelerator.is_main_process:
-                # Not print: the signal may have interrupted one.
-                os.write(2, b"\nsaving a checkpoint; Ctrl-C again to exit without\n")
-        elif now - self.first_sigint > SAME_INTERRUPT_SECONDS:
-            raise KeyboardInterrupt
+                write_line("Ctrl-C: saving a checkpoint; once more ends at once, without saving")
+
+    def on_second_sigint(self, number: int, frame: FrameType | None) -> None:
+        """End at once, unless a launcher has forwarded the first one."""
+        forwards = "TORCHELASTIC_RUN_ID" in os.environ
+        if not forwards or time.monotonic() - self.first_sigint > FORWARD_SECONDS:
+            end_at_once(number, frame)
 
     @property
     def progress(self) -> float:
@@ -148,3 +150,14 @@ class Budget:
         step = bad[bad > 0].min()
         found = (bad == step).any(dim=0).tolist()
         return NotFinite(int(step), tuple(compress(self.watched, found)))
+
+
+def end_at_once(_number: int, _frame: FrameType | None) -> None:
+    """End this process without cleanup, as SIGKILL would, with the exit code of Ctrl-C."""
+    write_line("Ctrl-C again: ended at once; rerun the same command to resume from its checkpoints")
+    os._exit(STOPPED)
+
+
+def write_line(line: str) -> None:
+    """Write a line to stderr in a signal handler, where buffered streams may be in use."""
+    os.write(2, f"\n{line}\n".encode())

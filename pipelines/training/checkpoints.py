@@ -3,39 +3,48 @@
 RUN/checkpoints/step-00012000/
     model.safetensors, config.json   the weights that are scored and used (or their average)
     training.pt                      raw weights, optimizer, loss scaler
-    state.json                       TrainState
+    state.json                       TrainState, and the sha256 of all four
 RUN/checkpoints/last, best           relative links, replaced atomically
 
 They are copied to host memory and written in the background.
 """
 
-import hashlib
 import json
 import logging
 import os
 import shutil
 import sys
 import threading
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
-import torch
+import msgspec
 from safetensors import SafetensorError
 from torch.amp.grad_scaler import GradScaler
 
+from pipelines.model.checkpoint_files import (
+    find_best,
+    list_checkpoints,
+    read_state,
+    verify_files,
+    write_state,
+)
 from pipelines.runtime.command import launched_rank
 from pipelines.runtime.errors import RunError, UsageError, refuse_changed_settings
 from pipelines.runtime.failures import is_device_error, is_killed_worker, out_of_memory
-from pipelines.runtime.run_folder import CHECKPOINT_STATE, CHECKSUMS, RunFolder
+from pipelines.runtime.run_folder import RunFolder
 from pipelines.training.optim import Learner
 from pipelines.training.other_data import describe_other_data
 from pipelines.training.snapshot import TRAINING, HostBuffers, Snapshot
-from shards.documents import Count, Sha256, convert, parse_json
+from pipelines.training.stored_training import read_training
+from shards.documents import Count
 from shards.sample import DataError
-from shards.writer import flush_to_disk, write_json
+from shards.writer import flush_to_disk
+from unet import UNet, weights
 
 logger = logging.getLogger(__name__)
 
@@ -51,13 +60,13 @@ class TrainState:
     """Optimizer steps completed."""
     position: Count
     """Samples of the stream consumed: the position at which the next global batch starts."""
-    seconds: float
+    seconds: Annotated[float, msgspec.Meta(ge=0)]
     """Wall-clock time of training, summed over resumes."""
     validated: Count
     """Step of the last validation."""
-    best: float | None
+    best: Annotated[float, msgspec.Meta(ge=0, le=1)] | None
     """Best validation score so far."""
-    tracking_id: str | None
+    tracking_id: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_-]{1,128}$")] | None
     """Id of the tracker's run, which a resume continues."""
     fixed: dict[str, Any]
     """Settings that must not change on resume, by flag name."""
@@ -91,8 +100,6 @@ class Checkpoints:
             1, thread_name_prefix="checkpoints", initializer=lower_priority
         )
         self.writing: Future[None] | None = None
-        self.damaged: set[str] = set()
-        """Names of folders that could not be read: replaced, but never counted or removed."""
 
     def __enter__(self) -> Self:
         return self
@@ -112,15 +119,7 @@ class Checkpoints:
     @property
     def exist(self) -> bool:
         """Whether the run has saved a checkpoint."""
-        return bool(self.find_folders())
-
-    def find_folders(self) -> list[Path]:
-        """Find the folders to resume from: `last`, then the others, newest first."""
-        newest = sorted(self.run.checkpoints.glob("step-*"), reverse=True)
-        if not self.run.last.is_dir():
-            return newest
-        target = self.run.last.resolve()
-        return [target, *(folder for folder in newest if folder.resolve() != target)]
+        return self.run.last.is_dir() or bool(list_checkpoints(self.run))
 
     def save(
         self, state: TrainState, learner: Learner, scaler: GradScaler | None, *, is_best: bool
@@ -173,27 +172,31 @@ class Checkpoints:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         snapshot.write(temporary)
-        # First, since the state may be written again.
-        write_json(temporary / CHECKSUMS, {p.name: sha256(p) for p in temporary.iterdir()})
-        write_json(temporary / CHECKPOINT_STATE, asdict(state))
+        write_state(temporary, asdict(state))
         for file in temporary.iterdir():
             flush_to_disk(file)
-        if final.name in self.damaged:
-            shutil.rmtree(final)
-            self.damaged.remove(final.name)
-        if final.exists():
+        if self.is_complete(final):
             # This step was saved before: with equal weights, but perhaps before its validation.
-            write_json(final / CHECKPOINT_STATE, asdict(state))
+            write_state(final, asdict(state))
             shutil.rmtree(temporary)
         else:
+            shutil.rmtree(final, ignore_errors=True)
             temporary.rename(final)
+
+    def is_complete(self, folder: Path) -> bool:
+        """Whether a checkpoint exists and its files match their checksums."""
+        try:
+            _, checksums = read_state(folder, TrainState)
+            verify_files(folder, checksums, (TRAINING, weights.HEADER, weights.WEIGHTS))
+        except DataError:
+            return False
+        return bool(checksums)
 
     def prune(self) -> None:
         """Remove old checkpoints, except the targets of `last` and `best` and every n-th step."""
         links = (self.run.last, self.run.best)
         linked = {os.readlink(link) for link in links if link.is_symlink()}
-        saved = sorted(self.run.checkpoints.glob("step-*"))
-        for path in [path for path in saved if path.name not in self.damaged][: -self.keep]:
+        for path in sorted(self.run.checkpoints.glob("step-*"))[: -self.keep]:
             step = int(path.name.removeprefix("step-"))
             permanent = self.keep_every is not None and step % self.keep_every == 0
             if path.name not in linked and not permanent:
@@ -204,9 +207,11 @@ class Checkpoints:
     ) -> TrainState:
         """Load the last checkpoint into `learner`; return a fresh state if there is none.
 
+        If it is lost or damaged, prints that and loads the newest complete checkpoint.
+
         `data`: folder or URL of the data set, for messages.
 
-        Raises DataError if the checkpoint is damaged, UsageError naming a setting that differs
+        Raises DataError if no checkpoint is complete, UsageError naming a setting that differs
         from the run that wrote it.
         """
         if not self.exist:
@@ -219,8 +224,71 @@ class Checkpoints:
                 tracking_id=None,
                 fixed=fixed,
             )
-        state, training = self.read_newest()
         new = json.loads(json.dumps(fixed, sort_keys=True))
+        damages: list[str] = []
+        for folder in self.candidates():
+            try:
+                state, training = self.read(folder, new, learner, data)
+            except DataError as error:
+                damages.append(str(error))
+                continue
+            break
+        else:
+            raise DataError(
+                f"--run-dir {self.run.path} has no complete checkpoint: {'; '.join(damages)}; "
+                "restore one, or train in another --run-dir"
+            )
+        if launched_rank() == 0:
+            self.report_replacement(folder, damages)
+        learner.load_state_dict(training)
+        if scaler is not None and training["scaler"] is not None:
+            scaler.load_state_dict(training["scaler"])
+        return state
+
+    def candidates(self) -> list[Path]:
+        """List the checkpoints to resume from: the target of `last`, then the newest first."""
+        newest = list_checkpoints(self.run)
+        if not self.run.last.is_dir():
+            return newest
+        last = self.run.last.resolve()
+        return [last, *(path for path in newest if path.resolve() != last)]
+
+    def report_replacement(self, folder: Path, damages: Sequence[str]) -> None:
+        """Print why training resumes from another checkpoint than `last`, and restore `best`."""
+        last = self.run.last
+        if not last.is_dir():
+            state = f"is a link to {os.readlink(last)}, which is" if last.is_symlink() else "is"
+            damages = [f"{last} {state} missing", *damages]
+        if damages:
+            print(
+                f"warning: {'; '.join(damages)}; resuming from {folder.name}, the newest complete "
+                "checkpoint",
+                file=sys.stderr,
+            )
+        if not self.run.best.is_dir() and (best := find_best(self.run)) is not None:
+            replace_link(self.run.best, best.name)
+            print(f"{self.run.best} was missing; it is {best.name} again", file=sys.stderr)
+
+    def read(
+        self, folder: Path, new: dict[str, Any], learner: Learner, data: str
+    ) -> tuple[TrainState, dict[str, Any]]:
+        """Read state and tensors of a checkpoint.
+
+        Raises DataError if it is damaged, UsageError if the settings `new` differ from its own.
+        """
+        state, checksums = read_state(folder, TrainState)
+        self.refuse_other_run(state, new, data)
+        verify_files(folder, checksums, (TRAINING, weights.HEADER, weights.WEIGHTS))
+        training = read_training(folder / TRAINING, learner)
+        if not checksums:
+            try:
+                UNet.from_pretrained(str(folder))
+            except (ValueError, FileNotFoundError) as error:
+                raise DataError(str(error)) from error
+        return state, training
+
+    def refuse_other_run(self, state: TrainState, new: dict[str, Any], data: str) -> None:
+        """Raise UsageError naming a setting in `new` that differs from the run of `state`."""
         if new.get("manifest") != state.fixed.get("manifest"):
             differences = describe_other_data(self.run.config, state.fixed["manifest"], data)
             raise UsageError(
@@ -234,58 +302,6 @@ class Checkpoints:
             elsewhere="start in another --run-dir",
             hint=" (--init-from takes its weights)",
         )
-        learner.load_state_dict(training)
-        if scaler is not None and training["scaler"] is not None:
-            scaler.load_state_dict(training["scaler"])
-        return state
-
-    def read_newest(self) -> tuple[TrainState, dict[str, Any]]:
-        """Read state and tensors of `last`, or of the newest checkpoint that is intact.
-
-        Prints which one and why if it is not `last`. Raises DataError if none is intact.
-        """
-        problems = [] if self.run.last.is_dir() else [f"{self.run.last} does not exist"]
-        for folder in self.find_folders():
-            try:
-                state, training = read_checkpoint(folder)
-            except DataError as error:
-                problems.append(str(error))
-                self.damaged.add(folder.name)
-                continue
-            if problems and launched_rank() == 0:
-                lines = "\n".join(problems)
-                print(f"{lines}\nresuming from {folder} instead", file=sys.stderr)
-            return state, training
-        raise DataError(f"{problems[0]}; no checkpoint in {self.run.checkpoints} is intact")
-
-
-def read_checkpoint(folder: Path) -> tuple[TrainState, dict[str, Any]]:
-    """Read state and tensors of a checkpoint. Raises DataError if it is incomplete or damaged."""
-    try:
-        state = convert(parse_json((folder / CHECKPOINT_STATE).read_bytes()), TrainState)
-        if (folder / CHECKSUMS).exists():  # checkpoints of earlier versions have none
-            sums = convert(parse_json((folder / CHECKSUMS).read_bytes()), dict[str, Sha256])
-            if differing := [
-                name for name, digest in sums.items() if sha256(folder / name) != digest
-            ]:
-                raise DataError(f"{folder / differing[0]} is damaged: its sha256 is another")
-        training = torch.load(folder / TRAINING, map_location="cpu", weights_only=True)
-        return state, training
-    except OSError as error:
-        raise DataError(f"{folder} is incomplete: {error.strerror or error}") from error
-    except DataError:
-        raise
-    except Exception as error:  # torch's reader raises whatever the bytes provoke
-        what = " ".join(str(error).split())[:200]
-        raise DataError(
-            f"{folder}: {CHECKPOINT_STATE} or {TRAINING} is damaged ({what})"
-        ) from error
-
-
-def sha256(file: Path) -> str:
-    """Return the sha256 of a file."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def lower_priority() -> None:
@@ -308,19 +324,13 @@ def is_disk_error(error: Exception) -> bool:
 
 
 def replace_link(link: Path, target: str) -> None:
-    """Create a relative symbolic link, replacing an old one atomically.
-
-    A folder in its place (copying a run may turn links into folders) is renamed to its step, or
-    removed if that exists.
-    """
-    if link.is_dir() and not link.is_symlink():
-        step = convert(parse_json((link / CHECKPOINT_STATE).read_bytes()), TrainState).step
-        named = link.with_name(f"step-{step:08d}")
-        if named.exists():
-            shutil.rmtree(link)
-        else:
-            link.rename(named)
-    temporary = link.with_name(f".{link.name}.tmp")
+    """Create a relative symbolic link, replacing an old one atomically."""
+    temporary, copied = (link.with_name(f".{link.name}.{end}") for end in ("tmp", "copy.tmp"))
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(target)
+    if link.is_dir() and not link.is_symlink():
+        # A copy without links (cp -rL) turned it into a folder.
+        shutil.rmtree(copied, ignore_errors=True)
+        link.rename(copied)
     temporary.replace(link)
+    shutil.rmtree(copied, ignore_errors=True)

@@ -128,7 +128,9 @@ class ScheduleOptions:
     log_every: int = 20
     """Steps between lines of metrics.jsonl."""
     eval_every: int = 500
-    """Steps between validations, each followed by a checkpoint. The run always ends with one."""
+    """Steps between validations, each followed by a checkpoint. The run always ends with both."""
+    val: bool = True
+    """--no-val: train without validation; no checkpoint is the best then, and the last is used."""
     save_every: int | None = None
     """Steps between additional checkpoints without validation."""
     keep_checkpoints: int = 2
@@ -146,12 +148,12 @@ class ScheduleOptions:
 
     def validation_due(self, step: int) -> bool:
         """Whether the weights are validated after a step, not counting the last."""
-        return step % self.eval_every == 0
+        return self.val and step % self.eval_every == 0
 
     def checkpoint_due(self, step: int) -> bool:
         """Whether the weights are saved after a step, not counting the last."""
         extra = self.save_every is not None and step % self.save_every == 0
-        return extra or self.validation_due(step)
+        return extra or step % self.eval_every == 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -188,6 +190,11 @@ class TrainConfig:
     def __post_init__(self) -> None:
         refuse_rank_timeout(self.rank_timeout)
         self.loading.refuse_local_cache(self.data)
+        if self.length.patience is not None and not self.schedule.val:
+            raise ValueError(
+                f"--patience {self.length.patience}: counts validations, of which --no-val makes "
+                "none; drop one of the two"
+            )
         if self.compute.gradient_checkpointing and self.model.network().norm == "batch":
             raise ValueError(
                 "--gradient-checkpointing would update the running averages of --model.norm batch "

@@ -50,6 +50,7 @@ from pipelines.training.passes import TrainingPass
 from pipelines.training.tracking import Tracker
 from shards.manifest import Manifest
 from shards.order import ORDER_VERSION, Order, TrainPlan
+from shards.sample import DataError
 from unet import DataSpec, SegmentationLoss, UNet
 
 FIXED_SETTINGS = (
@@ -128,7 +129,8 @@ def resolve(config: TrainConfig, manifest: Manifest) -> TrainSetup:
     Raises DataError or UsageError before any device is touched.
     """
     train_split = manifest.split("train", config.data)
-    manifest.split("val", config.data)
+    if config.schedule.val:
+        refuse_empty_val(manifest, config.data)
     batch, order = config.batch, config.order
     global_batch_size = batch.global_batch_size or GLOBAL_BATCH_SIZE[config.model.preset]
     crop_size = choose_crop_size(config.model, batch.crop_size, manifest)
@@ -143,6 +145,16 @@ def resolve(config: TrainConfig, manifest: Manifest) -> TrainSetup:
         global_batch_size=global_batch_size,
         passes=1 if batch.accumulate == "auto" else batch.accumulate,
     )
+
+
+def refuse_empty_val(manifest: Manifest, data: str) -> None:
+    """Raise DataError, naming the remedies, if there are no samples for validation."""
+    try:
+        manifest.split("val", data)
+    except DataError as error:
+        raise DataError(
+            f"{error}; pack with --val-fraction, or train without validation: --no-val"
+        ) from error
 
 
 def start_accelerator(setup: TrainSetup) -> tuple[Accelerator, TrainSetup]:
@@ -296,12 +308,12 @@ def resolve_passes(setup: TrainSetup, accelerator: Accelerator, learner: Learner
 
 
 def open_splits(setup: TrainSetup, accelerator: Accelerator) -> DataSet:
-    """Open the training and validation split for this rank."""
+    """Open the training and, unless --no-val, the validation split for this rank."""
     config = setup.config
     chunk = config.tiles.effective_batch_size
-    in_use = train_bytes_in_use(setup.order, setup.manifest, accelerator, chunk)
+    splits = ["train", "val"] if config.schedule.val else ["train"]
+    in_use = train_bytes_in_use(setup.order, setup.manifest, splits, accelerator, chunk)
     remedy = "raise it, or start a run with a smaller --window"
-    splits = ["train", "val"]
     return open_data(
         config.data, config.loading, setup.manifest, splits, accelerator, in_use, remedy
     )

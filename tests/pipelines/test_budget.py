@@ -36,7 +36,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
-    kept = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    kept = {n: signal.getsignal(n) for n in budget.STOPPING}
     yield
     for number, handler in kept.items():
         signal.signal(number, handler)
@@ -112,7 +112,7 @@ def test_the_clock_is_that_of_rank_0(clock) -> None:
     assert budget.progress == 0.5
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("number", budget.STOPPING)
 def test_a_signal_ends_the_run_at_the_next_agreement(number: signal.Signals, clock) -> None:
     budget = make(Ranks(), Limits(1000, None))
     clock.seconds += 0.1
@@ -126,17 +126,6 @@ def test_a_signal_ends_the_run_at_the_next_agreement(number: signal.Signals, clo
     budget.advance()
     assert budget.interrupted
     assert not budget.spent
-
-
-def test_a_second_ctrl_c_exits_at_once_but_one_that_is_forwarded_does_not(clock) -> None:
-    budget = make(Ranks(), Limits(1000, None))
-    os.kill(os.getpid(), signal.SIGINT)
-    clock.seconds += 1
-    os.kill(os.getpid(), signal.SIGINT)
-    assert budget.stop_requested
-    clock.seconds += 3
-    with pytest.raises(KeyboardInterrupt):
-        os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_a_signal_to_one_rank_ends_all(clock) -> None:

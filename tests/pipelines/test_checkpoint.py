@@ -125,23 +125,177 @@ def test_nothing_in_a_checkpoint_is_executed(learner: Learner, tmp_path: Path) -
     save(checkpoints, STATE, learner)
     trace = tmp_path / "trace"
     torch.save({"model": Payload(trace)}, tmp_path / "checkpoints" / "last" / "training.pt")
+    strip_checksums(tmp_path / "checkpoints" / "last")
     with pytest.raises(DataError, match=r"training\.pt is damaged"):
         checkpoints.resume(STATE.fixed, learner, None)
     assert not trace.exists()
 
 
-def test_a_damaged_training_state_is_refused_in_one_line(
-    trained: Path, shards: Path, tiny, call, tmp_path: Path
+@pytest.fixture
+def steps(learner: Learner, tmp_path: Path) -> Checkpoints:
+    """A run with checkpoints of the steps 2, 4 (the best) and 6."""
+    checkpoints = Checkpoints(RunFolder(tmp_path), keep=9)
+    for step in (2, 4, 6):
+        learn(learner)
+        state = replace(
+            STATE, step=step, validated=step, best=0.5, stale=0 if step == 4 else 1, position=step
+        )
+        save(checkpoints, state, learner, is_best=step == 4)
+    return checkpoints
+
+
+def lose(checkpoints: Path) -> None:
+    for name in ("last", "best"):
+        (checkpoints / name).unlink()
+
+
+def dangle(checkpoints: Path) -> None:
+    shutil.rmtree(checkpoints / "step-00000006")
+
+
+def copy_links(checkpoints: Path) -> None:
+    for name in ("last", "best"):
+        target = (checkpoints / name).resolve()
+        (checkpoints / name).unlink()
+        shutil.copytree(target, checkpoints / name)
+
+
+@pytest.mark.parametrize(
+    ("how", "step", "said"),
+    [
+        (lose, 6, "last is missing; resuming from step-00000006"),
+        (dangle, 4, "is a link to step-00000006, which is missing; resuming from step-00000004"),
+        (copy_links, 6, ""),
+    ],
+)
+def test_a_run_folder_whose_links_are_lost_resumes_from_its_newest_checkpoint(
+    how, step: int, said: str, steps: Checkpoints, learner: Learner, capsys, tmp_path: Path
 ) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(trained, run, symlinks=True)
-    for path in run.glob("checkpoints/step-*/training.pt"):
-        path.write_bytes(path.read_bytes()[:100])
-    args = ("--data", shards, "--run-dir", run, *tiny, "--workers", 0, "--steps", 8)
-    ended = call("train", *args)
-    assert ended.code == 1
-    assert "training.pt" in ended.err
-    assert len(ended.err.splitlines()) == 1
+    how(steps.run.checkpoints)
+    assert find_checkpoint(str(tmp_path)) in (
+        steps.run.checkpoints / "step-00000004",
+        steps.run.best.resolve(),
+    )
+    state = steps.resume(STATE.fixed, learner, None)
+    assert state.step == step
+    errors = capsys.readouterr().err
+    assert said in errors
+    assert bool(errors) == bool(said)
+    assert json.loads((steps.run.best / "state.json").read_text())["step"] == 4
+    save(steps, replace(state, step=8), learner, is_best=True)
+    assert os.readlink(steps.run.last) == os.readlink(steps.run.best) == "step-00000008"
+    assert not [path for path in steps.run.checkpoints.iterdir() if path.name.startswith(".")]
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:100])
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+FILES = ("training.pt", "model.safetensors", "config.json", "state.json")
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("spoil", [cut, flip, Path.unlink])
+def test_a_damaged_file_of_last_is_named_and_the_checkpoint_before_is_resumed(
+    file: str, spoil, steps: Checkpoints, learner: Learner, capsys
+) -> None:
+    before = (steps.run.checkpoints / "step-00000006" / "training.pt").read_bytes()
+    spoil(steps.run.last / file)
+    state = steps.resume(STATE.fixed, learner, None)
+    assert (state.step, state.position) == (4, 4)
+    errors = capsys.readouterr().err
+    assert f"step-00000006/{file} " in errors
+    assert "resuming from step-00000004, the newest complete checkpoint" in errors
+    assert errors.count("\n") == 1
+    # The damaged one is replaced when training reaches its step again.
+    save(steps, replace(state, step=6), learner)
+    assert steps.resume(STATE.fixed, learner, None).step == 6
+    assert capsys.readouterr().err == ""
+    assert before
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_again(
+    steps: Checkpoints, learner: Learner
+) -> None:
+    for path in steps.run.checkpoints.glob("step-*/training.pt"):
+        cut(path)
+    with pytest.raises(DataError, match=r"has no complete checkpoint: .*training.pt is damaged"):
+        steps.resume(STATE.fixed, learner, None)
+    lose(steps.run.checkpoints)
+    assert steps.exist
+
+
+def strip_checksums(folder: Path, **changes: object) -> None:
+    """Turn a checkpoint into one of an earlier version."""
+    path = folder / "state.json"
+    plain = json.loads(path.read_text()) | changes
+    del plain["checksums"]
+    path.write_text(json.dumps(plain))
+
+
+def test_a_checkpoint_without_checksums_still_loads(
+    steps: Checkpoints, learner: Learner, capsys
+) -> None:
+    strip_checksums(steps.run.last)
+    assert steps.resume(STATE.fixed, learner, None).step == 6
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"step": -1}, {"step": "6"}, {"seconds": -1}, {"best": 7}, {"wings": 2}, {"fixed": []}],
+    ids=str,
+)
+def test_a_state_with_an_impossible_value_is_damaged(
+    changes: dict[str, object], steps: Checkpoints, learner: Learner, capsys
+) -> None:
+    strip_checksums(steps.run.last, **changes)
+    assert steps.resume(STATE.fixed, learner, None).step == 4
+    assert "step-00000006/state.json is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda t: t.pop("optimizer"), "it does not have the fields"),
+        (lambda t: t["model"].popitem(), "model does not have the fields"),
+        (lambda t: t["average"]["head.bias"].fill_(torch.nan), "average.head.bias contains NaN"),
+        (
+            lambda t: t["optimizer"]["param_groups"][0].update(lr=float("nan")),
+            "optimizer.lr is nan",
+        ),
+        (lambda t: t["optimizer"]["state"][0].update(step="x"), "optimizer.0.step"),
+        (
+            lambda t: t["optimizer"]["state"][0].update(exp_avg=torch.zeros(3)),
+            "optimizer.0.exp_avg",
+        ),
+    ],
+)
+def test_training_state_that_does_not_fit_is_damaged(
+    spoil, said: str, steps: Checkpoints, learner: Learner, capsys
+) -> None:
+    path = steps.run.last / "training.pt"
+    training = torch.load(path, weights_only=True)
+    spoil(training)
+    torch.save(training, path)
+    strip_checksums(steps.run.last)
+    assert steps.resume(STATE.fixed, learner, None).step == 4
+    errors = capsys.readouterr().err
+    assert "training.pt is damaged" in errors
+    assert said in errors
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
+def test_a_flipped_bit_in_a_checkpoint_is_not_predicted_with(file: str, steps: Checkpoints) -> None:
+    flip(steps.run.best / file)
+    with pytest.raises(DataError, match=f"--checkpoint .*{file} is damaged .*sha256"):
+        load_model(str(steps.run.path))
 
 
 def test_a_link_is_replaced_and_stays_relative(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from pipelines.loading.augment import Augment, AugmentConfig
 from pipelines.loading.stages import Batch
 from pipelines.runtime.devices import choose_channels_last
 from pipelines.train import clip_gradients
+from pipelines.training import budget
 from pipelines.training.budget import Budget, Limits
 from pipelines.training.meter import Meter
 from pipelines.training.optim import Learner, OptimConfig, build_learner
@@ -48,10 +49,7 @@ def argv(data: Path, run_dir: Path, tiny: tuple[str, ...], *more: object) -> lis
 @pytest.fixture
 def handlers():
     """Signal handlers that a Budget sets are put back."""
-    before = {
-        number: signal.getsignal(number)
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-    }
+    before = {number: signal.getsignal(number) for number in budget.STOPPING}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)

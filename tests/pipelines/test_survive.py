@@ -74,7 +74,7 @@ def killed_at(moment: int, arguments: list[str]) -> None:
 
     torch.save = deadly(torch.save)
     writer.flush_to_disk = deadly(writer.flush_to_disk)
-    checkpoints.write_json = deadly(checkpoints.write_json)
+    checkpoints.write_state = deadly(checkpoints.write_state)
     checkpoints.replace_link = deadly(checkpoints.replace_link)
     checkpoints.shutil.rmtree = deadly(checkpoints.shutil.rmtree)
     Path.rename = deadly(Path.rename)  # type: ignore[method-assign]

@@ -8,11 +8,13 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -301,8 +303,9 @@ def test_what_was_consumed_is_not_read_again(
     assert positions == [*range(12, 24)]
 
 
-def test_a_process_that_gets_sigterm_saves_and_reports_it(
-    shards: Path, tiny, spawn, wait_for, call, metrics, tmp_path: Path
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_process_that_is_interrupted_saves_and_reports_it(
+    number: int, shards: Path, tiny, spawn, wait_for, call, metrics, tmp_path: Path
 ) -> None:
     more = ("--steps", 1_000_000, "--log-every", 1, "--eval-every", 1_000_000)
     process = spawn("train", *argv(shards, tmp_path, tiny, *more))
@@ -312,7 +315,7 @@ def test_a_process_that_gets_sigterm_saves_and_reports_it(
     second = call("train", *argv(shards, tmp_path, tiny, *more))
     assert second.code == 1
     assert "another process is training in" in second.err
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     message, complaint = process.communicate(timeout=200)
     assert process.returncode == 75, complaint
     assert "rerun the same command to resume" in message
@@ -324,21 +327,49 @@ def test_a_process_that_gets_sigterm_saves_and_reports_it(
     assert metrics(tmp_path)[-1]["step"] == state["step"] + 2
 
 
-def test_ctrl_c_saves_a_checkpoint(shards: Path, tiny, spawn, wait_for, tmp_path: Path) -> None:
+def test_a_second_ctrl_c_ends_at_once_without_saving(shards: Path, tiny, tmp_path: Path) -> None:
+    # In one step that never ends, nothing is agreed on.
+    code = (
+        "import sys, time; from pipelines.training.budget import Budget\n"
+        "Budget.advance = lambda self: [print('waiting', flush=True), time.sleep(600)]\n"
+        "from pipelines.train import main; sys.exit(main(sys.argv[1:]))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, argv(shards, tmp_path, tiny, "--steps", 9))],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    assert "waiting" in process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    while "Ctrl-C: saving a checkpoint" not in process.stderr.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, message = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert "rerun the same command to resume" in message
+    assert "Traceback" not in message
+    assert not (tmp_path / "checkpoints" / "last").exists()
+
+
+@pytest.mark.ranks
+def test_ctrl_c_to_the_ranks_saves_one_checkpoint(
+    shards: Path, tiny, spawn_ranks, wait_for, tmp_path: Path
+) -> None:
     more = ("--steps", 1_000_000, "--log-every", 1, "--eval-every", 1_000_000)
-    process = spawn("train", *argv(shards, tmp_path, tiny, *more))
+    process = spawn_ranks(2, "train", *argv(shards, tmp_path, tiny, *more))
     log = tmp_path / "metrics.jsonl"
     wait_for(lambda: log.exists() and log.read_text().count("\n") > 3, "the fourth step")
-    # A terminal signals all processes, and a launcher forwards its own to the ranks again.
-    for _ in range(2):
-        os.killpg(process.pid, signal.SIGINT)
+    for rank in psutil.Process(process.pid).children():
+        rank.send_signal(signal.SIGINT)
     message, complaint = process.communicate(timeout=200)
-    assert process.returncode == 75, complaint
-    assert "saving a checkpoint; Ctrl-C again to exit without" in complaint
+    assert "checkpoint saved" in message, complaint
     assert "Traceback" not in complaint
-    step = json.loads((tmp_path / "state.json").read_text())["step"]
-    assert f"interrupted at step {step}, checkpoint saved" in message
-    assert (tmp_path / "checkpoints" / f"step-{step:08d}" / "training.pt").exists()
+    state = json.loads((tmp_path / "state.json").read_text())
+    assert not state["finished"]
+    assert (tmp_path / "checkpoints" / f"step-{state['step']:08d}" / "training.pt").exists()
 
 
 @pytest.mark.parametrize("place", ["", "file://"])
