@@ -1,4 +1,4 @@
-"""Holds augmentation's contract: seeded by (seed, position), labels never change their value."""
+"""`loading.augment`, `loading.crop`: seeded by (seed, position), and labels keep their values."""
 
 import re
 from collections import Counter

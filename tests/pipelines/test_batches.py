@@ -1,4 +1,7 @@
-"""Holds the contract of batches: three tensors, the same for any number of workers and ranks."""
+"""`loading.batches`, `loading.stages`, `runtime.shared_memory`.
+
+Holds the contract of batches: three tensors, the same for any number of workers and ranks.
+"""
 
 import gc
 import io

@@ -1,4 +1,7 @@
-"""Checking: the problems that packing would refuse, class shares, a contact sheet."""
+"""`check`, `packing.inspection`, `packing.duplicates`.
+
+Checking: the problems that packing would refuse, class shares, a contact sheet.
+"""
 
 import json
 import shutil

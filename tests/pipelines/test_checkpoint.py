@@ -1,4 +1,7 @@
-"""Checkpoints: atomic, resumed only with equal settings, found by run, folder or hub id."""
+"""`training.checkpoints`, `model.load`, `runtime.run_folder`.
+
+Checkpoints: atomic, resumed only with equal settings, found by run, folder or hub id.
+"""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What starting on a device does to the process."""
+"""`runtime.devices`: what starting on a device changes in the process."""
 
 import os
 import platform

@@ -1,4 +1,7 @@
-"""`unet evaluate`: scores that can be computed by hand, and one-line refusals."""
+"""`evaluate`, `evaluation.score`, `evaluation.per_image`, `evaluation.table`, `drawing.panels`.
+
+`unet evaluate`: scores that can be computed by hand, and one-line refusals.
+"""
 
 import csv
 import hashlib

@@ -1,4 +1,7 @@
-"""`unet evaluate --predictions`: the scores of the checkpoint, from the masks that it predicted."""
+"""`evaluation.stored_predictions`.
+
+`unet evaluate --predictions`: the scores of the checkpoint, from the masks that it predicted.
+"""
 
 import io
 import json

@@ -1,4 +1,7 @@
-"""Export: the file alone gives the model's logits at any size, and explains itself."""
+"""`export`, `model.export_file`.
+
+Export: the file alone gives the model's logits at any size, and explains itself.
+"""
 
 import json
 import runpy

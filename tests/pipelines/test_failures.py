@@ -1,4 +1,7 @@
-"""What torch raises about the machine ends in one line that names the remedy; ranks leave."""
+"""`runtime.failures`, `runtime.errors`.
+
+What torch raises about the machine ends in one line that names the remedy; ranks leave.
+"""
 
 import os
 import socket

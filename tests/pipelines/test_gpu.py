@@ -1,4 +1,6 @@
-"""On a GPU: precision, resume, memory, layouts and waiting; beside a CPU where one can do the same.
+"""`train`, `evaluate`, `predict`.
+
+On a GPU: precision, resume, memory, layouts and waiting; beside a CPU where one can do the same.
 
 Tests of both devices run their CPU variant everywhere, so that their own logic has run before a GPU
 is at hand.

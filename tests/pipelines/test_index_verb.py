@@ -1,4 +1,7 @@
-"""Foreign shards: indexed for training without rewriting them, or refused with a reason."""
+"""`index`, `packing.foreign`, `shards.foreign`.
+
+Foreign shards: indexed for training without rewriting them, or refused with a reason.
+"""
 
 import gzip
 import io

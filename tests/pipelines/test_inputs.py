@@ -1,4 +1,7 @@
-"""Holds the contract of `--input`: an image, a folder, a glob, a list or shards, in one order."""
+"""`inference.inputs`, `inference.input_readers`.
+
+Holds the contract of `--input`: an image, a folder, a glob, a list or shards, in one order.
+"""
 
 import json
 import os

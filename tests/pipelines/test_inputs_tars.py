@@ -1,4 +1,4 @@
-"""`--input` of tars that others wrote: their images, by the headers, here and at a URL."""
+"""`inference.input_tars`: images in tars that others wrote, by the headers, here and at a URL."""
 
 import io
 import json

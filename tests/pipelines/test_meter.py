@@ -1,4 +1,7 @@
-"""FLOPs and memory in metrics.jsonl: counted exactly, without cost."""
+"""`training.meter`, `training.flops`.
+
+FLOPs and memory in metrics.jsonl: counted exactly, without cost.
+"""
 
 from types import SimpleNamespace
 

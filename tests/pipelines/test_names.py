@@ -1,4 +1,7 @@
-"""One rule for names: what pack accepts, predict and unpack accept, without a change."""
+"""`runtime.command`, `runtime.processes`, `inference.encode`.
+
+One rule for names: what pack accepts, predict and unpack accept, without a change.
+"""
 
 import os
 import subprocess

@@ -1,4 +1,8 @@
-"""Packing: byte-identical for any workers and kills, a correct manifest, one-line errors."""
+"""`pack`, `packing.plan`, `packing.shard_job`, `packing.manifest`, `packing.classes`,
+`packing.problems`, `packing.duplicates`.
+
+Packing: byte-identical for any workers and kills, a correct manifest, one-line errors.
+"""
 
 import hashlib
 import io

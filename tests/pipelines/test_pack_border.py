@@ -1,4 +1,4 @@
-"""Border maps: an optional member of each sample, byte-identical for any number of workers."""
+"""`packing.pack_options`, `pack`: border maps, byte-identical for any number of workers."""
 
 import io
 import shutil

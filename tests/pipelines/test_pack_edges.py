@@ -1,4 +1,7 @@
-"""Edge cases of packing: full disks, unusual names and extensions, links, duplicates."""
+"""`pack`, `packing.options`, `packing.colours`.
+
+Edge cases of packing: full disks, unusual names and extensions, links, duplicates.
+"""
 
 import errno
 import io

@@ -1,4 +1,7 @@
-"""Packing in parts or on a Dask cluster: byte-identical to packing in one process."""
+"""`pack`, `packing.pack_options`.
+
+Packing in parts or on a Dask cluster: byte-identical to packing in one process.
+"""
 
 import itertools
 import multiprocessing

@@ -1,4 +1,4 @@
-"""What `unet predict` and `unet evaluate` take for images, end to end."""
+"""`predict`, `evaluate`, `inference.inputs`: which images are taken, end to end."""
 
 import shutil
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A GPU out of memory: smaller batches and tiles, the same masks, reported once."""
+"""`inference.tiles`, `model.forward`: smaller batches and tiles, the same masks, reported once."""
 
 import weakref
 from contextlib import nullcontext

@@ -1,4 +1,4 @@
-"""Prediction in parts, by independent jobs: byte-identical to one process."""
+"""`predict`: in parts, by independent jobs; byte-identical to one process."""
 
 import itertools
 import json

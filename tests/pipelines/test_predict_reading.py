@@ -1,4 +1,7 @@
-"""How files are read travels from packing to prediction; flags that replace a rule are reported."""
+"""`inference.reading`.
+
+How files are read travels from packing to prediction; flags that replace a rule are reported.
+"""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Prediction into a bucket: byte-identical to a local one, atomic, resumable after kills."""
+"""`predict`, `inference.job`: into a bucket, byte-identical to a local one, atomic, resumable."""
 
 import json
 import time

@@ -1,4 +1,4 @@
-"""`--input` at a URL: the same images, keys and masks as of a local copy, in worker processes."""
+"""`inference.input_readers`: images at a URL, keys and masks as of a local copy, in workers."""
 
 import json
 import tarfile

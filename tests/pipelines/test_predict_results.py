@@ -1,4 +1,7 @@
-"""From probabilities to results: thresholds, small components, ignored pixels, stored values."""
+"""`inference.encode`, `inference.engine`, `inference.job`.
+
+From probabilities to results: thresholds, small components, ignored pixels, stored values.
+"""
 
 import io
 import json

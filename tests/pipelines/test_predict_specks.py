@@ -1,4 +1,4 @@
-"""Specks: no area too small is left, what surrounds it decides, and nothing else changes."""
+"""`inference.specks`: no small area is left, what surrounds it decides, nothing else changes."""
 
 import tracemalloc
 

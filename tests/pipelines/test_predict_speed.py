@@ -1,4 +1,7 @@
-"""Switches and defaults that make prediction fast, and what they must not change."""
+"""`inference.compiled`, `inference.options`.
+
+Switches and defaults that make prediction fast, and what they must not change.
+"""
 
 import functools
 import json

@@ -1,4 +1,4 @@
-"""Predictions with their images are a training data set: pseudo-labels."""
+"""`predict`: predictions with their images are a training data set (pseudo-labels)."""
 
 import io
 from pathlib import Path

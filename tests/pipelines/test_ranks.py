@@ -1,4 +1,7 @@
-"""Any number of ranks: the same batches, the same scores, the same files, printed once."""
+"""`train`, `evaluate`, `predict`.
+
+Any number of ranks: the same batches, the same scores, the same files, printed once.
+"""
 
 import csv
 import json

@@ -1,4 +1,7 @@
-"""Data at a URL: batches and scores of the local copy, by range requests or out of the cache."""
+"""`loading.dataset`.
+
+Data at a URL: batches and scores of the local copy, by range requests or out of the cache.
+"""
 
 import re
 import shutil

@@ -1,4 +1,8 @@
-"""The report: one page that tells what a run left, also of runs that are cut, hostile or huge."""
+"""`report`, `reporting.charts`, `reporting.checkpoint_results`, `reporting.compose`,
+`reporting.page`, `reporting.run_record`, `runtime.environment`.
+
+One page about what a run left, also of runs that are incomplete, hostile or huge.
+"""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""A training step on the device: no synchronisation, no repeated work."""
+"""`train`: a step on the device, without synchronisation or repeated work."""
 
 import signal
 from collections.abc import Callable

@@ -1,4 +1,7 @@
-"""Training survives kills at any moment, full disks, unwritable folders and a lost rank."""
+"""`train`, `training.checkpoints`.
+
+Training survives kills at any moment, full disks, unwritable folders and a lost rank.
+"""
 
 import json
 import multiprocessing

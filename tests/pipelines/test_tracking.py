@@ -1,4 +1,7 @@
-"""Tracking: metrics.jsonl always, wandb on request; a failing tracker does not end the run."""
+"""`training.tracking`, `evaluation.examples`.
+
+Tracking: metrics.jsonl always, wandb on request; a failing tracker does not end the run.
+"""
 
 import json
 import logging

@@ -1,4 +1,7 @@
-"""A training run: what it writes, how it is bounded, interrupted, resumed and refused."""
+"""`train`, `training.setup`, `training.options`, `training.other_data`.
+
+A training run: what it writes, how it is bounded, interrupted, resumed and refused.
+"""
 
 import json
 import math

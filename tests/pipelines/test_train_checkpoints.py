@@ -1,4 +1,4 @@
-"""Initial weights, which checkpoints are kept and best, and patience."""
+"""`train`, `training.checkpoints`: initial weights, kept and best checkpoints, and patience."""
 
 import json
 from pathlib import Path

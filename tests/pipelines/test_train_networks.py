@@ -1,4 +1,4 @@
-"""Which networks and losses a run can have: each trains, resumes, and is what was asked for."""
+"""`model.build`: which networks and losses a run can have: each trains and resumes."""
 
 import json
 import os
