@@ -228,11 +228,11 @@ def edit(folder: Path, **changes: object) -> None:
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_checkpoint_that_is_damaged_is_refused_by_name(
-    damage: str, by_hand, tmp_path: Path
+    damage: str, make_checkpoint, tmp_path: Path
 ) -> None:
     spoil, message = DAMAGES[damage]
     folder = tmp_path / "checkpoint"
-    shutil.copytree(by_hand(), folder)
+    shutil.copytree(make_checkpoint(), folder)
     spoil(folder)
     with pytest.raises(DataError) as refused:
         load_model(str(folder))
@@ -270,7 +270,7 @@ def test_a_run_folder_is_for_one_process_and_free_when_it_ends(tmp_path: Path, w
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [
         ("x.pth", "is a PyTorch file (a pickle), not a checkpoint folder; convert one of "),
         ("model.safetensors", "is a file of a checkpoint; use its folder "),
@@ -278,9 +278,9 @@ def test_a_run_folder_is_for_one_process_and_free_when_it_ends(tmp_path: Path, w
     ],
 )
 def test_a_file_in_place_of_a_checkpoint_is_named_with_its_flag(
-    name: str, said: str, tmp_path: Path
+    name: str, message: str, tmp_path: Path
 ) -> None:
     (tmp_path / name).write_bytes(b"x")
     with pytest.raises(DataError) as refused:
         load_model(str(tmp_path / name), "--init-from")
-    assert str(refused.value).startswith(f"--init-from {tmp_path / name}: {said}")
+    assert str(refused.value).startswith(f"--init-from {tmp_path / name}: {message}")

@@ -8,7 +8,7 @@ from pipelines.inference.decoding import Decoded, Lent, lend, restore
 from pipelines.runtime.shared_memory import PLACES, Buffers
 
 
-def pictures(*shapes: tuple[int, int, int] | None) -> list[Decoded]:
+def images(*shapes: tuple[int, int, int] | None) -> list[Decoded]:
     """Some decoded images; None: an input that could not be read."""
     return [
         Decoded(f"k{i}", f"k{i}.png", None, "is empty")
@@ -26,9 +26,9 @@ def same(found: list[Decoded], expected: list[Decoded]) -> bool:
     )
 
 
-def test_pictures_of_any_sizes_and_errors_come_back_as_they_were() -> None:
+def test_images_of_any_sizes_and_errors_are_returned_unchanged() -> None:
     buffers = Buffers(2, 10_000)
-    items = pictures((3, 7, 5), None, (3, 1, 1), (3, 30, 40))
+    items = images((3, 7, 5), None, (3, 1, 1), (3, 30, 40))
     lent = lend(items, buffers, 1)
     assert isinstance(lent, Lent)
     assert lent.place in range(PLACES, 2 * PLACES)
@@ -38,17 +38,17 @@ def test_pictures_of_any_sizes_and_errors_come_back_as_they_were() -> None:
 
 def test_what_has_no_room_is_sent_as_it_is() -> None:
     buffers = Buffers(1, 150)
-    for items in (pictures((3, 8, 8)), pictures((3, 5, 5), (3, 5, 6)), pictures(None, None)):
+    for items in (images((3, 8, 8)), images((3, 5, 5), (3, 5, 6)), images(None, None)):
         assert lend(items, buffers, 0) is items
-    fits = pictures((3, 5, 10))
+    fits = images((3, 5, 10))
     lent = [lend(fits, buffers, 0) for _ in range(PLACES)]
     assert all(isinstance(one, Lent) for one in lent)
     assert lend(fits, buffers, 0) is fits
 
 
-def test_memory_is_used_again_when_the_last_picture_of_a_chunk_is_gone_and_not_before() -> None:
+def test_memory_is_reused_once_all_images_of_a_chunk_are_freed() -> None:
     buffers = Buffers(1, 1_000)
-    items = pictures((1, 10, 10), (1, 20, 20))
+    items = images((1, 10, 10), (1, 20, 20))
     lent = [lend(items, buffers, 0) for _ in range(PLACES)]
     assert isinstance(lent[0], Lent)
     found = restore(lent[0], buffers)

@@ -327,5 +327,5 @@ def test_a_wrong_command_is_refused(
     Path("folder.onnx").mkdir()
     ended = call("export", "--checkpoint", checkpoint, *args)
     assert ended.code == 2
-    assert message in ended.said
+    assert message in ended.message
     assert [path.name for path in tmp_path.iterdir()] == ["folder.onnx"]
