@@ -22,7 +22,7 @@ REPORT_SUFFIX, EMPTY_SUFFIX = ".json", ".none.json"
 
 @dataclass(frozen=True, slots=True)
 class PackRule:
-    """What a worker needs to know besides its shard."""
+    """What a worker needs besides its shard."""
 
     store: Store
     images: Path
@@ -49,7 +49,7 @@ class ShardReport:
     """Why samples were skipped, with --keep-going."""
 
     def info(self, num_classes: int) -> ShardInfo:
-        """Entry of the shard in the manifest; `num_classes` 0: without pixel counts."""
+        """Return the entry of the shard in the manifest; `num_classes` 0: without pixel counts."""
         assert self.file is not None
         pixels = self.tally.class_pixels(num_classes) if num_classes else ()
         return ShardInfo(**asdict(self.file), pixels=pixels)

@@ -125,8 +125,8 @@ def test_tiles_of_valid_convolutions_are_halved_and_the_masks_are_the_same(
     assert ended.code == 0, ended.err
     ((line,),) = (ended.err.splitlines(),)
     assert line == (
-        f"tiles of 48 do not fit into the memory of this GPU (cpu): going on with {tile}, one at "
-        f"a time, as --tile {tile} --batch-size 1 would have from the start; the masks are the same"
+        f"tiles of 48 do not fit into the memory of this GPU (cpu): continuing with {tile}, one at "
+        f"a time, as with --tile {tile} --batch-size 1; the masks are identical"
     )
     # What does not fit is remembered: it is asked for once.
     refused = [(size, wanted) for size, wanted in asked if wanted > side]
@@ -146,7 +146,7 @@ def test_the_smallest_tile_that_does_not_fit_is_reported_in_a_line(
     ((line,),) = (ended.err.splitlines(),)
     assert line.startswith(
         "unet predict: the smallest tile of this network, 18 x 18 pixels, does not fit into the "
-        "memory of this GPU (CUDA out of memory. Tried to allocate 2.00 GiB.); end what else"
+        "memory of this GPU (CUDA out of memory. Tried to allocate 2.00 GiB.); end other"
     )
 
 
@@ -165,7 +165,8 @@ def test_other_tiles_that_do_not_fit_are_reported_in_a_line_that_names_the_flag(
         f"unet {verb}: a single tile of 48 x 48 pixels exceeds the memory of this GPU (CUDA out of "
         "memory. Tried to allocate 2.00 GiB.); lower --tile, for example to 24"
     )
-    assert ("give another --out, since other tiles make other masks" in line) == (verb == "predict")
+    remedy = "predict into another --out, since other tiles give other masks"
+    assert (remedy in line) == (verb == "predict")
     assert not (tmp_path / "index.json").exists()
 
 

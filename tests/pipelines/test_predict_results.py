@@ -19,7 +19,7 @@ from PIL import Image
 
 from pipelines import predict
 from pipelines.inference import encode, engine, job, specks
-from pipelines.inference.decoding import Chunk, Decoded
+from pipelines.inference.decoding import Chunk, DecodedInput
 from pipelines.model.load import load_model
 from pipelines.runtime import progress
 from shards.manifest import read_manifest
@@ -382,7 +382,9 @@ def test_images_of_one_size_that_follow_each_other_go_together(bright: Path) -> 
         return engine.PredictedMasks(classes, torch.ones(size[0]), None, None)
 
     items = [
-        Decoded(str(i), str(i), None if size is None else torch.zeros((3, *size)), size and None)
+        DecodedInput(
+            str(i), str(i), None if size is None else torch.zeros((3, *size)), size and None
+        )
         for i, size in enumerate(sizes)
     ]
     launched = [*engine.predict_chunks([Chunk(7, 0, 5)], [items], forward)]
@@ -397,7 +399,7 @@ def test_a_shard_that_is_given_up_leaves_nothing(bright: Path, tmp_path: Path) -
     writing = job.write_shard(Store(tmp_path), "a.tar", load_model(str(bright)).spec)
     next(writing)
     member = {"mask.png": b"m", "json": b"{}"}
-    writing.send(encode.Prediction("k", member, {}, 1, 1, (1, 0, 0)))
+    writing.send(encode.EncodedPrediction("k", member, {}, 1, 1, (1, 0, 0)))
     assert [*tmp_path.iterdir()]
     writing.close()
     assert not [*tmp_path.iterdir()]
