@@ -29,7 +29,7 @@ class PackRule:
     masks: Path | None
     sample: SampleRule
     stride: int
-    """Every n-th sample of a shard is decoded completely; the others as `--verify` says."""
+    """Every n-th sample of a shard is decoded completely; the others by `--verify`."""
     keep_going: bool
     plan: str
     """sha256 of the plan that the shard belongs to."""
@@ -154,7 +154,7 @@ def describe_problem(error: DataError | OSError) -> str:
 
 
 def read_planned_pair(sample: PlannedSample, rule: PackRule, *, pixels: bool) -> StoredSample:
-    """Read and check a planned pair; `pixels`: decode it whatever `--verify` says.
+    """Read and check a planned pair; `pixels`: decode it regardless of `--verify`.
 
     Raises DataError if the pair cannot be trained on, OSError if a file cannot be read.
     """
