@@ -24,8 +24,8 @@ from itertools import groupby
 import torch
 from accelerate import Accelerator
 
-from pipelines.inference.decoding import Cutting, Decoded, Decoder
-from pipelines.inference.encode import Encoder, Found
+from pipelines.inference.decoding import Cutting, DecodedInput, Decoder
+from pipelines.inference.encode import Encoder, ModelOutput
 from pipelines.inference.engine import (
     BoundedQueue,
     decode_chunks,
@@ -172,16 +172,16 @@ def predict_shards(
             # Closed after the threads have ended; an unfinished shard leaves nothing behind.
             stack.callback(writing.close)
             pending.add(writer.submit(next, writing))
-            for item, found in (pair for part in group for pair in part.results()):
+            for item, output in (pair for part in group for pair in part.results()):
                 if item.error is not None and config.fail_fast:
                     raise DataError(item.error)
-                line.count(item, found)
+                line.count(item, output)
                 if not encode.draws:
                     item = replace(item, image=None)
-                encoded = encoders.submit(encode, item, found)
+                encoded = encoders.submit(encode, item, output)
                 pending.add(
                     writer.submit(forward_result, encoded, writing.send),
-                    size_in_memory(item, found),
+                    size_in_memory(item, output),
                 )
             pending.add(writer.submit(next, writing, None))
         pending.finish()
@@ -211,10 +211,10 @@ class ProgressLine:
         )
         self.start, self.pixels, self.errors = time.monotonic(), 0, 0
 
-    def count(self, item: Decoded, found: Found | None) -> None:
+    def count(self, item: DecodedInput, output: ModelOutput | None) -> None:
         """Count one image."""
         self.errors += item.error is not None
-        self.pixels += 0 if found is None else found.classes.size
+        self.pixels += 0 if output is None else output.classes.size
         rate = self.pixels / 1e6 / max(1e-9, time.monotonic() - self.start)
         self.bar.set_description_str(
             f"{self.name}, {rate:,.1f} megapixels/s, {self.errors} errors", refresh=False

@@ -58,7 +58,7 @@ class CommandResult:
     err: str
 
     @property
-    def said(self) -> str:
+    def message(self) -> str:
         """stderr without the frames and line breaks that tyro adds."""
         return " ".join(re.sub("[\u2500-\u257f]", " ", self.err).split())
 
@@ -98,7 +98,7 @@ def forget_accelerator() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def no_progress() -> None:
-    """What a verb says does not depend on how long a busy machine takes for it."""
+    """What a verb prints does not depend on how long a busy machine takes for it."""
     progress.LINE_INTERVAL = 1e9
 
 
@@ -484,7 +484,7 @@ def objects(s3: str) -> Callable[[str], dict[str, bytes]]:
 
 
 @pytest.fixture(scope="session")
-def by_hand(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Makes checkpoints with hand-set weights: class 1 where the first channel is above 127."""
 
     def make(
@@ -516,7 +516,7 @@ def by_hand(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
             model.head.weight[1] = 1000
             model.head.bias[1] = -1000 * 127.5 / 255
             model.head.bias[2:] = -1e6
-        folder = tmp_path_factory.mktemp("by_hand") / "checkpoint"
+        folder = tmp_path_factory.mktemp("checkpoint") / "checkpoint"
         model.save_pretrained(folder)
         return folder
 

@@ -190,6 +190,34 @@ def test_stages_are_listed_bottom_up() -> None:
     assert folders == set(names)
 
 
+def served_modules(path: Path) -> set[str]:
+    """Return the modules that a test file serves: of its name, and in backticks in its first lines.
+
+    `loading.crop` in tests/pipelines is pipelines.loading.crop; complete names work everywhere.
+    """
+    package, name = path.parent.name, path.stem.removeprefix("test_")
+    by_name = {m for m in MODULES if m.split(".")[0] == package and m.split(".")[-1] == name}
+    first = (ast.get_docstring(ast.parse(path.read_text())) or "").split("\n\n")[0]
+    words = re.findall(r"`([\w.]+)`", first)
+    return by_name | ({*words, *(f"{package}.{word}" for word in words)} & {*MODULES})
+
+
+TEST_FILES = [path for name in PACKAGES for path in sorted((REPO / "tests" / name).rglob("*.py"))
+              if path.name.startswith("test_")]  # fmt: skip
+SERVED = {str(path.relative_to(REPO)): served_modules(path) for path in TEST_FILES}
+
+
+@pytest.mark.parametrize("file", SERVED)
+def test_every_test_file_names_the_modules_that_it_serves(file: str) -> None:
+    assert SERVED[file]
+
+
+@pytest.mark.parametrize("module", [module_name(path) for path in SOURCES
+                                    if path.name != "__init__.py"])  # fmt: skip
+def test_every_module_is_served_by_a_test_file(module: str) -> None:
+    assert module in set().union(*SERVED.values())
+
+
 @pytest.mark.parametrize("module", [name for name in MODULES if "." in name])
 def test_no_module_has_more_than_400_lines(module: str) -> None:
     file = REPO / Path(*module.split("."))

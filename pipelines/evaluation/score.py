@@ -33,7 +33,7 @@ Predict = Callable[[Iterator[Batch]], Iterator[tuple[Batch, Tensor]]]
 
 @dataclass(frozen=True, slots=True)
 class Metrics:
-    """What is counted in a split, besides its confusion matrix."""
+    """What to compute for a split, besides its confusion matrix."""
 
     empty: Empty = "skip"
     """Score of a class that is absent from mask and prediction."""
@@ -111,7 +111,7 @@ def count_split(
             if metrics.images is not None:
                 height, width = batch.mask.shape[1:]
                 metrics.images.update(confusion, batch.position, (height, width))
-            # An estimate: the other ranks are about as far.
+            # An estimate that assumes equal progress on all ranks.
             estimate = len(batch.position) * accelerator.num_processes
             bar.update(min(estimate, num_samples - bar.n))
     scores = confusions.scores()

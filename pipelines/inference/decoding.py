@@ -29,7 +29,7 @@ class Chunk:
 
 
 @dataclass(frozen=True, slots=True)
-class Decoded:
+class DecodedInput:
     """One decoded input: an image, or the error."""
 
     key: str
@@ -60,15 +60,15 @@ class Cutting:
 
     def size(self, shard: int) -> int:
         """Return the number of inputs of an output shard."""
-        begin = shard * self.samples_per_shard
-        return min(begin + self.samples_per_shard, self.num_inputs) - begin
+        start = shard * self.samples_per_shard
+        return min(start + self.samples_per_shard, self.num_inputs) - start
 
     def chunks(self, shards: Sequence[int]) -> Iterator[Chunk]:
         """Yield the chunks of some shards in turn; none crosses the end of a shard."""
         for shard in shards:
-            begin = shard * self.samples_per_shard
-            end = begin + self.size(shard)
-            for first in range(begin, end, self.batch_size):
+            start = shard * self.samples_per_shard
+            end = start + self.size(shard)
+            for first in range(start, end, self.batch_size):
                 yield Chunk(shard, first, min(first + self.batch_size, end))
 
 
@@ -83,7 +83,7 @@ class Decoder:
     longest_key: int
     """Bytes of a key for whose members a tar has room."""
 
-    def __call__(self, number: int) -> Decoded:
+    def __call__(self, number: int) -> DecodedInput:
         """Decode one input; one that cannot be read becomes an error record."""
         name = self.inputs.name(number)
         try:
@@ -100,20 +100,20 @@ class Decoder:
             file, extension = b"", ""
             if self.include_image:
                 file, extension = store_image(encoded, self.image_format, name)
-            # Of what is stored, so that the mask is that of the image that training will see.
+            # Decode the stored bytes, so that the mask matches the image that training will see.
             image, size = decode_file(file or encoded.data, self.image_format, name)
         except DataError as error:
-            return Decoded("", name, None, str(error))
+            return DecodedInput("", name, None, str(error))
         except OSError as error:
             reason = describe_read_error(error, name)
-            return Decoded("", name, None, reason)
+            return DecodedInput("", name, None, reason)
         # Decoders may return read-only bytes, which PyTorch would consider writable.
         pixels = torch.from_numpy(image if image.flags.writeable else image.copy())
         # On a CPU, moving the channels takes a sixth of the decoding time. The device does it
         # during its conversion to float32.
         pixels = pixels.permute(2, 0, 1)
         full_size = None if size == (pixels.shape[2], pixels.shape[1]) else size
-        return Decoded(encoded.key, encoded.source, pixels, None, file, extension, full_size)
+        return DecodedInput(encoded.key, encoded.source, pixels, None, file, extension, full_size)
 
 
 def store_image(encoded: EncodedImage, image_format: ImageFormat, where: str) -> tuple[bytes, str]:
@@ -129,26 +129,26 @@ def store_image(encoded: EncodedImage, image_format: ImageFormat, where: str) ->
             return found.data, found.extension
     extension = PurePosixPath(encoded.source).suffix.lower()
     kind = open_image(encoded.data, where, rule).format or ""
-    # A camera's MPO is a JPEG with previews.
+    # The MPO of a camera is a JPEG with previews.
     kind = "JPEG" if kind == "MPO" else kind
-    # The source of an image that was packed upright names the file that it was before.
+    # The source of an image that was rotated on packing has the extension of the original file.
     if Image.registered_extensions().get(extension) != kind:
         extension = {"JPEG": ".jpg", "TIFF": ".tif"}.get(kind, f".{kind.lower()}")
     return encoded.data, extension[1:]
 
 
 @dataclass(frozen=True, slots=True)
-class Lent:
-    """A chunk whose images are in shared memory, as a worker sends it."""
+class SharedChunk:
+    """A chunk from a worker whose images are in shared memory."""
 
     place: int
-    items: list[Decoded]
+    items: list[DecodedInput]
     """Without their images."""
     shapes: list[tuple[int, ...] | None]
     """[C, H, W] of the images, which are adjacent; None for an error."""
 
 
-class DecodeSource(IterableDataset[list[Decoded] | Lent]):
+class DecodeSource(IterableDataset[list[DecodedInput] | SharedChunk]):
     """Decodes the chunks of some shards in a DataLoader's workers, every n-th in each."""
 
     def __init__(
@@ -162,17 +162,19 @@ class DecodeSource(IterableDataset[list[Decoded] | Lent]):
         self.decode, self.cutting, self.shards = decode, cutting, shards
         self.buffers = buffers
 
-    def __iter__(self) -> Iterator[list[Decoded] | Lent]:
+    def __iter__(self) -> Iterator[list[DecodedInput] | SharedChunk]:
         info = get_worker_info()
         worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
         if info is not None:
             keep_freed_memory()
         for chunk in islice(self.cutting.chunks(self.shards), worker, None, num_workers):
             items = [self.decode(number) for number in range(chunk.first, chunk.last)]
-            yield items if self.buffers is None else lend(items, self.buffers, worker)
+            yield items if self.buffers is None else share_images(items, self.buffers, worker)
 
 
-def lend(items: list[Decoded], buffers: Buffers, worker: int) -> list[Decoded] | Lent:
+def share_images(
+    items: list[DecodedInput], buffers: Buffers, worker: int
+) -> list[DecodedInput] | SharedChunk:
     """Copy the images into reused shared memory; returns the items if it has no room."""
     images = [item.image for item in items if item.image is not None]
     if not images or sum(image.numel() for image in images) > buffers.num_bytes:
@@ -183,17 +185,19 @@ def lend(items: list[Decoded], buffers: Buffers, worker: int) -> list[Decoded] |
     flat = [image.permute(1, 2, 0).flatten() for image in images]
     torch.cat(flat, out=pixels[: sum(map(torch.numel, images))])
     shapes = [None if item.image is None else tuple(item.image.shape) for item in items]
-    return Lent(place, [replace(item, image=None) for item in items], shapes)
+    return SharedChunk(place, [replace(item, image=None) for item in items], shapes)
 
 
-def receive(sent: Iterator[list[Decoded] | Lent], buffers: Buffers) -> Iterator[list[Decoded]]:
-    """Yield the chunks that workers sent, with images that are in shared memory restored."""
+def restore_chunks(
+    sent: Iterator[list[DecodedInput] | SharedChunk], buffers: Buffers
+) -> Iterator[list[DecodedInput]]:
+    """Yield the chunks of the workers; images in shared memory become tensors."""
     for chunk in sent:
-        yield chunk if isinstance(chunk, list) else restore(chunk, buffers)
+        yield chunk if isinstance(chunk, list) else restore_images(chunk, buffers)
 
 
-def restore(chunk: Lent, buffers: Buffers) -> list[Decoded]:
-    """Restore the images of a chunk; their memory is reused when they are freed."""
+def restore_images(chunk: SharedChunk, buffers: Buffers) -> list[DecodedInput]:
+    """Return a chunk with its images as views of shared memory, reused once they are freed."""
     sizes = [0 if shape is None else math.prod(shape) for shape in chunk.shapes]
     parts = buffers.lend(chunk.place)[: sum(sizes)].split(sizes)
     return [

@@ -14,7 +14,7 @@ from PIL import Image
 
 from pipelines.drawing.overlay import draw_overlay
 from pipelines.drawing.panels import side_by_side
-from pipelines.inference.decoding import Decoded
+from pipelines.inference.decoding import DecodedInput
 from pipelines.inference.options import (
     PROBABILITIES_EXTENSION,
     WORK_DIR,
@@ -37,7 +37,7 @@ FIGURE_SIDE = 1000
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class ModelOutput:
     """What the model predicts for one image."""
 
     classes: Uint8
@@ -49,7 +49,7 @@ class Found:
     probabilities: NDArray[Any] | None
     """float16 [K, H, W], or uint16 [K - 1, H, W]: see `MaskRule.keep`."""
     counts: Sequence[int] | None = None
-    """Pixels of each class, then of ignore; None where they are counted later."""
+    """Pixels of each class, then of ignore; None if they are counted later."""
 
     @property
     def num_bytes(self) -> int:
@@ -59,7 +59,7 @@ class Found:
 
 
 @dataclass(frozen=True, slots=True)
-class Prediction:
+class EncodedPrediction:
     """One encoded result."""
 
     key: str
@@ -92,21 +92,23 @@ class Encoder:
         """Whether images are needed beside their masks."""
         return self.options.overlay or self.figure
 
-    def __call__(self, item: Decoded, found: Found | None) -> Prediction | Decoded:
+    def __call__(
+        self, item: DecodedInput, output: ModelOutput | None
+    ) -> EncodedPrediction | DecodedInput:
         """Encode a result; an input that could not be read is returned unchanged."""
-        if found is None:
+        if output is None:
             return item
         spec, options = self.loaded.spec, self.options
         if item.full_size is not None:
-            found = enlarge_result(found, item.full_size)
-        mask = found.classes
+            output = enlarge_result(output, item.full_size)
+        mask = output.classes
         if options.min_area > 1:
             mask = remove_specks(mask, options.min_area)
-        if found.unsure is not None:
+        if output.unsure is not None:
             # After the specks, so that only these pixels differ from a mask without it.
-            mask = np.where(found.unsure, np.uint8(IGNORE), mask)
+            mask = np.where(output.unsure, np.uint8(IGNORE), mask)
         num_classes = len(spec.classes)
-        counts = found.counts
+        counts = output.counts
         if counts is None:
             each = count_values(mask, IGNORE)
             counts = [*each[:num_classes].tolist(), int(each[IGNORE])]
@@ -122,16 +124,16 @@ class Encoder:
                 name: round(n / mask.size, 6)
                 for name, n in zip(spec.classes, counts[:num_classes], strict=True)
             },
-            "confidence": round(found.confidence, 6),
+            "confidence": round(output.confidence, 6),
         }
         members = {MASK_EXTENSION: png, INFO_EXTENSION: json.dumps(info).encode()}
         if item.file:
             members[item.extension] = item.file
-        kept = {} if found.probabilities is None else encode_probabilities(found.probabilities)
+        kept = {} if output.probabilities is None else encode_probabilities(output.probabilities)
         self.write_files(item, mask, png)
-        return Prediction(item.key, members, kept, width, height, tuple(counts))
+        return EncodedPrediction(item.key, members, kept, width, height, tuple(counts))
 
-    def write_files(self, item: Decoded, mask: Uint8, png: bytes) -> None:
+    def write_files(self, item: DecodedInput, mask: Uint8, png: bytes) -> None:
         """Write the files beside the shards: PNG, overlay and figure, as requested."""
         name = PurePosixPath(item.source).with_suffix(".png")
         if self.options.png:
@@ -157,13 +159,13 @@ class Encoder:
         write_atomically(local / name, data, durable=False, within=local / WORK_DIR)
 
 
-def enlarge_result(found: Found, size: tuple[int, int]) -> Found:
-    """Enlarge what was found in a scaled image to (width, height) of its file, by nearest pixel."""
-    return Found(
-        classes=enlarge(found.classes, size),
-        confidence=found.confidence,
-        unsure=None if found.unsure is None else enlarge(found.unsure, size),
-        probabilities=None if found.probabilities is None else enlarge(found.probabilities, size),
+def enlarge_result(output: ModelOutput, size: tuple[int, int]) -> ModelOutput:
+    """Enlarge the output for a scaled image to (width, height) of its file, by nearest pixel."""
+    return ModelOutput(
+        classes=enlarge(output.classes, size),
+        confidence=output.confidence,
+        unsure=None if output.unsure is None else enlarge(output.unsure, size),
+        probabilities=None if output.probabilities is None else enlarge(output.probabilities, size),
     )
 
 

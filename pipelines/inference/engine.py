@@ -1,4 +1,4 @@
-"""Decode, predict, encode and write shards, all at once."""
+"""Decode, predict, encode and write shards concurrently."""
 
 import sys
 from collections import deque
@@ -13,8 +13,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from pipelines.inference.decoding import Chunk, Cutting, Decoded, Decoder, DecodeSource, receive
-from pipelines.inference.encode import Found
+from pipelines.inference.decoding import (
+    Chunk,
+    Cutting,
+    DecodedInput,
+    Decoder,
+    DecodeSource,
+    restore_chunks,
+)
+from pipelines.inference.encode import ModelOutput
 from pipelines.runtime.loader_workers import (
     start_forkserver,
     start_worker,
@@ -28,7 +35,7 @@ CHUNK_BYTES = 2**26
 """Shared memory for the images of a batch: 16 RGB images of 1024 x 1024, and a margin. Pages that
 are never touched take no memory."""
 OVERHEAD = 2**16
-"""Bytes that a result is counted with besides its pixels."""
+"""Bytes per pending result besides its pixels."""
 Predict = Callable[[Sequence[Tensor]], PredictedMasks]
 """Images uint8 [C, H, W] of one size -> their predicted masks."""
 T = TypeVar("T")
@@ -36,7 +43,7 @@ T = TypeVar("T")
 
 def decode_chunks(
     decode: Decoder, cutting: Cutting, shards: Sequence[int], workers: int, *, remote: bool
-) -> Iterator[list[Decoded]]:
+) -> Iterator[list[DecodedInput]]:
     """Yield the decoded chunks of some shards, in order.
 
     Args:
@@ -62,7 +69,7 @@ def decode_chunks(
         worker_init_fn=start_worker,
     )
     sent = start_workers(loader)
-    return watch_workers(sent if buffers is None else receive(sent, buffers))
+    return watch_workers(sent if buffers is None else restore_chunks(sent, buffers))
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,13 +77,13 @@ class InFlightBatch:
     """Images of one size that the device is predicting, or inputs that could not be read."""
 
     shard: int
-    items: Sequence[Decoded]
+    items: Sequence[DecodedInput]
     masks: PredictedMasks | None
     """On the CPU, perhaps still being copied; None for inputs that could not be read."""
     copied: torch.cuda.Event | None
     """Recorded when the copy is complete; None if there is nothing to wait for."""
 
-    def results(self) -> Iterator[tuple[Decoded, Found | None]]:
+    def results(self) -> Iterator[tuple[DecodedInput, ModelOutput | None]]:
         """Wait for the copy, then yield each input with its prediction, None if unreadable."""
         if self.masks is None:
             yield from ((item, None) for item in self.items)
@@ -90,11 +97,11 @@ class InFlightBatch:
             unsure = None if masks.unsure is None else masks.unsure[i].numpy()
             kept = None if masks.probabilities is None else masks.probabilities[i].numpy()
             pixels = None if counts is None else counts[i]
-            yield item, Found(masks.classes[i].numpy(), confidence[i], unsure, kept, pixels)
+            yield item, ModelOutput(masks.classes[i].numpy(), confidence[i], unsure, kept, pixels)
 
 
 def predict_chunks(
-    chunks: Iterable[Chunk], decoded: Iterable[list[Decoded]], predict: Predict
+    chunks: Iterable[Chunk], decoded: Iterable[list[DecodedInput]], predict: Predict
 ) -> Iterator[InFlightBatch]:
     """Predict chunk by chunk; consecutive images of one size form a batch."""
     for chunk, items in zip(chunks, decoded, strict=True):
@@ -168,15 +175,15 @@ def threads_for(
         torch.set_num_threads(number)
 
 
-def size_in_memory(item: Decoded, found: Found | None) -> int:
+def size_in_memory(item: DecodedInput, output: ModelOutput | None) -> int:
     """Size of a pending result in bytes."""
     pixels = 0 if item.image is None else item.image.numel()
-    return len(item.file) + pixels + (0 if found is None else found.num_bytes)
+    return len(item.file) + pixels + (0 if output is None else output.num_bytes)
 
 
-def forward_result(encoded: Future[T], receive: Callable[[T], object]) -> None:
+def forward_result(encoded: Future[T], consume: Callable[[T], object]) -> None:
     """Forward a finished result."""
-    receive(encoded.result())
+    consume(encoded.result())
 
 
 @contextmanager

@@ -97,8 +97,8 @@ class Names(Sequence[str]):
             return [self[i] for i in range(*number.indices(len(self)))]
         if not 0 <= number < len(self):
             raise IndexError(number)
-        begin, end = int(self.ends[number]), int(self.ends[number + 1]) - 1
-        return self.data[begin:end].decode("utf-8", "surrogateescape")
+        start, end = int(self.ends[number]), int(self.ends[number + 1]) - 1
+        return self.data[start:end].decode("utf-8", "surrogateescape")
 
     def digest(self) -> str:
         """Return the sha256 of the strings, one per line."""
@@ -148,11 +148,11 @@ def read_file(path: str) -> bytes:
     """Read a local file. Raises OSError, and DataError for what cannot be an image."""
     # Opening a pipe without a writer would block forever.
     with open(path, "rb", opener=lambda path, how: os.open(path, how | os.O_NONBLOCK)) as file:
-        found = os.fstat(file.fileno())
-        if not stat.S_ISREG(found.st_mode):
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
             raise DataError(f"{path} is a pipe or a device, not a file; remove it")
-        if found.st_size > MAX_FILE_BYTES:
-            raise DataError(f"{path} has {found.st_size:,} bytes, more than any image; remove it")
+        if status.st_size > MAX_FILE_BYTES:
+            raise DataError(f"{path} has {status.st_size:,} bytes, more than any image; remove it")
         return file.read()
 
 
@@ -252,10 +252,10 @@ class TarInputs:
         """Read the member, and the json of its sample, which may name a longer path."""
         if number >= len(self.members):
             raise DataError(self.problems[number - len(self.members)][1])
-        tar, begin, size, info_begin, info_size = self.places[number].tolist()
+        tar, start, size, info_start, info_size = self.places[number].tolist()
         if not size:
             raise DataError(f"{self.name(number)} is empty; write the tar without it")
-        wanted = [(begin, begin + size), (info_begin, info_begin + info_size)]
+        wanted = [(start, start + size), (info_start, info_start + info_size)]
         data, *info = read_pieces(self.tars[tar], wanted if info_size else wanted[:1])
         if len(data) != size:
             raise DataError(
@@ -280,7 +280,7 @@ def read_pieces(path: str, wanted: Sequence[tuple[int, int]]) -> list[bytes]:
         folder, _, name = path.rpartition("/")
         return Store(folder).read_ranges([ByteRange(name, *piece) for piece in wanted])
     with open(path, "rb", buffering=0) as file:
-        return [os.pread(file.fileno(), end - begin, begin) for begin, end in wanted]
+        return [os.pread(file.fileno(), end - start, start) for start, end in wanted]
 
 
 def member_key(name: str) -> tuple[str, str]:

@@ -1,7 +1,7 @@
-"""What `unet predict` writes: members of shards, images for people, and what ends a job.
+"""Results of `unet predict`: shards with their errors and reports, the manifest, and job.json.
 
-Everything goes to a folder or a URL in the same order: a shard's errors and report before the
-shard, which is there whole or not at all; the manifest last.
+Files are written in a fixed order, on disk and at URLs: errors and report of a shard, then the
+shard, atomically; the manifest last.
 """
 
 import json
@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.inference.decoding import Decoded
-from pipelines.inference.encode import Prediction
+from pipelines.inference.decoding import DecodedInput
+from pipelines.inference.encode import EncodedPrediction
 from pipelines.inference.input_readers import Inputs
 from pipelines.inference.input_rules import JOB
 from pipelines.inference.options import WORK_DIR, PredictConfig, ResultOptions
@@ -41,11 +41,11 @@ ERRORS = "errors.jsonl"
 
 def write_shard(
     store: Store, name: str, spec: DataSpec
-) -> Generator[None, Prediction | Decoded | None, None]:
-    """Write one shard of the results that are sent, in their order; None ends it.
+) -> Generator[None, EncodedPrediction | DecodedInput | None, None]:
+    """Write the results that are sent to one shard, in order, until None is sent.
 
-    Before the shard is there, what goes with it is: its errors and its report. Closed before its
-    end, it leaves nothing behind.
+    Errors and report are written before the shard. If the generator is closed early, no shard is
+    written.
     """
     pixels = np.zeros(len(spec.classes) + 1, dtype=np.int64)
     sizes: Counter[tuple[int, int]] = Counter()
@@ -53,7 +53,7 @@ def write_shard(
     with store.staging() as folder:
         with ShardWriter(folder / name) as writer:
             while (result := (yield)) is not None:
-                if isinstance(result, Decoded):
+                if isinstance(result, DecodedInput):
                     line = {"input": result.source, "error": result.error}
                     errors.append(json.dumps(line) + "\n")
                     continue
@@ -76,24 +76,27 @@ def write_shard(
 
 
 def errors_name(shard: str) -> str:
-    """Where the errors of a shard lie."""
+    """Return the path of the errors of a shard, relative to the output folder."""
     return f"{shard.removesuffix('.tar')}.{ERRORS}"
 
 
 def report_name(shard: str) -> str:
-    """Where the report of a shard lies."""
+    """Return the path of the report of a shard, relative to the output folder."""
     return f"{WORK_DIR}/{shard}.json"
 
 
 def to_json(plain: Any) -> bytes:
-    """JSON for people and machines, the same bytes for the same content."""
+    """Serialise as indented JSON; equal bytes for equal content."""
     return (json.dumps(plain, indent=1) + "\n").encode()
 
 
 def finish_job(results: ResultOptions, store: Store, spec: DataSpec, num_shards: int) -> bool:
-    """If all shards are there, write errors.jsonl, state.json and last the manifest.
+    """Write errors.jsonl, state.json and then the manifest if all shards exist.
 
-    Every rank that finds them all does this, with the same bytes. Returns whether they were.
+    Every rank that finds all shards does this, with equal bytes. Returns whether all existed.
+
+    Raises:
+        DataError: a shard has no report, or a report cannot be read.
     """
     names = [results.shard_name(number) for number in range(num_shards)]
     present = {*store.names()}
@@ -113,7 +116,7 @@ def finish_job(results: ResultOptions, store: Store, spec: DataSpec, num_shards:
         write_manifest(store, manifest, within=WORK_DIR)
     except (FileNotFoundError, DataError) as error:
         if store.exists(MANIFEST):
-            return False  # another rank was quicker and has cleared up
+            return False  # another rank was faster and has removed the reports
         if isinstance(error, FileNotFoundError):
             raise DataError(
                 f"{store} has shards without reports: was its {MANIFEST} removed? Predict into "
@@ -125,14 +128,14 @@ def finish_job(results: ResultOptions, store: Store, spec: DataSpec, num_shards:
 
 
 def read_files(store: Store, names: Sequence[str]) -> list[bytes]:
-    """Small files; remote ones are asked for together."""
+    """Read small files; remote ones concurrently."""
     if store.local is not None:
         return [store.read(name) for name in names]
     return store.read_ranges([ByteRange(name) for name in names]) if names else []
 
 
 def predicted_manifest(split: str, spec: DataSpec, reports: Sequence[dict[str, Any]]) -> Manifest:
-    """The manifest of the results: a data set like any other."""
+    """Build the manifest of the results, which are a data set like any other."""
     num_classes = len(spec.classes)
     shards = tuple(
         ShardInfo(**{**r["shard"], "pixels": tuple(r["shard"]["pixels"])}) for r in reports
@@ -141,7 +144,7 @@ def predicted_manifest(split: str, spec: DataSpec, reports: Sequence[dict[str, A
     return Manifest(
         classes=spec.classes,
         palette=spec.palette,
-        # Images are stored at their own size, whatever the model saw.
+        # Images are stored at their own size, not at that of the model's input.
         image_format=ImageFormat(
             spec.channels,
             spec.alpha,
@@ -163,19 +166,19 @@ def predicted_manifest(split: str, spec: DataSpec, reports: Sequence[dict[str, A
 
 
 def read_job(store: Store) -> dict[str, Any] | None:
-    """What the job in a folder was begun with; None where none was.
+    """Read the settings and inputs of the job in a folder; None if it has no job.json.
 
-    Raises DataError where that is damaged.
+    Raises DataError if job.json is damaged.
     """
     if not store.exists(JOB):
         return None
     try:
-        begun = json.loads(store.read(JOB))
+        job = json.loads(store.read(JOB))
     except ValueError:
-        begun = None
-    if not isinstance(begun, dict):
+        job = None
+    if not isinstance(job, dict):
         raise DataError(f"{store.path(JOB)} is damaged; predict into another --out")
-    return begun
+    return job
 
 
 def start_job(
@@ -197,10 +200,10 @@ def start_job(
         **config.settings(),
     }
     if loaded.reading_changes:
-        # As JSON gives it back.
+        # In the types that JSON restores.
         job["reading"] = json.loads(json.dumps(loaded.reading_changes))
     if started is not None:
-        # Absent from jobs whose images are read as the training images.
+        # Absent if the images are read as the training images were.
         refuse_changed_settings(
             str(store),
             {"reading": {}, **started},

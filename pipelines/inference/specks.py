@@ -1,4 +1,4 @@
-"""Specks in masks: connected areas that are too small to be meant."""
+"""Specks in masks: connected components with fewer pixels than `--min-area`."""
 
 from itertools import product
 
@@ -11,53 +11,57 @@ NEEDS_SCIPY = "--min-area needs SciPy: pip install 'unet-shards[scipy]'"
 AROUND = [step for step in product((-1, 0, 1), repeat=2) if step != (0, 0)]
 """Steps (down, right) to the 8 neighbours of a pixel."""
 TOGETHER = 2**18
-"""Pixels of specks whose surroundings are counted together."""
+"""Pixels per block: bounds the memory of counting."""
 Int64 = NDArray[np.int64]
 
 
 def remove_specks(mask: Uint8, min_area: int) -> Uint8:
-    """A mask without connected areas of fewer than `min_area` pixels.
+    """Remove connected components of fewer than `min_area` pixels.
 
-    Areas are 8-connected pixels of one class. A speck becomes the class most common on the ring of
-    pixels around it, those of other specks left out; of classes equally common, the lower. Specks
-    that only specks surround follow in a next round, when those have become part of an area, so
-    that none is left; where a mask consists of nothing else, it stays as it is.
+    Components are 8-connected pixels of one class. A speck takes the most common class of the ring
+    of pixels around it, not counting other specks; of equally common classes, the lowest. Specks
+    that only specks surround are decided in the next round, until none is left. A mask of nothing
+    but specks is returned unchanged.
 
     Args:
-        mask: class indices uint8 [H, W]; it is not changed.
-        min_area: pixels.
+        mask: class indices uint8 [H, W]; it is not modified.
+        min_area: minimum number of pixels of a component.
 
     Returns:
-        uint8 [H, W]. Memory beside it: 8 bytes a pixel, 32 more for each of a speck, 80 MB.
+        uint8 [H, W]. Additional memory: 8 bytes per pixel, 32 more per pixel of a speck, and 80 MB.
     """
     place, owner = find_specks(mask, min_area)
     if len(place) == 0:
         return mask
-    found = mask.copy()
-    classes = found.reshape(-1)
+    result = mask.copy()
+    classes = result.reshape(-1)
     undecided = np.zeros(mask.size, dtype=bool)
     undecided[place] = True
     while len(place):
         decided = np.zeros(len(place), dtype=bool)
-        # Specks stay whole: each part begins with the first pixel of one.
+        # Each block starts at the first pixel of a speck, so that no speck is split.
         starts = np.unique(np.searchsorted(owner, owner[::TOGETHER]))
-        for begin, end in zip(starts, [*starts[1:], len(place)], strict=True):
-            some = slice(begin, end)
+        for start, end in zip(starts, [*starts[1:], len(place)], strict=True):
+            some = slice(start, end)
             specks, winners = vote(place[some], owner[some], classes, undecided, mask.shape[1])
             hit = np.isin(owner[some], specks)
             classes[place[some][hit]] = winners[np.searchsorted(specks, owner[some][hit])]
             decided[some] = hit
         if not decided.any():
             break
-        # Only now, so that the parts of a round do not depend on each other.
+        # After the round, so that its blocks do not depend on each other.
         undecided[place[decided]] = False
         place, owner = place[~decided], owner[~decided]
-    return found
+    return result
 
 
 def find_specks(mask: Uint8, min_area: int) -> tuple[Int64, Int64]:
-    """The pixels of all specks: flat index and number of the speck, int64 [N], by that number."""
-    # Takes most of a second, and nothing else needs it.
+    """Find the pixels of all specks, sorted by speck.
+
+    Returns:
+        Flat index of each pixel and number of its speck, both int64 [N].
+    """
+    # The import takes most of a second, and nothing else needs it.
     from scipy import ndimage
 
     labels = np.empty(mask.shape, dtype=np.int32)
@@ -79,30 +83,30 @@ def find_specks(mask: Uint8, min_area: int) -> tuple[Int64, Int64]:
 
 
 def count_values(values: NDArray[np.integer], largest: int) -> Int64:
-    """How often each value from 0 to `largest` occurs [1 + largest]."""
-    # NumPy counts in a copy of 8 bytes a value.
+    """Count each value from 0 to `largest`; returns int64 [1 + largest]."""
+    # NumPy makes a copy of 8 bytes per value.
     part = max(TOGETHER, largest)
     flat = values.reshape(-1)
     counts = np.zeros(1 + largest, dtype=np.int64)
-    for begin in range(0, len(flat), part):
-        counts += np.bincount(flat[begin : begin + part], minlength=1 + largest)
+    for start in range(0, len(flat), part):
+        counts += np.bincount(flat[start : start + part], minlength=1 + largest)
     return counts
 
 
 def vote(
     place: Int64, owner: Int64, classes: Uint8, undecided: NDArray[np.bool_], width: int
 ) -> tuple[Int64, Uint8]:
-    """What the rings of some specks are for.
+    """Find the most common class on the ring of each speck.
 
     Args:
-        place: flat index of their pixels, int64 [N].
-        owner: number of the speck of each, ascending.
-        classes: of the mask, flat.
-        undecided: pixels of specks, flat; they have no vote.
-        width: of the mask.
+        place: flat indices of the pixels of the specks, int64 [N].
+        owner: number of the speck of each pixel, ascending, int64 [N].
+        classes: class indices of the mask, flat.
+        undecided: pixels of specks, flat; they are not counted.
+        width: width of the mask.
 
     Returns:
-        Numbers of the specks whose ring has votes, ascending, and the class of each.
+        Numbers of the specks with counted pixels on their ring, ascending, and the class of each.
     """
     row, column = np.divmod(place, width)
     height, rings = len(classes) // width, []
@@ -112,12 +116,12 @@ def vote(
         near = place[inside] + down * width + right
         votes = ~undecided[near]
         rings.append(owner[inside][votes] * len(classes) + near[votes])
-    # Several pixels of a speck see the same pixel of its ring. (`np.unique` hashes: slower.)
+    # Several pixels of a speck have a ring pixel in common. (`np.unique` hashes: slower.)
     ring = np.sort(np.concatenate(rings))
     speck, near = np.divmod(ring[np.diff(ring, prepend=-1) > 0], len(classes))
     ballots, count = np.unique(speck * 256 + classes[near], return_counts=True)
     speck, chosen = np.divmod(ballots, 256)
-    # The most votes first, and of equally many the lower class.
+    # Most votes first; of equal numbers, the lowest class.
     order = np.lexsort((chosen, -count, speck))
     specks, first = np.unique(speck[order], return_index=True)
     return specks, chosen[order][first].astype(np.uint8)

@@ -1,4 +1,4 @@
-"""Tiled prediction that halves its tiles where memory runs out."""
+"""Tiled prediction, with smaller tiles if memory runs out."""
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -46,15 +46,15 @@ def make_predict(
     loaded: LoadedModel,
     device: torch.device,
 ) -> Predict:
-    """What predicts images of one size, in smaller tiles where these give the same result.
+    """Return a function that predicts images of one size, in smaller tiles if the masks are equal.
 
-    Raises RunError where a tile does not fit into the memory of a GPU.
+    The function raises RunError if a tile does not fit into GPU memory.
     """
     network, rule, tiles = loaded.model.config, config.results.mask_rule(), config.tiles
-    said = False
+    reported = False
 
     def predict(images: Sequence[Tensor]) -> PredictedMasks:
-        nonlocal tiles, said
+        nonlocal tiles, reported
         before = tiles
         while True:
             try:
@@ -65,12 +65,12 @@ def make_predict(
                 if smaller is None:
                     raise RunError(too_large(error, network.margin)) from error
             tiles = smaller
-        if tiles != before and not said:
-            said = True
+        if tiles != before and not reported:
+            reported = True
             tqdm.write(
                 f"tiles of {before.tile} do not fit into the memory of this GPU "
-                f"({device}): going on with {tiles.tile}, one at a time, as --tile "
-                f"{tiles.tile} --batch-size 1 would have from the start; the masks are the same"
+                f"({device}): continuing with {tiles.tile}, one at a time, as with --tile "
+                f"{tiles.tile} --batch-size 1; the masks are identical"
                 + (", except for a few pixels: these tiles run uncompiled" * config.compile),
                 file=sys.stderr,
             )
@@ -80,11 +80,11 @@ def make_predict(
 
 
 def too_large(error: TileTooLargeError, margin: int) -> str:
-    """What to do about a tile that does not fit, in a network with such a margin."""
+    """Describe a tile that does not fit into GPU memory and the remedy; `margin`: the network's."""
     if margin:
         return (
             f"the smallest tile of this network, {error.height} x {error.width} pixels, does not "
-            f"fit into the memory of this GPU ({error.reason}); end what else it is used for, or "
-            "use a larger one"
+            f"fit into the memory of this GPU ({error.reason}); end other processes that use it, "
+            "or use a larger one"
         )
-    return f"{error}, and give another --out, since other tiles make other masks"
+    return f"{error}, and predict into another --out, since other tiles give other masks"

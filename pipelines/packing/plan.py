@@ -191,7 +191,7 @@ def plan_sample(folders: tuple[str, str], pair: Pair, group: str | None) -> Plan
 
 
 def stat_file(path: str) -> FileStat:
-    """Size and time of a file; zeros if it is missing, which is reported when it is read."""
+    """Return size and time of a file; zeros if it is missing, which is reported when it is read."""
     try:
         status = os.stat(path)
     except OSError:
@@ -248,7 +248,7 @@ def find_split_leaks(by_split: dict[str, list[PlannedSample]], images: Path) -> 
 
 
 def group_identical(files: SplitLeak, images: str, size: int, *, probe: bool) -> list[SplitLeak]:
-    """SampleMembers files with identical content that are in different splits.
+    """Group files with identical content that are in different splits.
 
     Args:
         files: (split, source) of files of `size` bytes.
@@ -329,13 +329,13 @@ def fix_plan(
         store.remove(HEADER)
     if not store.exists(HEADER):
         store.write_if_absent(LINES, encode_plan(plan))
-        # If several parts start at once, the first to get here decides.
+        # If several parts start at once, the first plan is kept.
         store.write_if_absent(HEADER, [header])
     if lock is not None:
         fcntl.flock(lock, fcntl.LOCK_SH)
     saved = store.read(HEADER)
     if saved != header:
-        remedy = "undo that change, or remove the folder and pack again"
+        remedy = "undo that change, or remove the folder and rerun"
         if not list_shards(store):
             remedy = "another process is using that plan: use the same flags, or stop it first"
         change = describe_change(store, saved, rule, plan)
@@ -357,7 +357,7 @@ def lock_plan(store: Store, held: ExitStack) -> tuple[TextIO | None, bool]:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        # Wait until the process that was first has saved its plan.
+        # Wait until the first process has saved its plan.
         fcntl.flock(lock, fcntl.LOCK_SH)
         return lock, False
     return lock, True

@@ -24,14 +24,14 @@ REPORT_SUFFIX, EMPTY_SUFFIX = ".json", ".none.json"
 
 @dataclass(frozen=True, slots=True)
 class PackRule:
-    """What a worker needs to know besides its shard."""
+    """What a worker needs besides its shard."""
 
     store: Store
     images: Path
     masks: Path | None
     sample: SampleRule
     stride: int
-    """Every n-th sample of a shard is decoded completely; the others as `--verify` says."""
+    """Every n-th sample of a shard is decoded completely; the others by `--verify`."""
     keep_going: bool
     plan: str
     """sha256 of the plan that the shard belongs to."""
@@ -51,7 +51,7 @@ class ShardReport:
     """Why samples were skipped, with --keep-going."""
 
     def info(self, num_classes: int) -> ShardInfo:
-        """Entry of the shard in the manifest; `num_classes` 0: without pixel counts."""
+        """Return the entry of the shard in the manifest; `num_classes` 0: without pixel counts."""
         assert self.file is not None
         pixels = self.tally.class_pixels(num_classes) if num_classes else ()
         return ShardInfo(**asdict(self.file), pixels=pixels)
@@ -156,7 +156,7 @@ def describe_problem(error: DataError | OSError) -> str:
 
 
 def read_planned_pair(sample: PlannedSample, rule: PackRule, *, pixels: bool) -> StoredSample:
-    """Read and check a planned pair; `pixels`: decode it whatever `--verify` says.
+    """Read and check a planned pair; `pixels`: decode it regardless of `--verify`.
 
     Raises DataError if the pair cannot be trained on, OSError if a file cannot be read.
     """

@@ -23,6 +23,7 @@ from pipelines.model.build import (
     load_initial_weights,
     refuse_missing,
 )
+from pipelines.model.checkpoint_files import list_checkpoints
 from pipelines.model.load import require_spec
 from pipelines.runtime.devices import (
     choose_batch_size,
@@ -226,7 +227,8 @@ def load_learner(
     """
     config = setup.config
     set_seed(config.order.seed)
-    model = prepare_model(setup, accelerator, setup.folder.last if checkpoints.exist else None)
+    saved = [setup.folder.last, *list_checkpoints(setup.folder)]
+    model = prepare_model(setup, accelerator, next(filter(Path.is_dir, saved), None))
     refuse_encoder_batch_norm(model, config, accelerator, setup.batch_size)
     learner = build_learner(model, config.optim)
     fixed = fixed_settings(setup)

@@ -260,11 +260,11 @@ def command_of(name: str, environment: Mapping[str, str], *arguments: object) ->
 
 @pytest.mark.parametrize("name", INDEXED)
 def test_the_pods_of_an_indexed_job_run_its_parts(
-    name: str, cells: Path, by_hand, unet_command, call, content, tmp_path: Path
+    name: str, cells: Path, make_checkpoint, unet_command, call, content, tmp_path: Path
 ) -> None:
     flags = {
         "pack": ("--images", cells / "images", "--masks", cells / "masks"),
-        "predict": ("--checkpoint", by_hand(), "--input", cells / "images", "--workers", 0),
+        "predict": ("--checkpoint", make_checkpoint(), "--input", cells / "images", "--workers", 0),
     }[name]
     flags = (*flags, "--samples-per-shard", 1)
     flags = (*flags, "--mask-format", "binary") if name == "pack" else flags

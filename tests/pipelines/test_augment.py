@@ -1,4 +1,4 @@
-"""Holds augmentation's contract: seeded by (seed, position), labels never change their value."""
+"""`loading.augment`, `loading.crop`: seeded by (seed, position), and labels keep their values."""
 
 import re
 from collections import Counter
@@ -66,13 +66,13 @@ def test_numbers_are_pinned():
 
 
 def cropper(size, *, seed=0, rare=(), fill=FILL, **config):
-    """A Cropper that takes squares of its own size anywhere, unless told otherwise."""
-    told = {"warp_share": 0, "foreground_share": 0, **config}
-    return Cropper(AugmentConfig(**told), size, fill, rare, seed)
+    """A Cropper that takes squares of its own size anywhere by default."""
+    settings = {"warp_share": 0, "foreground_share": 0, **config}
+    return Cropper(AugmentConfig(**settings), size, fill, rare, seed)
 
 
 def decoded(pixels):
-    """An array [H, W, C] as an opened picture."""
+    """An array [H, W, C] as an opened image."""
     return DecodedImage(pixels, ImageFormat("L" if pixels.shape[2] == 1 else "RGB"))
 
 
@@ -88,7 +88,7 @@ def boxes(crop, mask, positions=1000):
     size=st.integers(1, 12),
     position=st.integers(0, 2**40),
 )
-def test_a_crop_is_a_part_of_the_picture_padded_with_fill_and_255(height, width, size, position):
+def test_a_crop_is_a_part_of_the_image_padded_with_fill_and_255(height, width, size, position):
     rng = np.random.default_rng(0)
     image = rng.integers(10, 255, (height, width, 3), dtype=np.uint8)
     mask = rng.integers(0, 5, (height, width), dtype=np.uint8)
@@ -116,7 +116,7 @@ def test_a_crop_is_a_part_of_the_picture_padded_with_fill_and_255(height, width,
     scaled=st.booleans(),
     foreground=st.booleans(),
 )
-def test_a_margin_lies_in_the_mirrored_picture_around_what_is_looked_at(
+def test_a_margin_shows_the_mirrored_image_around_the_crop(
     height, width, position, scaled, foreground
 ):
     rng = np.random.default_rng(0)
@@ -170,7 +170,7 @@ def test_crops_reach_every_place():
 
 
 @pytest.mark.parametrize("share", [0, 1])
-def test_a_smaller_picture_stands_in_the_middle(share):
+def test_a_smaller_image_is_centred(share):
     image, mask = np.full((2, 4, 3), 50, np.uint8), np.ones((2, 4), np.uint8)
     crop = cropper(6, rare=(1,), foreground_share=share)
     image_crop, mask_crop = crop(decoded(image), mask, 0)
@@ -192,8 +192,8 @@ def test_the_stated_share_of_the_crops_is_centred_on_a_rare_class(share):
 def test_every_rare_class_that_a_mask_holds_comes_about_as_often():
     mask = np.zeros((64, 64), np.uint8)
     mask[16:48, 16:40], mask[16:48, 40:44], mask[30, 30] = 1, 2, 4
-    crop, picture = cropper(9, rare=(1, 2, 3, 4), foreground_share=1), decoded(mask[..., None])
-    found = Counter(int(crop(picture, mask, p)[1][4, 4]) for p in range(900))
+    crop, image = cropper(9, rare=(1, 2, 3, 4), foreground_share=1), decoded(mask[..., None])
+    found = Counter(int(crop(image, mask, p)[1][4, 4]) for p in range(900))
     assert found.keys() == {1, 2, 4}
     assert all(times == pytest.approx(300, abs=45) for times in found.values())
 
@@ -207,13 +207,13 @@ def test_every_pixel_of_a_rare_class_can_be_the_centre():
     }
 
 
-def test_a_rare_class_at_the_edge_is_in_the_crop_and_the_crop_in_the_picture():
+def test_a_rare_class_at_the_edge_is_in_the_crop_and_the_crop_in_the_image():
     mask = np.zeros((20, 33), np.uint8)
     mask[0, 0] = mask[19, 32] = 1
     crop = cropper(16, rare=(1,), foreground_share=1)
     assert set(boxes(crop, mask)) == {(0, 0, 16, 16), (17, 4, 33, 20)}
-    picture = decoded(mask[..., None])
-    assert all((crop(picture, mask, position)[1] == 1).any() for position in range(50))
+    image = decoded(mask[..., None])
+    assert all((crop(image, mask, position)[1] == 1).any() for position in range(50))
 
 
 @pytest.mark.parametrize("rare", [(), (3,), (0,)])
@@ -236,7 +236,7 @@ def test_a_crop_shows_more_or_less_within_the_factor(factor):
 
 
 @pytest.mark.parametrize(("height", "width", "most"), [(18, 40, 18), (16, 16, 16), (12, 40, 16)])
-def test_a_crop_never_shows_more_than_the_picture_holds(height, width, most):
+def test_a_crop_is_never_larger_than_the_image(height, width, most):
     crop = cropper(16, warp_share=1, scale=3)
     sides = {
         crop.choose_side(uniform(0, p, Purpose.CROP, 5)[2:4], min(height, width))
@@ -248,7 +248,7 @@ def test_a_crop_never_shows_more_than_the_picture_holds(height, width, most):
     assert max(bottom for _, _, _, bottom in seen) == height
 
 
-def test_a_scaled_crop_shows_picture_and_mask_of_one_place():
+def test_a_scaled_crop_shows_image_and_mask_of_one_place():
     y, x = np.mgrid[:64, :64]
     mask = (((x - 30) ** 2 + (y - 30) ** 2) < 400).astype(np.uint8)
     crop = cropper(24, warp_share=1, scale=2)
@@ -272,8 +272,8 @@ def test_labels_never_change_their_value_from_the_file_to_the_model(channels):
         image = rng.integers(0, 256, (height, width, channels), dtype=np.uint8)
         image_crop, mask_crop = crop(decoded(image), mask, position)
         assert set(np.unique(mask_crop)) <= {*held, 255}
-        picture = torch.tensor(image_crop).permute(2, 0, 1)[None].float()
-        _, warped, _ = varied(picture, torch.tensor(mask_crop)[None], torch.tensor([position]))
+        pixels = torch.tensor(image_crop).permute(2, 0, 1)[None].float()
+        _, warped, _ = varied(pixels, torch.tensor(mask_crop)[None], torch.tensor([position]))
         assert set(warped.unique().tolist()) <= {*map(int, held), 255}
 
 
@@ -346,7 +346,7 @@ def test_without_warp_samples_are_turned_by_quarters_and_mirrored_exactly(side):
         assert kinds == set(range(8))
 
 
-def test_upright_pictures_are_only_mirrored_left_to_right():
+def test_upright_images_are_only_mirrored_left_to_right():
     image, mask, position = batch(count=24)
     config = AugmentConfig(orientation="upright", warp_share=0, **PLAIN)
     _, warped, _ = Augment(config, 0)(image, mask, position)
@@ -356,7 +356,7 @@ def test_upright_pictures_are_only_mirrored_left_to_right():
     assert 4 < sum(mirrored) < 20
 
 
-def test_fixed_pictures_stay_as_they_are():
+def test_fixed_images_are_unchanged():
     image, mask, position = batch()
     config = AugmentConfig(orientation="fixed", warp_share=0, **PLAIN)
     same, warped, _ = Augment(config, 0)(image, mask, position)
@@ -364,7 +364,7 @@ def test_fixed_pictures_stay_as_they_are():
     torch.testing.assert_close(same, image, atol=1e-5, rtol=1e-5)
 
 
-def test_what_is_turned_into_the_picture_from_outside_is_ignored():
+def test_pixels_rotated_in_from_outside_are_ignored():
     image, _, position = batch(count=8, side=32)
     mask = torch.ones(8, 32, 32, dtype=torch.uint8)
     config = AugmentConfig(warp_share=1.0, rotation=45, **PLAIN)
@@ -382,7 +382,7 @@ def test_what_is_turned_into_the_picture_from_outside_is_ignored():
 
 
 @pytest.mark.parametrize("elastic", [0, 4])
-def test_picture_and_mask_are_warped_alike(elastic):
+def test_image_and_mask_are_warped_alike(elastic):
     # a mask that can be read off the image, smooth enough for both kinds of resampling
     y, x = torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing="ij")
     height = torch.sin(x / 9) + torch.cos(y / 7)
@@ -415,7 +415,7 @@ def displacement(config, side=33, positions=400):
     """How far the elastic warp moves each pixel of a square, down and right [B, 2, H, W]."""
     ramps = torch.stack(torch.meshgrid(*[torch.arange(float(side))] * 2, indexing="ij"))
     mask, where = torch.zeros(positions, side, side, dtype=torch.uint8), torch.arange(positions)
-    # Bilinear resampling of a ramp tells the place that was sampled.
+    # Bilinear resampling of a ramp shows the position that was sampled.
     moved = [
         Augment(config, 0)(ramp.expand(positions, 1, side, side), mask, where)[0] for ramp in ramps
     ]
@@ -457,7 +457,7 @@ def test_what_is_not_warped_is_not_displaced(share):
     assert np.mean(untouched) == pytest.approx(1 - share, abs=0.15 if share else 0)
 
 
-def test_where_a_displaced_picture_is_of_one_class_so_is_its_mask():
+def test_where_a_displaced_image_is_of_one_class_so_is_its_mask():
     _, mask, position = batch(count=16, side=64)
     blocks = mask[:, ::16, ::16].clamp(max=1)
     mask = blocks.repeat_interleave(16, 1).repeat_interleave(16, 2)
@@ -468,7 +468,7 @@ def test_where_a_displaced_picture_is_of_one_class_so_is_its_mask():
     torch.testing.assert_close(turned[:, 0][pure], 100.0 * warped[pure], atol=1e-2, rtol=0)
 
 
-def test_saturation_leaves_grey_pictures_alone():
+def test_saturation_does_not_change_grey_images():
     config = AugmentConfig(orientation="fixed", warp_share=0, **{**PLAIN, "saturation": 2})
     image, mask, position = batch(count=32)
     grey = image[:, :1]
@@ -504,7 +504,7 @@ def test_impossible_augmentation_is_refused(names, value, message):
             AugmentConfig(**fields)
 
 
-def test_a_border_map_is_warped_as_its_picture():
+def test_a_border_map_is_warped_as_its_image():
     config = AugmentConfig(warp_share=1, elastic=2, **PLAIN)
     border = (255 * torch.rand(6, 33, 33)).to(torch.uint8)
     mask, position = torch.zeros_like(border), torch.arange(6)

@@ -1,4 +1,7 @@
-"""Holds the contract of batches: three tensors, the same for any number of workers and ranks."""
+"""`loading.batches`, `loading.stages`, `runtime.shared_memory`.
+
+Holds the contract of batches: three tensors, the same for any number of workers and ranks.
+"""
 
 import gc
 import io
@@ -107,7 +110,7 @@ def data(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("channels", "kind"), [(1, "L"), (3, "RGB")])
-def test_crops_of_any_picture_stack_to_three_tensors_of_bytes(channels, kind):
+def test_crops_of_any_image_stack_to_three_tensors_of_bytes(channels, kind):
     stage = crops(6, (1, 2, 3)[:channels], form=ImageFormat(kind), config=VARIED)
     raws = [raw(5, 8, 8, channels=channels), raw(9, 20, 3, channels=channels)]
     (batch,) = stage(iter([raws]))
@@ -115,12 +118,12 @@ def test_crops_of_any_picture_stack_to_three_tensors_of_bytes(channels, kind):
     assert batch.position.tolist() == [5, 9]
 
 
-def test_a_crop_shows_picture_and_mask_of_one_place():
+def test_a_crop_shows_image_and_mask_of_one_place():
     (batch,) = crops(6)(iter([[raw(i) for i in range(8)]]))
     assert torch.equal(batch.mask, batch.image[:, 0] % 3)
 
 
-def test_a_smaller_picture_is_padded_with_the_mean_and_255():
+def test_a_smaller_image_is_padded_with_the_mean_and_255():
     (batch,) = crops(6, (11, 12, 13))(iter([[raw(0, 4, 4)]]))
     padding = batch.mask[0] == 255
     assert padding.sum() == 36 - 16
@@ -136,7 +139,7 @@ def test_a_crop_depends_on_seed_and_position_and_not_on_its_batch():
     assert not torch.equal(together.image, other.image)
 
 
-def test_whole_pictures_of_one_size_that_follow_each_other_share_a_batch():
+def test_consecutive_images_of_one_size_share_a_batch():
     sizes = [(8, 8), (8, 8), (8, 6), (8, 8), (5, 5), (5, 5)]
     raws = [raw(i, *size) for i, size in enumerate(sizes)]
     batches = list(WholeStage(RGB, 3)(iter([raws, raws[:1]])))
@@ -146,7 +149,7 @@ def test_whole_pictures_of_one_size_that_follow_each_other_share_a_batch():
         assert torch.equal(batch.mask, batch.image[:, 0] % 3)
 
 
-def test_pictures_are_converted_to_the_channels_of_the_data_set():
+def test_images_are_converted_to_the_channels_of_the_data_set():
     (batch,) = WholeStage(RGB, 3)(iter([[raw(0), raw(1, channels=1)]]))
     check(batch, 2, (8, 8))
     assert torch.equal(batch.image[1, 0], batch.image[1, 2])
@@ -249,12 +252,12 @@ def test_ranks_together_draw_the_samples_and_crops_of_one(data, world):
     assert joined(ranks) == joined(train(data))
 
 
-def test_training_goes_on_where_the_plan_starts(data):
+def test_training_resumes_where_the_plan_starts(data):
     whole, rest = joined(train(data)), joined(train(data, start=8, count=4))
     assert rest == {p: sample for p, sample in whole.items() if p >= 8}
 
 
-def test_small_pictures_are_padded_with_the_mean_of_the_data_set(data):
+def test_small_images_are_padded_with_the_mean_of_the_data_set(data):
     padded = [
         b.image[i][:, b.mask[i] == 255].T.unique(dim=0).tolist()
         for b in train(data, augment=AS_IT_IS)
@@ -267,7 +270,7 @@ def test_small_pictures_are_padded_with_the_mean_of_the_data_set(data):
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("world", [1, 2, 9])
-def test_evaluation_sees_every_picture_whole_and_once(data, workers, world):
+def test_evaluation_sees_every_complete_image_once(data, workers, world):
     data = replace(data, workers=workers)
     batches = [
         batch
@@ -321,6 +324,6 @@ def test_rare_are_the_classes_that_occur_less_the_commonest(data, counts, expect
         ([(64, 64, 3), (300, 300, 3), (100, 100, 3)], 100),
     ],
 )
-def test_the_common_side_is_that_of_a_square_which_most_pictures_hold(sizes, expected):
+def test_the_common_side_is_that_of_a_square_that_fits_most_images(sizes, expected):
     counts = tuple(SizeCount(w, h, "RGB", n) for w, h, n in sizes)
     assert common_side(SplitInfo((), counts)) == expected

@@ -1,4 +1,7 @@
-"""Checking: the problems that packing would refuse, class shares, a contact sheet."""
+"""`check`, `packing.inspection`, `packing.duplicates`.
+
+Checking: the problems that packing would refuse, class shares, a contact sheet.
+"""
 
 import json
 import shutil
@@ -727,7 +730,7 @@ def test_an_invalid_command_is_refused_before_anything_is_read(
     filled = [str(word).replace("{}", str(tmp_path)) for word in arguments]
     ended = call(verb, *filled, "--out", tmp_path / "out")
     assert ended.code == 2
-    assert message in ended.said
+    assert message in ended.message
     assert "Traceback" not in ended.err
     assert not (tmp_path / "out").exists()
 
@@ -740,6 +743,6 @@ def test_an_invalid_colour_table_is_refused_by_name(case: str, call, tmp_path: P
     arguments = (*MASKED, "--mask-format", "rgb", "--colours", path, "--out", tmp_path / "out")
     ended = call("check", *arguments)
     assert ended.code == 2
-    assert message in ended.said
+    assert message in ended.message
     assert "Traceback" not in ended.err
     assert not (tmp_path / "out").exists()

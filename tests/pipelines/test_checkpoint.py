@@ -1,4 +1,7 @@
-"""Checkpoints: atomic, resumed only with equal settings, found by run, folder or hub id."""
+"""`training.checkpoints`, `model.load`, `runtime.run_folder`.
+
+Checkpoints: atomic, resumed only with equal settings, found by run, folder or hub id.
+"""
 
 import json
 import os
@@ -161,7 +164,7 @@ def copy_links(checkpoints: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("how", "step", "said"),
+    ("how", "step", "message"),
     [
         (lose, 6, "last is missing; resuming from step-00000006"),
         (dangle, 4, "is a link to step-00000006, which is missing; resuming from step-00000004"),
@@ -169,7 +172,7 @@ def copy_links(checkpoints: Path) -> None:
     ],
 )
 def test_a_run_folder_whose_links_are_lost_resumes_from_its_newest_checkpoint(
-    how, step: int, said: str, steps: Checkpoints, learner: Learner, capsys, tmp_path: Path
+    how, step: int, message: str, steps: Checkpoints, learner: Learner, capsys, tmp_path: Path
 ) -> None:
     how(steps.run.checkpoints)
     assert find_checkpoint(str(tmp_path)) in (
@@ -179,8 +182,8 @@ def test_a_run_folder_whose_links_are_lost_resumes_from_its_newest_checkpoint(
     state = steps.resume(STATE.fixed, learner, None)
     assert state.step == step
     errors = capsys.readouterr().err
-    assert said in errors
-    assert bool(errors) == bool(said)
+    assert message in errors
+    assert bool(errors) == bool(message)
     assert json.loads((steps.run.best / "state.json").read_text())["step"] == 4
     save(steps, replace(state, step=8), learner, is_best=True)
     assert os.readlink(steps.run.last) == os.readlink(steps.run.best) == "step-00000008"
@@ -261,7 +264,7 @@ def test_a_state_with_an_impossible_value_is_damaged(
 
 
 @pytest.mark.parametrize(
-    ("spoil", "said"),
+    ("spoil", "message"),
     [
         (lambda t: t.pop("optimizer"), "it does not have the fields"),
         (lambda t: t["model"].popitem(), "model does not have the fields"),
@@ -278,7 +281,7 @@ def test_a_state_with_an_impossible_value_is_damaged(
     ],
 )
 def test_training_state_that_does_not_fit_is_damaged(
-    spoil, said: str, steps: Checkpoints, learner: Learner, capsys
+    spoil, message: str, steps: Checkpoints, learner: Learner, capsys
 ) -> None:
     path = steps.run.last / "training.pt"
     training = torch.load(path, weights_only=True)
@@ -288,7 +291,7 @@ def test_training_state_that_does_not_fit_is_damaged(
     assert steps.resume(STATE.fixed, learner, None).step == 4
     errors = capsys.readouterr().err
     assert "training.pt is damaged" in errors
-    assert said in errors
+    assert message in errors
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
@@ -379,11 +382,11 @@ def edit(folder: Path, **changes: object) -> None:
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_checkpoint_that_is_damaged_is_refused_by_name(
-    damage: str, by_hand, tmp_path: Path
+    damage: str, make_checkpoint, tmp_path: Path
 ) -> None:
     spoil, message = DAMAGES[damage]
     folder = tmp_path / "checkpoint"
-    shutil.copytree(by_hand(), folder)
+    shutil.copytree(make_checkpoint(), folder)
     spoil(folder)
     with pytest.raises(DataError) as refused:
         load_model(str(folder))
@@ -421,7 +424,7 @@ def test_a_run_folder_is_for_one_process_and_free_when_it_ends(tmp_path: Path, w
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [
         ("x.pth", "is a PyTorch file (a pickle), not a checkpoint folder; convert one of "),
         ("model.safetensors", "is a file of a checkpoint; use its folder "),
@@ -429,9 +432,9 @@ def test_a_run_folder_is_for_one_process_and_free_when_it_ends(tmp_path: Path, w
     ],
 )
 def test_a_file_in_place_of_a_checkpoint_is_named_with_its_flag(
-    name: str, said: str, tmp_path: Path
+    name: str, message: str, tmp_path: Path
 ) -> None:
     (tmp_path / name).write_bytes(b"x")
     with pytest.raises(DataError) as refused:
         load_model(str(tmp_path / name), "--init-from")
-    assert str(refused.value).startswith(f"--init-from {tmp_path / name}: {said}")
+    assert str(refused.value).startswith(f"--init-from {tmp_path / name}: {message}")

@@ -1,4 +1,7 @@
-"""Configuration: defaults, YAML files, flags, in that order; strict, with one-line errors."""
+"""`runtime.command`, `runtime.yaml_flags`, `runtime.errors`.
+
+Configuration: defaults, YAML files, flags, in that order; strict, with one-line errors.
+"""
 
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -4,21 +4,21 @@ import gc
 
 import torch
 
-from pipelines.inference.decoding import Decoded, Lent, lend, restore
+from pipelines.inference.decoding import DecodedInput, SharedChunk, restore_images, share_images
 from pipelines.runtime.shared_memory import PLACES, Buffers
 
 
-def pictures(*shapes: tuple[int, int, int] | None) -> list[Decoded]:
+def images(*shapes: tuple[int, int, int] | None) -> list[DecodedInput]:
     """Some decoded images; None: an input that could not be read."""
     return [
-        Decoded(f"k{i}", f"k{i}.png", None, "is empty")
+        DecodedInput(f"k{i}", f"k{i}.png", None, "is empty")
         if shape is None
-        else Decoded(f"k{i}", f"k{i}.png", torch.randint(0, 256, shape, dtype=torch.uint8))
+        else DecodedInput(f"k{i}", f"k{i}.png", torch.randint(0, 256, shape, dtype=torch.uint8))
         for i, shape in enumerate(shapes)
     ]
 
 
-def same(found: list[Decoded], expected: list[Decoded]) -> bool:
+def same(found: list[DecodedInput], expected: list[DecodedInput]) -> bool:
     return all(
         (a.key, a.source, a.error) == (b.key, b.source, b.error)
         and ((a.image is b.image is None) or torch.equal(a.image, b.image))
@@ -26,37 +26,37 @@ def same(found: list[Decoded], expected: list[Decoded]) -> bool:
     )
 
 
-def test_pictures_of_any_sizes_and_errors_come_back_as_they_were() -> None:
+def test_images_of_any_sizes_and_errors_are_returned_unchanged() -> None:
     buffers = Buffers(2, 10_000)
-    items = pictures((3, 7, 5), None, (3, 1, 1), (3, 30, 40))
-    lent = lend(items, buffers, 1)
-    assert isinstance(lent, Lent)
-    assert lent.place in range(PLACES, 2 * PLACES)
-    assert not any(item.image is not None for item in lent.items)
-    assert same(restore(lent, buffers), items)
+    items = images((3, 7, 5), None, (3, 1, 1), (3, 30, 40))
+    shared = share_images(items, buffers, 1)
+    assert isinstance(shared, SharedChunk)
+    assert shared.place in range(PLACES, 2 * PLACES)
+    assert not any(item.image is not None for item in shared.items)
+    assert same(restore_images(shared, buffers), items)
 
 
 def test_what_has_no_room_is_sent_as_it_is() -> None:
     buffers = Buffers(1, 150)
-    for items in (pictures((3, 8, 8)), pictures((3, 5, 5), (3, 5, 6)), pictures(None, None)):
-        assert lend(items, buffers, 0) is items
-    fits = pictures((3, 5, 10))
-    lent = [lend(fits, buffers, 0) for _ in range(PLACES)]
-    assert all(isinstance(one, Lent) for one in lent)
-    assert lend(fits, buffers, 0) is fits
+    for items in (images((3, 8, 8)), images((3, 5, 5), (3, 5, 6)), images(None, None)):
+        assert share_images(items, buffers, 0) is items
+    fits = images((3, 5, 10))
+    shared = [share_images(fits, buffers, 0) for _ in range(PLACES)]
+    assert all(isinstance(one, SharedChunk) for one in shared)
+    assert share_images(fits, buffers, 0) is fits
 
 
-def test_memory_is_used_again_when_the_last_picture_of_a_chunk_is_gone_and_not_before() -> None:
+def test_memory_is_reused_once_all_images_of_a_chunk_are_freed() -> None:
     buffers = Buffers(1, 1_000)
-    items = pictures((1, 10, 10), (1, 20, 20))
-    lent = [lend(items, buffers, 0) for _ in range(PLACES)]
-    assert isinstance(lent[0], Lent)
-    found = restore(lent[0], buffers)
+    items = images((1, 10, 10), (1, 20, 20))
+    shared = [share_images(items, buffers, 0) for _ in range(PLACES)]
+    assert isinstance(shared[0], SharedChunk)
+    found = restore_images(shared[0], buffers)
     del found[0]
     gc.collect()
-    assert lend(items, buffers, 0) is items
+    assert share_images(items, buffers, 0) is items
     found.clear()
     gc.collect()
-    again = lend(items, buffers, 0)
-    assert isinstance(again, Lent)
-    assert again.place == lent[0].place
+    again = share_images(items, buffers, 0)
+    assert isinstance(again, SharedChunk)
+    assert again.place == shared[0].place

@@ -78,7 +78,7 @@ def test_a_failed_step_is_named_with_its_exit_code(capfd: pytest.CaptureFixture[
 def test_invalid_sizes_are_refused(arguments, call, tmp_path: Path) -> None:
     ended = call("demo", "--out", tmp_path / "demo", *arguments)
     assert ended.code == 2
-    assert "--size must be at least 64 and --steps at least 1" in ended.said
+    assert "--size must be at least 64 and --steps at least 1" in ended.message
     assert not (tmp_path / "demo").exists()
 
 

@@ -1,4 +1,4 @@
-"""What starting on a device does to the process."""
+"""`runtime.devices`: what starting on a device changes in the process."""
 
 import os
 import platform
@@ -65,7 +65,7 @@ print(group.options._timeout.total_seconds())
 
 @pytest.mark.ranks
 @pytest.mark.parametrize("minutes", [0.5, 10])
-def test_ranks_wait_for_each_other_as_long_as_they_are_told(minutes: float) -> None:
+def test_ranks_wait_for_each_other_for_the_given_minutes(minutes: float) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -84,8 +84,8 @@ def test_ranks_wait_for_each_other_as_long_as_they_are_told(minutes: float) -> N
         )
         for rank in range(2)
     ]
-    said = [rank.communicate(timeout=120)[0] for rank in ranks]
-    assert [round(float(text)) for text in said] == [60 * minutes] * 2
+    outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
+    assert [round(float(text)) for text in outputs] == [60 * minutes] * 2
 
 
 # ---- a GPU that this machine need not have
@@ -191,12 +191,12 @@ def test_a_training_is_deterministic_where_that_is_asked_for(
     deterministic: bool, shards: Path, tiny, call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     found, benchmarks = [], []
-    begin, surround = setup.start, passes.TrainingPass.__call__
+    original_start, surround = setup.start, passes.TrainingPass.__call__
 
     def noting_start(*given: object, **more: object) -> object:
         # cuBLAS reads its variable when CUDA starts.
         found.append(settings())
-        return begin(*given, **more)
+        return original_start(*given, **more)
 
     def noting_pass(self: passes.TrainingPass, step: int) -> object:
         found.append(settings())

@@ -286,7 +286,7 @@ def test_a_run_starts_from_another_with_other_classes(
     without[3] = tmp_path / "third"
     ended = call("train", *without)
     assert ended.code == 2
-    assert "has encoder = swin, this run has none; set --model.encoder swin" in ended.said
+    assert "has encoder = swin, this run has none; set --model.encoder swin" in ended.message
 
 
 def test_a_missing_checkpoint_is_named_by_the_flag_that_gave_it(
@@ -296,7 +296,7 @@ def test_a_missing_checkpoint_is_named_by_the_flag_that_gave_it(
     given = flags(shards, tmp_path / "run", backbones / "resnet", "--init-from", missing)
     ended = call("train", *given)
     assert ended.code == 1
-    assert f"--init-from {missing}: does not exist" in ended.said
+    assert f"--init-from {missing}: does not exist" in ended.message
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -344,8 +344,8 @@ def test_a_windowed_transformer_is_not_exported_and_the_line_names_it(
     out = tmp_path / "model.pt2"
     ended = call("export", "--checkpoint", run_dir, "--format", "torch", "--out", out)
     assert ended.code == 1
-    assert "swin" in ended.said
-    assert "windows" in ended.said
+    assert "swin" in ended.message
+    assert "windows" in ended.message
     assert not out.exists()
 
 
@@ -426,7 +426,7 @@ def test_settings_that_contradict_the_encoder_are_refused(
 ) -> None:
     ended = call("train", *flags(shards, tmp_path, backbones / "resnet", *more))
     assert ended.code == 2
-    assert problem in ended.said
+    assert problem in ended.message
 
 
 @pytest.mark.parametrize(
@@ -444,7 +444,7 @@ def test_settings_of_an_encoder_require_one(
 ) -> None:
     ended = call("train", "--data", shards, "--run-dir", tmp_path, *tiny, *more)
     assert ended.code == 2
-    assert f"{more[0]} requires --model.encoder" in ended.said
+    assert f"{more[0]} requires --model.encoder" in ended.message
 
 
 @pytest.mark.ranks

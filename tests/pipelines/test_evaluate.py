@@ -1,4 +1,7 @@
-"""`unet evaluate`: scores that can be computed by hand, and one-line refusals."""
+"""`evaluate`, `evaluation.score`, `evaluation.per_image`, `evaluation.table`, `drawing.panels`.
+
+`unet evaluate`: scores that can be computed by hand, and one-line refusals.
+"""
 
 import csv
 import hashlib
@@ -22,7 +25,7 @@ from unet import confusion_per_image
 
 
 @pytest.fixture
-def hand(tmp_path: Path, by_hand, call) -> tuple[Path, Path]:
+def hand(tmp_path: Path, make_checkpoint, call) -> tuple[Path, Path]:
     """A model that finds what is bright, and three images of which it gets some pixels wrong."""
     for part in ("images", "masks"):
         (tmp_path / part).mkdir()
@@ -46,10 +49,10 @@ def hand(tmp_path: Path, by_hand, call) -> tuple[Path, Path]:
         "--allow-absent-classes",
     )
     assert ended.code == 0, ended.err
-    return by_hand(classes=classes), tmp_path / "shards"
+    return make_checkpoint(classes=classes), tmp_path / "shards"
 
 
-def test_the_scores_are_those_worked_out_by_hand(hand, call, tmp_path: Path) -> None:
+def test_scores_equal_hand_computed_values(hand, call, tmp_path: Path) -> None:
     checkpoint, data = hand
     argv = ("--checkpoint", checkpoint, "--data", data, "--out", tmp_path / "out", "--workers", 0)
     ended = call("evaluate", *argv)
@@ -108,7 +111,7 @@ def test_what_an_absent_class_scores_can_be_declared(
 @pytest.mark.parametrize(
     ("more", "tolerance", "of_a", "of_b"), [((), 2, 1, 1), ((0.5,), 0.5, 2 / 4, 6 / 7)]
 )
-def test_boundaries_are_scored_as_worked_out_by_hand(
+def test_boundary_scores_equal_hand_computed_values(
     more: tuple, tolerance: float, of_a: float, of_b: float, hand, call, tmp_path: Path
 ) -> None:
     checkpoint, data = hand
@@ -138,7 +141,7 @@ def read_csv(path: Path) -> list[dict[str, str]]:
         return [*csv.DictReader(file)]
 
 
-def test_each_image_has_a_line_as_worked_out_by_hand(hand, call, tmp_path: Path) -> None:
+def test_each_image_has_a_line_of_hand_computed_scores(hand, call, tmp_path: Path) -> None:
     checkpoint, data = hand
     argv = ("--checkpoint", checkpoint, "--data", data, "--out", tmp_path / "out", "--workers", 0)
     ended = call("evaluate", *argv)
@@ -192,11 +195,11 @@ def test_the_worst_images_are_drawn_beside_their_masks(hand, call, tmp_path: Pat
     assert names == ["1-0.5000-a.png", "2-0.8571-b.png"]
     drawn = np.asarray(Image.open(out / "worst" / names[0]))
     assert drawn.shape == (1, 4 * 6 + 3 * GAP, 3)
-    picture, truth, prediction, difference = (
+    image, truth, prediction, difference = (
         drawn[0, number * (6 + GAP) :][:6].tolist() for number in range(4)
     )
     black, red = [0, 0, 0], [255, 51, 51]
-    assert picture == [[200] * 3] * 2 + [black] * 4
+    assert image == [[200] * 3] * 2 + [black] * 4
     assert truth == [red, black, black, red, [*IGNORED], black]
     assert prediction == [red, red, black, black, black, black]
     bright = [120, 120, 120]
@@ -216,17 +219,17 @@ def test_images_of_other_scores_do_not_stay_and_other_files_do(hand, call, tmp_p
     assert {path.name for path in folder.iterdir()} == {"mine.png"}
 
 
-def test_a_large_image_is_drawn_smaller(by_hand, call, tmp_path: Path) -> None:
+def test_a_large_image_is_drawn_smaller(make_checkpoint, call, tmp_path: Path) -> None:
     for part in ("images", "masks"):
         (tmp_path / part).mkdir()
-    picture = np.zeros((40, 2000), np.uint8)
-    picture[:, 500:] = 255
-    Image.merge("RGB", [Image.fromarray(picture)] * 3).save(tmp_path / "images" / "a.png")
-    Image.fromarray(np.roll(picture, 40)).save(tmp_path / "masks" / "a.png")
+    image = np.zeros((40, 2000), np.uint8)
+    image[:, 500:] = 255
+    Image.merge("RGB", [Image.fromarray(image)] * 3).save(tmp_path / "images" / "a.png")
+    Image.fromarray(np.roll(image, 40)).save(tmp_path / "masks" / "a.png")
     folders = ("--images", tmp_path / "images", "--masks", tmp_path / "masks", "--workers", 1)
     packed = ("--mask-format", "binary", "--val-fraction", 0, "--out", tmp_path / "data")
     assert call("pack", *folders, *packed).code == 0
-    argv = ("--checkpoint", by_hand(), "--data", tmp_path / "data", "--split", "train")
+    argv = ("--checkpoint", make_checkpoint(), "--data", tmp_path / "data", "--split", "train")
     assert call("evaluate", *argv, "--out", tmp_path / "out", "--workers", 0).code == 0
     (drawn,) = (tmp_path / "out" / "worst").iterdir()
     assert Image.open(drawn).size == (4 * 1000 + 3 * GAP, 20)
@@ -234,9 +237,9 @@ def test_a_large_image_is_drawn_smaller(by_hand, call, tmp_path: Path) -> None:
 
 @pytest.mark.ranks
 def test_every_file_is_the_same_for_any_number_of_ranks(
-    by_hand, shards: Path, launch, call, content, tmp_path: Path
+    make_checkpoint, shards: Path, launch, call, content, tmp_path: Path
 ) -> None:
-    argv = ("--checkpoint", by_hand(), "--data", shards, "--worst", 2, "--batch-size", 1)
+    argv = ("--checkpoint", make_checkpoint(), "--data", shards, "--worst", 2, "--batch-size", 1)
     assert call("evaluate", *argv, "--out", tmp_path / "1", "--workers", 0).code == 0
     expected = content(tmp_path / "1")
     assert {name.partition("/")[0] for name in expected} == {"scores.json", "scores.csv", "worst"}
@@ -344,7 +347,7 @@ def test_boundaries_without_scipy_are_refused_before_any_work(
 def test_settings_that_mean_nothing_are_refused(given: tuple, message: str, call) -> None:
     ended = call("evaluate", "--checkpoint", "x", "--data", "x", *given)
     assert ended.code == 2
-    assert message in ended.said
+    assert message in ended.message
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
@@ -361,7 +364,7 @@ def test_neither_workers_nor_batches_change_a_digit(
     assert one == two
 
 
-def test_perfect_predictions_score_one(by_hand, draw, call, tmp_path: Path) -> None:
+def test_perfect_predictions_score_one(make_checkpoint, draw, call, tmp_path: Path) -> None:
     folder = draw(tmp_path / "in", 4)
     for path in (folder / "masks").iterdir():
         mask = Image.open(path)
@@ -369,7 +372,7 @@ def test_perfect_predictions_score_one(by_hand, draw, call, tmp_path: Path) -> N
     folders = ("--images", folder / "images", "--masks", folder / "masks", "--workers", 1)
     packed = ("--mask-format", "binary", "--val-fraction", 0, "--out", tmp_path / "data")
     assert call("pack", *folders, *packed).code == 0
-    argv = ("--checkpoint", by_hand(), "--data", tmp_path / "data", "--split", "train")
+    argv = ("--checkpoint", make_checkpoint(), "--data", tmp_path / "data", "--split", "train")
     # Also in tiles.
     for tile in (1024, 32):
         more = ("--out", tmp_path / "out", "--workers", 0, "--tile", tile)
@@ -405,9 +408,9 @@ def test_a_split_that_is_missing_names_those_there_are(trained, shards, call) ->
     ],
 )
 def test_a_model_of_something_else_is_refused(
-    made: dict, message: str, by_hand, shards: Path, call, tmp_path: Path
+    made: dict, message: str, make_checkpoint, shards: Path, call, tmp_path: Path
 ) -> None:
-    argv = ("--checkpoint", by_hand(**made), "--data", shards, "--out", tmp_path / "out")
+    argv = ("--checkpoint", make_checkpoint(**made), "--data", shards, "--out", tmp_path / "out")
     ended = call("evaluate", *argv)
     assert ended.code == 1
     assert message in ended.err
@@ -416,14 +419,14 @@ def test_a_model_of_something_else_is_refused(
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_images_without_masks_cannot_be_scored(
-    workers: int, by_hand, cells: Path, call, tmp_path: Path
+    workers: int, make_checkpoint, cells: Path, call, tmp_path: Path
 ) -> None:
     data = tmp_path / "data"
     assert call("pack", "--images", cells / "images", "--out", data, "--workers", 1).code == 0
     manifest = json.loads((data / "index.json").read_text())
     manifest.update(classes=["background", "foreground"], palette=[[0, 0, 0], [1, 1, 1]])
     (data / "index.json").write_text(json.dumps(manifest))
-    argv = ("--checkpoint", by_hand(), "--data", data, "--split", "unlabelled")
+    argv = ("--checkpoint", make_checkpoint(), "--data", data, "--split", "unlabelled")
     ended = call("evaluate", *argv, "--out", tmp_path / "out", "--workers", workers)
     assert ended.code == 1
     assert "has no mask; pack the images with --masks" in ended.err
@@ -432,7 +435,7 @@ def test_images_without_masks_cannot_be_scored(
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_image_that_does_not_decode_is_never_skipped(
-    workers: int, by_hand, shards: Path, call, tmp_path: Path
+    workers: int, make_checkpoint, shards: Path, call, tmp_path: Path
 ) -> None:
     data = tmp_path / "data"
     shutil.copytree(shards, data)
@@ -441,7 +444,7 @@ def test_a_image_that_does_not_decode_is_never_skipped(
     with path.open("r+b") as file:
         file.seek(entry.image.offset)
         file.write(bytes(16))
-    argv = ("--checkpoint", by_hand(), "--data", data, "--out", tmp_path / "out")
+    argv = ("--checkpoint", make_checkpoint(), "--data", data, "--out", tmp_path / "out")
     ended = call("evaluate", *argv, "--workers", workers)
     assert ended.code == 1
     assert f"{path}: {entry.key} " in ended.err.strip().splitlines()[-1]
@@ -450,11 +453,14 @@ def test_a_image_that_does_not_decode_is_never_skipped(
 
 
 def test_a_flipped_byte_is_found_by_verify_shards_alone(
-    by_hand, shards: Path, call, tmp_path: Path
+    make_checkpoint, shards: Path, call, tmp_path: Path
 ) -> None:
     data = tmp_path / "data"
     shutil.copytree(shards, data)
-    argv = ("--checkpoint", by_hand(), "--data", data, "--out", tmp_path / "out", "--workers", 0)
+    argv = (
+        *("--checkpoint", make_checkpoint(), "--data", data),
+        *("--out", tmp_path / "out", "--workers", 0),
+    )
     assert call("evaluate", *argv, "--verify-shards").code == 0
     for name, code in (("train-000001.tar", 0), ("val-000001.tar", 1)):
         path = data / name
@@ -467,9 +473,9 @@ def test_a_flipped_byte_is_found_by_verify_shards_alone(
 
 
 def test_a_checkpoint_that_is_not_a_folder_needs_a_place_for_its_scores(
-    by_hand, shards: Path, call, monkeypatch: pytest.MonkeyPatch
+    make_checkpoint, shards: Path, call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loaded = load_model(str(by_hand()))
+    loaded = load_model(str(make_checkpoint()))
     monkeypatch.setattr(evaluate, "load_model", lambda _: loaded)
     ended = call("evaluate", "--checkpoint", "owner/name", "--data", shards)
     assert ended.code == 2

@@ -1,4 +1,7 @@
-"""`unet evaluate --predictions`: the scores of the checkpoint, from the masks that it predicted."""
+"""`evaluation.stored_predictions`.
+
+`unet evaluate --predictions`: the scores of the checkpoint, from the masks that it predicted.
+"""
 
 import io
 import json
@@ -129,7 +132,7 @@ def test_masks_that_others_predicted_are_scored_as_well(shards, call, tmp_path: 
 
 
 def test_masks_of_indexed_tars_are_found_by_their_bare_names(
-    by_hand, call, draw, tmp_path: Path
+    make_checkpoint, call, draw, tmp_path: Path
 ) -> None:
     folder, tars = draw(tmp_path / "in", 3), tmp_path / "tars"
     tars.mkdir()
@@ -144,7 +147,7 @@ def test_masks_of_indexed_tars_are_found_by_their_bare_names(
             tar.addfile(member, io.BytesIO(data.getvalue()))
     classes = ("--classes", "background", "foreground")
     assert call("index", tars, *classes, "--workers", 1).code == 0
-    model = by_hand()
+    model = make_checkpoint()
     assert predict(call, model, tars, tmp_path / "masks").code == 0
     ended = evaluate(call, tars, tmp_path / "1", "--predictions", tmp_path / "masks")
     assert ended.code == 0, ended.err
@@ -170,7 +173,7 @@ def test_masks_of_indexed_tars_are_found_by_their_bare_names(
 def test_flags_that_mean_nothing_are_refused(given: tuple, message: str, call) -> None:
     ended = call("evaluate", "--data", "x", *given)
     assert ended.code == 2
-    assert message in ended.said
+    assert message in ended.message
 
 
 def test_predictions_at_a_url_need_a_place_for_their_scores(shards, call) -> None:
@@ -229,8 +232,8 @@ def test_two_predictions_of_one_image_are_refused(predicted, shards, call, tmp_p
         assert f"{masks} has two predictions of p{number:03d}\n" in f"{ended.err}\n"
 
 
-def test_other_classes_are_refused(by_hand, shards, call, tmp_path: Path) -> None:
-    model = by_hand(classes=("background", "nucleus"))
+def test_other_classes_are_refused(make_checkpoint, shards, call, tmp_path: Path) -> None:
+    model = make_checkpoint(classes=("background", "nucleus"))
     assert predict(call, model, shards, tmp_path / "masks").code == 0
     ended = evaluate(call, shards, tmp_path / "out", "--predictions", tmp_path / "masks")
     assert ended.code == 1

@@ -1,4 +1,7 @@
-"""Export: the file alone gives the model's logits at any size, and explains itself."""
+"""`export`, `model.export_file`.
+
+Export: the file alone gives the model's logits at any size, and explains itself.
+"""
 
 import json
 import runpy
@@ -324,5 +327,5 @@ def test_a_wrong_command_is_refused(
     Path("folder.onnx").mkdir()
     ended = call("export", "--checkpoint", checkpoint, *args)
     assert ended.code == 2
-    assert message in ended.said
+    assert message in ended.message
     assert [path.name for path in tmp_path.iterdir()] == ["folder.onnx"]

@@ -1,4 +1,7 @@
-"""What torch raises about the machine ends in one line that names the remedy; ranks leave."""
+"""`runtime.failures`, `runtime.errors`.
+
+What torch raises about the machine ends in one line that names the remedy; ranks leave.
+"""
 
 import os
 import socket
@@ -209,10 +212,10 @@ def test_a_known_error_ends_a_command_with_1_and_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert failing(torch.AcceleratorError(ASSERTED)) == REFUSED
-    said = capsys.readouterr()
-    assert said.out == ""
-    assert said.err.startswith("unet train: the GPU failed (CUDA error: device-side assert")
-    assert said.err.count("\n") == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("unet train: the GPU failed (CUDA error: device-side assert")
+    assert printed.err.count("\n") == 1
 
 
 def test_an_unknown_error_is_raised() -> None:

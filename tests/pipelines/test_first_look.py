@@ -90,7 +90,7 @@ def test_other_flags_beside_the_folder_are_refused(save, call, tmp_path: Path) -
     save("images/{}.png", "masks/{}.png", 2)
     ended = call("check", tmp_path / "data", "--alpha", "drop", "--out", tmp_path / "out")
     assert ended.code == 2
-    assert "--alpha has no effect with FOLDER; use --images and --masks" in ended.said
+    assert "--alpha has no effect with FOLDER; use --images and --masks" in ended.message
 
 
 @pytest.mark.parametrize("verb", ["check", "pack"])

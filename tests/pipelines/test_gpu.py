@@ -1,4 +1,6 @@
-"""On a GPU: precision, resume, memory, layouts and waiting; beside a CPU where one can do the same.
+"""`train`, `evaluate`, `predict`.
+
+On a GPU: precision, resume, memory, layouts and waiting; beside a CPU where one can do the same.
 
 Tests of both devices run their CPU variant everywhere, so that their own logic has run before a GPU
 is at hand.
@@ -135,8 +137,17 @@ def test_steps_that_overflow_in_fp16_are_left_out_until_the_scale_fits_also_over
 ) -> None:
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
     # A loss of a thousand, times the scale of 65,536, overflows in the gradients.
-    told = ("--data", shards, "--run-dir", tmp_path, *tiny, *CONSTANT, "--loss.cross-entropy", 1000)
-    ended = call("train", *told, "--steps", 24)
+    options = (
+        "--data",
+        shards,
+        "--run-dir",
+        tmp_path,
+        *tiny,
+        *CONSTANT,
+        "--loss.cross-entropy",
+        1000,
+    )
+    ended = call("train", *options, "--steps", 24)
     assert ended.code == 0, ended.err
     losses(tmp_path, metrics)
     counted = [line["train/overflows"] for line in metrics(tmp_path) if "train/loss" in line]
@@ -145,7 +156,7 @@ def test_steps_that_overflow_in_fp16_are_left_out_until_the_scale_fits_also_over
     assert counted[-1] == counted[-4]
     before = torch.load(tmp_path / "checkpoints" / "last" / "training.pt", weights_only=True)
     assert before["scaler"]["scale"] == 65536 / 2 ** counted[-1]
-    ended = call("train", *told, "--steps", 30)
+    ended = call("train", *options, "--steps", 30)
     assert ended.code == 0, ended.err
     after = [line for line in metrics(tmp_path) if "train/loss" in line and line["step"] > 24]
     assert len(after) == 6
@@ -192,12 +203,12 @@ def test_a_compiled_run_with_an_average_resumes_and_leaves_no_trace_of_it(
         request.addfinalizer(lambda: eager.__exit__(None, None, None))
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     plain, compiled = tmp_path / "plain", tmp_path / "compiled"
-    told = ("--data", shards, *tiny, *CONSTANT)
-    ended = call("train", *told, "--run-dir", plain, "--steps", 12)
+    options = ("--data", shards, *tiny, *CONSTANT)
+    ended = call("train", *options, "--run-dir", plain, "--steps", 12)
     assert ended.code == 0, ended.err
     for steps in (6, 12):
         fast = ("--compile", "--channels-last", "--steps", steps)
-        ended = call("train", *told, "--run-dir", compiled, *fast)
+        ended = call("train", *options, "--run-dir", compiled, *fast)
         assert ended.code == 0, ended.err
     ours, theirs = losses(compiled, metrics), losses(plain, metrics)
     record_property("losses, compiled", " ".join(f"{loss:.5f}" for loss in ours))
@@ -215,8 +226,8 @@ def test_a_compiled_run_with_an_average_resumes_and_leaves_no_trace_of_it(
 def train_in_parts(call: Any, shards: Path, run_dir: Path, flags: Any, *until: int) -> Tensor:
     """A run that ends after so many steps, each a resume of the one before; its weights."""
     for steps in until:
-        told = ("--data", shards, "--run-dir", run_dir, *flags, *CONSTANT, "--steps", steps)
-        ended = call("train", *told)
+        options = ("--data", shards, "--run-dir", run_dir, *flags, *CONSTANT, "--steps", steps)
+        ended = call("train", *options)
         assert ended.code == 0, ended.err
     return flat(weights(run_dir))
 
@@ -340,7 +351,7 @@ def test_channels_last_gives_the_same_logits_and_gradients(
 
 @on_gpu
 def test_a_batch_that_does_not_fit_is_halved_and_the_masks_are_the_same(
-    device, by_hand, call, record_property, tmp_path: Path
+    device, make_checkpoint, call, record_property, tmp_path: Path
 ) -> None:
     images = tmp_path / "images"
     images.mkdir()
@@ -348,14 +359,14 @@ def test_a_batch_that_does_not_fit_is_halved_and_the_masks_are_the_same(
         blocks = np.random.default_rng(number).integers(0, 256, (32, 32, 3), dtype=np.uint8)
         image = Image.fromarray(blocks).resize((1024, 1024), Image.Resampling.NEAREST)
         image.save(images / f"{number}.png", compress_level=1)
-    told = ("--checkpoint", by_hand(), "--input", images, "--png", "--workers", 2)
+    options = ("--checkpoint", make_checkpoint(), "--input", images, "--png", "--workers", 2)
 
     def predict(name: str, batch_size: int) -> tuple[Any, int]:
         """How it ended, and the bytes that it took from the card."""
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        ended = call("predict", *told, "--out", tmp_path / name, "--batch-size", batch_size)
+        ended = call("predict", *options, "--out", tmp_path / name, "--batch-size", batch_size)
         assert ended.code == 0, ended.err
         return ended, torch.cuda.max_memory_reserved()
 
@@ -380,8 +391,8 @@ def test_two_predictions_are_the_same_to_the_last_byte(
     device, trained: Path, cells: Path, call, content, tmp_path: Path
 ) -> None:
     for name in ("first", "second"):
-        told = ("--checkpoint", trained, "--input", cells / "images", "--out", tmp_path / name)
-        ended = call("predict", *told, "--batch-size", 4, "--samples-per-shard", 8)
+        options = ("--checkpoint", trained, "--input", cells / "images", "--out", tmp_path / name)
+        ended = call("predict", *options, "--batch-size", 4, "--samples-per-shard", 8)
         assert ended.code == 0, ended.err
     assert content(tmp_path / "first") == content(tmp_path / "second")
 

@@ -1,4 +1,7 @@
-"""Foreign shards: indexed for training without rewriting them, or refused with a reason."""
+"""`index`, `packing.foreign`, `shards.foreign`.
+
+Foreign shards: indexed for training without rewriting them, or refused with a reason.
+"""
 
 import gzip
 import io
@@ -289,7 +292,9 @@ def test_masks_whose_foreground_is_255_are_refused(refused, tmp_path: Path) -> N
     assert "if 255 is a class, extract the tar and pack its files" in text
 
 
-def test_images_without_masks_are_unlabelled(indexed, tmp_path: Path, call, by_hand) -> None:
+def test_images_without_masks_are_unlabelled(
+    indexed, tmp_path: Path, call, make_checkpoint
+) -> None:
     tar(
         tmp_path / "data" / "train.tar",
         {"a.jpg": encode_image(0, form="JPEG"), "b.png": encode_image(1)},
@@ -300,7 +305,10 @@ def test_images_without_masks_are_unlabelled(indexed, tmp_path: Path, call, by_h
     assert (manifest.classes, manifest.mask_format) == ((), {})
     found = list(samples(tmp_path / "data", manifest, "unlabelled"))
     assert [(sample.key, sample.mask) for sample in found] == [("a", None), ("b", None)]
-    predict = ("--checkpoint", by_hand(), "--input", tmp_path / "data", "--out", tmp_path / "out")
+    predict = (
+        *("--checkpoint", make_checkpoint(), "--input", tmp_path / "data"),
+        *("--out", tmp_path / "out"),
+    )
     assert (ended := call("predict", *predict, "--workers", 0)).code == 0, ended.err
 
 
@@ -316,11 +324,11 @@ def test_one_of_two_images_of_a_sample_is_declared(index, indexed, tmp_path: Pat
 
 
 def test_equal_keys_of_two_shards_are_refused_by_predict_with_or_without_a_manifest(
-    indexed, call, by_hand, tmp_path: Path
+    indexed, call, make_checkpoint, tmp_path: Path
 ) -> None:
     for number in range(2):
         tar(tmp_path / "data" / f"{number}.tar", pairs("a", f"b{number}", first=5 * number))
-    flags = ("--checkpoint", by_hand(), "--input", tmp_path / "data", "--workers", 0)
+    flags = ("--checkpoint", make_checkpoint(), "--input", tmp_path / "data", "--workers", 0)
     raw = call("predict", *flags, "--out", tmp_path / "raw")
     indexed(tmp_path / "data", *CLASSES)
     with_manifest = call("predict", *flags, "--out", tmp_path / "indexed")
@@ -759,10 +767,10 @@ def test_a_rerun_with_the_same_settings_reports_that(
     assert (ended.code, ended.err) == (0, "")
     assert "is already indexed with these settings; nothing was written" in ended.out
     assert content(tmp_path) == before
-    told = "is already a data set, with other contents or settings; remove its index.json"
-    assert told in index(tmp_path, *CLASSES, "--split", "val").err
+    message = "is already a data set, with other contents or settings; remove its index.json"
+    assert message in index(tmp_path, *CLASSES, "--split", "val").err
     tar(tmp_path / "b.tar", pairs("c", first=7))
-    assert told in index(tmp_path, *CLASSES).err
+    assert message in index(tmp_path, *CLASSES).err
 
 
 @pytest.mark.parametrize("name", ["a.tar", "a.tar.gz", "a.tgz"])
@@ -803,4 +811,4 @@ def test_wrong_flags_are_refused(
 ) -> None:
     ended = call("index", tmp_path, *flags)
     assert ended.code == 2
-    assert message in ended.said
+    assert message in ended.message

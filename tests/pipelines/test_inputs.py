@@ -1,4 +1,7 @@
-"""Holds the contract of `--input`: an image, a folder, a glob, a list or shards, in one order."""
+"""`inference.inputs`, `inference.input_readers`.
+
+Holds the contract of `--input`: an image, a folder, a glob, a list or shards, in one order.
+"""
 
 import json
 import os
@@ -32,9 +35,9 @@ def tree(tmp_path, monkeypatch):
 def check_data(inputs, root):
     """Every image is what lies under its source."""
     for i in range(len(inputs)):
-        picture = inputs.read(i)
-        assert picture.data == (root / picture.source).read_bytes()
-        assert picture.key == encode_key(picture.source)
+        image = inputs.read(i)
+        assert image.data == (root / image.source).read_bytes()
+        assert image.key == encode_key(image.source)
 
 
 def sources(inputs):
@@ -45,13 +48,13 @@ def check(inputs, root):
     """Every image is what lies under its name."""
     assert len(inputs) > 0
     for i in range(len(inputs)):
-        picture = inputs.read(i)
-        assert inputs.name(i) == str(root / picture.source)
-        assert picture.data == (root / picture.source).read_bytes()
-        assert picture.key == os.path.splitext(picture.source)[0]
+        image = inputs.read(i)
+        assert inputs.name(i) == str(root / image.source)
+        assert image.data == (root / image.source).read_bytes()
+        assert image.key == os.path.splitext(image.source)[0]
 
 
-def test_one_picture(tree):
+def test_one_image(tree):
     inputs = find_inputs(str(tree / "b.png"))
     check(inputs, tree)
     assert sources(inputs) == ["b.png"]
@@ -112,7 +115,7 @@ def test_a_file_whose_name_looks_like_a_pattern_is_that_file(tree):
 
 
 @pytest.mark.parametrize("name", ["list.txt", "list.LST", "list.list"])
-def test_a_list_names_one_picture_a_line_relative_to_itself(tree, name):
+def test_a_list_names_one_image_per_line_relative_to_itself(tree, name):
     path = tree / name
     path.write_text(f"# these\n\nx/a.jpg\n  b.png  \n{tree}/x/y/c.tif\n")
     inputs = find_inputs(str(path))
@@ -138,7 +141,7 @@ def test_lines_of_a_list_are_paths_whatever_they_hold(tree):
     assert sources(inputs) == sorted(names)
 
 
-def test_a_list_may_name_what_is_missing_which_reading_says(tree):
+def test_a_missing_file_in_a_list_is_reported_when_it_is_read(tree):
     (tree / "list.txt").write_text("b.png\ngone.png\n")
     inputs = find_inputs(str(tree / "list.txt"))
     assert inputs.name(1) == str(tree / "gone.png")
@@ -170,15 +173,15 @@ def test_what_cannot_be_read_is_an_error_of_its_own(tree):
     assert [inputs.name(i) for i in range(7)] == [str(tree / name) for name in names]
     for number, name in enumerate(names):
         if name in expected:
-            kind, said = expected[name]
-            with pytest.raises(kind, match=said):
+            kind, message = expected[name]
+            with pytest.raises(kind, match=message):
                 inputs.read(number)
     assert inputs.read(0).data == b"b.png"
     with pytest.raises(DataError, match="is empty"):
         decode_image(inputs.read(1).data, ImageFormat("RGB"), inputs.name(1))
 
 
-def test_a_picture_that_vanishes_after_it_was_listed_is_an_error(tree):
+def test_an_image_that_vanishes_after_it_was_listed_is_an_error(tree):
     inputs = find_inputs(str(tree))
     (tree / "b.png").unlink()
     with pytest.raises(FileNotFoundError):
@@ -186,7 +189,7 @@ def test_a_picture_that_vanishes_after_it_was_listed_is_an_error(tree):
     assert inputs.read(0).data == b"a.jpg"
 
 
-def test_folders_called_like_pictures_are_gone_into_and_no_pictures(tree):
+def test_folders_named_like_images_are_searched_and_not_read(tree):
     (tree / "y.png").mkdir()
     (tree / "y.png" / "d.png").write_bytes(b"d")
     assert "y.png/d.png" in sources(find_inputs(str(tree)))
@@ -242,12 +245,12 @@ def packed(tmp_path):
     return folder
 
 
-def test_a_folder_of_shards_gives_the_pictures_of_all_splits(packed):
+def test_a_folder_of_shards_gives_the_images_of_all_splits(packed):
     inputs = find_inputs(str(packed))
     assert len(inputs) == 5
     read = [inputs.read(i) for i in range(5)]
     assert [p.data for p in read] == [b"train0", b"train1", b"train2", b"val0", b"val1"]
-    # A sample that does not say where it came from is called by its key.
+    # A sample without a source is named after its key.
     assert [p.source for p in read][-2:] == ["val/p 0.jpg", "val/p%201.jpg"]
     assert [p.key for p in read] == [encode_key(p.source) for p in read]
     assert inputs.name(3) == f"{packed / 'val-000000.tar'}, sample 0"
@@ -255,7 +258,7 @@ def test_a_folder_of_shards_gives_the_pictures_of_all_splits(packed):
     assert inputs.read(0).data == b"train0"
 
 
-def test_two_pictures_that_would_have_one_result_are_refused(tree):
+def test_two_images_with_the_same_output_are_refused(tree):
     (tree / "b.jpg").write_bytes(b"")
     with pytest.raises(DataError) as caught:
         find_inputs(str(tree))
@@ -265,7 +268,7 @@ def test_two_pictures_that_would_have_one_result_are_refused(tree):
     )
 
 
-def test_all_pictures_that_would_have_one_result_are_named(tree):
+def test_all_images_with_the_same_output_are_named(tree):
     for name in ("b.jpg", "b.tif", "x/y/c.png", "b.jpg.png"):
         (tree / name).write_bytes(b"")
     with pytest.raises(AggregateDataError) as caught:
@@ -277,13 +280,13 @@ def test_all_pictures_that_would_have_one_result_are_named(tree):
     ]
 
 
-def test_a_picture_listed_twice_is_refused(tree):
+def test_an_image_listed_twice_is_refused(tree):
     (tree / "list.txt").write_text("b.png\n./b.png\n")
     with pytest.raises(DataError, match=r"b\.png and b\.png would write the same output"):
         find_inputs(str(tree / "list.txt"))
 
 
-def test_a_folder_without_pictures_is_refused(tmp_path):
+def test_a_folder_without_images_is_refused(tmp_path):
     (tmp_path / "notes.md").touch()
     with pytest.raises(DataError, match=f"{tmp_path} contains no images"):
         find_inputs(str(tmp_path))
@@ -298,7 +301,7 @@ def test_what_means_nothing_is_refused_naming_what_it_could_be(tree, given):
     )
 
 
-def test_a_damaged_manifest_is_named_and_not_taken_for_a_folder_of_pictures(tree):
+def test_a_damaged_manifest_is_named_and_not_taken_for_a_folder_of_images(tree):
     (tree / "index.json").write_text("{")
     with pytest.raises(DataError, match=r"index\.json is damaged"):
         find_inputs(str(tree))
@@ -331,11 +334,11 @@ def test_a_million_names_are_as_small_as_their_text():
 def test_a_name_that_is_no_text_is_read(tree):
     path = os.fsencode(tree) + b"/\xff\xfe.png"
     Path(os.fsdecode(path)).write_bytes(b"odd")
-    (picture,) = [
-        picture for picture in map(find_inputs(str(tree)).read, range(5)) if picture.data == b"odd"
+    (image,) = [
+        image for image in map(find_inputs(str(tree)).read, range(5)) if image.data == b"odd"
     ]
-    assert os.fsencode(picture.source) == b"\xff\xfe.png"
-    assert picture.key == "%FF%FE"
+    assert os.fsencode(image.source) == b"\xff\xfe.png"
+    assert image.key == "%FF%FE"
 
 
 def test_the_digest_of_files_is_of_their_names(tree):

@@ -1,4 +1,4 @@
-"""`--input` of tars that others wrote: their images, by the headers, here and at a URL."""
+"""`inference.input_tars`: images in tars that others wrote, by the headers, here and at a URL."""
 
 import io
 import json
@@ -61,7 +61,7 @@ def sources(inputs) -> list[str]:
     return [inputs.read(i).source for i in range(len(inputs))]
 
 
-def test_a_folder_of_tars_gives_the_pictures_in_them(place):
+def test_a_folder_of_tars_gives_the_images_in_them(place):
     inputs = find_inputs(place)
     # Sorted by the names of the tars, each in its own order.
     assert sources(inputs) == ["001.tiff", "deep/one.two/x.png", "000.jpg", "a/b.c.png"]
@@ -93,7 +93,7 @@ def test_a_list_may_name_tars(place):
     assert len(find_inputs(f"{place}/list.txt")) == 4
 
 
-def test_only_headers_are_read_to_find_pictures(tmp_path, monkeypatch):
+def test_only_headers_are_read_to_find_images(tmp_path, monkeypatch):
     large = {f"{n}.png": bytes(3_000_000) for n in range(4)}
     MemoryFileSystem.store.clear()
     put("memory://bucket/tars", "x.tar", tar(large))
@@ -114,7 +114,7 @@ def test_only_headers_are_read_to_find_pictures(tmp_path, monkeypatch):
     MemoryFileSystem.store.clear()
 
 
-def test_the_json_of_a_sample_that_we_packed_names_its_picture(tmp_path):
+def test_the_json_of_a_sample_that_we_packed_names_its_image(tmp_path):
     info = json.dumps({"source": "a.v2.png", "width": 1}).encode()
     other = json.dumps({"source": "elsewhere.png"}).encode()
     evil = json.dumps({"source": "../../b.png"}).encode()
@@ -134,11 +134,11 @@ def test_tars_of_a_data_set_give_the_keys_of_the_data_set(shards: Path):
     val = find_inputs(f"{shards}/val-*.tar")
     expected = {p.key: p for p in map(of_all.read, range(len(of_all)))}
     assert len(val) == 4 < len(of_all)
-    for picture in map(val.read, range(4)):
-        assert picture == expected[picture.key]
+    for image in map(val.read, range(4)):
+        assert image == expected[image.key]
 
 
-def test_pictures_of_two_tars_that_would_have_one_result_are_named(place):
+def test_images_of_two_tars_with_the_same_output_are_named(place):
     put(place, "z.tar", tar({"000.png": b"", "./deep/one.two/x.webp": b""}))
     with pytest.raises(AggregateDataError) as caught:
         find_inputs(place)
@@ -163,13 +163,13 @@ def test_members_that_cannot_be_read_are_errors_of_their_own(place):
     assert inputs.read(0).data == b"ok"
     with pytest.raises(DataError, match=r"bad.tar: no.png is empty; write the tar without it"):
         inputs.read(1)
-    said = []
+    messages = []
     for number in range(2, 5):
         assert inputs.name(number) == f"{place}/bad.tar"
         with pytest.raises(DataError) as caught:
             inputs.read(number)
-        said.append(str(caught.value))
-    assert said == [
+        messages.append(str(caught.value))
+    assert messages == [
         f"{place}/bad.tar: 'link.png' is a link, device or sparse file; write the tar without it",
         f"{place}/bad.tar: '../up.png' would be extracted outside the target folder; write the "
         "tar without it",
@@ -190,7 +190,7 @@ def test_a_damaged_tar_is_refused_before_anything_is_done(place, damage):
         find_inputs(place)
 
 
-def test_a_tar_that_is_cut_or_goes_meanwhile_is_an_error_for_each_picture(place):
+def test_a_truncated_or_removed_tar_is_an_error_for_each_image(place):
     inputs = find_inputs(f"{place}/data-000000.tar")
     put(place, "data-000000.tar", tar(FIRST)[:900_000])
     assert inputs.read(0).data == b"first"
@@ -202,7 +202,7 @@ def test_a_tar_that_is_cut_or_goes_meanwhile_is_an_error_for_each_picture(place)
         inputs.read(0)
 
 
-def test_tars_without_pictures_are_refused(place):
+def test_tars_without_images_are_refused(place):
     put(place, "none.tar", tar({"a.txt": b"", "b.mask.png": b""}))
     with pytest.raises(DataError, match=f"{place}/none.tar: contains no images"):
         find_inputs(f"{place}/none.tar")
@@ -214,7 +214,7 @@ def test_compressed_tars_are_named(place):
         find_inputs(place)
 
 
-def test_pictures_beside_tars_are_refused_and_either_can_be_chosen(place):
+def test_images_beside_tars_are_refused_and_either_can_be_chosen(place):
     put(place, "a.png", b"a")
     with pytest.raises(DataError) as caught:
         find_inputs(place)

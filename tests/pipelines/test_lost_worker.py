@@ -1,4 +1,4 @@
-"""A process that reads samples is killed: the command ends with one line, wherever it stands."""
+"""`runtime.loader_workers`: a killed worker ends the command with one line, at any moment."""
 
 import os
 import re

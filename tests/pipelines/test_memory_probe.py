@@ -270,7 +270,7 @@ def test_a_sample_that_does_not_fit_ends_the_run_in_one_line(
 def test_other_words_and_numbers_are_refused(value: str, shards, tiny, call, tmp_path) -> None:
     ended = call("train", *args(shards, tmp_path / "run", tiny, "--accumulate", value))
     assert ended.code == 2
-    assert "accumulate" in ended.said
+    assert "accumulate" in ended.message
 
 
 LIMITED = """

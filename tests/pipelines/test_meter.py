@@ -1,4 +1,7 @@
-"""FLOPs and memory in metrics.jsonl: counted exactly, without cost."""
+"""`training.meter`, `training.flops`.
+
+FLOPs and memory in metrics.jsonl: counted exactly, without cost.
+"""
 
 from types import SimpleNamespace
 
@@ -13,7 +16,7 @@ from unet import PRESETS, UNet, UNetConfig
 TINY = UNetConfig(base_channels=2, depth=1, norm="none")
 
 
-def by_hand(config: UNetConfig, batch: int, side: int) -> int:
+def count_by_hand(config: UNetConfig, batch: int, side: int) -> int:
     """Multiply-adds of a padded U-Net of depth 1, twice: once forward, twice backward."""
     c, classes, half = config.base_channels, config.num_classes, side // 2
     first = side**2 * 9 * config.in_channels * c
@@ -27,7 +30,7 @@ def by_hand(config: UNetConfig, batch: int, side: int) -> int:
 
 @pytest.mark.parametrize(("batch", "side"), [(1, 16), (3, 32)])
 def test_flops_are_those_counted_by_hand(batch: int, side: int) -> None:
-    assert count_flops(TINY, batch, side) == by_hand(TINY, batch, side)
+    assert count_flops(TINY, batch, side) == count_by_hand(TINY, batch, side)
 
 
 def test_flops_of_the_modern_preset_are_those_of_the_pass_itself() -> None:
@@ -77,7 +80,7 @@ def test_counting_changes_no_random_state_and_counts_no_recomputation() -> None:
         ("Tesla V100-SXM2-16GB", "bf16", None),
         # Float32 and TF32 have other peaks.
         ("NVIDIA H100 80GB HBM3", "no", None),
-        # Other cards, and parts of cards, with names that begin alike.
+        # Other cards, and parts of cards, with names that start alike.
         ("NVIDIA A10M", "bf16", None),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", "bf16", None),
         ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", "bf16", None),

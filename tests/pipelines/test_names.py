@@ -1,4 +1,7 @@
-"""One rule for names: what pack accepts, predict and unpack accept, without a change."""
+"""`runtime.command`, `runtime.processes`, `inference.encode`.
+
+One rule for names: what pack accepts, predict and unpack accept, without a change.
+"""
 
 import os
 import subprocess
@@ -45,7 +48,7 @@ def images(tmp_path: Path) -> Path:
 
 
 def test_every_name_is_packed_predicted_and_unpacked(
-    images: Path, by_hand, call, content, tmp_path: Path
+    images: Path, make_checkpoint, call, content, tmp_path: Path
 ) -> None:
     packed = call("pack", "--images", images, "--workers", 1, "--out", tmp_path / "shards")
     assert packed.code == 0, packed.err
@@ -54,15 +57,20 @@ def test_every_name_is_packed_predicted_and_unpacked(
     assert content(tmp_path / "out" / "images") == content(images)
     for given in (images, tmp_path / "shards"):
         out = tmp_path / f"masks of {given.name}"
-        told = ("--checkpoint", by_hand(), "--input", given, "--out", out, "--workers", 0)
-        ended = call("predict", *told, "--png", "--overlay")
+        options = (
+            *("--checkpoint", make_checkpoint(), "--input", given),
+            *("--out", out, "--workers", 0),
+        )
+        ended = call("predict", *options, "--png", "--overlay")
         assert (ended.code, ended.err) == (0, "")
         expected = {os.path.splitext(name)[0] + ".png" for name in NAMES}
         assert set(content(out / "png")) == set(content(out / "overlay")) == expected
 
 
-def test_the_figure_of_a_long_name_fits(images: Path, by_hand, call, tmp_path: Path) -> None:
-    given = ("--checkpoint", by_hand(), "--input", images / f"{LONG}.png", "--workers", 0)
+def test_the_figure_of_a_long_name_fits(
+    images: Path, make_checkpoint, call, tmp_path: Path
+) -> None:
+    given = ("--checkpoint", make_checkpoint(), "--input", images / f"{LONG}.png", "--workers", 0)
     ended = call("predict", *given, "--out", tmp_path / "out")
     assert ended.code == 0, ended.err
     (figure,) = (tmp_path / "out").glob("*.figure.png")
@@ -74,14 +82,14 @@ def test_temporary_names_do_not_grow_with_the_name(tmp_path: Path) -> None:
     assert (tmp_path / ("x" * 255)).read_bytes() == b"data"
 
 
-def test_files_are_utf8_whatever_the_locale(by_hand, images: Path, tmp_path: Path) -> None:
+def test_files_are_utf8_whatever_the_locale(make_checkpoint, images: Path, tmp_path: Path) -> None:
     name = "日本.png"
     (tmp_path / "in").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "in" / name)
     (tmp_path / "list.txt").write_text(f"in/{name}\n", encoding="utf-8")
     locale = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "pipelines.predict", "--checkpoint", by_hand()]
+    command = [sys.executable, "-m", "pipelines.predict", "--checkpoint", make_checkpoint()]
     command += ["--input", tmp_path / "list.txt", "--out", out, "--png", "--workers", "1"]
     repo = Path(__file__).resolve().parents[2]
     ended = subprocess.run(command, env=locale, cwd=repo, capture_output=True, check=False)

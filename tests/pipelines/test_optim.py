@@ -53,7 +53,7 @@ def test_the_learning_rate_warms_up_and_falls_along_half_a_cosine(progress, expe
 @pytest.mark.parametrize(
     ("schedule", "halfway", "end"), [("poly", 0.1 * 0.5**0.9, 0.0), ("constant", 0.1, 0.1)]
 )
-def test_other_schedules_begin_alike_and_fall_as_they_say(schedule, halfway, end):
+def test_other_schedules_start_alike_and_fall_as_documented(schedule, halfway, end):
     config = OptimConfig(lr=0.1, warmup=0.2, schedule=schedule)
     rates = [learning_rate(config, progress) for progress in (0.1, 0.2, 0.6, 1.0)]
     assert rates == pytest.approx([0.05, 0.1, halfway, end])

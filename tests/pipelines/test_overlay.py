@@ -1,4 +1,4 @@
-"""Overlays and contact sheets: how images, classes and ignored pixels are drawn."""
+"""`drawing.overlay`, `drawing.contact_sheet`: how images, classes and ignored pixels are drawn."""
 
 import numpy as np
 import pytest

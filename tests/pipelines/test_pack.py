@@ -1,4 +1,8 @@
-"""Packing: byte-identical for any workers and kills, a correct manifest, one-line errors."""
+"""`pack`, `packing.plan`, `packing.shard_job`, `packing.manifest`, `packing.classes`,
+`packing.problems`, `packing.duplicates`.
+
+Packing: byte-identical for any workers and kills, a correct manifest, one-line errors.
+"""
 
 import hashlib
 import io
@@ -1263,7 +1267,7 @@ def test_invalid_settings_are_refused_before_anything_is_read(
 ) -> None:
     ended = call("pack", *flags(tmp_path / "in", tmp_path / "out"), *change)
     assert ended.code == 2
-    assert message in ended.said
+    assert message in ended.message
     assert "Traceback" not in ended.err
     assert not (tmp_path / "out").exists()
 
@@ -1281,7 +1285,7 @@ def test_masks_and_mask_format_require_each_other(
 ) -> None:
     ended = call("pack", "--images", tmp_path, "--out", tmp_path / "out", *arguments)
     assert ended.code == 2
-    assert message in ended.said
+    assert message in ended.message
 
 
 def test_classes_of_unlabelled_images_cause_no_traceback(pair: Path, call) -> None:
@@ -1323,7 +1327,7 @@ def test_group_by_must_be_valid_and_match(
 ) -> None:
     ended = call("pack", *flags(pair, pair / "out", "--group-by", expression))
     assert ended.code == code
-    assert message in ended.said
+    assert message in ended.message
 
 
 def test_images_and_masks_in_one_folder_must_be_separated(pair: Path, call) -> None:

@@ -203,7 +203,7 @@ def test_formats_with_a_file_for_each_image_are_packed(kind, call, samples, tmp_
 def test_flags_without_effect_are_refused(instances: Path, call, tmp_path, more, message) -> None:
     ended = call("pack", *flags(instances, tmp_path / "out", *more))
     assert ended.code == 2
-    assert message in ended.said
+    assert message in ended.message
 
 
 def test_annotation_flags_need_annotations_and_a_format(instances: Path, call, tmp_path) -> None:

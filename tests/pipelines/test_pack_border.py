@@ -1,4 +1,4 @@
-"""Border maps: an optional member of each sample, byte-identical for any number of workers."""
+"""`packing.pack_options`, `pack`: border maps, byte-identical for any number of workers."""
 
 import io
 import shutil
@@ -234,7 +234,7 @@ def test_invalid_map_settings_are_refused_before_anything_is_read(
     more = flags(tmp_path / "in", tmp_path / "out", *THREE, *change, mask_format="index")
     ended = call("pack", *more)
     assert ended.code == 2
-    assert message in ended.said
+    assert message in ended.message
     assert "Traceback" not in ended.err
     assert not (tmp_path / "out").exists()
 
@@ -243,7 +243,7 @@ def test_invalid_map_settings_are_refused_before_anything_is_read(
 def test_maps_need_masks(flag: tuple[object, ...], call, tmp_path: Path) -> None:
     ended = call("pack", "--images", tmp_path, "--out", tmp_path / "out", *flag)
     assert ended.code == 2
-    assert f"{flag[0]} needs --masks" in ended.said
+    assert f"{flag[0]} needs --masks" in ended.message
 
 
 def test_a_proposed_command_keeps_border_sigma(dots: Path, call, tmp_path: Path) -> None:
@@ -256,7 +256,7 @@ def test_without_scipy_nothing_is_started(dots: Path, call, tmp_path: Path, monk
     monkeypatch.setitem(sys.modules, "scipy", None)
     ended = call("pack", *border_flags(dots, tmp_path / "out"))
     assert ended.code == 2
-    assert "--border-sigma needs SciPy: pip install 'unet-shards[scipy]'" in ended.said
+    assert "--border-sigma needs SciPy: pip install 'unet-shards[scipy]'" in ended.message
     assert not (tmp_path / "out").exists()
     # Packing without maps does not need it.
     ended = call("pack", *flags(dots, tmp_path / "out", *THREE, mask_format="index"))
@@ -368,4 +368,4 @@ def test_without_masks_border_png_may_be_an_image_too(
 def test_border_png_is_not_an_image_extension(call, tmp_path: Path) -> None:
     ended = call("index", tmp_path, "--image-ext", "border.png")
     assert ended.code == 2
-    assert "--image-ext must not contain json, mask.png or border.png" in ended.said
+    assert "--image-ext must not contain json, mask.png or border.png" in ended.message

@@ -1,4 +1,7 @@
-"""Edge cases of packing: full disks, unusual names and extensions, links, duplicates."""
+"""`pack`, `packing.options`, `packing.colours`.
+
+Edge cases of packing: full disks, unusual names and extensions, links, duplicates.
+"""
 
 import errno
 import io
@@ -58,7 +61,7 @@ def refused(ended) -> str:
     assert "Traceback" not in ended.err
     if ended.code == 1:
         assert len(ended.err.splitlines()) == 1
-    return ended.said
+    return ended.message
 
 
 def rotated() -> Image.Exif:
@@ -152,8 +155,8 @@ def test_superscript_digits_are_refused(flag, draw, call, tmp_path) -> None:
     ended = call("pack", *arguments, "--out", tmp_path / "out", flag, "²/5")
     assert ended.code == 2
     assert "Traceback" not in ended.err
-    assert f"{flag} must be i/n, such as 2/5, got '²/5'" in ended.said
-    assert "invalid literal" not in ended.said
+    assert f"{flag} must be i/n, such as 2/5, got '²/5'" in ended.message
+    assert "invalid literal" not in ended.message
 
 
 # ---- almost canonical masks
@@ -376,7 +379,7 @@ def test_a_duplicate_colour_name_is_refused(kind: str, coloured, call, tmp_path)
     ended = call("pack", *arguments)
     assert ended.code == 2, ended.err
     assert "Traceback" not in ended.err
-    assert "cell" in ended.said
+    assert "cell" in ended.message
     assert not (tmp_path / "out").exists()
 
 
@@ -409,7 +412,7 @@ def test_a_class_called_no_is_not_False(coloured, call, tmp_path: Path) -> None:
         if table == bare and ended.code:  # YAML's false and true
             assert ended.code == 2
             assert "Traceback" not in ended.err
-            assert "bare.yaml" in ended.said
+            assert "bare.yaml" in ended.message
         else:
             assert ended.code == 0, ended.err
             assert read_manifest(out).classes == ("no", "yes")
@@ -463,7 +466,7 @@ def test_a_check_that_writes_among_the_images_is_repeatable(
     assert second == first
     if first.code:  # refused, so that no result is read as an image
         assert first.code == 2
-        assert "choose another --out" in first.said
+        assert "choose another --out" in first.message
         assert content(folder) == before
 
 

@@ -231,7 +231,7 @@ def test_damaged_layouts_are_named(name, break_it, message, pack, tmp_path: Path
 def test_flags_without_effect_are_refused(more, message, pack) -> None:
     ended = pack("voc", *more)
     assert ended.code == 2
-    assert message in ended.said
+    assert message in ended.message
 
 
 def test_another_layout_is_named(call, tmp_path: Path) -> None:
@@ -305,4 +305,4 @@ def test_colours_that_two_classes_share_are_refused(call, tmp_path: Path) -> Non
     more = ("--mask-format", "rgb", "--colours", "ade20k", "--out", tmp_path / "out")
     ended = call("pack", "--images", tmp_path, "--masks", tmp_path, *more)
     assert ended.code == 2
-    assert "road and skyscraper share the colour (140, 140, 140)" in ended.said
+    assert "road and skyscraper share the colour (140, 140, 140)" in ended.message

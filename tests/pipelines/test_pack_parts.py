@@ -1,4 +1,7 @@
-"""Packing in parts or on a Dask cluster: byte-identical to packing in one process."""
+"""`pack`, `packing.pack_options`.
+
+Packing in parts or on a Dask cluster: byte-identical to packing in one process.
+"""
 
 import itertools
 import multiprocessing
@@ -242,7 +245,7 @@ def test_bad_samples_of_all_parts_are_listed_at_the_end(draw, call, content, tmp
 def test_invalid_parts_are_refused(arguments, message: str, call, tmp_path: Path) -> None:
     ended = call("pack", *flags(tmp_path / "in", tmp_path / "out", *arguments))
     assert ended.code == 2
-    assert message in ended.said
+    assert message in ended.message
     assert not (tmp_path / "out").exists()
 
 

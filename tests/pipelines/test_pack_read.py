@@ -1,4 +1,4 @@
-"""Packing and reading is lossless for any names, images and masks (property-based)."""
+"""`pack`: packing and reading is lossless for any names, images and masks (property-based)."""
 
 import string
 import tempfile

@@ -1,4 +1,4 @@
-"""Packing to a remote store: atomic, byte-identical to local packing, one-line errors."""
+"""`pack`: to a remote store, atomic, byte-identical to local packing, one-line errors."""
 
 import time
 from pathlib import Path

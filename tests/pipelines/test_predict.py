@@ -23,14 +23,14 @@ from unet import UNet
 
 
 @pytest.fixture(scope="module")
-def bright(by_hand) -> Path:
+def bright(make_checkpoint) -> Path:
     """A model that finds what is above 127 in the red channel."""
-    return by_hand()
+    return make_checkpoint()
 
 
 @pytest.fixture(scope="module")
 def valid(bright: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same of valid convolutions: it sees 8 pixels more on each side than it predicts."""
+    """The model with valid convolutions: it sees 8 pixels more on each side than it predicts."""
     found = UNet.from_pretrained(bright)
     model = UNet(replace(found.config, padding="valid"), found.spec)
     model.load_state_dict(found.state_dict())
@@ -40,9 +40,9 @@ def valid(bright: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Eleven images of odd sizes, modes and places, from one pixel up."""
-    root = tmp_path_factory.mktemp("pictures")
+    root = tmp_path_factory.mktemp("images")
     sizes = [(1, 1), (1, 37), (33, 1), (48, 48), (48, 48), (47, 51), (64, 40), (90, 130)]
     for number, size in enumerate(sizes):
         pixels = np.random.default_rng(number).integers(0, 255, (*size, 3)).astype(np.uint8)
@@ -85,16 +85,16 @@ def upright(path: Path) -> np.ndarray:
 
 
 def test_every_image_gets_the_mask_it_should_have_in_its_own_size(
-    bright: Path, pictures: Path, call, tmp_path: Path
+    bright: Path, images: Path, call, tmp_path: Path
 ) -> None:
-    ended = call("predict", *argv(bright, pictures, tmp_path, "--samples-per-shard", 4))
+    ended = call("predict", *argv(bright, images, tmp_path, "--samples-per-shard", 4))
     assert ended.code == 0, ended.err
     assert f"11 masks in {tmp_path}" in ended.out
     found = results(tmp_path)
-    files = [path for path in pictures.rglob("*.*") if path.is_file()]
-    assert set(found) == {str(path.relative_to(pictures)) for path in files}
+    files = [path for path in images.rglob("*.*") if path.is_file()]
+    assert set(found) == {str(path.relative_to(images)) for path in files}
     for path in files:
-        mask, info = found[str(path.relative_to(pictures))]
+        mask, info = found[str(path.relative_to(images))]
         image = upright(path)
         assert mask.shape == image.shape[:2]
         np.testing.assert_array_equal(mask, image[..., 0] > 127)
@@ -103,22 +103,22 @@ def test_every_image_gets_the_mask_it_should_have_in_its_own_size(
         assert 0.5 <= info["confidence"] <= 1
 
 
-def test_tiles_join_without_a_seam(bright: Path, pictures: Path, call, tmp_path: Path) -> None:
+def test_tiles_join_without_a_seam(bright: Path, images: Path, call, tmp_path: Path) -> None:
     more = ("--tile", 32, "--overlap", 0.3, "--batch-size", 3)
-    assert call("predict", *argv(bright, pictures, tmp_path, *more)).code == 0
+    assert call("predict", *argv(bright, images, tmp_path, *more)).code == 0
     for source, (mask, _) in results(tmp_path).items():
-        np.testing.assert_array_equal(mask, upright(pictures / source)[..., 0] > 127)
+        np.testing.assert_array_equal(mask, upright(images / source)[..., 0] > 127)
 
 
 def test_a_network_of_valid_convolutions_gives_masks_that_lie_on_the_images(
-    valid: Path, pictures: Path, call, tmp_path: Path
+    valid: Path, images: Path, call, tmp_path: Path
 ) -> None:
     more = ("--tile", 48, "--batch-size", 3)
-    assert call("predict", *argv(valid, pictures, tmp_path, *more)).code == 0
+    assert call("predict", *argv(valid, images, tmp_path, *more)).code == 0
     found = results(tmp_path)
     assert len(found) == 11
     for source, (mask, _) in found.items():
-        np.testing.assert_array_equal(mask, upright(pictures / source)[..., 0] > 127)
+        np.testing.assert_array_equal(mask, upright(images / source)[..., 0] > 127)
 
 
 def test_evaluation_counts_the_masks_that_are_predicted(
@@ -139,14 +139,14 @@ def test_evaluation_counts_the_masks_that_are_predicted(
     assert {name: scores["classes"]["foreground"][name] for name in expected} == expected
 
 
-def test_mirrors_are_averaged(trained: Path, pictures: Path, call, tmp_path: Path) -> None:
+def test_mirrors_are_averaged(trained: Path, images: Path, call, tmp_path: Path) -> None:
     for name, more in (("plain", ()), ("tta", ("--tta",))):
-        assert call("predict", *argv(trained, pictures, tmp_path / name, *more)).code == 0
+        assert call("predict", *argv(trained, images, tmp_path / name, *more)).code == 0
     turned = tmp_path / "turned"
-    for path in pictures.rglob("p*.png"):
-        (turned / path.parent.relative_to(pictures)).mkdir(parents=True, exist_ok=True)
+    for path in images.rglob("p*.png"):
+        (turned / path.parent.relative_to(images)).mkdir(parents=True, exist_ok=True)
         image = Image.open(path).transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        image.save(turned / path.relative_to(pictures))
+        image.save(turned / path.relative_to(images))
     assert call("predict", *argv(trained, turned, tmp_path / "back", "--tta")).code == 0
     tta, back = results(tmp_path / "tta"), results(tmp_path / "back")
     assert len(back) == 8
@@ -161,9 +161,9 @@ def test_mirrors_are_averaged(trained: Path, pictures: Path, call, tmp_path: Pat
 
 
 def test_the_manifest_counts_what_was_predicted(
-    bright: Path, pictures: Path, call, tmp_path: Path
+    bright: Path, images: Path, call, tmp_path: Path
 ) -> None:
-    assert call("predict", *argv(bright, pictures, tmp_path, "--samples-per-shard", 4)).code == 0
+    assert call("predict", *argv(bright, images, tmp_path, "--samples-per-shard", 4)).code == 0
     manifest = read_manifest(tmp_path)
     split = manifest.splits["predicted"]
     assert manifest.classes == ("background", "foreground")
@@ -181,27 +181,27 @@ def test_the_manifest_counts_what_was_predicted(
 
 
 def test_predicted_shards_are_unpacked_like_any_other(
-    bright: Path, pictures: Path, call, tmp_path: Path
+    bright: Path, images: Path, call, tmp_path: Path
 ) -> None:
-    assert call("predict", *argv(bright, pictures, tmp_path / "masks")).code == 0
+    assert call("predict", *argv(bright, images, tmp_path / "masks")).code == 0
     ended = call("unpack", "--data", tmp_path / "masks", "--out", tmp_path / "folders")
     assert ended.code == 0, ended.err
     masks = {
         str(path.relative_to(tmp_path / "folders" / "masks").with_suffix(""))
         for path in (tmp_path / "folders" / "masks").rglob("*.png")
     }
-    files = [path for path in pictures.rglob("*.*") if path.is_file()]
-    assert masks == {str(path.relative_to(pictures).with_suffix("")) for path in files}
+    files = [path for path in images.rglob("*.*") if path.is_file()]
+    assert masks == {str(path.relative_to(images).with_suffix("")) for path in files}
 
 
 def test_png_and_overlay_lie_beside_in_the_size_of_the_image(
-    bright: Path, pictures: Path, call, tmp_path: Path
+    bright: Path, images: Path, call, tmp_path: Path
 ) -> None:
-    ended = call("predict", *argv(bright, pictures, tmp_path, "--png", "--overlay"))
+    ended = call("predict", *argv(bright, images, tmp_path, "--png", "--overlay"))
     assert ended.code == 0
-    files = [path for path in pictures.rglob("*.*") if path.is_file()]
+    files = [path for path in images.rglob("*.*") if path.is_file()]
     for path in files:
-        name = path.relative_to(pictures).with_suffix(".png")
+        name = path.relative_to(images).with_suffix(".png")
         image = upright(path)
         mask = Image.open(tmp_path / "png" / name)
         assert mask.mode == "P"
@@ -213,14 +213,14 @@ def test_png_and_overlay_lie_beside_in_the_size_of_the_image(
 
 
 def test_one_image_a_pattern_and_a_list_are_inputs_too(
-    bright: Path, pictures: Path, call, tmp_path: Path
+    bright: Path, images: Path, call, tmp_path: Path
 ) -> None:
-    one = pictures / "a/deep/p3.png"
-    (tmp_path / "list.txt").write_text(f"# two of them\n{one}\n\n{pictures / 'grey.v2.png'}\n")
+    one = images / "a/deep/p3.png"
+    (tmp_path / "list.txt").write_text(f"# two of them\n{one}\n\n{images / 'grey.v2.png'}\n")
     for number, (given, expected) in enumerate(
         [
             (one, {"p3.png"}),
-            (f"{pictures}/*/deep/p[34].png", {"a/deep/p3.png", "b/deep/p4.png"}),
+            (f"{images}/*/deep/p[34].png", {"a/deep/p3.png", "b/deep/p4.png"}),
             (tmp_path / "list.txt", {"a/deep/p3.png", "grey.v2.png"}),
         ]
     ):
@@ -239,20 +239,20 @@ def test_shards_are_inputs_too(bright: Path, shards: Path, cells: Path, call, tm
         np.testing.assert_array_equal(mask, image[..., 0] > 127)
 
 
-def test_colour_images_go_into_a_grey_model(by_hand, pictures: Path, call, tmp_path) -> None:
-    assert call("predict", *argv(by_hand("L"), pictures, tmp_path)).code == 0
+def test_colour_images_go_into_a_grey_model(make_checkpoint, images: Path, call, tmp_path) -> None:
+    assert call("predict", *argv(make_checkpoint("L"), images, tmp_path)).code == 0
     mask, _ = results(tmp_path)["a/deep/p3.png"]
-    grey = np.asarray(Image.open(pictures / "a/deep/p3.png").convert("L"))
+    grey = np.asarray(Image.open(images / "a/deep/p3.png").convert("L"))
     np.testing.assert_array_equal(mask, grey > 127)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_the_bytes_do_not_depend_on_the_number_of_workers(
-    workers: int, trained: Path, pictures: Path, call, content, tmp_path: Path
+    workers: int, trained: Path, images: Path, call, content, tmp_path: Path
 ) -> None:
     more = ("--samples-per-shard", 4, "--tile", 64)
-    assert call("predict", *argv(trained, pictures, tmp_path / "0", *more)).code == 0
-    given = argv(trained, pictures, tmp_path / "n", *more)
+    assert call("predict", *argv(trained, images, tmp_path / "0", *more)).code == 0
+    given = argv(trained, images, tmp_path / "n", *more)
     assert call("predict", *given, "--workers", workers).code == 0
     assert content(tmp_path / "n") == content(tmp_path / "0")
 
@@ -263,14 +263,14 @@ def test_the_bytes_do_not_depend_on_the_number_of_workers(
 def test_after_kills_the_bytes_are_the_same_and_nothing_is_done_twice(
     trained: Path, draw, call, spawn, wait_for, kill, content, tmp_path: Path
 ) -> None:
-    pictures = draw(tmp_path / "in", 40, size=(160, 160)) / "images"
+    images = draw(tmp_path / "in", 40, size=(160, 160)) / "images"
     more = ("--samples-per-shard", 2)
-    assert call("predict", *argv(trained, pictures, tmp_path / "whole", *more)).code == 0
+    assert call("predict", *argv(trained, images, tmp_path / "whole", *more)).code == 0
     out = tmp_path / "out"
     finished: dict[Path, tuple[int, int]] = {}
     num_kills = 0
     for target in (1, 5):
-        process = spawn("predict", *argv(trained, pictures, out, *more))
+        process = spawn("predict", *argv(trained, images, out, *more))
         wait_for(lambda t=target: len([*out.glob("*.tar")]) >= t, f"shard {target}")
         kill(process)
         if (out / "index.json").exists():
@@ -280,7 +280,7 @@ def test_after_kills_the_bytes_are_the_same_and_nothing_is_done_twice(
             stat = (path.stat().st_ino, path.stat().st_mtime_ns)
             assert finished.setdefault(path, stat) == stat
     assert num_kills >= 1
-    assert call("predict", *argv(trained, pictures, out, *more)).code == 0
+    assert call("predict", *argv(trained, images, out, *more)).code == 0
     for path, stat in finished.items():
         assert (path.stat().st_ino, path.stat().st_mtime_ns) == stat
     found = {name: data for name, data in content(out).items() if not name.startswith(".")}
@@ -310,11 +310,11 @@ def killed_at(rename: int, before: bool, arguments: list[str]) -> None:
 def test_a_kill_at_any_rename_leaves_nothing_behind(
     rename: int, before: bool, bright: Path, draw, call, content, tmp_path: Path
 ) -> None:
-    pictures = draw(tmp_path / "in", 3, size=(16, 16)) / "images"
+    images = draw(tmp_path / "in", 3, size=(16, 16)) / "images"
     more = ("--samples-per-shard", 2)
-    assert call("predict", *argv(bright, pictures, tmp_path / "whole", *more)).code == 0
+    assert call("predict", *argv(bright, images, tmp_path / "whole", *more)).code == 0
     out = tmp_path / "out"
-    arguments = [str(flag) for flag in argv(bright, pictures, out, *more)]
+    arguments = [str(flag) for flag in argv(bright, images, out, *more)]
     process = multiprocessing.get_context("fork").Process(
         target=killed_at, args=(rename, before, arguments)
     )
@@ -349,9 +349,9 @@ def test_a_kill_at_any_rename_leaves_nothing_behind(
     ],
 )
 def test_another_job_in_the_same_folder_is_refused_by_name(
-    change: tuple[object, ...], message: str, bright: Path, pictures: Path, call, content, tmp_path
+    change: tuple[object, ...], message: str, bright: Path, images: Path, call, content, tmp_path
 ) -> None:
-    given = argv(bright, pictures, tmp_path, "--samples-per-shard", 4)
+    given = argv(bright, images, tmp_path, "--samples-per-shard", 4)
     assert call("predict", *given).code == 0
     before = content(tmp_path)
     ended = call("predict", *given, *change)
@@ -364,22 +364,22 @@ def test_another_job_in_the_same_folder_is_refused_by_name(
 
 
 def test_another_checkpoint_or_other_inputs_are_refused(
-    bright: Path, trained: Path, pictures: Path, call, tmp_path: Path
+    bright: Path, trained: Path, images: Path, call, tmp_path: Path
 ) -> None:
     mine = tmp_path / "in"
-    shutil.copytree(pictures / "a", mine)
+    shutil.copytree(images / "a", mine)
     assert call("predict", *argv(bright, mine, tmp_path / "out")).code == 0
     ended = call("predict", *argv(trained, mine, tmp_path / "out"))
     assert (ended.code, "was started with checkpoint = " in ended.err) == (2, True)
-    shutil.copy(pictures / "grey.v2.png", mine / "more.png")
+    shutil.copy(images / "grey.v2.png", mine / "more.png")
     ended = call("predict", *argv(bright, mine, tmp_path / "out"))
     assert (ended.code, "was started with inputs = " in ended.err) == (2, True)
 
 
 def test_another_precision_is_refused(
-    bright: Path, pictures: Path, call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    bright: Path, images: Path, call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    given = argv(bright, pictures, tmp_path)
+    given = argv(bright, images, tmp_path)
     assert call("predict", *given).code == 0
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     ended = call("predict", *given)
@@ -387,10 +387,10 @@ def test_another_precision_is_refused(
 
 
 def test_a_folder_with_other_shards_is_left_alone(
-    bright: Path, pictures: Path, shards: Path, call, content
+    bright: Path, images: Path, shards: Path, call, content
 ) -> None:
     before = content(shards)
-    ended = call("predict", *argv(bright, pictures, shards))
+    ended = call("predict", *argv(bright, images, shards))
     assert ended.code == 2
     assert "holds other shards" in ended.err
     assert content(shards) == before
@@ -402,14 +402,14 @@ def test_a_folder_with_other_shards_is_left_alone(
 def test_what_cannot_be_read_is_listed_and_the_job_continues(
     bright: Path, draw, call, content, tmp_path: Path
 ) -> None:
-    pictures = draw(tmp_path / "in", 6, size=(20, 20)) / "images"
-    (pictures / "p001.png").write_bytes(b"")
-    (pictures / "p002.png").write_bytes(b"no image")
-    (pictures / "p004.png").write_bytes((pictures / "p004.png").read_bytes()[:-300])
-    Image.new("RGBA", (8, 8)).save(pictures / "p900.png")
-    (pictures / "p901.png").symlink_to(tmp_path / "nowhere.png")
+    images = draw(tmp_path / "in", 6, size=(20, 20)) / "images"
+    (images / "p001.png").write_bytes(b"")
+    (images / "p002.png").write_bytes(b"no image")
+    (images / "p004.png").write_bytes((images / "p004.png").read_bytes()[:-300])
+    Image.new("RGBA", (8, 8)).save(images / "p900.png")
+    (images / "p901.png").symlink_to(tmp_path / "nowhere.png")
     out = tmp_path / "out"
-    given = argv(bright, pictures, out, "--samples-per-shard", 2)
+    given = argv(bright, images, out, "--samples-per-shard", 2)
     ended = call("predict", *given)
     assert ended.code == 3
     assert "5 inputs could not be read" in ended.out
@@ -426,13 +426,13 @@ def test_what_cannot_be_read_is_listed_and_the_job_continues(
         lines,
         strict=True,
     ):
-        assert line["input"] == str(pictures / name)
+        assert line["input"] == str(images / name)
         assert reason in line["error"]
     parts = sorted(out.glob("predicted-*.errors.jsonl"))
     assert "".join(part.read_text() for part in parts) == (out / "errors.jsonl").read_text()
     assert set(results(out)) == {"p000.png", "p003.png", "p005.png"}
     assert json.loads((out / "state.json").read_text())["errors"] == 5
-    # Given again: the same answer and the same files.
+    # A rerun has the same exit code and leaves the same files.
     before = content(out)
     assert call("predict", *given).code == 3
     assert content(out) == before
@@ -539,7 +539,7 @@ def test_settings_that_make_no_sense_are_refused(
 ) -> None:
     ended = call("predict", *argv(tmp_path, tmp_path, tmp_path / "out", *change))
     assert ended.code == 2
-    assert message in ended.said
+    assert message in ended.message
 
 
 def test_names_of_any_characters_become_safe_members(bright: Path, call, tmp_path: Path) -> None:

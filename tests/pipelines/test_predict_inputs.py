@@ -1,4 +1,4 @@
-"""What `unet predict` and `unet evaluate` take for images, end to end."""
+"""`predict`, `evaluate`, `inference.inputs`: which images are taken, end to end."""
 
 import shutil
 from pathlib import Path
@@ -9,8 +9,8 @@ from shards.manifest import read_manifest
 
 
 @pytest.fixture(scope="module")
-def bright(by_hand) -> Path:
-    return by_hand()
+def bright(make_checkpoint) -> Path:
+    return make_checkpoint()
 
 
 def flags(checkpoint: Path, given: object, out: Path, *more: object) -> list[object]:
@@ -28,8 +28,17 @@ def test_masks_of_a_data_set_without_images_are_not_predicted_nor_scored(
         assert ended.code == 1, given
         assert "masks" in ended.err
         assert not (tmp_path / "again").exists()
-    told = ("--data", masks, "--split", "predicted", "--out", tmp_path / "scores", "--workers", 0)
-    ended = call("evaluate", "--checkpoint", bright, *told)
+    options = (
+        "--data",
+        masks,
+        "--split",
+        "predicted",
+        "--out",
+        tmp_path / "scores",
+        "--workers",
+        0,
+    )
+    ended = call("evaluate", "--checkpoint", bright, *options)
     assert ended.code == 1
     assert "has a mask but no image; unet predict --include-image stores both" in ended.err
     assert not (tmp_path / "scores" / "scores.json").exists()

@@ -1,4 +1,4 @@
-"""A GPU out of memory: smaller batches and tiles, the same masks, reported once."""
+"""`inference.tiles`, `model.forward`: smaller batches and tiles, the same masks, reported once."""
 
 import weakref
 from contextlib import nullcontext
@@ -25,14 +25,14 @@ WORDS = (
 
 
 @pytest.fixture(scope="module")
-def bright(by_hand) -> Path:
+def bright(make_checkpoint) -> Path:
     """A model that finds what is above 127 in the red channel."""
-    return by_hand()
+    return make_checkpoint()
 
 
 @pytest.fixture(scope="module")
 def valid(bright: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same of valid convolutions: its smallest tile is 18, of which it predicts 2."""
+    """The bright model with valid convolutions: its smallest tile is 18, of which it predicts 2."""
     found = UNet.from_pretrained(bright)
     model = UNet(replace(found.config, padding="valid"), found.spec)
     model.load_state_dict(found.state_dict())
@@ -42,8 +42,8 @@ def valid(bright: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("pictures")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("images")
     for number, size in enumerate([(48, 48)] * 5 + [(90, 130), (20, 30)]):
         pixels = np.random.default_rng(number).integers(0, 255, (*size, 3)).astype(np.uint8)
         Image.fromarray(pixels).save(root / f"p{number}.png")
@@ -80,12 +80,12 @@ def argv(checkpoint: Path, given: object, out: object, *more: object) -> list[ob
 
 @pytest.mark.parametrize("most", [1, 2, 3])
 def test_a_batch_that_does_not_fit_is_halved_once_and_reported_once(
-    most: int, bright: Path, pictures: Path, call, memory, content, tmp_path: Path
+    most: int, bright: Path, images: Path, call, memory, content, tmp_path: Path
 ) -> None:
     more = ("--batch-size", 4, "--tile", 48, "--tta", "--probabilities", "float16")
-    assert call("predict", *argv(bright, pictures, tmp_path / "a", *more)).code == 0
+    assert call("predict", *argv(bright, images, tmp_path / "a", *more)).code == 0
     asked = memory(most)
-    ended = call("predict", *argv(bright, pictures, tmp_path / "b", *more))
+    ended = call("predict", *argv(bright, images, tmp_path / "b", *more))
     assert ended.code == 0, ended.err
     fits = 2 if most > 1 else 1
     ((line,),) = (ended.err.splitlines(),)
@@ -117,45 +117,45 @@ def test_evaluation_halves_batches_too(
 @pytest.mark.parametrize(("side", "tile"), [(39, 20), (19, 16)])
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_tiles_of_valid_convolutions_are_halved_and_the_masks_are_the_same(
-    batch_size: int, side: int, tile: int, valid: Path, pictures: Path, call, memory, tmp_path: Path
+    batch_size: int, side: int, tile: int, valid: Path, images: Path, call, memory, tmp_path: Path
 ) -> None:
     asked = memory(side=side)
     more = ("--tile", 48, "--batch-size", batch_size, "--png")
-    ended = call("predict", *argv(valid, pictures, tmp_path, *more))
+    ended = call("predict", *argv(valid, images, tmp_path, *more))
     assert ended.code == 0, ended.err
     ((line,),) = (ended.err.splitlines(),)
     assert line == (
-        f"tiles of 48 do not fit into the memory of this GPU (cpu): going on with {tile}, one at "
-        f"a time, as --tile {tile} --batch-size 1 would have from the start; the masks are the same"
+        f"tiles of 48 do not fit into the memory of this GPU (cpu): continuing with {tile}, one at "
+        f"a time, as with --tile {tile} --batch-size 1; the masks are identical"
     )
     # What does not fit is remembered: it is asked for once.
     refused = [(size, wanted) for size, wanted in asked if wanted > side]
     batches = [(size, 40) for size in ((4, 2, 1) if batch_size == 4 else (1,))]
     assert refused == [*batches, *([(1, 20)] if side < 20 else [])]
-    for path in pictures.iterdir():
+    for path in images.iterdir():
         mask = np.asarray(Image.open(tmp_path / "png" / path.name))
         np.testing.assert_array_equal(mask, np.asarray(Image.open(path))[..., 0] > 127)
 
 
 def test_the_smallest_tile_that_does_not_fit_is_reported_in_a_line(
-    valid: Path, pictures: Path, call, memory, tmp_path: Path
+    valid: Path, images: Path, call, memory, tmp_path: Path
 ) -> None:
     memory(most=0)
-    ended = call("predict", *argv(valid, pictures, tmp_path, "--tile", 48))
+    ended = call("predict", *argv(valid, images, tmp_path, "--tile", 48))
     assert ended.code == 1
     ((line,),) = (ended.err.splitlines(),)
     assert line.startswith(
         "unet predict: the smallest tile of this network, 18 x 18 pixels, does not fit into the "
-        "memory of this GPU (CUDA out of memory. Tried to allocate 2.00 GiB.); end what else"
+        "memory of this GPU (CUDA out of memory. Tried to allocate 2.00 GiB.); end other"
     )
 
 
 @pytest.mark.parametrize("verb", ["predict", "evaluate"])
 def test_other_tiles_that_do_not_fit_are_reported_in_a_line_that_names_the_flag(
-    verb: str, bright: Path, pictures: Path, shards: Path, call, memory, tmp_path: Path
+    verb: str, bright: Path, images: Path, shards: Path, call, memory, tmp_path: Path
 ) -> None:
     memory(side=40)
-    given = argv(bright, pictures, tmp_path, "--tile", 48)
+    given = argv(bright, images, tmp_path, "--tile", 48)
     if verb == "evaluate":
         given = ["--checkpoint", bright, "--data", shards, "--out", tmp_path, "--workers", 0]
     ended = call(verb, *given)
@@ -165,7 +165,8 @@ def test_other_tiles_that_do_not_fit_are_reported_in_a_line_that_names_the_flag(
         f"unet {verb}: a single tile of 48 x 48 pixels exceeds the memory of this GPU (CUDA out of "
         "memory. Tried to allocate 2.00 GiB.); lower --tile, for example to 24"
     )
-    assert ("give another --out, since other tiles make other masks" in line) == (verb == "predict")
+    remedy = "predict into another --out, since other tiles give other masks"
+    assert (remedy in line) == (verb == "predict")
     assert not (tmp_path / "index.json").exists()
 
 
@@ -175,7 +176,7 @@ def test_memory_that_runs_out_elsewhere_is_reported_in_a_line(
     verb: str,
     message: str,
     bright: Path,
-    pictures: Path,
+    images: Path,
     shards: Path,
     call,
     monkeypatch,
@@ -186,7 +187,7 @@ def test_memory_that_runs_out_elsewhere_is_reported_in_a_line(
 
     monkeypatch.setattr("pipelines.inference.tiles.predict_masks", fail)
     monkeypatch.setattr("pipelines.evaluation.score.predict_mask", fail)
-    given = argv(bright, pictures, tmp_path)
+    given = argv(bright, images, tmp_path)
     if verb == "evaluate":
         given = ["--checkpoint", bright, "--data", shards, "--out", tmp_path, "--workers", 0]
     ended = call(verb, *given)
@@ -200,32 +201,32 @@ def test_memory_that_runs_out_elsewhere_is_reported_in_a_line(
 
 @pytest.mark.parametrize("message", WORDS)
 def test_a_batch_is_halved_in_whichever_words_memory_runs_out(
-    message: str, bright: Path, pictures: Path, call, memory, content, tmp_path: Path
+    message: str, bright: Path, images: Path, call, memory, content, tmp_path: Path
 ) -> None:
-    assert call("predict", *argv(bright, pictures, tmp_path / "a")).code == 0
+    assert call("predict", *argv(bright, images, tmp_path / "a")).code == 0
     memory(1, error=RuntimeError(message))
-    ended = call("predict", *argv(bright, pictures, tmp_path / "b"))
+    ended = call("predict", *argv(bright, images, tmp_path / "b"))
     assert ended.code == 0, ended.err
     assert ended.err.count("exceeds the memory of this GPU") == 1
     assert content(tmp_path / "b") == content(tmp_path / "a")
 
 
 def test_an_engine_that_is_missing_for_another_reason_is_quoted(
-    bright: Path, pictures: Path, call, memory, tmp_path: Path
+    bright: Path, images: Path, call, memory, tmp_path: Path
 ) -> None:
     memory(0, error=RuntimeError(WORDS[2]))
-    ended = call("predict", *argv(bright, pictures, tmp_path))
+    ended = call("predict", *argv(bright, images, tmp_path))
     assert ended.code == 1
     assert f"({WORDS[2]})" in ended.err
     assert ended.err.count("\n") == 1
 
 
 def test_other_errors_of_a_pass_halve_nothing(
-    bright: Path, pictures: Path, call, memory, tmp_path: Path
+    bright: Path, images: Path, call, memory, tmp_path: Path
 ) -> None:
     asked = memory(0, error=RuntimeError("shapes cannot be multiplied"))
     with pytest.raises(RuntimeError, match="shapes"):
-        call("predict", *argv(bright, pictures, tmp_path))
+        call("predict", *argv(bright, images, tmp_path))
     assert len(asked) == 1
 
 

@@ -1,4 +1,4 @@
-"""Prediction in parts, by independent jobs: byte-identical to one process."""
+"""`predict`: in parts, by independent jobs; byte-identical to one process."""
 
 import itertools
 import json
@@ -15,24 +15,24 @@ from pipelines import predict
 
 
 @pytest.fixture(scope="module")
-def bright(by_hand) -> Path:
+def bright(make_checkpoint) -> Path:
     """A model that finds what is above 127 in the red channel."""
-    return by_hand()
+    return make_checkpoint()
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory, draw) -> Path:
+def images(tmp_path_factory: pytest.TempPathFactory, draw) -> Path:
     """Thirteen images for seven shards; one, in the third shard, cannot be read."""
-    folder = draw(tmp_path_factory.mktemp("pictures"), 13, size=(40, 60)) / "images"
+    folder = draw(tmp_path_factory.mktemp("images"), 13, size=(40, 60)) / "images"
     (folder / "p005.png").write_bytes(b"")
     return folder
 
 
 @pytest.fixture(scope="module")
-def argv(bright: Path, pictures: Path) -> Callable[..., list[object]]:
+def argv(bright: Path, images: Path) -> Callable[..., list[object]]:
     def flags(out: Path, *more: object) -> list[object]:
         return [
-            *("--checkpoint", bright, "--input", pictures, "--out", out, "--workers", 0),
+            *("--checkpoint", bright, "--input", images, "--out", out, "--workers", 0),
             *("--samples-per-shard", 2, "--png", *more),
         ]
 
@@ -174,5 +174,5 @@ def test_parts_that_make_no_sense_are_refused(
     out = tmp_path / "out"
     ended = call("predict", *argv(out, "--part", part))
     assert ended.code == 2
-    assert message in ended.said
+    assert message in ended.message
     assert not out.exists()

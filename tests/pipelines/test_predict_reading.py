@@ -1,4 +1,7 @@
-"""How files are read travels from packing to prediction; flags that replace a rule are reported."""
+"""`inference.reading`.
+
+How files are read travels from packing to prediction; flags that replace a rule are reported.
+"""
 
 import json
 from pathlib import Path
@@ -112,11 +115,11 @@ def test_files_are_decoded_to_the_arrays_that_packing_stores(
 
 @pytest.mark.parametrize("rule", RULES)
 def test_predict_offers_every_rule_and_reports_what_it_replaces(
-    rule: str, folder: Path, by_hand, call, tmp_path: Path
+    rule: str, folder: Path, make_checkpoint, call, tmp_path: Path
 ) -> None:
     flags, value = RULES[rule]
     given = ("--input", folder / rule / "images", "--workers", 0)
-    plain = by_hand("L")
+    plain = make_checkpoint("L")
     ended = call("predict", "--checkpoint", plain, *given, "--out", tmp_path / "a", *flags)
     assert ended.code == 0, ended.err
     shown = " ".join(map(str, flags))
@@ -135,9 +138,9 @@ def test_predict_offers_every_rule_and_reports_what_it_replaces(
 
 
 def test_masks_of_scaled_images_have_the_size_of_the_file(
-    folder: Path, by_hand, call, tmp_path: Path
+    folder: Path, make_checkpoint, call, tmp_path: Path
 ) -> None:
-    checkpoint = with_spec(by_hand("L"), tmp_path / "trained", resize=24)
+    checkpoint = with_spec(make_checkpoint("L"), tmp_path / "trained", resize=24)
     given = ("--input", folder / "resize/images", "--workers", 0, "--out", tmp_path / "out")
     more = ("--png", "--overlay", "--include-image", "--probabilities", "float16")
     ended = call("predict", "--checkpoint", checkpoint, *given, *more)
@@ -156,10 +159,10 @@ def test_masks_of_scaled_images_have_the_size_of_the_file(
 
 
 def test_data_sets_are_read_as_they_were_packed(
-    folder: Path, by_hand, call, tmp_path: Path
+    folder: Path, make_checkpoint, call, tmp_path: Path
 ) -> None:
     data = pack(call, folder / "alpha", tmp_path / "data", "--alpha", "drop")
-    checkpoint = with_spec(by_hand("L"), tmp_path / "trained", exif="ignore")
+    checkpoint = with_spec(make_checkpoint("L"), tmp_path / "trained", exif="ignore")
     given = ("--checkpoint", checkpoint, "--input", data, "--workers", 0, "--out", tmp_path / "out")
     ended = call("predict", *given)
     assert ended.code == 0
@@ -175,8 +178,8 @@ def test_data_sets_are_read_as_they_were_packed(
         ("evaluate", ("--data", deep, "--split", "train")),
         ("predict", ("--input", deep)),
     ):
-        told = ("--checkpoint", checkpoint, *more, "--out", tmp_path / verb, "--workers", 0)
-        ended = call(verb, *told)
+        options = ("--checkpoint", checkpoint, *more, "--out", tmp_path / verb, "--workers", 0)
+        ended = call(verb, *options)
         assert ended.code == 1
         assert "the data has 16-bit images (range 0 1000)" in ended.err
 
@@ -185,21 +188,23 @@ def test_data_sets_are_read_as_they_were_packed(
     "flags",
     [("--frame", -1), ("--resize", 0), ("--max-pixels", 0), ("--image-range", 9, 9)],
 )
-def test_rules_that_make_no_sense_are_refused(flags, by_hand, folder, call, tmp_path) -> None:
-    given = ("--checkpoint", by_hand(), "--input", folder / "exif", "--out", tmp_path)
+def test_rules_that_make_no_sense_are_refused(
+    flags, make_checkpoint, folder, call, tmp_path
+) -> None:
+    given = ("--checkpoint", make_checkpoint(), "--input", folder / "exif", "--out", tmp_path)
     ended = call("predict", *given, *flags)
     assert ended.code == 2
-    assert flags[0] in ended.said
+    assert flags[0] in ended.message
 
 
 def test_manifests_and_checkpoints_without_these_rules_are_read(
-    folder: Path, by_hand, call, tmp_path: Path
+    folder: Path, make_checkpoint, call, tmp_path: Path
 ) -> None:
     data = pack(call, folder / "max_pixels", tmp_path / "data")
     stored = json.loads((data / "index.json").read_text())["image_format"]
     assert not {"exif", "frame", "resize"} & stored.keys()
     assert read_manifest(data).image_format == ImageFormat("L")
-    checkpoint = with_spec(by_hand("L"), tmp_path / "trained")
+    checkpoint = with_spec(make_checkpoint("L"), tmp_path / "trained")
     header = json.loads((checkpoint / "config.json").read_text())
     for name in ("exif", "frame", "resize", "max_pixels"):
         del header["data"][name]

@@ -1,4 +1,4 @@
-"""`--input` at a URL: the same images, keys and masks as of a local copy, in worker processes."""
+"""`inference.input_readers`: images at a URL, keys and masks as of a local copy, in workers."""
 
 import json
 import tarfile
@@ -25,23 +25,23 @@ URL = "s3://bucket"
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Nine images at several depths, hidden files and others, a list and a tar of them."""
-    root = tmp_path_factory.mktemp("pictures")
-    pictures = root / "pics"
+    root = tmp_path_factory.mktemp("images")
+    images = root / "pics"
     for number, name in enumerate(
         ["a.png", "b.v2.png", "x/c.png", "x/y/d.png", *(f"n/{i:02}.png" for i in range(5))]
     ):
-        path = pictures / name
+        path = images / name
         path.parent.mkdir(parents=True, exist_ok=True)
         pixels = np.random.default_rng(number).integers(0, 255, (24, 20 + number, 3))
         Image.fromarray(pixels.astype(np.uint8)).save(path)
     for name in (".hidden.png", "x/.thumbs/c.png", "notes.md"):
-        path = pictures / name
+        path = images / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"no")
     (root / "list.txt").write_text("pics/a.png\n# not this\npics/x/c.png\n\npics/n/04.png\n")
     (root / "tars").mkdir()
     with tarfile.open(root / "tars" / "p-000000.tar", "w") as tar:
-        for path in sorted((pictures / "n").iterdir()):
+        for path in sorted((images / "n").iterdir()):
             tar.add(path, path.name)
     return root
 
@@ -103,8 +103,8 @@ def test_lists_may_name_urls_in_any_bucket_and_lie_at_urls(folder: Path, tmp_pat
         assert inputs.remote
         found = [inputs.read(number) for number in range(2)]
         # Called after what both have in common.
-        assert [picture.source for picture in found] == ["bucket/in/pics/a.png", "bucket2/x/c.png"]
-        assert [picture.data for picture in found] == [one, two]
+        assert [image.source for image in found] == ["bucket/in/pics/a.png", "bucket2/x/c.png"]
+        assert [image.data for image in found] == [one, two]
 
 
 @pytest.mark.parametrize(
@@ -175,10 +175,10 @@ def test_what_fails_for_good_is_an_error_of_each_image(monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("given", ["pics", "tars", "list.txt"])
 def test_worker_processes_predict_from_a_url_what_they_do_from_a_copy(
-    given: str, by_hand, spawn, call, content, folder: Path, tmp_path: Path
+    given: str, make_checkpoint, spawn, call, content, folder: Path, tmp_path: Path
 ) -> None:
     # The command has listed with a client of its own before it starts its workers.
-    argv = ("--checkpoint", by_hand(), "--samples-per-shard", 4)
+    argv = ("--checkpoint", make_checkpoint(), "--samples-per-shard", 4)
     where = {"here": folder / given, "there": f"{URL}/in/{given}"}
     for name, place in where.items():
         more = ("--input", place, "--out", tmp_path / name, "--workers", 2)
@@ -195,13 +195,13 @@ def test_worker_processes_predict_from_a_url_what_they_do_from_a_copy(
 
 
 def test_bad_inputs_at_a_url_are_listed_and_the_job_continues(
-    by_hand, spawn, folder: Path, tmp_path: Path
+    make_checkpoint, spawn, folder: Path, tmp_path: Path
 ) -> None:
     system = fsspec.filesystem("s3")
     good = (folder / "pics" / "a.png").read_bytes()
     system.pipe({"bucket/bad/a.png": good, "bucket/bad/b.png": b"", "bucket/bad/c.png": good[:99]})
     (tmp_path / "list.txt").write_text("\n".join(f"{URL}/bad/{name}.png" for name in "abcd"))
-    argv = ("--checkpoint", by_hand(), "--input", tmp_path / "list.txt", "--workers", 2)
+    argv = ("--checkpoint", make_checkpoint(), "--input", tmp_path / "list.txt", "--workers", 2)
     process = spawn("predict", *argv, "--out", tmp_path / "out")
     _, err = process.communicate(timeout=120)
     assert process.returncode == 3, err

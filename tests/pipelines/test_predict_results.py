@@ -1,4 +1,7 @@
-"""From probabilities to results: thresholds, small components, ignored pixels, stored values."""
+"""`inference.encode`, `inference.engine`, `inference.job`.
+
+From probabilities to results: thresholds, small components, ignored pixels, stored values.
+"""
 
 import io
 import json
@@ -16,7 +19,7 @@ from PIL import Image
 
 from pipelines import predict
 from pipelines.inference import encode, engine, job, specks
-from pipelines.inference.decoding import Chunk, Decoded
+from pipelines.inference.decoding import Chunk, DecodedInput
 from pipelines.model.load import load_model
 from pipelines.runtime import progress
 from shards.manifest import read_manifest
@@ -26,15 +29,15 @@ from shards.store import Store
 
 
 @pytest.fixture(scope="module")
-def bright(by_hand) -> Path:
+def bright(make_checkpoint) -> Path:
     """A model whose second class has the probability 1 / (1 + exp(-1000 (red - 127.5) / 255))."""
-    return by_hand()
+    return make_checkpoint()
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three images, two of one size, whose red values are all near the border of the classes."""
-    root = tmp_path_factory.mktemp("pictures")
+    root = tmp_path_factory.mktemp("images")
     for number, size in enumerate([(40, 50), (40, 50), (17, 90)]):
         pixels = np.random.default_rng(number).integers(124, 132, (*size, 3)).astype(np.uint8)
         Image.fromarray(pixels).save(root / f"p{number}.png")
@@ -58,13 +61,13 @@ def read(out: Path) -> dict[str, tuple[np.ndarray, dict[str, Any]]]:
     return found
 
 
-def red(pictures: Path, source: str) -> np.ndarray:
-    return np.asarray(Image.open(pictures / source))[..., 0]
+def red(images: Path, source: str) -> np.ndarray:
+    return np.asarray(Image.open(images / source))[..., 0]
 
 
-def probability(pictures: Path, source: str) -> np.ndarray:
+def probability(images: Path, source: str) -> np.ndarray:
     """Of the second class."""
-    return 1 / (1 + np.exp(-1000 * (red(pictures, source) - 127.5) / 255))
+    return 1 / (1 + np.exp(-1000 * (red(images, source) - 127.5) / 255))
 
 
 # ---- thresholds
@@ -73,22 +76,24 @@ def probability(pictures: Path, source: str) -> np.ndarray:
 @pytest.mark.parametrize(("threshold", "least"), [(0.1, 127), (0.5, 128), (0.9, 129)])
 @pytest.mark.parametrize("tile", [1024, 32])
 def test_the_second_class_is_wherever_it_is_as_probable_as_the_threshold(
-    threshold: float, least: int, tile: int, bright: Path, pictures: Path, call, tmp_path: Path
+    threshold: float, least: int, tile: int, bright: Path, images: Path, call, tmp_path: Path
 ) -> None:
     more = ("--threshold", threshold, "--tile", tile)
-    assert call("predict", *argv(bright, pictures, tmp_path, *more)).code == 0
+    assert call("predict", *argv(bright, images, tmp_path, *more)).code == 0
     for source, (mask, info) in read(tmp_path).items():
-        expected = red(pictures, source) >= least
+        expected = red(images, source) >= least
         np.testing.assert_array_equal(mask, expected)
-        p = probability(pictures, source)
+        p = probability(images, source)
         chosen = np.where(expected, p, 1 - p)
         assert info["confidence"] == pytest.approx(chosen.mean(), abs=1e-4)
         assert info["shares"]["foreground"] == round(float(expected.mean()), 6)
 
 
-def test_a_threshold_for_three_classes_is_refused(by_hand, pictures: Path, call, tmp_path) -> None:
-    three = by_hand("RGB", ("background", "cell", "wall"))
-    ended = call("predict", *argv(three, pictures, tmp_path / "out", "--threshold", 0.3))
+def test_a_threshold_for_three_classes_is_refused(
+    make_checkpoint, images: Path, call, tmp_path
+) -> None:
+    three = make_checkpoint("RGB", ("background", "cell", "wall"))
+    ended = call("predict", *argv(three, images, tmp_path / "out", "--threshold", 0.3))
     assert ended.code == 2
     ((line,),) = (ended.err.splitlines(),)
     assert "--threshold is for models of two classes" in line
@@ -100,11 +105,11 @@ def test_a_threshold_for_three_classes_is_refused(by_hand, pictures: Path, call,
 
 
 def test_specks_are_removed_from_the_mask_and_all_that_counts_it(
-    bright: Path, pictures: Path, call, tmp_path: Path
+    bright: Path, images: Path, call, tmp_path: Path
 ) -> None:
     plain, clean = tmp_path / "plain", tmp_path / "clean"
     for out, more in ((plain, ()), (clean, ("--min-area", 20, "--png"))):
-        assert call("predict", *argv(bright, pictures, out, *more)).code == 0
+        assert call("predict", *argv(bright, images, out, *more)).code == 0
     before, after = read(plain), read(clean)
     for source, (mask, info) in after.items():
         expected = specks.remove_specks(before[source][0], 20)
@@ -119,31 +124,29 @@ def test_specks_are_removed_from_the_mask_and_all_that_counts_it(
 
 
 def test_without_scipy_min_area_is_refused_in_one_line(
-    bright: Path, pictures: Path, call, monkeypatch, tmp_path: Path
+    bright: Path, images: Path, call, monkeypatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(predict, "has_scipy", lambda: False)
-    ended = call("predict", *argv(bright, pictures, tmp_path / "out", "--min-area", 5))
+    ended = call("predict", *argv(bright, images, tmp_path / "out", "--min-area", 5))
     assert ended.code == 2
     assert ended.err == ("unet predict: --min-area needs SciPy: pip install 'unet-shards[scipy]'\n")
     # No area is below one pixel.
-    assert call("predict", *argv(bright, pictures, tmp_path, "--min-area", 1)).code == 0
+    assert call("predict", *argv(bright, images, tmp_path, "--min-area", 1)).code == 0
 
 
 @pytest.mark.parametrize("more", [(), ("--min-area", 20), ("--threshold", 0.9)])
 @pytest.mark.parametrize("tile", [1024, 32])
 def test_a_mask_with_min_confidence_differs_in_ignored_pixels_only(
-    tile: int, more: tuple[object, ...], bright: Path, pictures: Path, call, tmp_path: Path
+    tile: int, more: tuple[object, ...], bright: Path, images: Path, call, tmp_path: Path
 ) -> None:
     plain, careful = tmp_path / "plain", tmp_path / "careful"
     more = (*more, "--tile", tile)
-    assert call("predict", *argv(bright, pictures, plain, *more)).code == 0
-    assert (
-        call("predict", *argv(bright, pictures, careful, *more, "--min-confidence", 0.9)).code == 0
-    )
+    assert call("predict", *argv(bright, images, plain, *more)).code == 0
+    assert call("predict", *argv(bright, images, careful, *more, "--min-confidence", 0.9)).code == 0
     before, ignored = read(plain), 0
     chosen_at = 129 if "--threshold" in more else 128
     for source, (mask, info) in read(careful).items():
-        p, second = probability(pictures, source), red(pictures, source) >= chosen_at
+        p, second = probability(images, source), red(images, source) >= chosen_at
         unsure = np.where(second, p, 1 - p) < 0.9
         np.testing.assert_array_equal(mask, np.where(unsure, 255, before[source][0]))
         assert info["confidence"] == before[source][1]["confidence"]
@@ -162,24 +165,24 @@ def test_a_mask_with_min_confidence_differs_in_ignored_pixels_only(
 @pytest.mark.parametrize("tile", [1024, 32])
 @pytest.mark.parametrize("kind", ["png", "float16"])
 def test_probabilities_are_read_by_stock_webdataset(
-    kind: str, tile: int, by_hand, pictures: Path, call, tmp_path: Path
+    kind: str, tile: int, make_checkpoint, images: Path, call, tmp_path: Path
 ) -> None:
-    three = by_hand("RGB", ("background", "cell", "wall"))
+    three = make_checkpoint("RGB", ("background", "cell", "wall"))
     more = ("--probabilities", kind, "--tile", tile)
-    assert call("predict", *argv(three, pictures, tmp_path, *more)).code == 0
+    assert call("predict", *argv(three, images, tmp_path, *more)).code == 0
     shards = str(tmp_path / "predicted-000000.tar")
     samples = {s["__key__"]: s for s in wds.WebDataset(shards, shardshuffle=False).decode("pil")}
     assert set(samples) == {"p0", "p1", "p2"}
     for key, sample in samples.items():
-        p = probability(pictures, f"{key}.png")
+        p = probability(images, f"{key}.png")
         if kind == "png":
             assert "probability-0.png" not in sample
             with tarfile.open(shards) as tar:
                 data = [tar.extractfile(f"{key}.probability-{k}.png").read() for k in (1, 2)]
-            images = [Image.open(io.BytesIO(one)) for one in data]
-            assert {image.mode for image in images} == {"I;16"}
+            maps = [Image.open(io.BytesIO(one)) for one in data]
+            assert {image.mode for image in maps} == {"I;16"}
             assert sample["probability-1.png"].size == p.shape[::-1]
-            found = np.stack([np.asarray(image) for image in images]) / 65535
+            found = np.stack([np.asarray(image) for image in maps]) / 65535
         else:
             array = sample["probabilities.npy"]
             assert (array.dtype, array.shape) == (np.float16, (3, *p.shape))
@@ -192,11 +195,11 @@ def test_probabilities_are_read_by_stock_webdataset(
 
 @pytest.mark.parametrize("kind", ["png", "float16"])
 def test_a_data_set_with_probabilities_is_one_like_any_other(
-    kind: str, bright: Path, pictures: Path, call, tmp_path: Path
+    kind: str, bright: Path, images: Path, call, tmp_path: Path
 ) -> None:
     plain, kept = tmp_path / "plain", tmp_path / "kept"
-    assert call("predict", *argv(bright, pictures, plain)).code == 0
-    assert call("predict", *argv(bright, pictures, kept, "--probabilities", kind)).code == 0
+    assert call("predict", *argv(bright, images, plain)).code == 0
+    assert call("predict", *argv(bright, images, kept, "--probabilities", kind)).code == 0
     for source, (mask, info) in read(plain).items():
         np.testing.assert_array_equal(read(kept)[source][0], mask)
         assert read(kept)[source][1] == info
@@ -206,10 +209,10 @@ def test_a_data_set_with_probabilities_is_one_like_any_other(
 
 
 def test_a_key_that_leaves_no_room_for_probabilities_is_an_error_of_its_own(
-    bright: Path, pictures: Path, call, tmp_path: Path
+    bright: Path, images: Path, call, tmp_path: Path
 ) -> None:
     (tmp_path / "in").mkdir()
-    data = (pictures / "p0.png").read_bytes()
+    data = (images / "p0.png").read_bytes()
     # Beyond 90 bytes a key is a hash of 72.
     for length in (82, 83, 90, 91):
         (tmp_path / "in" / f"{'x' * length}.png").write_bytes(data)
@@ -235,20 +238,20 @@ EVERYTHING = (
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_with_everything_the_bytes_do_not_depend_on_the_number_of_workers(
-    workers: int, bright: Path, pictures: Path, call, content, tmp_path: Path
+    workers: int, bright: Path, images: Path, call, content, tmp_path: Path
 ) -> None:
-    assert call("predict", *argv(bright, pictures, tmp_path / "0", *EVERYTHING)).code == 0
-    given = argv(bright, pictures, tmp_path / "n", *EVERYTHING)
+    assert call("predict", *argv(bright, images, tmp_path / "0", *EVERYTHING)).code == 0
+    given = argv(bright, images, tmp_path / "n", *EVERYTHING)
     assert call("predict", *given, "--workers", workers).code == 0
     assert content(tmp_path / "n") == content(tmp_path / "0")
 
 
 @pytest.mark.ranks
 def test_with_everything_the_bytes_do_not_depend_on_the_number_of_ranks(
-    bright: Path, pictures: Path, call, launch, content, tmp_path: Path
+    bright: Path, images: Path, call, launch, content, tmp_path: Path
 ) -> None:
-    assert call("predict", *argv(bright, pictures, tmp_path / "1", *EVERYTHING)).code == 0
-    ended = launch(2, "predict", *argv(bright, pictures, tmp_path / "2", *EVERYTHING))
+    assert call("predict", *argv(bright, images, tmp_path / "1", *EVERYTHING)).code == 0
+    ended = launch(2, "predict", *argv(bright, images, tmp_path / "2", *EVERYTHING))
     assert ended.code == 0, ended.err
     assert content(tmp_path / "2") == content(tmp_path / "1")
 
@@ -256,14 +259,14 @@ def test_with_everything_the_bytes_do_not_depend_on_the_number_of_ranks(
 def test_with_everything_a_kill_leaves_nothing_behind(
     bright: Path, draw, call, spawn, wait_for, kill, content, tmp_path: Path
 ) -> None:
-    pictures = draw(tmp_path / "in", 24, size=(160, 160)) / "images"
+    images = draw(tmp_path / "in", 24, size=(160, 160)) / "images"
     whole, out = tmp_path / "whole", tmp_path / "out"
-    assert call("predict", *argv(bright, pictures, whole, *EVERYTHING)).code == 0
-    process = spawn("predict", *argv(bright, pictures, out, *EVERYTHING))
+    assert call("predict", *argv(bright, images, whole, *EVERYTHING)).code == 0
+    process = spawn("predict", *argv(bright, images, out, *EVERYTHING))
     wait_for(lambda: len([*out.glob("*.tar")]) >= 2, "shard 2")
     kill(process)
     assert not (out / "index.json").exists()
-    assert call("predict", *argv(bright, pictures, out, *EVERYTHING)).code == 0
+    assert call("predict", *argv(bright, images, out, *EVERYTHING)).code == 0
     assert content(out) == content(whole)
 
 
@@ -273,31 +276,31 @@ def test_with_everything_a_kill_leaves_nothing_behind(
 def test_with_fail_fast_the_first_input_that_cannot_be_read_ends_the_job(
     bright: Path, draw, call, content, tmp_path: Path
 ) -> None:
-    pictures, out = draw(tmp_path / "in", 9, size=(20, 20)) / "images", tmp_path / "out"
+    images, out = draw(tmp_path / "in", 9, size=(20, 20)) / "images", tmp_path / "out"
     for name in ("p004.png", "p007.png"):
-        (pictures / name).write_bytes(b"")
-    given = argv(bright, pictures, out, "--samples-per-shard", 2, "--batch-size", 1)
+        (images / name).write_bytes(b"")
+    given = argv(bright, images, out, "--samples-per-shard", 2, "--batch-size", 1)
     ended = call("predict", *given, "--fail-fast")
     assert ended.code == 1
     ((line,),) = (ended.err.splitlines(),)
-    assert line == f"unet predict: {pictures / 'p004.png'} is empty; repair or remove it"
+    assert line == f"unet predict: {images / 'p004.png'} is empty; repair or remove it"
     assert not (out / "index.json").exists()
     assert not [*out.glob(".*.tmp")]
     # What was finished stays, and the image may be mended.
     assert (out / "predicted-000000.tar").exists()
     assert not (out / "predicted-000002.tar").exists()
     for name in ("p004.png", "p007.png"):
-        (pictures / name).write_bytes((pictures / "p000.png").read_bytes())
+        (images / name).write_bytes((images / "p000.png").read_bytes())
     assert call("predict", *given, "--fail-fast").code == 0
-    assert call("predict", *argv(bright, pictures, tmp_path / "whole", *given[8:])).code == 0
+    assert call("predict", *argv(bright, images, tmp_path / "whole", *given[8:])).code == 0
     assert content(out) == content(tmp_path / "whole")
 
 
 def test_one_image_is_drawn_beside_its_mask(bright: Path, draw, call, tmp_path: Path) -> None:
-    picture = draw(tmp_path / "in", 1, size=(40, 60), name="one") / "images" / "one.png"
-    assert call("predict", *argv(bright, picture, tmp_path / "out")).code == 0
+    path = draw(tmp_path / "in", 1, size=(40, 60), name="one") / "images" / "one.png"
+    assert call("predict", *argv(bright, path, tmp_path / "out")).code == 0
     drawn = np.asarray(Image.open(tmp_path / "out" / "one.figure.png"))
-    image = np.asarray(Image.open(picture))
+    image = np.asarray(Image.open(path))
     mask = read(tmp_path / "out")["one.png"][0]
     np.testing.assert_array_equal(drawn[:, :60], image)
     overlay = drawn[:, -60:]
@@ -320,10 +323,10 @@ def test_a_large_image_is_drawn_small(bright: Path, call, tmp_path: Path) -> Non
 def test_progress_reports_images_pixels_errors_and_the_time_left(
     bright: Path, draw, call, monkeypatch, tmp_path: Path
 ) -> None:
-    pictures = draw(tmp_path / "in", 6, size=(20, 20)) / "images"
-    (pictures / "p001.png").write_bytes(b"")
+    images = draw(tmp_path / "in", 6, size=(20, 20)) / "images"
+    (images / "p001.png").write_bytes(b"")
     monkeypatch.setattr(progress, "LINE_INTERVAL", 1e-9)
-    ended = call("predict", *argv(bright, pictures, tmp_path / "out"))
+    ended = call("predict", *argv(bright, images, tmp_path / "out"))
     assert ended.code == 3
     lines = [line for line in ended.err.splitlines() if line]
     assert lines
@@ -379,7 +382,9 @@ def test_images_of_one_size_that_follow_each_other_go_together(bright: Path) -> 
         return engine.PredictedMasks(classes, torch.ones(size[0]), None, None)
 
     items = [
-        Decoded(str(i), str(i), None if size is None else torch.zeros((3, *size)), size and None)
+        DecodedInput(
+            str(i), str(i), None if size is None else torch.zeros((3, *size)), size and None
+        )
         for i, size in enumerate(sizes)
     ]
     launched = [*engine.predict_chunks([Chunk(7, 0, 5)], [items], forward)]
@@ -394,7 +399,7 @@ def test_a_shard_that_is_given_up_leaves_nothing(bright: Path, tmp_path: Path) -
     writing = job.write_shard(Store(tmp_path), "a.tar", load_model(str(bright)).spec)
     next(writing)
     member = {"mask.png": b"m", "json": b"{}"}
-    writing.send(encode.Prediction("k", member, {}, 1, 1, (1, 0, 0)))
+    writing.send(encode.EncodedPrediction("k", member, {}, 1, 1, (1, 0, 0)))
     assert [*tmp_path.iterdir()]
     writing.close()
     assert not [*tmp_path.iterdir()]

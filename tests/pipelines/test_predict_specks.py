@@ -1,4 +1,4 @@
-"""Specks: no area too small is left, what surrounds it decides, and nothing else changes."""
+"""`inference.specks`: no small area is left, what surrounds it decides, nothing else changes."""
 
 import tracemalloc
 
@@ -39,7 +39,7 @@ def around(y, x):
     return {(y + i, x + j) for i in (-1, 0, 1) for j in (-1, 0, 1)} - {(y, x)}
 
 
-def remove_by_hand(mask, min_area):
+def remove_one_by_one(mask, min_area):
     """Reference implementation of the docstring, round by round."""
     found = mask.copy()
     waiting = [area for area in areas(mask) if len(area) < min_area]
@@ -69,7 +69,7 @@ def test_specks_take_the_class_that_their_ring_is_for(rows, min_area, together):
         patch.setattr(specks, "TOGETHER", together)
         found = remove_specks(mask, min_area)
     assert found.dtype == np.uint8
-    np.testing.assert_array_equal(found, remove_by_hand(mask, min_area))
+    np.testing.assert_array_equal(found, remove_one_by_one(mask, min_area))
     np.testing.assert_array_equal(mask, before)
 
 
@@ -108,7 +108,7 @@ def test_values_are_counted_in_parts(monkeypatch):
     assert count_values(mask, 12).tolist() == [int((mask == value).sum()) for value in range(13)]
 
 
-def test_memory_is_what_the_docstring_says():
+def test_memory_is_within_the_documented_limit():
     rng = np.random.default_rng(0)
     mask = np.zeros((1500, 1500), dtype=np.uint8)
     mask[:, 700:] = 3

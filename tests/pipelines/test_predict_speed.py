@@ -1,4 +1,7 @@
-"""Switches and defaults that make prediction fast, and what they must not change."""
+"""`inference.compiled`, `inference.options`.
+
+Switches and defaults that make prediction fast, and what they must not change.
+"""
 
 import functools
 import json
@@ -14,7 +17,7 @@ from PIL import Image
 from pipelines import predict
 from pipelines.inference import engine, options
 from pipelines.inference.compiled import CompiledForward, first_tile
-from pipelines.inference.decoding import Decoded
+from pipelines.inference.decoding import DecodedInput
 from pipelines.runtime import devices
 from pipelines.runtime.errors import RunError
 from unet import TileConfig, UNet
@@ -72,7 +75,7 @@ def test_full_batches_of_the_first_images_shape_are_compiled_and_no_others(
     assert ended.code == 3, ended.err
     # a p0 | p1 p2, p3 p4 | p5 p6, p7: a batch that was cut short is not compiled.
     assert compiled_shapes == [(2, 3, 40, 60)]
-    assert "--compile: 6 of 8 tiles ran uncompiled, since only full batches of 2" in ended.err
+    assert "--compile: 6 of 8 tiles ran uncompiled: only full batches of 2" in ended.err
     assert (job(tmp_path / "out")["compile"], job(tmp_path / "plain")["compile"]) == (True, False)
     # Traced, not optimised: the same bytes.
     shards = [content(tmp_path / out)["predicted-000001.tar"] for out in ("plain", "out")]
@@ -113,9 +116,9 @@ def test_the_first_tile_is_that_of_the_first_readable_input() -> None:
     class Decode:
         inputs = shapes
 
-        def __call__(self, number: int) -> Decoded:
+        def __call__(self, number: int) -> DecodedInput:
             shape = shapes[number]
-            return Decoded("", "", None if shape is None else torch.zeros(shape))
+            return DecodedInput("", "", None if shape is None else torch.zeros(shape))
 
     assert first_tile(Decode(), TileConfig(tile=100), model) == (90, 100)
     del shapes[1:]
@@ -326,7 +329,7 @@ def test_results_carry_the_counts_of_their_masks() -> None:
         probabilities=None,
         counts=torch.tensor([[1, 3, 0], [4, 0, 0]]),
     )
-    items = [Decoded("a", "a.png", None), Decoded("b", "b.png", None)]
+    items = [DecodedInput("a", "a.png", None), DecodedInput("b", "b.png", None)]
     found = [found for _, found in engine.InFlightBatch(0, items, masks, None).results()]
     assert [one.counts for one in found] == [[1, 3, 0], [4, 0, 0]]
 

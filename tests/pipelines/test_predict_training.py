@@ -1,4 +1,4 @@
-"""Predictions with their images are a training data set: pseudo-labels."""
+"""`predict`: predictions with their images are a training data set (pseudo-labels)."""
 
 import io
 from pathlib import Path
@@ -11,9 +11,9 @@ from shards.manifest import read_manifest
 
 
 @pytest.fixture(scope="module")
-def bright(by_hand) -> Path:
+def bright(make_checkpoint) -> Path:
     """A model that finds what is above 127 in the red channel."""
-    return by_hand()
+    return make_checkpoint()
 
 
 def argv(checkpoint: Path, given: object, out: object, *more: object) -> list[object]:
@@ -24,9 +24,9 @@ def argv(checkpoint: Path, given: object, out: object, *more: object) -> list[ob
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Images of several formats, modes and orientations."""
-    root = tmp_path_factory.mktemp("pictures")
+    root = tmp_path_factory.mktemp("images")
     noise = np.random.default_rng(0).integers(0, 255, (30, 20, 3)).astype(np.uint8)
     image = Image.fromarray(noise)
     exif = Image.Exif()
@@ -49,14 +49,14 @@ def upright(path: Path) -> np.ndarray:
 
 
 def test_images_lie_beside_their_masks_as_packing_stores_them(
-    bright: Path, pictures: Path, call, samples, tmp_path: Path
+    bright: Path, images: Path, call, samples, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    assert call("predict", *argv(bright, pictures, out)).code == 0
-    packed = ("--images", pictures, "--out", tmp_path / "packed", "--workers", 1)
+    assert call("predict", *argv(bright, images, out)).code == 0
+    packed = ("--images", images, "--out", tmp_path / "packed", "--workers", 1)
     assert call("pack", *packed).code == 0
     found, expected = samples(out), samples(tmp_path / "packed")
-    assert set(found) == set(expected) == {path.name for path in pictures.iterdir()}
+    assert set(found) == set(expected) == {path.name for path in images.iterdir()}
     for source, sample in found.items():
         assert sample.split == "predicted"
         assert not sample.raw.is_mask
@@ -65,20 +65,20 @@ def test_images_lie_beside_their_masks_as_packing_stores_them(
         if source != "misnamed.png":
             assert sample.raw.extension == stored.extension
         np.testing.assert_array_equal(sample.image, expected[source].image)
-        image = upright(pictures / source)
+        image = upright(images / source)
         assert sample.image.shape == image.shape
         np.testing.assert_array_equal(sample.mask, sample.image[..., 0] > 127)
     for source in ("plain.png", "photo.JPG", "scan.tif", "drawn.bmp", "misnamed.png"):
-        assert found[source].raw.image == (pictures / source).read_bytes()
+        assert found[source].raw.image == (images / source).read_bytes()
     # The extension matches the format of the bytes.
     assert found["misnamed.png"].raw.extension == "jpg"
     assert found["camera.jpeg"].raw.extension == "png"
 
 
 def test_images_out_of_shards_go_into_shards_again(
-    bright: Path, pictures: Path, call, samples, tmp_path: Path
+    bright: Path, images: Path, call, samples, tmp_path: Path
 ) -> None:
-    packed = ("--images", pictures, "--out", tmp_path / "packed", "--workers", 1)
+    packed = ("--images", images, "--out", tmp_path / "packed", "--workers", 1)
     assert call("pack", *packed).code == 0
     assert call("predict", *argv(bright, tmp_path / "packed", tmp_path / "out")).code == 0
     found, given = samples(tmp_path / "out"), samples(tmp_path / "packed")
@@ -91,9 +91,9 @@ def test_images_out_of_shards_go_into_shards_again(
 
 
 def test_a_split_has_the_name_that_it_is_given(
-    bright: Path, pictures: Path, call, samples, tmp_path: Path
+    bright: Path, images: Path, call, samples, tmp_path: Path
 ) -> None:
-    given = argv(bright, pictures, tmp_path, "--out-split", "train", "--samples-per-shard", 5)
+    given = argv(bright, images, tmp_path, "--out-split", "train", "--samples-per-shard", 5)
     assert call("predict", *given).code == 0
     manifest = read_manifest(tmp_path)
     assert [*manifest.splits] == ["train"]
@@ -128,8 +128,8 @@ def test_training_resumes_with_pseudo_labels_beside_real_validation(
     assert sum(s.pixels[-1] for s in splits["train"].shards) == sum(s.pixels[-1] for s in ignored)
 
     run_dir = tmp_path / "run"
-    told_training = ("--data", both, "--run-dir", run_dir, *tiny, "--workers", 0)
-    ended = call("train", *told_training, "--steps", 4, "--log-every", 2, "--eval-every", 4)
+    training = ("--data", both, "--run-dir", run_dir, *tiny, "--workers", 0)
+    ended = call("train", *training, "--steps", 4, "--log-every", 2, "--eval-every", 4)
     assert ended.code == 0, ended.err
     lines = metrics(run_dir)
     assert lines[-1]["step"] == 4
@@ -137,11 +137,11 @@ def test_training_resumes_with_pseudo_labels_beside_real_validation(
 
 
 def test_what_cannot_be_trained_on_is_left_out(
-    bright: Path, pictures: Path, call, samples, tmp_path: Path
+    bright: Path, images: Path, call, samples, tmp_path: Path
 ) -> None:
     (tmp_path / "in").mkdir()
-    (tmp_path / "in" / "good.png").write_bytes((pictures / "plain.png").read_bytes())
-    (tmp_path / "in" / "cut.jpg").write_bytes((pictures / "photo.JPG").read_bytes()[:300])
+    (tmp_path / "in" / "good.png").write_bytes((images / "plain.png").read_bytes())
+    (tmp_path / "in" / "cut.jpg").write_bytes((images / "photo.JPG").read_bytes()[:300])
     (tmp_path / "in" / "cut.png").write_bytes(b"")
     Image.new("RGBA", (8, 8)).save(tmp_path / "in" / "clear.webp")
     frames = [Image.new("L", (8, 8), level) for level in (0, 255)]

@@ -167,7 +167,7 @@ def test_masks_that_fit_no_format_get_no_command(folder: Path, call) -> None:
 def test_a_folder_without_masks_is_refused(folder: Path, call) -> None:
     ended = call("pack", "--images", folder / "images", "--mask-format", "auto", "--out", "out")
     assert ended.code == 2
-    assert "--mask-format needs --masks" in ended.said
+    assert "--mask-format needs --masks" in ended.message
 
 
 def move(folder: Path, template: str, part: str = "masks") -> None:

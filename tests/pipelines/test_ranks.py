@@ -1,4 +1,7 @@
-"""Any number of ranks: the same batches, the same scores, the same files, printed once."""
+"""`train`, `evaluate`, `predict`.
+
+Any number of ranks: the same batches, the same scores, the same files, printed once.
+"""
 
 import csv
 import json
@@ -66,7 +69,7 @@ LOSSES = ("train/loss", "train/loss_cross_entropy", "train/loss_dice", "train/lr
 
 
 def assert_same_run(lines: list[dict], expected: list[dict]) -> None:
-    """The same samples in the same global batches: the same losses, step for step."""
+    """Equal samples in equal global batches give equal losses, step for step."""
     ours, theirs = curve(lines, *LOSSES), curve(expected, *LOSSES)
     assert ours.shape == theirs.shape == (8, 4)
     assert len(np.unique(theirs[:, 0])) == 8
@@ -148,9 +151,9 @@ def test_scores_are_the_same_to_the_last_digit(
 def test_predictions_are_the_same_files(
     uneven: Path, alone: Path, draw, launch, call, content, tmp_path: Path
 ) -> None:
-    pictures = draw(tmp_path / "in", 7, size=(30, 44), seed=9) / "images"
-    (pictures / "p900.png").write_bytes(b"no image")
-    argv = ("--checkpoint", alone, "--input", pictures, "--samples-per-shard", 3, "--png")
+    images = draw(tmp_path / "in", 7, size=(30, 44), seed=9) / "images"
+    (images / "p900.png").write_bytes(b"no image")
+    argv = ("--checkpoint", alone, "--input", images, "--samples-per-shard", 3, "--png")
     ended = call("predict", *argv, "--out", tmp_path / "1", "--workers", 0)
     assert ended.code == 3, ended.err
     expected = content(tmp_path / "1")
@@ -170,8 +173,8 @@ def test_predictions_are_the_same_files(
 def test_predictions_resume_with_another_number_of_ranks_after_a_kill(
     then: int, alone: Path, draw, launch, spawn_ranks, call, kill, wait_for, content, tmp_path: Path
 ) -> None:
-    pictures = draw(tmp_path / "in", 30, size=(120, 120), seed=9) / "images"
-    argv = ("--checkpoint", alone, "--input", pictures, "--samples-per-shard", 2, "--workers", 1)
+    images = draw(tmp_path / "in", 30, size=(120, 120), seed=9) / "images"
+    argv = ("--checkpoint", alone, "--input", images, "--samples-per-shard", 2, "--workers", 1)
     assert call("predict", *argv, "--out", tmp_path / "whole").code == 0
     out = tmp_path / "out"
     process = spawn_ranks(2, "predict", *argv, "--out", out)

@@ -1,4 +1,7 @@
-"""Data at a URL: batches and scores of the local copy, by range requests or out of the cache."""
+"""`loading.dataset`.
+
+Data at a URL: batches and scores of the local copy, by range requests or out of the cache.
+"""
 
 import re
 import shutil
@@ -38,7 +41,7 @@ Asked = tuple[Any, ...]
 
 
 class Proxy(BaseHTTPRequestHandler):
-    """In front of the S3 server: writes down what is asked for, and fails as it is told."""
+    """In front of the S3 server: logs requests, and fails on request."""
 
     protocol_version = "HTTP/1.1"
     behind: ClassVar[str]
@@ -189,15 +192,15 @@ def losses(lines: list[dict[str, Any]]) -> list[float]:
 def test_training_and_scores_are_those_of_a_local_copy(
     proxy, shards, trained, tiny, call, metrics, tmp_path
 ) -> None:
-    told = ("--data", URL, "--workers", 0, "--cache-dir", tmp_path / "cache", "--cache-bytes", 1)
-    ended = call("train", *told, "--run-dir", tmp_path / "run", *tiny, *STEPS)
+    options = ("--data", URL, "--workers", 0, "--cache-dir", tmp_path / "cache", "--cache-bytes", 1)
+    ended = call("train", *options, "--run-dir", tmp_path / "run", *tiny, *STEPS)
     assert ended.code == 0, ended.err
     assert losses(metrics(tmp_path / "run")) == losses(metrics(trained))
     packed = sum(path.stat().st_size for path in shards.glob("*.tar"))
     assert ended.err.count(f"--cache-bytes 1 is less than the {packed:,} bytes of shards") == 1
     assert (proxy.whole(), (tmp_path / "cache").exists()) == (Counter(), False)
     scores = set[bytes]()
-    for place in (told, ("--data", shards)):
+    for place in (options, ("--data", shards)):
         assert call("evaluate", *place, "--checkpoint", trained, "--out", tmp_path).code == 0
         scores.add((tmp_path / "scores.json").read_bytes())
     assert len(scores) == 1
@@ -205,8 +208,8 @@ def test_training_and_scores_are_those_of_a_local_copy(
 
 @pytest.mark.ranks
 def test_two_ranks_train_as_one_and_share_a_cache(trained, tiny, launch, metrics, tmp_path) -> None:
-    told = ("--data", URL, "--run-dir", tmp_path / "run", "--cache-dir", tmp_path / "cache")
-    ended = launch(2, "train", *told, *tiny, *STEPS, "--workers", 0)
+    options = ("--data", URL, "--run-dir", tmp_path / "run", "--cache-dir", tmp_path / "cache")
+    ended = launch(2, "train", *options, *tiny, *STEPS, "--workers", 0)
     assert ended.code == 0, ended.err
     assert "range requests" not in ended.err
     ours, theirs = losses(metrics(tmp_path / "run")), losses(metrics(trained))
@@ -221,11 +224,11 @@ def test_requests_that_fail_twice_are_made_again_in_every_worker(shards, proxy) 
 
 @pytest.fixture
 def refused(call, tiny, tmp_path: Path) -> Callable[..., str]:
-    """The one line that `unet train` ends with, behind what it says of the cache."""
+    """The one line that `unet train` ends with, after the lines about the cache."""
 
     def train(url: object, *more: object) -> str:
-        told = ("--data", url, "--run-dir", tmp_path / "run", "--steps", 1, *tiny)
-        ended = call("train", *told, "--workers", 0, *more)
+        options = ("--data", url, "--run-dir", tmp_path / "run", "--steps", 1, *tiny)
+        ended = call("train", *options, "--workers", 0, *more)
         assert ended.code == 1
         lines = [line for line in ended.err.splitlines() if "by range requests" not in line]
         assert len(lines) == 1, ended.err
@@ -275,13 +278,13 @@ def test_a_local_shard_that_was_changed_is_named_too(shards: Path, refused, tmp_
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_cache_that_cannot_be_written_is_said_in_one_line(workers, refused, tmp_path) -> None:
+def test_a_cache_that_cannot_be_written_is_reported_in_one_line(workers, refused, tmp_path) -> None:
     (tmp_path / "file").touch()
     line = refused(URL, "--cache-dir", tmp_path / "file", "--workers", workers, "--steps", 50)
     assert re.match(f"{tmp_path}/file cannot be written: .*--cache-dir", line)
 
 
-def test_one_process_says_once_what_would_change_the_cache(tmp_path: Path, capsys) -> None:
+def test_one_process_warns_once_of_what_would_change_the_cache(tmp_path: Path, capsys) -> None:
     options = LoadingOptions(workers=0, cache_dir=tmp_path / "cache", cache_bytes=99)
     assert choose_cache(URL, options, 99, "raise it")[1] == ""
     for main in (True, False):
@@ -311,7 +314,7 @@ def in_windows(order: Order, ranks: Iterable[int], world: int) -> dict[tuple[int
     some=st.sets(st.integers(0, 5), min_size=1),
     whole=st.sampled_from([0, 20]),
 )
-def test_what_is_in_use_and_what_comes_is_what_positions_say(sizes, numbers, some, whole) -> None:
+def test_positions_determine_which_shards_are_in_use_and_next(sizes, numbers, some, whole) -> None:
     lanes, window, world = numbers
     ranks, order = sorted({rank % world for rank in some}), Order(tuple(sizes), 3, lanes, window)
     with pytest.MonkeyPatch.context() as patch:

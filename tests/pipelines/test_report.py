@@ -1,4 +1,8 @@
-"""The report: one page that tells what a run left, also of runs that are cut, hostile or huge."""
+"""`report`, `reporting.charts`, `reporting.checkpoint_results`, `reporting.compose`,
+`reporting.page`, `reporting.run_record`, `runtime.environment`.
+
+One page about what a run left, also of runs that are incomplete, hostile or huge.
+"""
 
 import json
 import re
@@ -68,19 +72,19 @@ class Page(HTMLParser):
         return [attrs for name, attrs in self.tags if name == tag]
 
     @property
-    def pictures(self) -> int:
+    def images(self) -> int:
         return len(self.named("img"))
 
 
 @pytest.fixture
 def run_dir(trained: Path, tmp_path: Path) -> Path:
-    """A finished run of six steps, validated after 3 and 6, without what it made of itself."""
+    """A finished run of six steps, validated after 3 and 6, without its report and environment."""
     made = shutil.ignore_patterns("report.html", "environment.json")
     return shutil.copytree(trained, tmp_path / "run", symlinks=True, ignore=made)
 
 
 def test_a_run_ends_with_its_report(trained: Path) -> None:
-    assert Page((trained / "report.html").read_text()).pictures == 16
+    assert Page((trained / "report.html").read_text()).images == 16
     written = json.loads((trained / "environment.json").read_text())
     assert (written["ranks"], written["device"]) == (1, "cpu")
 
@@ -126,7 +130,7 @@ def made_run(folder: Path, checkpoint: Path, data: Path, **scores: float) -> Pat
     return folder
 
 
-def test_a_run_is_told_on_one_page(report, run_dir: Path, shards: Path, metrics) -> None:
+def test_a_run_is_reported_on_one_page(report, run_dir: Path, shards: Path, metrics) -> None:
     made = report()
     best = max(
         (line for line in metrics(run_dir) if "val/dice" in line), key=lambda v: v["val/dice"]
@@ -144,7 +148,7 @@ def test_a_run_is_told_on_one_page(report, run_dir: Path, shards: Path, metrics)
     assert re.search(r"torch \d+\.\d+", made.text)
     # All four images, each as image, mask, prediction and difference.
     assert "Chosen from all val images by Dice." in made.text
-    assert made.pictures == 4 * 4
+    assert made.images == 4 * 4
     assert made.text.rindex("The worst") < made.text.rindex("The best")
     shown = [
         float(dice) for dice in re.findall(r" Dice (0\.\d{4})", made.text.split("The worst")[1])
@@ -188,15 +192,15 @@ def test_the_same_folder_gives_the_same_page_and_is_left_as_it_was(
     assert first == before
 
 
-def test_the_page_goes_where_it_is_told_to(call, run_dir: Path, tmp_path: Path) -> None:
+def test_the_page_is_written_to_the_given_path(call, run_dir: Path, tmp_path: Path) -> None:
     out = tmp_path / "new" / "page.html"
     ended = call("report", "--run-dir", run_dir, "--out", out)
     assert (ended.code, ended.out) == (0, f"report: {out}\n")
-    assert Page(out.read_text()).pictures == 16
+    assert Page(out.read_text()).images == 16
     assert not (run_dir / "report.html").exists()
 
 
-def test_the_commands_to_go_on_with_are_commands(report, run_dir: Path, shards: Path) -> None:
+def test_the_suggested_next_commands_parse(report, run_dir: Path, shards: Path) -> None:
     made = report()
     configs = {
         "train": TrainConfig,
@@ -234,15 +238,15 @@ def test_scores_of_evaluate_are_taken_where_they_are_of_this_checkpoint(
     ).text
 
 
-def test_scores_of_mirrored_pictures_are_said_to_be(
+def test_scores_with_test_time_augmentation_are_labelled(
     report, call, run_dir: Path, shards: Path
 ) -> None:
-    told = ("--checkpoint", run_dir, "--data", shards, "--workers", 0)
-    assert call("evaluate", *told, "--tta", "--tile", 32).code == 0
+    options = ("--checkpoint", run_dir, "--data", shards, "--workers", 0)
+    assert call("evaluate", *options, "--tta", "--tile", 32).code == 0
     scores = json.loads((run_dir / "scores.json").read_text())
     made = report()
-    said = "on all val images, with test-time augmentation (--tta)."
-    assert f"The best checkpoint {said}" in made.text
+    expected = "on all val images, with test-time augmentation (--tta)."
+    assert f"The best checkpoint {expected}" in made.text
     assert f"macro {scores['macro']['dice']:.4f} {scores['macro']['iou']:.4f}" in made.text
     read = checkpoint_results.read_tiles(run_record.read_record(run_dir), scores)
     assert (read.tile, read.overlap, read.tta) == (32, 0.25, True)
@@ -257,19 +261,19 @@ def test_scores_that_are_damaged_are_left_out(damage: bytes, report, call, run_d
     else:
         (run_dir / "scores.json").write_bytes(damage)
     assert "scores.json is damaged." in report().text
-    assert report().pictures == 16
+    assert report().images == 16
 
 
-def test_of_many_pictures_some_are_scored_and_that_is_said(
+def test_scores_of_a_subset_of_the_images_are_labelled(
     report, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checkpoint_results, "MAX_SCORED", 3)
     made = report()
     assert "The best checkpoint on 3 of 4 val images, evenly spread." in made.text
-    assert made.pictures == 3 * 4
+    assert made.images == 3 * 4
 
 
-def test_data_that_is_gone_is_said_and_done_without(
+def test_missing_data_are_reported_and_left_out(
     report, call, trained: Path, run_dir: Path, shards: Path, tmp_path: Path, metrics
 ) -> None:
     config = yaml.safe_load((run_dir / "config.yaml").read_text())
@@ -277,7 +281,7 @@ def test_data_that_is_gone_is_said_and_done_without(
     (run_dir / "config.yaml").write_text(yaml.safe_dump({**config, "data": str(gone)}))
     made = report()
     assert f"No images: {gone} does not exist or is not a directory; check the path." in made.text
-    assert (made.pictures, "Confusion" in made.text) == (0, False)
+    assert (made.images, "Confusion" in made.text) == (0, False)
     # The scores of the classes are in metrics.jsonl all the same.
     best = max(
         (line for line in metrics(run_dir) if "val/dice" in line), key=lambda v: v["val/dice"]
@@ -286,31 +290,31 @@ def test_data_that_is_gone_is_said_and_done_without(
     assert f"foreground {best['val/dice/foreground']:.4f}" in made.text
     # It has moved.
     shutil.copytree(shards, tmp_path / "moved")
-    assert report("--data", tmp_path / "moved").pictures == 16
+    assert report("--data", tmp_path / "moved").images == 16
     # It is another one.
     path = tmp_path / "moved" / "index.json"
     path.write_text(path.read_text() + "\n")
     made = report("--data", tmp_path / "moved")
     assert "moved is not the data that the run was trained on." in made.text
-    assert made.pictures == 0
+    assert made.images == 0
 
 
-def test_a_shard_that_is_gone_is_said(report, run_dir: Path, shards: Path, tmp_path: Path) -> None:
+def test_a_missing_shard_is_reported(report, run_dir: Path, shards: Path, tmp_path: Path) -> None:
     shutil.copytree(shards, tmp_path / "data")
     (tmp_path / "data" / "val-000001.tar").unlink()
     made = report("--data", tmp_path / "data")
     assert "val-000001.tar cannot be opened: No such file" in made.text
-    assert made.pictures == 0
+    assert made.images == 0
 
 
-def test_pictures_can_be_left_out(report) -> None:
+def test_images_can_be_left_out(report) -> None:
     made = report("--no-pictures")
-    assert made.pictures == 0
+    assert made.images == 0
     assert "No images" not in made.text
 
 
 @pytest.mark.parametrize(
-    ("lines", "said"),
+    ("lines", "expected"),
     [
         (
             ['{"step": 8, "train/lo'],
@@ -324,13 +328,13 @@ def test_pictures_can_be_left_out(report) -> None:
     ],
 )
 def test_what_is_cut_or_damaged_in_the_metrics_is_noted(
-    lines: list[str], said: list[str], report, run_dir: Path
+    lines: list[str], expected: list[str], report, run_dir: Path
 ) -> None:
     append(run_dir / "metrics.jsonl", *lines)
     made = report("--no-pictures")
-    for words in said:
+    for words in expected:
         assert words in made.text
-    assert ("are damaged" in made.text) == ("are damaged" in said[0])
+    assert ("are damaged" in made.text) == ("are damaged" in expected[0])
 
 
 def test_a_run_that_has_just_started_has_a_page(report, run_dir: Path) -> None:
@@ -374,7 +378,7 @@ def test_how_a_run_ended_is_reported(
     assert ending in report("--no-pictures").text
 
 
-def test_what_was_left_out_and_what_decided_is_said(report, run_dir: Path) -> None:
+def test_what_was_left_out_and_the_deciding_settings_are_reported(report, run_dir: Path) -> None:
     assert "Excluded" not in report("--no-pictures").text
     values = {"step": 6, "train/skipped": 3, "train/overflows": 2, "train/memory_gib": 1.25}
     append(run_dir / "metrics.jsonl", values, "\n")
@@ -409,7 +413,7 @@ def test_a_configuration_that_is_damaged_is_shown_as_it_is(broken: str, report, 
     assert "the location of the training data is unknown; set it with --data" in made.text
 
 
-def test_names_are_text_whatever_they_hold(by_hand, call, draw, tmp_path: Path) -> None:
+def test_names_are_text_whatever_they_hold(make_checkpoint, call, draw, tmp_path: Path) -> None:
     evil = "<script>alert(1)</script>"
     folder = draw(tmp_path / "in", 2, name="<img src=x onerror=alert({})>&amp;\"'")
     data = tmp_path / "<b>data"
@@ -421,7 +425,10 @@ def test_names_are_text_whatever_they_hold(by_hand, call, draw, tmp_path: Path) 
     )
     assert ended.code == 0, ended.err
     run_dir = made_run(
-        tmp_path / "<i>run", by_hand(classes=("ground", evil)), data, **{f"val/dice/{evil}": 0.5}
+        tmp_path / "<i>run",
+        make_checkpoint(classes=("ground", evil)),
+        data,
+        **{f"val/dice/{evil}": 0.5},
     )
     (run_dir / "environment.json").write_text(json.dumps({"cpu": evil, "versions": {evil: evil}}))
     ended = call("report", "--run-dir", run_dir)
@@ -430,7 +437,7 @@ def test_names_are_text_whatever_they_hold(by_hand, call, draw, tmp_path: Path) 
     made = Page(text)
     assert not {"script", "i", "b"} & {tag for tag, _ in made.tags}
     assert not [attrs for attrs in made.named("img") if "onerror" in attrs]
-    assert made.pictures == 4
+    assert made.images == 4
     assert made.text.count(evil) >= 5
     assert evil not in text
     assert "<b>data" in made.text
@@ -445,7 +452,7 @@ def split_of(folder: Path, place: Path) -> Path:
     return path
 
 
-def test_a_page_of_the_worst_pictures_there_are_stays_small(by_hand, call, tmp_path: Path) -> None:
+def test_a_page_of_incompressible_images_is_small(make_checkpoint, call, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     for part in ("images", "masks"):
         (tmp_path / part).mkdir()
@@ -465,9 +472,9 @@ def test_a_page_of_the_worst_pictures_there_are_stays_small(by_hand, call, tmp_p
         *("--split-file", tmp_path / "split.csv"),
     )
     assert ended.code == 0, ended.err
-    run_dir = made_run(tmp_path / "run", by_hand(), tmp_path / "data")
+    run_dir = made_run(tmp_path / "run", make_checkpoint(), tmp_path / "data")
     assert call("report", "--run-dir", run_dir).code == 0
-    assert Page((run_dir / "report.html").read_text()).pictures == 40
+    assert Page((run_dir / "report.html").read_text()).images == 40
     assert 2_000_000 < (run_dir / "report.html").stat().st_size < 6_000_000
 
 
@@ -527,7 +534,7 @@ def test_axes_have_round_ticks_around_all_values(values: list[float], ticks: lis
         np.testing.assert_allclose(axis.ticks, ticks, atol=1e-12)
 
 
-def test_an_axis_from_zero_begins_there() -> None:
+def test_an_axis_from_zero_starts_there() -> None:
     assert value_axis([3.4, 4.0], from_zero=True).ticks == (0, 1, 2, 3, 4)
     assert value_axis([-3.4, -3.0], from_zero=True).ticks == (-4, -3, -2, -1, 0)
     assert value_axis([0.0], from_zero=True).low < 0 < value_axis([0.0], from_zero=True).high
@@ -542,14 +549,14 @@ def test_the_axis_of_steps_ends_with_the_run(last: int, ticks: list[float]) -> N
 
 
 @pytest.mark.parametrize(
-    ("value", "whole", "said"),
+    ("value", "whole", "expected"),
     [
         *((0, True, "0"), (9000, True, "9,000"), (20_000, True, "20k"), (2_500_000, True, "2.5M")),
         *((0.30000000000000004, False, "0.3"), (5e-05, False, "5e-05"), (0.0015, False, "0.0015")),
     ],
 )
-def test_labels_are_short(value: float, whole: bool, said: str) -> None:
-    assert label(value, whole=whole) == said
+def test_labels_are_short(value: float, whole: bool, expected: str) -> None:
+    assert label(value, whole=whole) == expected
 
 
 def test_a_chart_draws_each_point_where_it_belongs() -> None:
@@ -577,11 +584,11 @@ def test_a_matrix_of_very_many_classes_is_not_drawn(
 
 def test_a_folder_that_is_no_run_is_refused(call, tmp_path: Path) -> None:
     ended = call("report", "--run-dir", tmp_path)
-    said = (
+    expected = (
         f"unet report: --run-dir {tmp_path} is not a run folder: it has neither "
         "config.yaml nor metrics.jsonl"
     )
-    assert (ended.code, ended.err.strip()) == (1, said)
+    assert (ended.code, ended.err.strip()) == (1, expected)
     assert not (tmp_path / "report.html").exists()
 
 
@@ -606,7 +613,7 @@ def test_at_the_end_of_a_run_the_main_process_reports_alone(run_dir: Path) -> No
     line = compose.write_report_safely(run_dir, Alone())
     assert line == f"report: {run_dir / 'report.html'}"
     made = Page((run_dir / "report.html").read_text())
-    assert made.pictures == 16
+    assert made.images == 16
     assert "3 ranks on cpu, float32" in made.text
     assert "are those of the process that made this page" not in made.text
     recorded = json.loads((run_dir / "environment.json").read_text())

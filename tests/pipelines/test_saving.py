@@ -1,4 +1,7 @@
-"""Checkpoints written in the background: training continues, bit-identical, failures reported."""
+"""`training.checkpoints`, `training.snapshot`.
+
+Checkpoints written in the background: training continues, bit-identical, failures reported.
+"""
 
 import json
 import multiprocessing

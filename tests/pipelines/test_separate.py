@@ -217,7 +217,7 @@ def test_an_invalid_rule_is_refused(
 ) -> None:
     ended = call("separate", mixed, "--out", tmp_path / "out", *rule)
     assert ended.code == 2
-    assert message in ended.said
+    assert message in ended.message
     assert not (tmp_path / "out").exists()
 
 

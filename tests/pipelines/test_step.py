@@ -1,4 +1,4 @@
-"""A training step on the device: no synchronisation, no repeated work."""
+"""`train`: a step on the device, without synchronisation or repeated work."""
 
 import signal
 from collections.abc import Callable
@@ -137,7 +137,7 @@ def test_the_loop_itself_asks_for_no_number_and_sends_those_of_augmentation_at_o
     recorded: list[list[Any]] = []
     open_log = ExitStack()
 
-    def begin(*arguments: Any) -> None:
+    def start_step(*arguments: Any) -> None:
         seed(*arguments)
         recorded.append(open_log.enter_context(dispatched()))
 
@@ -152,7 +152,7 @@ def test_the_loop_itself_asks_for_no_number_and_sends_those_of_augmentation_at_o
         recorded.append(open_log.enter_context(dispatched()))
         return found
 
-    monkeypatch.setattr(train, "seed_dropout", begin)
+    monkeypatch.setattr(train, "seed_dropout", start_step)
     monkeypatch.setattr(Budget, "advance", end)
     monkeypatch.setattr(torch.optim.AdamW, "step", apart)
     ended = call("train", *argv(shards, tmp_path, tiny, "--steps", 3))
@@ -196,7 +196,7 @@ def test_on_a_gpu_no_step_waits(
     seed, advance = train.seed_dropout, Budget.advance
     steps = []
 
-    def begin(*arguments: Any) -> None:
+    def start_step(*arguments: Any) -> None:
         seed(*arguments)
         steps.append(1)
         # The first one makes constants and draws its batch.
@@ -207,7 +207,7 @@ def test_on_a_gpu_no_step_waits(
         torch.cuda.set_sync_debug_mode("default")
         return advance(self)
 
-    monkeypatch.setattr(train, "seed_dropout", begin)
+    monkeypatch.setattr(train, "seed_dropout", start_step)
     monkeypatch.setattr(Budget, "advance", end)
     ended = call("train", *argv(shards, tmp_path, tiny, "--steps", 6))
     assert ended.code == 0, ended.err

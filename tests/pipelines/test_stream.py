@@ -1,4 +1,4 @@
-"""The stream as training sees it: pixels by way of real loader workers, for any ranks and workers.
+"""`loading.dataset`, `loading.batches`: the pixels that training sees, for any ranks and workers.
 
 Every sample has its own colour, which identifies it in a batch.
 """

@@ -1,4 +1,7 @@
-"""Training survives kills at any moment, full disks, unwritable folders and a lost rank."""
+"""`train`, `training.checkpoints`.
+
+Training survives kills at any moment, full disks, unwritable folders and a lost rank.
+"""
 
 import json
 import multiprocessing
@@ -302,7 +305,7 @@ def test_images_that_cannot_be_written_do_not_end_the_run(
     assert "train-first_batch.png was not written, training continues" in caplog.text
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere /sys is no folder that refuses")
+@pytest.mark.skipif(sys.platform != "linux", reason="only on Linux does /sys refuse new files")
 def test_a_run_folder_that_nothing_can_be_written_to_is_refused_at_once(
     shards: Path, tiny, call
 ) -> None:

@@ -1,4 +1,7 @@
-"""Tracking: metrics.jsonl always, wandb on request; a failing tracker does not end the run."""
+"""`training.tracking`, `evaluation.examples`.
+
+Tracking: metrics.jsonl always, wandb on request; a failing tracker does not end the run.
+"""
 
 import json
 import logging
@@ -110,7 +113,7 @@ def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_made(
     flags = ("--tracking.backend", "tensorboard")
     ended = call("train", *argv(shards, tmp_path / "run", tiny)[:-2], *flags)
     assert ended.code == 2
-    assert "pip install 'unet-shards[tensorboard]'" in ended.said
+    assert "pip install 'unet-shards[tensorboard]'" in ended.message
     assert not (tmp_path / "run").exists()
 
 
@@ -198,7 +201,7 @@ def test_a_file_that_is_missing_is_not_made(tmp_path: Path) -> None:
         ("", None, False),
         ("", "machine api.wandb.ai login user password secret\n", True),
         ("", "machine example.org login user password secret\n", False),
-        ("", "this is no netrc", False),
+        ("", "this is not a netrc", False),
     ],
 )
 def test_wandb_is_online_only_where_it_has_a_key(

@@ -1,4 +1,7 @@
-"""A training run: what it writes, how it is bounded, interrupted, resumed and refused."""
+"""`train`, `training.setup`, `training.options`, `training.other_data`.
+
+A training run: what it writes, how it is bounded, interrupted, resumed and refused.
+"""
 
 import json
 import math
@@ -226,7 +229,7 @@ def test_minutes_end_a_run_with_a_learning_rate_of_almost_nothing(
     assert "val/dice" in lines[-1]
     rates = [line["train/lr"] for line in lines if "train/lr" in line]
     assert rates[-1] < max(rates)
-    # Given again, the time is up.
+    # On a rerun, the time is up.
     ended = call("train", *argv(shards, tmp_path, tiny, *more))
     assert (ended.code, "had already finished" in ended.out) == (0, True)
 
@@ -701,7 +704,7 @@ def test_settings_that_make_no_sense_are_refused(
 ) -> None:
     ended = call("train", *argv(shards, tmp_path / "run", tiny, *given))
     assert ended.code == 2
-    assert message in ended.said
+    assert message in ended.message
     assert "Traceback" not in ended.err
     assert not (tmp_path / "run").exists()
 

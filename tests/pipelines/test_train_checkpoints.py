@@ -1,4 +1,4 @@
-"""Initial weights, which checkpoints are kept and best, and patience."""
+"""`train`, `training.checkpoints`: initial weights, kept and best checkpoints, and patience."""
 
 import json
 from pathlib import Path
@@ -23,13 +23,13 @@ def steps(run_dir: Path) -> set[str]:
 
 @pytest.fixture
 def graded(monkeypatch: pytest.MonkeyPatch):
-    """Makes the validations of a run score what they are argv."""
+    """Makes the validations of a run return the given scores."""
 
-    def as_told(*values: float) -> None:
+    def set_scores(*values: float) -> None:
         coming = iter(values)
         monkeypatch.setattr(metrics, "mean_of", lambda scores, name: next(coming))
 
-    return as_told
+    return set_scores
 
 
 def test_checkpoints_are_also_saved_without_a_validation(
@@ -146,7 +146,7 @@ def test_another_network_is_refused_with_the_flag_that_makes_it_alike(
 ) -> None:
     ended = call("train", *argv(shards, tmp_path / "run", tiny, "--init-from", trained, *flags))
     assert ended.code == 2
-    assert complaint in ended.said
+    assert complaint in ended.message
 
 
 def test_a_checkpoint_to_start_from_that_is_missing_is_named(

@@ -1,4 +1,4 @@
-"""Which networks and losses a run can have: each trains, resumes, and is what was asked for."""
+"""`model.build`: which networks and losses a run can have: each trains and resumes."""
 
 import json
 import os
@@ -53,8 +53,8 @@ def touching(tmp_path_factory: pytest.TempPathFactory, call) -> Path:
         mask[4:44, corner - 3 : corner + 10] = 255
     for number in range(8):
         rng = np.random.default_rng(number)
-        picture = rng.integers(0, 100, mask.shape) + mask // 2
-        Image.fromarray(picture.astype(np.uint8)).save(folder / "images" / f"p{number}.png")
+        image = rng.integers(0, 100, mask.shape) + mask // 2
+        Image.fromarray(image.astype(np.uint8)).save(folder / "images" / f"p{number}.png")
         Image.fromarray(mask).save(folder / "masks" / f"p{number}.png")
     split = folder / "split.csv"
     rows = [f"p{number}.png,{'val' if number < 2 else 'train'}" for number in range(8)]
@@ -106,8 +106,8 @@ def test_a_crop_that_valid_convolutions_cannot_take_is_refused_with_the_nearest(
 ) -> None:
     ended = call("train", *argv(shards, tmp_path / "run", PAPER, "--crop-size", 66))
     assert ended.code == 2
-    assert "--crop-size: padding valid requires sides of 28 + 4b pixels, got 66" in ended.said
-    assert "the nearest are 64 and 68" in ended.said
+    assert "--crop-size: padding valid requires sides of 28 + 4b pixels, got 66" in ended.message
+    assert "the nearest are 64 and 68" in ended.message
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_gradient_checkpointing_and_batch_norm_are_refused_together(
     flags = ("--model.norm", "batch", "--gradient-checkpointing")
     ended = call("train", *argv(shards, tmp_path / "run", tiny, *flags))
     assert ended.code == 2
-    assert "would update the running averages" in ended.said
+    assert "would update the running averages" in ended.message
 
 
 def test_every_loss_is_logged_by_its_name(touching: Path, tiny, call, tmp_path: Path) -> None:
@@ -186,7 +186,7 @@ def test_border_weights_raise_the_loss_between_cells_for_any_number_of_workers(
 def test_border_weights_need_border_maps(shards: Path, tiny, call, tmp_path: Path) -> None:
     ended = call("train", *argv(shards, tmp_path / "run", tiny, "--loss.border-weight", 10))
     assert ended.code == 2
-    assert "has none; pack it with --border-sigma 5" in ended.said
+    assert "has none; pack it with --border-sigma 5" in ended.message
 
 
 @pytest.mark.parametrize(("name", "power"), [("inverse", 1.0), ("inverse_sqrt", 0.5)])
@@ -210,14 +210,14 @@ def test_class_weights_need_counted_pixels(cells: Path, tiny, call, tmp_path: Pa
     flags = ("--loss.class-weights", "inverse")
     ended = call("train", *argv(tmp_path / "data", tmp_path / "run", tiny, *flags))
     assert ended.code == 2
-    assert "does not list; pack it with --verify full" in ended.said
+    assert "does not list; pack it with --verify full" in ended.message
 
 
 def test_batch_norm_of_a_single_value_is_refused(shards: Path, tiny, call, tmp_path: Path) -> None:
     small = ("--crop-size", 4, "--global-batch-size", 2, "--accumulate", 2)
     ended = call("train", *argv(shards, tmp_path / "run", tiny, "--model.norm", "batch", *small))
     assert ended.code == 2
-    assert "sees one value of each channel in crops of 4 pixels" in ended.said
+    assert "sees one value of each channel in crops of 4 pixels" in ended.message
 
 
 @pytest.mark.ranks

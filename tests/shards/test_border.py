@@ -1,4 +1,4 @@
-"""Border maps: the formula of the paper, pixel for pixel."""
+"""`masks.borders`: the formula of the paper, pixel for pixel."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""shards.documents and index.json: a wrong field is refused by name, in one line."""
+"""`documents`, `manifest`: a wrong field is refused by name, in one line."""
 
 import copy
 import json

@@ -1,4 +1,7 @@
-"""Image files: which are accepted, what they decode to, and which are refused."""
+"""`images.files`, `images.pixels`, `images.encoding`, `images.tiff`.
+
+Image files: which are accepted, what they decode to, and which are refused.
+"""
 
 import io
 from contextlib import suppress

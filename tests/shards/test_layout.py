@@ -1,4 +1,7 @@
-"""Common public layouts: the folders of images and masks, what pairs them, and the decoys."""
+"""`folders.layout`, `folders.suffixes`.
+
+Common public layouts: the folders of images and masks, what pairs them, and the decoys.
+"""
 
 from pathlib import Path
 

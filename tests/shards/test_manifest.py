@@ -1,4 +1,4 @@
-"""The manifest and .idx files (shards/offsets.py): a round trip; errors name what is damaged."""
+"""`manifest`, `offsets`: index.json and .idx files round-trip; errors name what is damaged."""
 
 import hashlib
 import json

@@ -1,4 +1,7 @@
-"""Mask formats: class indices from masks of every mode, and which masks are refused."""
+"""`masks.formats`, `masks.palettes`, `masks.png`, `masks.canonical`.
+
+Mask formats: class indices from masks of every mode, and which masks are refused.
+"""
 
 import io
 import re

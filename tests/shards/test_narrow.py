@@ -1,4 +1,7 @@
-"""16-bit colours that only repeat 8 bits are accepted without a loss; all others are refused."""
+"""`images.tiff`, `masks.canonical`.
+
+16-bit colours that only repeat 8 bits are accepted without a loss; all others are refused.
+"""
 
 import struct
 

@@ -1,4 +1,7 @@
-"""Pairs of images and masks, splits, and the separation of mixed folders."""
+"""`folders.pairs`, `folders.splits`, `folders.split_names`, `folders.separation`, `folders.walk`.
+
+Pairs of images and masks, splits, and the separation of mixed folders.
+"""
 
 import hashlib
 import os

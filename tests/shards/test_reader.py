@@ -1,4 +1,7 @@
-"""Reading samples by offset: exact bytes, named errors, agreement with stock webdataset."""
+"""`reader`, `raw`.
+
+Reading samples by offset: exact bytes, named errors, agreement with stock webdataset.
+"""
 
 import gc
 import hashlib

@@ -1,4 +1,4 @@
-"""Stores: kind, files and byte ranges of an existing folder at a URL."""
+"""`store`: kind, files and byte ranges of an existing folder at a URL."""
 
 import io
 import os

@@ -1,4 +1,7 @@
-"""Proposals for masks of an undeclared format: flags that read them all, or a reason."""
+"""`masks.survey`, `masks.proposal`, `masks.counts`.
+
+Proposals for masks of an undeclared format: flags that read them all, or a reason.
+"""
 
 import io
 import pickle

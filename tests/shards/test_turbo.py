@@ -1,4 +1,4 @@
-"""Decoding gives the same pixels with and without simplejpeg, as a whole image or a crop."""
+"""`images.pixels`: equal with and without simplejpeg, as a complete image or a crop."""
 
 import io
 

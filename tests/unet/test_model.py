@@ -1,4 +1,7 @@
-"""The U-Net: presets, input sizes, independence of the batch, and weights on disk."""
+"""`model`, `spec`, `blocks`, `weights`.
+
+The U-Net: presets, input sizes, independence of the batch, and weights on disk.
+"""
 
 import json
 import pickle
