@@ -23,6 +23,8 @@ STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 DEATH_SECONDS = 0.2
 """Seconds between the loss of a worker's memory and its exit status."""
 T = TypeVar("T")
+# Torch has no public name for it.
+raise_for_dead_workers = signal_handling._error_if_any_worker_fails  # pyright: ignore[reportPrivateImportUsage]
 
 
 def start_worker(number: int) -> None:
@@ -68,7 +70,7 @@ def watch_workers(batches: Iterator[T]) -> Iterator[T]:
                 # A batch may refer to memory that its worker took with it, moments before its
                 # parent can wait for it.
                 time.sleep(DEATH_SECONDS)
-                signal_handling._error_if_any_worker_fails()
+                raise_for_dead_workers()
                 raise
         yield batch
 
@@ -80,12 +82,12 @@ def report_killed_workers() -> Iterator[None]:
     Without a signal, waiting for the rest of a batch that a killed worker sent in part never ends.
     """
     if threading.current_thread() is not threading.main_thread():
-        signal_handling._error_if_any_worker_fails()
+        raise_for_dead_workers()
         yield
         return
-    before = signal.signal(signal.SIGCHLD, lambda *_: signal_handling._error_if_any_worker_fails())
+    before = signal.signal(signal.SIGCHLD, lambda *_: raise_for_dead_workers())
     try:
-        signal_handling._error_if_any_worker_fails()
+        raise_for_dead_workers()
         yield
     finally:
         signal.signal(signal.SIGCHLD, before)
