@@ -101,7 +101,7 @@ def test_required_flags_come_first_in_help(verb: str, call) -> None:
 def test_groups_are_titled_and_their_flags_have_no_prefix(verb: str, call) -> None:
     text = call(verb, "--help").out
     groups = re.findall(r" (\w+) options .*\n\W+([A-Z].*\.)\s+\W+\n\W*--\w", text)
-    source = ["pairing", "mask", "image", "geometry", "split", "duplicate"]
+    source = ["pairing", "annotation", "layout", "mask", "image", "geometry", "split", "duplicate"]
     expected = {"index": ["image"], "check": source}
     expected["pack"] = [*expected["check"], "shard", "border", "job"]
     assert [name for name, _ in groups] == expected[verb]

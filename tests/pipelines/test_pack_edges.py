@@ -512,7 +512,9 @@ def make_data_set(folder: Path, call, key: str, members: dict[str, bytes]) -> Pa
     with ShardWriter(data / "unlabelled-000000.tar") as writer:
         writer.add(key, {"png": as_png(Image.fromarray(noise(0))), **members})
         file = writer.seal()
-    manifest["splits"]["unlabelled"]["shards"][0].update(bytes=file.bytes, sha256=file.sha256)
+    manifest["splits"]["unlabelled"]["shards"][0].update(
+        bytes=file.bytes, sha256=file.sha256, idx_sha256=file.idx_sha256
+    )
     (data / "index.json").write_text(json.dumps(manifest))
     return data
 

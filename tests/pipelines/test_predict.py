@@ -454,7 +454,10 @@ def test_a_hostile_source_cannot_leave_the_folder(bright: Path, draw, call, tmp_
             writer.add(f"k{number}", {"png": image, "json": info})
         file = writer.seal()
     manifest["splits"]["unlabelled"]["shards"][0].update(
-        samples=file.samples, bytes=file.bytes, sha256=file.sha256
+        samples=file.samples,
+        bytes=file.bytes,
+        sha256=file.sha256,
+        idx_sha256=file.idx_sha256,
     )
     manifest["splits"]["unlabelled"]["sizes"][0]["images"] = file.samples
     manifest["splits"]["unlabelled"]["samples"] = file.samples
@@ -484,7 +487,10 @@ def test_a_damaged_description_is_an_error_of_its_own(
         writer.add("good", {"png": image, "json": b'{"source": "good.png"}'})
         file = writer.seal()
     manifest["splits"]["unlabelled"]["shards"][0].update(
-        samples=file.samples, bytes=file.bytes, sha256=file.sha256
+        samples=file.samples,
+        bytes=file.bytes,
+        sha256=file.sha256,
+        idx_sha256=file.idx_sha256,
     )
     (data / "index.json").write_text(json.dumps(manifest))
     ended = call("predict", *argv(bright, data, tmp_path / "out"))

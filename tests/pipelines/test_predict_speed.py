@@ -138,7 +138,8 @@ def test_weights_that_are_moved_stay_ordinary_tensors_and_compile_in_channels_la
 
     monkeypatch.setattr(CompiledForward, "__init__", watch)
     for name, more in (("plain", ()), ("fast", ("--compile", "--channels-last"))):
-        ended = call("predict", *flags(trained, images, tmp_path / name, *more))
+        given = flags(trained, images, tmp_path / name, "--include-image", *more)
+        ended = call("predict", *given)
         assert ended.code == 3, ended.err
     assert weights
     assert not any(weight.is_inference() for weight in weights)
@@ -163,7 +164,7 @@ def test_after_a_compiled_batch_did_not_fit_the_line_says_that_smaller_ones_are_
     )
     assert ended.code == 0, ended.err
     assert compiled_shapes == [(4, 3, 40, 60)]
-    assert "going on with 2, uncompiled, so that from here on masks may differ" in ended.err
+    assert "continuing with 2, uncompiled, so that from here on masks may differ" in ended.err
     assert "--batch-size 2, into another --out, compiles all" in ended.err
     assert "would have from the start" not in ended.err
 
