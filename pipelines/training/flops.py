@@ -9,18 +9,13 @@ from unet import UNet, UNetConfig
 
 HALF = ("fp16", "bf16")
 PEAKS: tuple[tuple[str, float, tuple[str, ...]], ...] = (
-    (r"NVIDIA GH200.*", 989, HALF),
     (r"NVIDIA H200", 989, HALF),
-    (r"NVIDIA H200 NVL", 835, HALF),
-    (r"NVIDIA H100 NVL", 835, HALF),
     (r"NVIDIA H100 80GB HBM3", 989, HALF),
     (r"NVIDIA H100 PCIe", 756, HALF),
     (r"NVIDIA A100.*", 312, HALF),
     (r"NVIDIA L40S", 362, HALF),
-    (r"NVIDIA L40", 181, HALF),
     (r"NVIDIA L4", 121, HALF),
     (r"NVIDIA A10", 125, HALF),
-    (r"NVIDIA A10G", 70, HALF),
     (r"Tesla V100-SXM.*", 125, ("fp16",)),
     (r"Tesla V100-PCIE.*", 112, ("fp16",)),
     (r"Tesla T4", 65, ("fp16",)),
