@@ -195,7 +195,8 @@ def served_modules(path: Path) -> set[str]:
 
     `loading.crop` in tests/pipelines is pipelines.loading.crop; complete names work everywhere.
     """
-    package, name = path.parent.name, path.stem.removeprefix("test_")
+    package = path.relative_to(REPO / "tests").parts[0]
+    name = path.stem.removeprefix("test_")
     by_name = {m for m in MODULES if m.split(".")[0] == package and m.split(".")[-1] == name}
     first = (ast.get_docstring(ast.parse(path.read_text())) or "").split("\n\n")[0]
     words = re.findall(r"`([\w.]+)`", first)

@@ -71,10 +71,14 @@ class RunFolder:
 
 
 def require_writable(folder: Path) -> None:
-    """Make a folder for results. Raises RunError, naming --out, if it cannot be written to."""
+    """Check that a folder for results, or the nearest existing one above it, can be written to.
+
+    The folder is not made, so that a command that is refused leaves nothing.
+    Raises RunError, naming --out, if it cannot be written to.
+    """
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        with tempfile.TemporaryFile(dir=nearest):
             pass
     except OSError as error:
         raise RunError(

@@ -1,4 +1,4 @@
-"""`training.checkpoints`, `model.load`, `runtime.run_folder`.
+"""`training.checkpoints`, `model.load`, `runtime.run_folder`, `training.stored_training`.
 
 Checkpoints: atomic, resumed only with equal settings, found by run, folder or hub id.
 """

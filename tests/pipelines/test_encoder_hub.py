@@ -1,4 +1,7 @@
-"""Encoders from a hub: a local server that answers like huggingface.co, and none at all."""
+"""`model.backbone_files`.
+
+Encoders from a hub: a local server that answers like huggingface.co, and none at all.
+"""
 
 import hashlib
 import json

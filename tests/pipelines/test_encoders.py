@@ -1,4 +1,7 @@
-"""Training with pretrained encoders: tiny random backbones in local folders, without network."""
+"""`model.backbone`.
+
+Training with pretrained encoders: tiny random backbones in local folders, without network.
+"""
 
 import hashlib
 import json

@@ -1,4 +1,7 @@
-"""Scores are written where they can be: found out before anything is scored."""
+"""`evaluation.score`, `runtime.run_folder`.
+
+Scores are written where they can be: found out before anything is scored.
+"""
 
 import errno
 import tempfile

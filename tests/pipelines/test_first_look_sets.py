@@ -1,4 +1,7 @@
-"""`unet check FOLDER`, then the printed command: look-alikes of public data sets."""
+"""`packing.propose`, `packing.class_files`, `packing.split_lists`, `packing.repair`.
+
+`unet check FOLDER`, then the printed command: look-alikes of public data sets.
+"""
 
 import shlex
 import struct

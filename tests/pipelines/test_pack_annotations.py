@@ -1,4 +1,7 @@
-"""Packing annotations: the masks of the reference, byte-identical for any workers and kills."""
+"""`packing.annotation_options`.
+
+Packing annotations: the masks of the reference, byte-identical for any workers and kills.
+"""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`pack`, `packing.options`, `packing.colours`.
+"""`pack`, `packing.options`, `packing.colours`, `packing.image_options`, `packing.split_options`.
 
 Edge cases of packing: full disks, unusual names and extensions, links, duplicates.
 """

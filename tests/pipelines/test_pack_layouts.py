@@ -1,5 +1,9 @@
 # ruff: noqa: E501 (pinned messages are long)
-"""Layouts of public data sets are packed by name: pairs, splits, classes, colours and ignore."""
+"""`packing.propose_layout`, `shards.annotations.layouts`, `shards.annotations.ade20k`,
+`shards.annotations.class_tables`.
+
+Layouts of public data sets are packed by name: pairs, splits, classes, colours and ignore.
+"""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""`loading.dataset`.
+"""`loading.dataset`, `runtime.verification`.
 
 Data at a URL: batches and scores of the local copy, by range requests or out of the cache.
 """

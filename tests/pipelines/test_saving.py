@@ -1,4 +1,4 @@
-"""`training.checkpoints`, `training.snapshot`.
+"""`training.checkpoints`, `training.snapshot`, `model.checkpoint_files`.
 
 Checkpoints written in the background: training continues, bit-identical, failures reported.
 """

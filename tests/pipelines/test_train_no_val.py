@@ -1,4 +1,7 @@
-"""Training without a validation split: refused with the flag that allows it, then complete."""
+"""`train`, `training.validation`.
+
+Training without a validation split: refused with the flag that allows it, then complete.
+"""
 
 import json
 from pathlib import Path

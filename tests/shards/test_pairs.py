@@ -1,4 +1,5 @@
-"""`folders.pairs`, `folders.splits`, `folders.split_names`, `folders.separation`, `folders.walk`.
+"""`folders.pairs`, `folders.splits`, `folders.split_names`, `folders.separation`, `folders.walk`,
+`folders.pair_lists`.
 
 Pairs of images and masks, splits, and the separation of mixed folders.
 """

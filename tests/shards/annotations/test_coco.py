@@ -1,5 +1,8 @@
 # ruff: noqa: E501 (pinned messages are long)
-"""COCO instances become the masks of pycocotools, smaller objects on top."""
+"""`annotations.coco`, `annotations.regions`, `annotations.source`.
+
+COCO instances become the masks of pycocotools, smaller objects on top.
+"""
 
 import json
 import re

@@ -1,5 +1,8 @@
 # ruff: noqa: E501 (pinned messages are long)
-"""CVAT's XML for images 1.1 becomes masks."""
+"""`annotations.cvat`, `annotations.drawing`.
+
+CVAT's XML for images 1.1 becomes masks.
+"""
 
 import re
 

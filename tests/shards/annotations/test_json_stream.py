@@ -1,4 +1,7 @@
-"""JSON files are read element by element, whatever the size of the window."""
+"""`annotations.json_stream`.
+
+JSON files are read element by element, whatever the size of the window.
+"""
 
 import json
 

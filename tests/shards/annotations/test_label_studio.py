@@ -1,5 +1,8 @@
 # ruff: noqa: E501 (pinned messages are long)
-"""Label Studio's JSON export becomes masks."""
+"""`annotations.label_studio`.
+
+Label Studio's JSON export becomes masks.
+"""
 
 import re
 

@@ -1,5 +1,8 @@
 # ruff: noqa: E501 (pinned messages are long)
-"""LabelMe files become the masks of labelme's own `shapes_to_label`."""
+"""`annotations.labelme`, `annotations.rule`, `annotations.scan`.
+
+LabelMe files become the masks of labelme's own `shapes_to_label`.
+"""
 
 import base64
 import io

@@ -1,4 +1,7 @@
-"""Polygons: pixel-equal to pycocotools, bounded for hostile coordinates."""
+"""`annotations.polygons`.
+
+Polygons: pixel-equal to pycocotools, bounded for hostile coordinates.
+"""
 
 import re
 

@@ -1,4 +1,7 @@
-"""Run-length encodings: COCO's, CVAT's and Label Studio's, with known pixels."""
+"""`annotations.runs`.
+
+Run-length encodings: COCO's, CVAT's and Label Studio's, with known pixels.
+"""
 
 import re
 

@@ -1,5 +1,8 @@
 # ruff: noqa: E501 (pinned messages are long)
-"""YOLO segmentation labels become masks; boxes are refused."""
+"""`annotations.yolo`, `annotations.signatures`.
+
+YOLO segmentation labels become masks; boxes are refused.
+"""
 
 import re
 
