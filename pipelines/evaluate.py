@@ -167,6 +167,7 @@ def write_results(
     manifest, split = data.manifest, config.split
     counted = counted_classes(manifest.classes)
     print(table.table(scored.scores, surface))
+    out.mkdir(parents=True, exist_ok=True)
     # Written last, so that the files beside it always belong to it.
     (out / SCORES).unlink(missing_ok=True)
     path, empty = out / SCORES_CSV, config.metrics.empty
