@@ -25,7 +25,10 @@ LOSSES = ("cross_entropy", "bce", "focal", "dice", "tversky")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossConfig:
-    """Weights and settings of the losses. Counted classes are all except `background`."""
+    """Losses: their weights and settings.
+
+    Counted classes are all except `background`.
+    """
 
     cross_entropy: float = 1.0
     """Weight of the pixel-wise cross-entropy."""

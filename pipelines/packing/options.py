@@ -31,7 +31,7 @@ MASK_NAMES = ("mask_suffix", "mask_ext", "pair_regex", "skip_unpaired")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PairingOptions:
-    """Where images and masks are, and which belong together."""
+    """Images, masks and their pairing."""
 
     images: tuple[Path, ...] = ()
     """Folders of the images, searched recursively; several whose names contain train, val or test
@@ -112,7 +112,7 @@ class PairingOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MaskOptions:
-    """How masks are read: their format and their classes."""
+    """Mask format and classes."""
 
     mask_format: MaskKind | Literal["auto"] | None = None
     """binary: 0 and one other value. index: the pixel value is the class index. values:
