@@ -16,7 +16,7 @@ from pipelines.runtime import failures
 from pipelines.runtime.config_files import expand_home, read_config_file
 from pipelines.runtime.errors import REFUSED, STOPPED, USAGE, RunError, UsageError
 from pipelines.runtime.flag_values import join_choices
-from pipelines.runtime.flags import build, list_flags, read_arguments
+from pipelines.runtime.flags import Flag, build, list_flags, read_arguments
 from pipelines.runtime.help_text import format_help, format_usage
 from pipelines.runtime.processes import follow_launcher
 from shards.requests import set_remote_timeout
@@ -172,7 +172,18 @@ def parse(config_class: type[T], argv: Sequence[str], verb: str) -> T:
         by_file = {
             flag.name: sources[flag.key] for flag in flags if flag.key in {*sources} - {*found}
         }
-        raise UsageError(name_file(str(error), by_file)) from error
+        raise UsageError(name_file(name_flags(str(error), flags), by_file)) from error
+
+
+def name_flags(message: str, flags: Sequence[Flag]) -> str:
+    """Replace the names of settings in a message, such as `optim.lr`, by their flags.
+
+    Classes that are also used from Python name fields. One without a dot only begins a message.
+    """
+    by_key = {flag.key: flag.name for flag in flags}
+    by_field = {flag.key.rpartition(".")[2]: flag.name for flag in flags} | by_key
+    message = re.sub(r"^[a-z_]+(?= must )", lambda m: by_field.get(m[0], m[0]), message)
+    return re.sub(r"(?<![\w.-])[a-z_]+\.[a-z_]+", lambda m: by_key.get(m[0], m[0]), message)
 
 
 def name_file(message: str, sources: Mapping[str, Path]) -> str:

@@ -8,7 +8,7 @@ from pipelines.loading.augment import AugmentConfig
 from pipelines.loading.dataset import LoadingOptions
 from pipelines.model.build import ModelConfig
 from pipelines.runtime.devices import refuse_rank_timeout
-from pipelines.runtime.yaml_flags import Flat
+from pipelines.runtime.yaml_flags import Flat, refuse_unused
 from pipelines.training.budget import Limits
 from pipelines.training.optim import OptimConfig
 from pipelines.training.tracking import TrackingConfig
@@ -83,6 +83,8 @@ class BatchOptions:
         refuse_below_1(self, "accumulate")
         if not 0 <= self.max_bad_share <= 1:
             raise ValueError(f"--max-bad-share must be in [0, 1], got {self.max_bad_share}")
+        if self.bad_samples != "skip":
+            refuse_unused(self, "has no effect without --bad-samples skip", "max_bad_share")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,6 +145,8 @@ class ScheduleOptions:
         refuse_below_1(
             self, "log_every", "eval_every", "save_every", "keep_checkpoints", "keep_every"
         )
+        if not self.val:
+            refuse_unused(self, "has no effect with --no-val: no checkpoint is the best", "best_by")
 
     def validation_due(self, step: int) -> bool:
         """Whether the weights are validated after a step, not counting the last."""
