@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
-import tyro
 from PIL import Image
 
 from pipelines.drawing.contact_sheet import Cell, draw_contact_sheet
@@ -27,7 +26,7 @@ from pipelines.runtime.command import parse, run_command
 from pipelines.runtime.errors import REFUSED, refuse_url
 from pipelines.runtime.processes import chunks, num_workers, refuse_negative_workers, run_all
 from pipelines.runtime.progress import progress
-from pipelines.runtime.yaml_flags import Flat, refuse_unused
+from pipelines.runtime.yaml_flags import Flat, Positional, refuse_unused
 from shards.folders.pairs import Pair, Pairing
 from shards.folders.splits import SplitRule
 from shards.images.files import NOTES, ImageFormat
@@ -50,7 +49,9 @@ class CheckConfig:
     images, OUT/check.json and OUT/problems.txt. Exits with 1 where packing would refuse.
     """
 
-    folder: tyro.conf.Positional[Path | None] = None
+    USAGE: ClassVar[str] = "FOLDER | --images PATH --masks PATH --mask-format FORMAT"
+    """Arguments of the usual call, which `--help` lists first."""
+    folder: Positional[Path | None] = None
     """Folder to look at instead of --images and --masks: proposes all flags of `unet pack` as one
     command, and checks the data with them."""
     out: Path = Path("check")

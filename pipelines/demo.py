@@ -47,8 +47,9 @@ class DemoConfig:
     """Seed of the images and of training."""
 
     def __post_init__(self) -> None:
-        if self.size < 64 or self.steps < 1:
-            raise ValueError("--size must be at least 64 and --steps at least 1")
+        for name, least in (("size", 64), ("steps", 1), ("seed", 0)):
+            if (value := getattr(self, name)) < least:
+                raise ValueError(f"--{name} must be >= {least}, got {value}")
 
 
 def run(config: DemoConfig) -> int:

@@ -8,7 +8,7 @@ from functools import partial
 from importlib.util import find_spec
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from accelerate import Accelerator
@@ -47,7 +47,7 @@ WORST_SIDE = 1000
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MetricOptions:
-    """What is measured."""
+    """Metrics."""
 
     empty: Empty = "skip"
     """Dice and IoU of a class that is absent from both mask and prediction, of an image or of the
@@ -71,6 +71,8 @@ class MetricOptions:
 class EvaluateConfig:
     """Score a checkpoint, or stored predictions, on every image of a split."""
 
+    USAGE: ClassVar[str] = "--checkpoint CHECKPOINT --data DATA"
+    """Arguments of the usual call, which `--help` lists first."""
     data: str
     """Folder of shards, or a URL such as s3://bucket/folder."""
     checkpoint: str | None = None

@@ -13,8 +13,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-import tyro
-
 from pipelines.packing.classes import find_class_problems
 from pipelines.packing.foreign import (
     REPACK,
@@ -29,7 +27,7 @@ from pipelines.packing.options import ImageOptions
 from pipelines.runtime.command import run_command
 from pipelines.runtime.processes import num_workers, refuse_negative_workers, run_all
 from pipelines.runtime.progress import progress
-from pipelines.runtime.yaml_flags import Flat
+from pipelines.runtime.yaml_flags import Flat, Positional
 from shards.folders.splits import SPLIT_NAMES, Split
 from shards.folders.walk import walk_files
 from shards.foreign import DECOMPRESS_REMEDY, Role
@@ -65,7 +63,7 @@ class IndexConfig:
     FOLDER/index.json.
     """
 
-    folder: tyro.conf.Positional[Path]
+    folder: Positional[Path]
     """Folder of the shards (*.tar), searched recursively."""
     classes: tuple[str, ...] = ()
     """Class names, from class 0 on; default: the shards contain images without masks."""

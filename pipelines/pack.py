@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pipelines.packing.classes import IGNORED_REMEDY, find_class_problems
 from pipelines.packing.manifest import make_manifest, summarise
@@ -56,6 +56,8 @@ class PackConfig:
     If `pack` is killed, rerun the same command: it resumes, and keeps the finished shards.
     """
 
+    USAGE: ClassVar[str] = "--images PATH --masks PATH --mask-format FORMAT --out OUT"
+    """Arguments of the usual call, which `--help` lists first."""
     out: str
     """Folder for the shards, or a URL such as s3://bucket/folder; created if missing."""
     verify: Literal["full", "headers"] = "full"

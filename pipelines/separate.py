@@ -8,12 +8,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
-
-import tyro
+from typing import ClassVar, Literal
 
 from pipelines.runtime.command import run_command
 from pipelines.runtime.progress import progress
+from pipelines.runtime.yaml_flags import Positional
 from shards.folders.pairs import normalise_extension, validate_regex
 from shards.folders.separation import FileMove, plan_separation
 from shards.sample import DataError
@@ -26,7 +25,9 @@ class SeparateConfig:
     Masks are recognised by a suffix (`cell_mask.png` for `cell.png`), a pattern, or an extension.
     """
 
-    folder: tyro.conf.Positional[Path]
+    USAGE: ClassVar[str] = "FOLDER --mask-suffix MASK_SUFFIX --out PATH"
+    """Arguments of the usual call, which `--help` lists first."""
+    folder: Positional[Path]
     """Folder that contains both."""
     out: Path
     """Folder in which `images` and `masks` are created."""

@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -59,8 +58,8 @@ class CommandResult:
 
     @property
     def message(self) -> str:
-        """stderr without the frames and line breaks that tyro adds."""
-        return " ".join(re.sub("[\u2500-\u257f]", " ", self.err).split())
+        """stderr in one line."""
+        return " ".join(self.err.split())
 
 
 def flags(folder: Path, out: Path, *more: object, mask_format: str = "binary") -> list[object]:

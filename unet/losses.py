@@ -6,7 +6,7 @@ does not change the loss.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from math import isfinite
 from typing import Literal
 
@@ -23,9 +23,23 @@ LOSSES = ("cross_entropy", "bce", "focal", "dice", "tversky")
 """Names of all losses. The first three are means over pixels, the others compare regions."""
 
 
+USED_BY = {
+    "focal_gamma": ("focal",),
+    "tversky_fp": ("tversky",),
+    "tversky_fn": ("tversky",),
+    "label_smoothing": ("cross_entropy", "bce"),
+    "class_weights": ("cross_entropy", "bce", "focal"),
+    "border_weight": ("cross_entropy", "bce", "focal"),
+}
+"""Settings that have an effect on some losses only."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossConfig:
-    """Weights and settings of the losses. Counted classes are all except `background`."""
+    """Losses: their weights and settings.
+
+    Counted classes are all except `background`.
+    """
 
     cross_entropy: float = 1.0
     """Weight of the pixel-wise cross-entropy."""
@@ -59,21 +73,17 @@ class LossConfig:
             value = getattr(self, name)
             if not (isfinite(value) and value >= 0):
                 raise ValueError(f"loss.{name} must be a finite number >= 0, got {value}")
-        summed = [name for name in LOSSES if getattr(self, name)]
-        if not summed:
-            raise ValueError(f"at least one loss weight must be > 0: {', '.join(LOSSES)}")
-        weights_pixels = self.border_weight > 0 or self.class_weights != "none"
-        if weights_pixels and not {"cross_entropy", "bce", "focal"} & {*summed}:
-            raise ValueError(
-                "loss.border_weight and loss.class_weights apply to losses over pixels; set at "
-                "least one of loss.cross_entropy, loss.bce and loss.focal"
-            )
-        if self.label_smoothing and not {"cross_entropy", "bce"} & {*summed}:
-            raise ValueError(
-                "loss.label_smoothing applies to loss.cross_entropy and loss.bce; set at least one"
-            )
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"loss.label_smoothing must be in [0, 1), got {self.label_smoothing}")
+        summed = [name for name in LOSSES if getattr(self, name)]
+        if not summed:
+            names = ", ".join(f"loss.{name}" for name in LOSSES)
+            raise ValueError(f"every loss has weight 0; raise at least one of {names}")
+        for field in fields(self):
+            losses = USED_BY.get(field.name, LOSSES)
+            if getattr(self, field.name) != field.default and not {*losses} & {*summed}:
+                names = " or ".join(f"loss.{name}" for name in losses)
+                raise ValueError(f"loss.{field.name} has no effect without {names} above 0")
 
 
 class SegmentationLoss(nn.Module):

@@ -49,7 +49,7 @@ class NetworkGeometry(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TileConfig:
-    """How large images are tiled."""
+    """Tiled prediction."""
 
     tile: int = 1024
     """Side of a tile in pixels; smaller images are predicted in one pass. Networks of valid

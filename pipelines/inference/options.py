@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
-import tyro
 
 from pipelines.inference.input_rules import WORK_DIR as WORK_DIR
 from pipelines.inference.input_rules import InputRule
@@ -25,7 +24,7 @@ PROBABILITIES_EXTENSION = "probabilities.npy"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ResultOptions:
-    """What is written for each image. These settings determine the bytes of the output."""
+    """Results for each image, which determine the bytes of the output."""
 
     samples_per_shard: int = 256
     """Images per output shard."""
@@ -132,7 +131,7 @@ class PredictConfig:
     """Compile the network with torch.compile: about a minute at the start, faster on GPUs. Only
     full batches of tiles of the size of the first image are compiled, so that masks depend on
     neither ranks nor interruptions."""
-    channels_last: tyro.conf.DisallowNone[bool | None] = None
+    channels_last: bool | None = None
     """Use the channels_last memory format, which tensor cores prefer. Default: on a GPU with
     --compile."""
     reading: Flat[ReadingOptions] = field(default_factory=ReadingOptions)

@@ -3,8 +3,6 @@
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-import tyro
-
 from pipelines.model.load import LoadedModel
 from pipelines.runtime.errors import UsageError
 from shards.images.files import MAX_PIXELS, AlphaPolicy, ExifPolicy, ImageRule, check_image_range
@@ -15,22 +13,22 @@ STORED = ("image_range", "max_pixels")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReadingOptions:
-    """How an image file becomes an array. Default: as when the training data was packed."""
+    """Reading of image files; by default as when the training data was packed."""
 
-    exif: tyro.conf.DisallowNone[ExifPolicy | None] = None
+    exif: ExifPolicy | None = None
     """Images with an EXIF orientation: rotate them upright, or ignore the orientation. Default: as
     for the training data."""
-    frame: tyro.conf.DisallowNone[int | None] = None
+    frame: int | None = None
     """Frame of multi-frame files (TIFF stacks, GIF), from 0. Default: as for the training data."""
-    alpha: tyro.conf.DisallowNone[AlphaPolicy | None] = None
+    alpha: AlphaPolicy | None = None
     """Images with transparent pixels: refuse them, or drop the alpha channel. Default: as for the
     training data."""
-    image_range: tyro.conf.DisallowNone[tuple[int, int] | None] = None
+    image_range: tuple[int, int] | None = None
     """16-bit values that become 0 and 255, such as 0 65535. Default: as for the training data."""
-    resize: tyro.conf.DisallowNone[int | None] = None
+    resize: int | None = None
     """Scale images down so that the longer side has this many pixels; masks are enlarged to the
     size of the file. Default: as for the training data."""
-    max_pixels: tyro.conf.DisallowNone[int | None] = None
+    max_pixels: int | None = None
     """Images whose header declares more pixels are refused before decoding. Default: as for the
     training data."""
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipelines.runtime.yaml_flags import refuse_unused
 from shards.sample import IGNORE
 
 NODES = 3
@@ -53,13 +54,19 @@ class AugmentConfig:
     def __post_init__(self) -> None:
         for name in ("scale", "contrast", "saturation"):
             if getattr(self, name) < 1:
-                raise ValueError(f"augment.{name} must be >= 1, got {getattr(self, name)}")
+                raise ValueError(f"--augment.{name} must be >= 1, got {getattr(self, name)}")
         for name in ("rotation", "brightness", "elastic"):
             if getattr(self, name) < 0:
-                raise ValueError(f"augment.{name} must be >= 0, got {getattr(self, name)}")
+                raise ValueError(f"--augment.{name} must be >= 0, got {getattr(self, name)}")
         for name in ("warp_share", "foreground_share"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"augment.{name} must be in [0, 1], got {getattr(self, name)}")
+                flag = name.replace("_", "-")
+                raise ValueError(f"--augment.{flag} must be in [0, 1], got {getattr(self, name)}")
+        if (self.scale, self.rotation, self.elastic) == (1, 0, 0):
+            reason = (
+                "has no effect: --augment.scale, --augment.rotation and --augment.elastic are off"
+            )
+            refuse_unused(self, reason, "warp_share", prefix="augment.")
 
 
 class Purpose(IntEnum):

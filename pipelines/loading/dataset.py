@@ -27,10 +27,10 @@ MAX_WORKERS = 8
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoadingOptions:
-    """How shards are read."""
+    """Data loading."""
 
     workers: int | None = None
-    """Decoding processes per rank; default: its share of the CPUs, at most 8."""
+    """Decoding processes per rank. Default: its share of the CPUs, at most 8; without a GPU, 1."""
     cache_dir: Path | None = None
     """Local folder that caches the shards of a URL, shared by all processes of a machine."""
     cache_bytes: int = 100_000_000_000

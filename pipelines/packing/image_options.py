@@ -15,7 +15,7 @@ from shards.statistics import GREY16, SampleStatistics, percentile_range
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImageOptions:
-    """Which images are accepted, and how 16-bit values are scaled."""
+    """Accepted images, and the range of 16-bit values."""
 
     alpha: AlphaPolicy = "refuse"
     """Images with transparent pixels: refuse them, or drop the alpha channel."""

@@ -31,7 +31,7 @@ MASK_NAMES = ("mask_suffix", "mask_ext", "pair_regex", "skip_unpaired")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PairingOptions:
-    """Where images and masks are, and which belong together."""
+    """Images, masks and their pairing."""
 
     images: tuple[Path, ...] = ()
     """Folders of the images, searched recursively; several whose names contain train, val or test
@@ -61,6 +61,10 @@ class PairingOptions:
         for flag in ("images", "masks", "pairs"):
             for path in getattr(self, flag):
                 refuse_url(f"--{flag}", path)
+        if self.masks and not self.pairs and not self.images:
+            raise ValueError(
+                "--masks needs --images: the folder of the images, which may be the same folder"
+            )
         if self.masks and not self.pairs and len(self.images) != len(self.masks):
             raise ValueError(
                 f"--images has {len(self.images)} folders and --masks {len(self.masks)}; list the "
@@ -112,7 +116,7 @@ class PairingOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MaskOptions:
-    """How masks are read: their format and their classes."""
+    """Mask format and classes."""
 
     mask_format: MaskKind | Literal["auto"] | None = None
     """binary: 0 and one other value. index: the pixel value is the class index. values:
@@ -146,8 +150,14 @@ class MaskOptions:
     def __post_init__(self) -> None:
         if self.mask_format is not None and self.unknown == "background":
             raise ValueError("--unknown background applies to --annotations only")
-        if (self.mask_format == "rgb") != (self.colours is not None):
-            raise ValueError("--mask-format rgb requires --colours FILE, and the reverse")
+        if self.mask_format == "rgb" and self.colours is None:
+            raise ValueError(
+                "--mask-format rgb needs --colours FILE, the colour of each class (or voc, "
+                "cityscapes, camvid); --mask-format auto proposes one"
+            )
+        if self.mask_format != "rgb" and self.colours is not None:
+            now = "" if self.mask_format is None else f", not {self.mask_format}"
+            raise ValueError(f"--colours {self.colours} needs --mask-format rgb{now}")
         if self.mask_format not in (None, "auto", "palette"):
             self.make_format()
         elif self.mask_format == "palette":

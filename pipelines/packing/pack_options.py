@@ -21,8 +21,9 @@ class ShardOptions:
     """Seed of the order of samples."""
 
     def __post_init__(self) -> None:
-        if self.samples_per_shard < 1 or (self.shard_bytes is not None and self.shard_bytes < 1):
-            raise ValueError("--samples-per-shard and --shard-bytes must be above 0")
+        for name in ("samples_per_shard", "shard_bytes"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be >= 1, got {value}")
 
     def make_rule(self) -> ShardRule:
         """Build the rule that orders samples and cuts them into shards."""

@@ -10,7 +10,7 @@ from shards.folders.splits import SplitRule
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SplitOptions:
-    """How samples are split into train, val and test."""
+    """Train, val and test split."""
 
     val_fraction: float | None = None
     """Fraction of the samples in val, chosen by a hash of the key; default: 0.1. Where files,

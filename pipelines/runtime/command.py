@@ -1,24 +1,24 @@
 """Command lines -> frozen dataclasses; errors -> one line and an exit code."""
 
-import inspect
 import io
 import os
+import re
 import select
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import TypeVar
-
-import tyro
+from typing import Any, TypeVar
 
 from pipelines.runtime import failures
+from pipelines.runtime.config_files import expand_home, read_config_file
 from pipelines.runtime.errors import REFUSED, STOPPED, USAGE, RunError, UsageError
+from pipelines.runtime.flag_values import join_choices
+from pipelines.runtime.flags import Flag, build, list_flags, read_arguments
+from pipelines.runtime.help_text import format_help, format_usage
 from pipelines.runtime.processes import follow_launcher
-from pipelines.runtime.yaml_flags import yaml_flags
 from shards.requests import set_remote_timeout
 from shards.sample import DataError
 
@@ -143,35 +143,54 @@ def wait_for_rank_0() -> None:
 
 
 def parse(config_class: type[T], argv: Sequence[str], verb: str) -> T:
-    """Parse the arguments; exits with 2 and a message if they are wrong."""
-    files, flags = take_config_files([*map(expand_home, argv)])
-    from_files = [expand_home(f) for file in files for f in yaml_flags(config_class, file)]
-    description = inspect.cleandoc(config_class.__doc__ or "")
-    description += (
-        "\n\n--config FILE.yaml (repeatable, later wins) sets any of these; flags override files."
-    )
-    held = io.StringIO() if launched_rank() else None
+    """Parse the arguments and configuration files of a verb; `--help` prints help and exits with 0.
+
+    Raises UsageError for everything that is wrong with them.
+    """
+    files, arguments = take_config_files([*map(expand_home, argv)])
+    flags = [*list_flags(config_class)]
+    if {"-h", "--help"} & {*arguments}:
+        if not launched_rank():
+            print(format_help(config_class, flags, verb))
+        raise SystemExit(0)
+    values: dict[str, Any] = {}
+    sources: dict[str, Path] = {}
+    for file in files:
+        found = read_config_file(flags, file)
+        values |= found
+        sources |= dict.fromkeys(found, file)
+    found = read_arguments(flags, arguments)
+    values |= found
+    if missing := [flag.name for flag in flags if flag.required and flag.key not in values]:
+        raise UsageError(
+            f"{join_choices(missing, 'and')} {'is' if len(missing) == 1 else 'are'} missing; "
+            f"usage: {format_usage(config_class, flags, verb)}"
+        )
     try:
-        with redirect_stderr(held or sys.stderr), redirect_stdout(held or sys.stdout):
-            return tyro.cli(
-                config_class,
-                args=[*from_files, *flags],
-                prog=f"unet {verb}",
-                description=description,
-            )
-    except SystemExit as end:
-        # With --help, all ranks exit 0.
-        if held is not None and end.code:
-            wait_for_rank_0()
-            print(held.getvalue(), file=sys.stderr, end="", flush=True)
-        raise
+        return build(config_class, values)
+    except ValueError as error:
+        by_file = {
+            flag.name: sources[flag.key] for flag in flags if flag.key in {*sources} - {*found}
+        }
+        raise UsageError(name_file(name_flags(str(error), flags), by_file)) from error
 
 
-def expand_home(argument: str) -> str:
-    """Expand `~/` at the start of a value, which a shell expands neither after `=` nor in YAML."""
-    start = argument.find("=") + 1 if argument.startswith("--") else 0
-    value = argument[start:]
-    return argument[:start] + os.path.expanduser(value) if value.startswith("~/") else argument
+def name_flags(message: str, flags: Sequence[Flag]) -> str:
+    """Replace the names of settings in a message, such as `optim.lr`, by their flags.
+
+    Classes that are also used from Python name fields. One without a dot only begins a message.
+    """
+    by_key = {flag.key: flag.name for flag in flags}
+    by_field = {flag.key.rpartition(".")[2]: flag.name for flag in flags} | by_key
+    message = re.sub(r"^[a-z_]+(?= must )", lambda m: by_field.get(m[0], m[0]), message)
+    return re.sub(r"(?<![\w.-])[a-z_]+\.[a-z_]+", lambda m: by_key.get(m[0], m[0]), message)
+
+
+def name_file(message: str, sources: Mapping[str, Path]) -> str:
+    """Prefix a message with the configuration file that set the flag that it begins with."""
+    flag = re.match(r"--[\w.-]+", message)
+    file = sources.get(flag[0]) if flag else None
+    return message if file is None else f"--config {file}: {message}"
 
 
 def take_config_files(argv: Sequence[str]) -> tuple[list[Path], list[str]]:

@@ -1,44 +1,22 @@
-"""Configuration files (YAML) as flags, strictly."""
+"""Classes of settings and their groups; YAML, strictly."""
 
-import difflib
 from collections.abc import Iterator
 from dataclasses import Field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
-import tyro
 import yaml
-
-from pipelines.runtime.errors import UsageError
 
 T = TypeVar("T")
 
-Flat = Annotated[tyro.conf.OmitArgPrefixes[T], tyro.conf.arg(prefix_name=False)]
+Flat = Annotated[T, "flat"]
 """A group of settings: a dataclass whose fields are flags and YAML keys under their own names.
 
-`pairing: Flat[PairingOptions]` adds `--images`, not `--pairing.images`; the name of the field and
-the first line of the class title its group in `--help`. A group may hold flat groups, no others.
+`pairing: Flat[PairingOptions]` adds `--images`, not `--pairing.images`; the first line of the class
+titles its group in `--help`. A group may hold flat groups, no others.
 """
-
-
-def yaml_flags(config_class: type, file: Path) -> list[str]:
-    """Translate a YAML file into flags.
-
-    Raises UsageError for a missing file, invalid YAML or an unknown key.
-    """
-    try:
-        plain = load_yaml(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"--config {file}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"--config {file}: {' '.join(str(error).split())}") from error
-    if plain is None:
-        return []
-    if not isinstance(plain, dict):
-        raise UsageError(
-            f"--config {file}: expected `key: value` lines, found {type(plain).__name__}"
-        )
-    return list(mapping_flags(config_class, plain, file, ()))
+Positional = Annotated[T, "positional"]
+"""A setting that is an argument without a flag on the command line, and a key in YAML."""
 
 
 class StrictLoader(yaml.SafeLoader):
@@ -64,40 +42,6 @@ StrictLoader.yaml_implicit_resolvers = {
 def load_yaml(text: str) -> Any:
     """Parse a YAML text strictly. Raises yaml.YAMLError."""
     return yaml.load(text, StrictLoader)  # noqa: S506 (it is a SafeLoader)
-
-
-def mapping_flags(
-    config_class: type, plain: dict[Any, Any], file: Path, path: tuple[str, ...]
-) -> Iterator[str]:
-    """Translate one level of a YAML file into flags."""
-    kinds = setting_types(config_class)
-    for key, value in plain.items():
-        name = str(key).replace("-", "_")
-        dotted = ".".join((*path, str(key)))
-        if name not in kinds:
-            close = difflib.get_close_matches(name, kinds, n=1)
-            hint = (
-                f"did you mean {'.'.join((*path, close[0]))}?"
-                if close
-                else f"known keys: {', '.join(kinds)}"
-            )
-            raise UsageError(f"--config {file}: unknown key {dotted}; {hint}")
-        kind = plain_type(kinds[name])
-        nested = kind if isinstance(kind, type) and is_dataclass(kind) else None
-        if (nested is not None) != isinstance(value, dict):
-            expected = "a mapping" if nested is not None else "a value"
-            raise UsageError(f"--config {file}: {dotted} must be {expected}, found {value!r}")
-        flag = "--" + ".".join((*path, name)).replace("_", "-")
-        if nested is not None:
-            yield from mapping_flags(nested, value, file, (*path, name))
-        elif isinstance(value, bool):
-            yield flag if value else "--" + ".".join((*path, f"no-{name}")).replace("_", "-")
-        elif isinstance(value, list):
-            yield from (flag, *map(str, value))
-        elif kinds[name] == tyro.conf.Positional[kind]:
-            yield str(value)
-        else:
-            yield f"{flag}={value}"
 
 
 def setting_types(config_class: type) -> dict[str, Any]:
@@ -129,6 +73,11 @@ def plain_type(annotation: Any) -> Any:
 def is_flat(annotation: Any) -> bool:
     """Whether an annotation is `Flat[...]`."""
     return annotation == Flat[plain_type(annotation)]
+
+
+def is_positional(annotation: Any) -> bool:
+    """Whether an annotation is `Positional[...]`."""
+    return annotation == Positional[plain_type(annotation)]
 
 
 def refuse_unused(group: Any, reason: str, *names: str, prefix: str = "") -> None:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch.optim import SGD, AdamW, Optimizer
 
+from pipelines.runtime.yaml_flags import refuse_unused
 from unet import UNet
 
 
@@ -20,7 +21,7 @@ class OptimConfig:
     lr: float = 2e-3
     """Peak learning rate."""
     momentum: float = 0.99
-    """Momentum of sgd (0.99 in the paper of 2015); adamw does not use it."""
+    """Momentum of sgd (0.99 in the paper of 2015)."""
     weight_decay: float = 1e-4
     """Weight decay of convolution weights, not of norms and biases; decoupled with adamw."""
     schedule: Literal["cosine", "poly", "constant"] = "cosine"
@@ -38,8 +39,12 @@ class OptimConfig:
     steps use (1 + n) / (10 + n), so that short runs have a useful average too."""
 
     def __post_init__(self) -> None:
-        if self.lr <= 0 or self.weight_decay < 0 or self.clip_norm < 0:
-            raise ValueError("optim.lr must be > 0, optim.weight_decay and optim.clip_norm >= 0")
+        if self.lr <= 0:
+            raise ValueError(f"--optim.lr must be > 0, got {self.lr}")
+        for name in ("weight_decay", "clip_norm"):
+            if getattr(self, name) < 0:
+                flag = name.replace("_", "-")
+                raise ValueError(f"--optim.{flag} must be >= 0, got {getattr(self, name)}")
         if self.encoder_lr_scale is not None and self.encoder_lr_scale <= 0:
             raise ValueError(
                 f"--optim.encoder-lr-scale must be > 0, got {self.encoder_lr_scale}; to keep the "
@@ -47,7 +52,11 @@ class OptimConfig:
             )
         for name in ("momentum", "warmup", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"optim.{name} must be in [0, 1), got {getattr(self, name)}")
+                flag = name.replace("_", "-")
+                raise ValueError(f"--optim.{flag} must be in [0, 1), got {getattr(self, name)}")
+        if self.optimizer != "sgd":
+            reason = f"has no effect with --optim.optimizer {self.optimizer}; remove it, or use sgd"
+            refuse_unused(self, reason, "momentum", prefix="optim.")
 
 
 PRETRAINED_LR_SCALE = 0.1

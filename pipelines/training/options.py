@@ -4,13 +4,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import tyro
-
 from pipelines.loading.augment import AugmentConfig
 from pipelines.loading.dataset import LoadingOptions
 from pipelines.model.build import ModelConfig
 from pipelines.runtime.devices import refuse_rank_timeout
-from pipelines.runtime.yaml_flags import Flat
+from pipelines.runtime.yaml_flags import Flat, refuse_unused
 from pipelines.training.budget import Limits
 from pipelines.training.optim import OptimConfig
 from pipelines.training.tracking import TrackingConfig
@@ -32,7 +30,7 @@ def refuse_below_1(group: object, *names: str) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LengthOptions:
-    """How long to train."""
+    """Training length."""
 
     steps: int | None = None
     """Total number of optimizer steps."""
@@ -61,7 +59,7 @@ class LengthOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BatchOptions:
-    """What a training batch consists of."""
+    """Batches and crops."""
 
     global_batch_size: int | None = None
     """Samples per optimizer step, over all ranks. It belongs to the run, not to the machine.
@@ -85,11 +83,13 @@ class BatchOptions:
         refuse_below_1(self, "accumulate")
         if not 0 <= self.max_bad_share <= 1:
             raise ValueError(f"--max-bad-share must be in [0, 1], got {self.max_bad_share}")
+        if self.bad_samples != "skip":
+            refuse_unused(self, "has no effect without --bad-samples skip", "max_bad_share")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OrderOptions:
-    """In which order samples are drawn."""
+    """Order of the samples."""
 
     seed: int = 0
     """Seed of weights, order, crops and augmentation."""
@@ -106,12 +106,12 @@ class OrderOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ComputeOptions:
-    """Speed, memory and determinism of a step."""
+    """Speed, memory and determinism."""
 
     compile: bool = False
     """Compile the network with torch.compile: about a minute at the start, faster steps. Validation
     stays eager, because every image size would be compiled separately."""
-    channels_last: tyro.conf.DisallowNone[bool | None] = None
+    channels_last: bool | None = None
     """Use the channels_last memory format, which tensor cores prefer. Default: on a GPU with
     --compile; in eager mode instance norm would copy every map back."""
     gradient_checkpointing: bool = False
@@ -123,14 +123,14 @@ class ComputeOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScheduleOptions:
-    """When to log, validate and save."""
+    """Logging, validation and checkpoints."""
 
     log_every: int = 20
     """Steps between lines of metrics.jsonl."""
     eval_every: int = 500
     """Steps between validations, each followed by a checkpoint. The run always ends with both."""
     val: bool = True
-    """--no-val: train without validation; no checkpoint is the best then, and the last is used."""
+    """Validate during training. With --no-val, no checkpoint is the best, and the last is used."""
     save_every: int | None = None
     """Steps between additional checkpoints without validation."""
     keep_checkpoints: int = 2
@@ -145,6 +145,8 @@ class ScheduleOptions:
         refuse_below_1(
             self, "log_every", "eval_every", "save_every", "keep_checkpoints", "keep_every"
         )
+        if not self.val:
+            refuse_unused(self, "has no effect with --no-val: no checkpoint is the best", "best_by")
 
     def validation_due(self, step: int) -> bool:
         """Whether the weights are validated after a step, not counting the last."""

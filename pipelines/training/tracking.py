@@ -18,6 +18,7 @@ from PIL import Image
 
 from pipelines.runtime.errors import RunError
 from pipelines.runtime.run_folder import RunFolder
+from pipelines.runtime.yaml_flags import refuse_unused
 from pipelines.training.checkpoints import TrainState
 from shards.images.files import encode_png
 from shards.writer import write_atomically
@@ -42,12 +43,15 @@ class TrackingConfig:
 
     def __post_init__(self) -> None:
         if self.pictures < 0:
-            raise ValueError(f"tracking.pictures must be >= 0, got {self.pictures}")
+            raise ValueError(f"--tracking.pictures must be >= 0, got {self.pictures}")
+        if self.backend == "none":
+            reason = "has no effect with --tracking.backend none; remove one of the two"
+            refuse_unused(self, reason, "project", prefix="tracking.")
         if self.artifact and self.backend != "wandb":
-            raise ValueError("tracking.artifact needs tracking.backend wandb")
+            raise ValueError("--tracking.artifact needs --tracking.backend wandb")
         if self.backend == "tensorboard" and find_spec("tensorboard") is None:
             raise ValueError(
-                "tracking.backend tensorboard needs tensorboard: pip install "
+                "--tracking.backend tensorboard needs tensorboard: pip install "
                 "'unet-shards[tensorboard]'"
             )
 

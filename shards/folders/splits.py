@@ -38,8 +38,12 @@ class SplitRule:
 
     def __post_init__(self) -> None:
         val_fraction = self.hashed_fraction
-        if not 0 <= val_fraction <= 1 or not 0 <= self.test_fraction <= 1:
-            raise ValueError("--val-fraction and --test-fraction must be between 0 and 1")
+        for flag, share in (
+            ("--val-fraction", val_fraction),
+            ("--test-fraction", self.test_fraction),
+        ):
+            if not 0 <= share <= 1:
+                raise ValueError(f"{flag} must be between 0 and 1, got {share}")
         if (val_fraction if self.fold is None else 0) + self.test_fraction >= 1:
             raise ValueError("--val-fraction and --test-fraction leave nothing to train on")
         if self.group_by is not None:

@@ -52,19 +52,20 @@ class MaskFormat:
 
     def __post_init__(self) -> None:
         if not 2 <= self.num_classes <= 255:
-            raise ValueError(f"there must be 2 to 255 classes, got {self.num_classes}")
+            raise ValueError(f"--classes: there must be 2 to 255 classes, got {self.num_classes}")
         if self.kind == "binary" and self.num_classes != 2:
-            raise ValueError(f"binary masks have 2 classes, got {self.num_classes} names")
+            raise ValueError(f"--classes: binary masks have 2, got {self.num_classes} names")
         if self.kind in ("palette", "rgb") and len(self.colours) != self.num_classes:
             raise ValueError(
                 f"{len(self.colours)} colours for {self.num_classes} classes; give one per class"
             )
         if self.kind == "values" and len(self.values) != self.num_classes:
             raise ValueError(
-                f"{len(self.values)} mask values for {self.num_classes} classes; give one per class"
+                f"--mask-values: {len(self.values)} mask values for {self.num_classes} classes; "
+                "give one per class"
             )
         if len(set(self.values)) != len(self.values):
-            raise ValueError(f"each class needs a mask value of its own, got {self.values}")
+            raise ValueError(f"--mask-values: a class needs its own value, got {self.values}")
         for value in (*self.values, self.threshold, self.ignore_value):
             if value is not None and not 0 <= value <= 65535:
                 raise ValueError(f"mask values must be 0 to 65535, got {value}")
@@ -77,9 +78,10 @@ class MaskFormat:
     def refuse_inapplicable_settings(self) -> None:
         """Raise ValueError for settings that apply to another kind only."""
         applicable = {
-            "mask values apply to `values` only": (bool(self.values), ("values",)),
-            "--invert and --mask-threshold apply to `binary` only": (
-                self.invert or self.threshold is not None,
+            "--mask-values applies to `values` only": (bool(self.values), ("values",)),
+            "--invert applies to `binary` only": (self.invert, ("binary",)),
+            "--mask-threshold applies to `binary` only": (
+                self.threshold is not None,
                 ("binary",),
             ),
             "--colours applies to `rgb` only": (bool(self.colours), ("rgb", "palette")),

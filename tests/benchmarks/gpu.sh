@@ -17,7 +17,7 @@
 #   python -m pip download --dest .whl --no-deps --only-binary=:all: --python-version 3.12 \
 #       --implementation cp --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 \
 #       --platform manylinux2014_x86_64 --constraint launch/constraints.txt \
-#       webdataset braceexpand tyro msgspec docstring-parser typeguard typing-extensions simplejpeg \
+#       webdataset braceexpand msgspec typing-extensions simplejpeg \
 #       wandb platformdirs pydantic pydantic-core annotated-types typing-inspection cwevals distro \
 #       sniffio googleapis-common-protos opentelemetry-api opentelemetry-sdk opentelemetry-proto \
 #       opentelemetry-semantic-conventions opentelemetry-exporter-otlp-proto-http \

@@ -31,7 +31,7 @@ from unet import UNet
 
 KERNELS = 12
 """Kernels listed per profile."""
-REQUIRED = ("accelerate", "torchmetrics", "webdataset", "tyro", "safetensors", "PIL", "jinja2")
+REQUIRED = ("accelerate", "torchmetrics", "webdataset", "msgspec", "safetensors", "PIL", "jinja2")
 OPTIONAL = ("wandb", "simplejpeg", "segmentation_models_pytorch", "scipy", "onnxruntime")
 
 

@@ -606,18 +606,27 @@ MASKED = ("--images", "i", "--masks", "m")
 BAD_RULES: dict[str, tuple[tuple[object, ...], str]] = {
     "no classes": (("index",), "--mask-format index needs --classes: the names, from class 0 on"),
     "no classes, palette": (("palette",), "--mask-format palette needs --classes"),
-    "one class": (("index", "--classes", "one"), "there must be 2 to 255 classes, got 1"),
+    "one class": (
+        ("index", "--classes", "one"),
+        "--classes: there must be 2 to 255",
+    ),
     "one name twice": (("index", "--classes", "a", "a"), "--classes: duplicate name in a a"),
-    "three for two": (("binary", "--classes", "a", "b", "c"), "binary masks have 2 classes, got 3"),
-    "values of another": (("binary", "--mask-values", 0, 1), "mask values apply to `values` only"),
+    "three for two": (
+        ("binary", "--classes", "a", "b", "c"),
+        "--classes: binary masks have 2",
+    ),
+    "values of another": (
+        ("binary", "--mask-values", 0, 1),
+        "--mask-values applies to `values`",
+    ),
     "no values": (("values",), "--mask-format values needs --mask-values: that of class 0, 1, 2"),
     "values and names": (
         ("values", "--mask-values", 0, 1, "--classes", "a", "b", "c"),
-        "2 mask values for 3 classes; give one per class",
+        "--mask-values: 2 mask values for 3 classes; give one per class",
     ),
     "a value twice": (
         ("values", "--mask-values", 4, 4, *AB),
-        "each class needs a mask value of its own",
+        "--mask-values: a class needs its own value",
     ),
     "a value too high": (
         ("values", "--mask-values", 0, 65536),
@@ -627,7 +636,7 @@ BAD_RULES: dict[str, tuple[tuple[object, ...], str]] = {
         ("index", *AB, "--ignore-value", 1),
         "--ignore-value 1 is also the value of a class",
     ),
-    "inverted index": (("index", *AB, "--invert"), "--invert and --mask-threshold apply to"),
+    "inverted index": (("index", *AB, "--invert"), "--invert applies to `binary` only"),
     "unknown of two": (
         ("binary", "--unknown", "ignore"),
         "--unknown does not apply to two classes",
@@ -640,10 +649,10 @@ BAD_RULES: dict[str, tuple[tuple[object, ...], str]] = {
         ("values", "--mask-values", 0, 10, "--tolerance", 5),
         "0 and 10 differ by 10, too little for --tolerance 5",
     ),
-    "rgb without a table": (("rgb",), "--mask-format rgb requires --colours FILE, and the reverse"),
+    "rgb without a table": (("rgb",), "--mask-format rgb needs --colours FILE"),
     "a table without rgb": (
         ("binary", "--colours", "x"),
-        "--mask-format rgb requires --colours FILE",
+        "--colours x needs --mask-format rgb, not binary",
     ),
     "no such table": (("rgb", "--colours", "{}/no.yaml"), "no.yaml: No such file or directory"),
     "a pattern that is none": (

@@ -305,7 +305,7 @@ def test_help_needs_none_of_the_extra(
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (("--out", "m.onnx", "--format", "tflite"), "invalid choice 'tflite'"),
+        (("--out", "m.onnx", "--format", "tflite"), "--format tflite: unknown; use onnx or torch"),
         (("--out", "m.pt2"), "--out m.pt2 must end in .onnx with --format onnx"),
         (("--out", "m.pt", "--format", "torch"), "--out m.pt must end in .pt2 with --format torch"),
         (("--out", "s3://bucket/m.onnx"), "is a URL"),

@@ -791,7 +791,7 @@ def test_a_folder_without_shards_is_refused(index, refused, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--classes", "one"), "there must be 2 to 255 classes, got 1"),
+        (("--classes", "one"), "--classes: there must be 2 to 255 classes, got 1"),
         (("--classes", "a", "a"), "--classes: duplicate name in a a"),
         (("--split", "val"), "--split needs --classes"),
         ((*CLASSES, "--split", "vall"), "vall"),

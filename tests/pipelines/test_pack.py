@@ -1239,26 +1239,29 @@ def test_a_value_without_a_class_is_named_with_its_pixel_count(
     [
         (("--val-fraction", 1.5), "must be between 0 and 1"),
         (("--val-fraction", 0.6, "--test-fraction", 0.4), "leave nothing to train on"),
-        (("--samples-per-shard", 0), "must be above 0"),
+        (("--samples-per-shard", 0), "--samples-per-shard must be >= 1, got 0"),
         (("--workers", -1), "--workers must be >= 0, got -1"),
         (("--mask-format", "index"), "--mask-format index needs --classes"),
-        (("--classes", "a", "b", "c"), "binary masks have 2 classes, got 3 names"),
+        (("--classes", "a", "b", "c"), "--classes: binary masks have 2, got 3 names"),
         (("--classes", "a", "a"), "--classes: duplicate name in a a"),
-        (("--mask-values", 0, 1), "mask values apply to `values` only"),
+        (("--mask-values", 0, 1), "--mask-values applies to `values` only"),
         (("--ignore-value", 65536), "mask values must be 0 to 65535, got 65536"),
         (
             ("--mask-format", "values", "--mask-values", 0, 1, "--classes", "a", "b", "c"),
-            "2 mask values for 3 classes",
+            "--mask-values: 2 mask values for 3 classes",
         ),
         (
             ("--mask-format", "values", "--mask-values", 4, 4, "--classes", "a", "b"),
-            "each class needs a mask value of its own",
+            "--mask-values: a class needs its own value",
         ),
         (
             ("--mask-format", "index", "--classes", "a", "b", "--invert"),
-            "--invert and --mask-threshold apply to `binary`",
+            "--invert applies to `binary`",
         ),
-        (("--mask-format", "index", "--classes", "one"), "there must be 2 to 255 classes, got 1"),
+        (
+            ("--mask-format", "index", "--classes", "one"),
+            "--classes: there must be 2 to 255 classes, got 1",
+        ),
         (("--mask-format", "palette"), "--mask-format palette needs --classes"),
     ],
 )

@@ -528,9 +528,9 @@ def test_an_input_that_means_nothing_is_refused(
     ("change", "message"),
     [
         (("--samples-per-shard", 0), "--samples-per-shard must be >= 1, got 0"),
-        (("--batch-size", 0), "batch_size must be at least 1, got 0"),
-        (("--tile", 8), "tile must be at least 16 pixels, got 8"),
-        (("--overlap", 1), "overlap must be in [0, 0.75], got 1"),
+        (("--batch-size", 0), "--batch-size must be at least 1, got 0"),
+        (("--tile", 8), "--tile must be at least 16 pixels, got 8"),
+        (("--overlap", 1), "--overlap must be in [0, 0.75], got 1"),
         (("--workers", -1), "--workers must be >= 0, got -1"),
         (("--threshold", 0), "--threshold must be in (0, 1], got 0.0"),
         (("--threshold", 1.1), "--threshold must be in (0, 1], got 1.1"),

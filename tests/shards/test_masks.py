@@ -687,28 +687,31 @@ def test_a_mask_is_resized_by_nearest_neighbour():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"kind": "index", "num_classes": 1}, "there must be 2 to 255 classes, got 1"),
-        ({"kind": "index", "num_classes": 256}, "there must be 2 to 255 classes, got 256"),
-        ({"kind": "binary", "num_classes": 3}, "binary masks have 2 classes, got 3 names"),
+        ({"kind": "index", "num_classes": 1}, "--classes: there must be 2 to 255 classes, got 1"),
+        (
+            {"kind": "index", "num_classes": 256},
+            "there must be 2 to 255 classes, got 256",
+        ),
+        ({"kind": "binary", "num_classes": 3}, "--classes: binary masks have 2, got 3 names"),
         (
             {"kind": "values", "num_classes": 3, "values": (0, 255)},
-            "2 mask values for 3 classes; give one per class",
+            "--mask-values: 2 mask values for 3 classes; give one per class",
         ),
         (
             {"kind": "values", "num_classes": 2, "values": (7, 7)},
-            "each class needs a mask value of its own, got (7, 7)",
+            "--mask-values: a class needs its own value, got (7, 7)",
         ),
         (
             {"kind": "index", "num_classes": 2, "values": (0, 1)},
-            "mask values apply to `values` only; the format is `index`",
+            "--mask-values applies to `values` only; the format is `index`",
         ),
         (
             {"kind": "index", "num_classes": 2, "invert": True},
-            "--invert and --mask-threshold apply to `binary` only; the format is `index`",
+            "--invert applies to `binary` only; the format is `index`",
         ),
         (
             {"kind": "values", "num_classes": 2, "values": (0, 1), "threshold": 0},
-            "--invert and --mask-threshold apply to `binary` only; the format is `values`",
+            "--mask-threshold applies to `binary` only; the format is `values`",
         ),
         (
             {"kind": "index", "num_classes": 2, "ignore_value": 65536},

@@ -597,11 +597,11 @@ def test_an_image_without_a_group_is_refused():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"val_fraction": -0.1}, "--val-fraction and --test-fraction must be between 0 and 1"),
-        ({"test_fraction": 1.5}, "--val-fraction and --test-fraction must be between 0 and 1"),
+        ({"val_fraction": -0.1}, "--val-fraction must be between 0 and 1, got -0.1"),
+        ({"test_fraction": 1.5}, "--test-fraction must be between 0 and 1, got 1.5"),
         (
             {"val_fraction": float("nan")},
-            "--val-fraction and --test-fraction must be between 0 and 1",
+            "--val-fraction must be between 0 and 1, got nan",
         ),
         ({"val_fraction": 0.5, "test_fraction": 0.5}, "leave nothing to train on"),
         ({"fold": (0, 5)}, "--fold must be i/k: fold i, from 1 to k, of k >= 2 folds"),

@@ -175,19 +175,25 @@ def test_a_loss_of_weight_zero_is_skipped():
     [
         ({"cross_entropy": -1.0}, "loss.cross_entropy must be a finite number >= 0"),
         ({"focal": float("nan")}, "loss.focal must be a finite number >= 0, got nan"),
-        ({"cross_entropy": 0.0, "dice": 0.0}, "at least one loss weight must be > 0"),
+        (
+            {"cross_entropy": 0.0, "dice": 0.0},
+            "every loss has weight 0; raise at least one of loss.cross_entropy",
+        ),
         (
             {"cross_entropy": 0.0, "border_weight": 10.0},
-            "apply to losses over pixels; set at least one",
+            "loss.border_weight has no effect without loss.cross_entropy or loss.bce or loss.focal",
         ),
         (
             {"cross_entropy": 0.0, "class_weights": "inverse"},
-            "apply to losses over pixels; set at least one",
+            "loss.class_weights has no effect without loss.cross_entropy or loss.bce or loss.focal",
         ),
         (
             {"cross_entropy": 0.0, "label_smoothing": 0.1},
-            "applies to loss.cross_entropy and loss.bce",
+            "loss.label_smoothing has no effect without loss.cross_entropy or loss.bce above 0",
         ),
+        ({"focal_gamma": 1.0}, "loss.focal_gamma has no effect without loss.focal above 0"),
+        ({"tversky_fp": 0.5}, "loss.tversky_fp has no effect without loss.tversky above 0"),
+        ({"tversky_fn": 0.5}, "loss.tversky_fn has no effect without loss.tversky above 0"),
         ({"label_smoothing": 1.0}, r"loss.label_smoothing must be in \[0, 1\), got 1.0"),
         ({"focal_gamma": -1.0}, "loss.focal_gamma must be a finite number >= 0"),
         ({"border_weight": float("inf")}, "loss.border_weight must be a finite number >= 0"),
