@@ -1,7 +1,6 @@
 """A run folder: the paths of its files, and its lock."""
 
 import fcntl
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,19 +67,6 @@ class RunFolder:
     def best(self) -> Path:
         """Link to the checkpoint with the best validation score."""
         return self.checkpoints / "best"
-
-
-def require_writable(folder: Path) -> None:
-    """Make a folder for results. Raises RunError, naming --out, if it cannot be written to."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise RunError(
-            f"{folder} cannot be written to: {error.strerror}; use --out to write the scores "
-            "elsewhere"
-        ) from error
 
 
 class RunLock:
