@@ -24,6 +24,7 @@ from pipelines.packing.propose import propose_format
 from pipelines.packing.propose_layout import propose_layout
 from pipelines.runtime.command import parse, run_command
 from pipelines.runtime.errors import REFUSED, refuse_url
+from pipelines.runtime.outputs import require_writable, write_result
 from pipelines.runtime.processes import chunks, num_workers, refuse_negative_workers, run_all
 from pipelines.runtime.progress import progress
 from pipelines.runtime.yaml_flags import Flat, Positional, refuse_unused
@@ -82,6 +83,7 @@ class CheckConfig:
 
 def run(config: CheckConfig) -> int:
     """Inspect all pairs, print a table, write the report and the contact sheet."""
+    require_writable("--out", config.out)
     if config.folder is not None:
         return check_folder(config.folder, config)
     source = config.source
@@ -117,10 +119,14 @@ def run(config: CheckConfig) -> int:
     store.create_folder()
     form = source.make_image_format(pairs.tally)
     report = make_report(source.class_names(), form, pairing, pairs, splits, problems)
-    store.write(REPORT_NAME, (json.dumps(report, indent=1) + "\n").encode())
+    # Of the previous run, which may have read other files.
+    store.remove(SHEET_NAME)
+    data = (json.dumps(report, indent=1) + "\n").encode()
+    done = write_result(config.out / REPORT_NAME, data)
     path = save_problems(problems, store)
     table = format_table(report, "pairs" if source.has_masks else "images")
     print("\n".join([*table, *(f"  {note}" for note in notes)]))
+    print(f"report: {store.path(REPORT_NAME)}{done}")
     if rule is not None and draw_sheet(pairing, rule, form, pairs, report, config.out / SHEET_NAME):
         print(f"contact sheet: {store.path(SHEET_NAME)}")
     if not problems:

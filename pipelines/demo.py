@@ -18,7 +18,8 @@ from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
 from pipelines.runtime.command import run_command
-from pipelines.runtime.errors import RunError
+from pipelines.runtime.errors import RunError, UsageError
+from pipelines.runtime.outputs import require_writable
 from pipelines.runtime.run_folder import RunFolder
 from shards.images.files import encode_png
 from shards.manifest import MANIFEST
@@ -55,6 +56,8 @@ class DemoConfig:
 def run(config: DemoConfig) -> int:
     """Run all steps and print where the results are."""
     out = config.out
+    require_writable("--out", out)
+    refuse_other_size(out / "pictures" / "images", config.size)
     samples, shards, run_dir, masks = out / "pictures", out / "shards", out / "run", out / "masks"
     folder = RunFolder(run_dir)
     draw_samples(samples, config)
@@ -80,6 +83,17 @@ def run(config: DemoConfig) -> int:
     print(f"overlays:  {masks / 'overlay'}")
     print(f"shards:    {masks}")
     return 0
+
+
+def refuse_other_size(images: Path, size: int) -> None:
+    """Raise UsageError if sample images of another size exist, which are kept."""
+    if (image := next(images.glob("*.png"), None)) is not None:
+        with Image.open(image) as opened:
+            width, _ = opened.size
+        if width != size:
+            raise UsageError(
+                f"--size {size}: {images} holds images of {width}; choose another --out"
+            )
 
 
 def quote(*parts: object) -> str:

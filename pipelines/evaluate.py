@@ -26,7 +26,8 @@ from pipelines.runtime.command import run_command
 from pipelines.runtime.devices import choose_batch_size, refuse_rank_timeout, start
 from pipelines.runtime.errors import RunError, UsageError
 from pipelines.runtime.failures import out_of_memory, summary
-from pipelines.runtime.run_folder import SCORES, require_writable
+from pipelines.runtime.outputs import compare, read_previous, require_writable
+from pipelines.runtime.run_folder import SCORES
 from pipelines.runtime.yaml_flags import Flat, refuse_unused
 from shards.images.files import encode_png
 from shards.manifest import Manifest, read_manifest
@@ -120,7 +121,7 @@ def run(config: EvaluateConfig) -> int:
         differences = loaded.describe_differences(manifest.image_format)
         # The model was trained with its own range of 16-bit values.
         manifest = replace(manifest, image_format=loaded.stored_format(manifest.image_format))
-    require_writable(out)
+    require_writable("--out", out, "use --out to write the scores elsewhere")
     accelerator = start(rank_timeout=config.rank_timeout)
     if accelerator.is_main_process and differences:
         print("\n".join(differences), file=sys.stderr)
@@ -170,13 +171,15 @@ def write_results(
     counted = counted_classes(manifest.classes)
     print(table.table(scored.scores, surface))
     out.mkdir(parents=True, exist_ok=True)
+    previous = read_previous(out / SCORES)
     # Written last, so that the files beside it always belong to it.
     (out / SCORES).unlink(missing_ok=True)
     path, empty = out / SCORES_CSV, config.metrics.empty
     dice = write_scores(path, rows, data, split, manifest.classes, counted, empty)
     about = {"split": split, "manifest": manifest.digest, **scored.about}
     write_json(out / SCORES, {**about, **table.to_plain(scored.scores, surface)})
-    print(f"{scored.scores.num_images} images of {split}: {out / SCORES}, {SCORES_CSV}")
+    done = compare(previous, (out / SCORES).read_bytes())
+    print(f"{scored.scores.num_images} images of {split}: {out / SCORES}, {SCORES_CSV}{done}")
     draw_worst(out / WORST, config.worst, scored.load_examples, manifest.palette, dice)
 
 

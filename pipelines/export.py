@@ -28,6 +28,7 @@ from pipelines.model.export_file import (
 from pipelines.model.load import LoadedModel, load_model
 from pipelines.runtime.command import run_command
 from pipelines.runtime.errors import RunError, UsageError, refuse_url
+from pipelines.runtime.outputs import compare, read_previous, require_writable_file
 from shards.writer import flush_to_disk
 
 SUFFIX = {"onnx": ".onnx", "torch": ".pt2"}
@@ -61,8 +62,7 @@ def run(config: ExportConfig) -> int:
     """Export, verify and rename the file, and print what was verified."""
     if config.format == "onnx":
         require_onnx()
-    if config.out.is_dir():
-        raise UsageError(f"--out {config.out} is a directory; --out takes the file to write")
+    require_writable_file("--out", config.out)
     loaded = load_model(config.checkpoint)
     refuse_windows(loaded.model)
     config.out.parent.mkdir(parents=True, exist_ok=True)
@@ -71,9 +71,10 @@ def run(config: ExportConfig) -> int:
         run_file = export(loaded, config.format, file)
         difference = compare_logits(loaded, run_file)
         num_bytes = sum(part.stat().st_size for part in file.parent.iterdir())
+        done = compare(read_previous(config.out), file.read_bytes())
         rename_into_place(file, config.out)
     sizes = ", ".join(size_name(size) for size in sizes_to_try(loaded))
-    print(f"{config.out}: {num_bytes / 1e6:,.1f} MB, for images of {sides_name(loaded)}")
+    print(f"{config.out}: {num_bytes / 1e6:,.1f} MB, for images of {sides_name(loaded)}{done}")
     print(
         f"verified on {sizes}: logits differ from the model's by at most "
         f"{difference:.1g} of the largest (allowed: {TOLERANCE:.1g})"

@@ -25,6 +25,7 @@ from pipelines.packing.foreign import (
 from pipelines.packing.manifest import make_manifest, summarise
 from pipelines.packing.options import ImageOptions
 from pipelines.runtime.command import run_command
+from pipelines.runtime.outputs import require_writable
 from pipelines.runtime.processes import num_workers, refuse_negative_workers, run_all
 from pipelines.runtime.progress import progress
 from pipelines.runtime.yaml_flags import Flat, Positional
@@ -124,6 +125,8 @@ def run(config: IndexConfig) -> int:
     """Inspect all shards; if all are valid, write the .idx files and the manifest."""
     store = Store(str(config.folder))
     names = find_shards(config.folder)
+    if not store.exists(MANIFEST):
+        require_writable("FOLDER", config.folder, "copy the shards to a folder that can be")
     shards = inspect_shards(config, names)
     problems = [problem for shard in shards for problem in shard.problems]
     splits: dict[str, str] = {}

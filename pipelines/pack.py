@@ -34,6 +34,7 @@ from pipelines.packing.propose_layout import propose_layout
 from pipelines.packing.shard_job import EMPTY_SUFFIX, PackRule, pack_shard, read_shard_report
 from pipelines.runtime.command import run_command
 from pipelines.runtime.errors import INCOMPLETE, RunError, UsageError, parse_part, refuse_url
+from pipelines.runtime.outputs import require_writable
 from pipelines.runtime.processes import num_workers, refuse_negative_workers, run_all
 from pipelines.runtime.progress import progress
 from pipelines.runtime.yaml_flags import Flat, refuse_unused
@@ -102,6 +103,8 @@ def run(config: PackConfig) -> int:
     store.create_folder()
     if store.exists(MANIFEST):
         return report_finished(config, store)
+    if store.local is not None:
+        require_writable("--out", store.local)
     try:
         return pack_into(config, store)
     except AggregateDataError as error:

@@ -56,6 +56,7 @@ from pipelines.runtime.command import run_command
 from pipelines.runtime.devices import start
 from pipelines.runtime.errors import INCOMPLETE, RunError, UsageError
 from pipelines.runtime.failures import out_of_memory, summary
+from pipelines.runtime.outputs import require_writable
 from pipelines.runtime.progress import progress
 from pipelines.runtime.verification import verify_shards
 from shards.manifest import MANIFEST
@@ -92,6 +93,8 @@ def run(config: PredictConfig) -> int:
         )
     store = Store(config.out)
     store.create_folder()
+    if store.local is not None and not store.exists(MANIFEST):
+        require_writable("--out", store.local)
     accelerator = start()
     if accelerator.is_main_process and notes:
         print("\n".join(notes), file=sys.stderr)
@@ -131,6 +134,8 @@ def run(config: PredictConfig) -> int:
     else:
         # Left over if the job was killed after writing the manifest.
         store.remove(WORK_DIR)
+        if prints:
+            print(f"{store} is already predicted with these settings; nothing to do")
     accelerator.end_training()
     part = [
         config.results.shard_name(number) for number in config.shards_of(cutting.num_shards, 0, 1)

@@ -8,6 +8,8 @@ from pathlib import Path
 from pipelines.reporting.compose import write_report
 from pipelines.runtime.command import run_command
 from pipelines.runtime.devices import start
+from pipelines.runtime.outputs import require_writable_file
+from pipelines.runtime.run_folder import RunFolder
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,16 +32,19 @@ class ReportConfig:
 
 def run(config: ReportConfig) -> int:
     """Write the report on the main process."""
+    page = config.out or RunFolder(config.run_dir).report
+    if config.run_dir.is_dir():
+        require_writable_file("--out", page, "use --out to write the report elsewhere")
     accelerator = start()
     if accelerator.is_main_process:
-        path = write_report(
+        written = write_report(
             config.run_dir,
             accelerator,
             out=config.out,
             data=config.data,
             images=config.pictures,
         )
-        print(f"report: {path}")
+        print(f"report: {written}")
     accelerator.end_training()
     return 0
 

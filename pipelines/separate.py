@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from pipelines.runtime.command import run_command
+from pipelines.runtime.outputs import require_writable
 from pipelines.runtime.progress import progress
 from pipelines.runtime.yaml_flags import Positional
 from shards.folders.pairs import normalise_extension, validate_regex
-from shards.folders.separation import FileMove, plan_separation
+from shards.folders.separation import FileMove, count_moved_pairs, list_others, plan_separation
 from shards.sample import DataError
 
 
@@ -64,7 +65,16 @@ class SeparateConfig:
 
 
 def run(config: SeparateConfig) -> int:
-    """Place every file, or print where it would go."""
+    """Place every file, or print where it would go; files placed before are kept."""
+    if not config.dry_run:
+        require_writable("--out", config.out)
+        if config.mode == "move" and config.folder.is_dir():
+            require_writable("FOLDER", config.folder, "use --mode copy")
+    if config.mode == "move" and config.folder.is_dir():
+        num_moved = count_moved_pairs(config.folder, config.out)
+        if num_moved:
+            print(f"{num_moved} pairs in {config.out}, already separated; nothing was written")
+            return 0
     plan = plan_separation(
         config.folder,
         config.out,
@@ -73,15 +83,23 @@ def run(config: SeparateConfig) -> int:
         image_ext=normalise_extension(config.image_ext),
         mask_ext=normalise_extension(config.mask_ext),
     )
+    others = [] if config.mode == "move" else list_others(plan, config.out)
+    if others:
+        raise DataError(
+            f"--out {config.out} holds {len(others)} files that this command does not make, the "
+            f"first: {others[0]}; choose another --out"
+        )
     num_masks = sum(file.is_mask for file in plan)
     if config.dry_run:
         for file in plan:
             print(f"{file.source} -> {file.target}")
         print(f"{num_masks} pairs; nothing was written (--dry-run)")
         return 0
-    for file in progress(plan, desc="separate", unit="file"):
-        place_file(file, config.mode)
-    print(f"{num_masks} pairs in {config.out / 'images'} and {config.out / 'masks'}")
+    num_placed = sum(
+        place_file(file, config.mode) for file in progress(plan, desc="separate", unit="file")
+    )
+    done = "" if num_placed else ", already separated; nothing was written"
+    print(f"{num_masks} pairs in {config.out / 'images'} and {config.out / 'masks'}{done}")
     print(
         f"next: unet pack --images {config.out / 'images'} --masks {config.out / 'masks'} "
         "--mask-format ... --out SHARDS"
@@ -89,8 +107,10 @@ def run(config: SeparateConfig) -> int:
     return 0
 
 
-def place_file(file: FileMove, mode: Literal["copy", "move", "link"]) -> None:
+def place_file(file: FileMove, mode: Literal["copy", "move", "link"]) -> bool:
     """Copy, move or link one file atomically; an identical file at the target is kept.
+
+    Returns whether the target did not exist.
 
     Raises DataError if the target exists and differs.
     """
@@ -102,7 +122,7 @@ def place_file(file: FileMove, mode: Literal["copy", "move", "link"]) -> None:
             )
         if mode == "move" and not file.source.samefile(file.target):
             file.source.unlink()
-        return
+        return False
     # Not longer than the target's name, and the same on a rerun, which removes it.
     digest = hashlib.sha256(os.fsencode(file.target.name)).hexdigest()
     temporary = file.target.with_name(f".{digest[:16]}.tmp")
@@ -114,6 +134,7 @@ def place_file(file: FileMove, mode: Literal["copy", "move", "link"]) -> None:
     temporary.replace(file.target)
     if mode == "move":
         file.source.unlink()
+    return True
 
 
 def main(argv: Sequence[str] | None = None) -> int:

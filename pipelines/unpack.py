@@ -1,5 +1,6 @@
 """`unet unpack`: shards -> folders of images and masks, as they were before packing."""
 
+import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,8 @@ from PIL import Image
 
 from pipelines.drawing.overlay import draw_overlay
 from pipelines.runtime.command import run_command
-from pipelines.runtime.errors import refuse_url
+from pipelines.runtime.errors import UsageError, refuse_changed_settings, refuse_url
+from pipelines.runtime.outputs import require_writable
 from pipelines.runtime.progress import progress
 from pipelines.runtime.verification import verify_shards
 from shards.images.files import IMAGE_EXTENSIONS, encode_png
@@ -23,7 +25,11 @@ from shards.reader import SampleSource, ShardReader
 from shards.requests import REMOTE_TIMEOUT
 from shards.sample import IGNORE, DataError, Uint8, is_safe_path
 from shards.store import Store
-from shards.writer import write_atomically
+from shards.writer import write_atomically, write_json
+
+JOB = "unpack.json"
+"""File that records what was unpacked into a folder."""
+FOLDERS = ("images", "masks", "overlay")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,14 +58,18 @@ class UnpackConfig:
 
 
 def run(config: UnpackConfig) -> int:
-    """Unpack all samples of the chosen splits."""
+    """Unpack all samples of the chosen splits; files that exist already are kept."""
+    require_writable("--out", config.out)
     manifest = read_manifest(config.data)
     names = list(manifest.splits) if config.split is None else [config.split]
     splits = [manifest.split(name, config.data) for name in names]
     if config.verify_shards:
         verify_shards(Store(config.data), [shard for split in splits for shard in split.shards])
+    settings = {"manifest": manifest.digest, "split": config.split}
+    refuse_other_contents(config.out, settings)
     paint = make_painter(manifest)
     seen: set[str] = set()
+    num_written = 0
     with progress(
         total=sum(split.samples for split in splits), desc="unpack", unit="sample"
     ) as bar:
@@ -73,11 +83,33 @@ def run(config: UnpackConfig) -> int:
                         f"{raw.where}: another sample is named {stem} too; "
                         "unpack one split at a time with --split, or rename it"
                     )
+                if not seen:
+                    # From here on OUT has contents; only a rerun may add to them.
+                    config.out.mkdir(parents=True, exist_ok=True)
+                    write_json(config.out / JOB, settings)
                 seen.add(stem)
-                unpack_sample(raw, path, config, manifest, paint)
+                num_written += unpack_sample(raw, path, config, manifest, paint)
                 bar.update()
-    print(f"{len(seen)} samples in {config.out}")
+    done = "" if num_written else ", already unpacked with these settings; nothing was written"
+    print(f"{len(seen)} samples in {config.out}{done}")
     return 0
+
+
+def refuse_other_contents(out: Path, settings: dict[str, str | None]) -> None:
+    """Raise UsageError if `out` was started with other settings, or holds files of others."""
+    path, elsewhere = out / JOB, "choose another --out"
+    if path.exists():
+        try:
+            started = json.loads(path.read_bytes())
+        except ValueError:
+            started = None
+        if not isinstance(started, dict):
+            raise DataError(f"{path} is damaged; {elsewhere}")
+        refuse_changed_settings(str(out), started, settings, elsewhere=elsewhere)
+        return
+    for folder in (out / name for name in FOLDERS):
+        if folder.exists() and not (folder.is_dir() and next(folder.iterdir(), None) is None):
+            raise UsageError(f"{folder} exists and was not made by unet unpack; {elsewhere}")
 
 
 def make_painter(manifest: Manifest) -> Callable[[Uint8], Image.Image] | None:
@@ -129,38 +161,53 @@ def unpack_sample(
     config: UnpackConfig,
     manifest: Manifest,
     paint: Callable[[Uint8], Image.Image] | None,
-) -> None:
-    """Write the files of one sample."""
+) -> int:
+    """Write the files of one sample; returns how many did not exist."""
+    num_written = 0
     # Predictions may lack their image; the member in its place is then the mask.
     has_image = not raw.is_mask
     if has_image:
-        unpack_image(raw, config.out / "images", path)
+        num_written += unpack_image(raw, config.out / "images", path)
     if raw.mask is None:
-        return
+        return num_written
     mask_path = path.with_suffix(".png")
     mask = decode_mask(raw.mask, len(manifest.classes), raw.where)
     data = raw.mask if paint is None else encode_png(paint(mask))
-    write_file(config.out / "masks" / mask_path, data)
+    num_written += write_file(config.out / "masks" / mask_path, data)
     if config.overlay and has_image:
         image = decode_image(raw.image, manifest.image_format, raw.where)
         drawn = draw_overlay(image, mask, manifest.palette)
-        write_file(config.out / "overlay" / mask_path, encode_png(drawn))
+        num_written += write_file(config.out / "overlay" / mask_path, encode_png(drawn))
+    return num_written
 
 
-def unpack_image(raw: RawSample, folder: Path, path: PurePosixPath) -> None:
-    """Write the original bytes of the image. Raises DataError for an unknown extension."""
+def unpack_image(raw: RawSample, folder: Path, path: PurePosixPath) -> bool:
+    """Write the original bytes of the image; returns as `write_file`.
+
+    Raises DataError for an unknown extension.
+    """
     extension = f".{raw.extension}"
     if extension not in IMAGE_EXTENSIONS:
         raise DataError(f"{raw.where}: {extension} is not an image extension")
     # An image that packing rotated or resized was stored as PNG.
     unchanged = path.suffix.lower() == extension
-    write_file(folder / (path if unchanged else path.with_suffix(extension)), raw.image)
+    return write_file(folder / (path if unchanged else path.with_suffix(extension)), raw.image)
 
 
-def write_file(path: Path, data: bytes) -> None:
-    """Write a file atomically, creating its parent folders."""
+def write_file(path: Path, data: bytes) -> bool:
+    """Write a file atomically, creating its parent folders; returns whether it did not exist.
+
+    Raises DataError if it exists with other contents.
+    """
+    if path.is_file():
+        if path.read_bytes() != data:
+            raise DataError(
+                f"{path} differs from the data set; move it away, or choose another --out"
+            )
+        return False
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, data, durable=False)
+    return True
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -16,9 +16,9 @@ from pipelines.reporting.charts import Chart, Series
 from pipelines.reporting.checkpoint_results import CheckpointResults, load_results
 from pipelines.reporting.page import MAX_CLASSES, Report, Row, Swatch, Table, render
 from pipelines.reporting.run_record import RunRecord, number, read_record
+from pipelines.runtime.outputs import write_result
 from pipelines.runtime.run_folder import RunFolder
 from shards.sample import Palette
-from shards.writer import write_atomically
 from unet import EncoderConfig, UNet
 
 EXCLUDED = {
@@ -49,7 +49,7 @@ def write_report(
     out: Path | None = None,
     data: str | None = None,
     images: bool = True,
-) -> Path:
+) -> str:
     """Write the page atomically; equal inputs on the same device give equal bytes.
 
     Args:
@@ -60,7 +60,7 @@ def write_report(
         images: whether to read the data and show images.
 
     Returns:
-        The file.
+        The file, and whether it was unchanged or replaced, for a message.
 
     Raises:
         DataError: `run_dir` is not a run folder.
@@ -69,10 +69,9 @@ def write_report(
     results = load_results(record, accelerator, data, images=images)
     page = render(compose(record, results))
     path = out or RunFolder(run_dir).report
-    path.parent.mkdir(parents=True, exist_ok=True)
     # File names may not be valid text.
-    write_atomically(path, page.encode("utf-8", "backslashreplace"))
-    return path
+    done = write_result(path, page.encode("utf-8", "backslashreplace"))
+    return f"{path}{done}"
 
 
 def compose(record: RunRecord, results: CheckpointResults) -> Report:

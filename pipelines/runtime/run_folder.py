@@ -1,7 +1,6 @@
 """A run folder: the paths of its files, and its lock."""
 
 import fcntl
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,23 +67,6 @@ class RunFolder:
     def best(self) -> Path:
         """Link to the checkpoint with the best validation score."""
         return self.checkpoints / "best"
-
-
-def require_writable(folder: Path) -> None:
-    """Check that a folder for results, or the nearest existing one above it, can be written to.
-
-    The folder is not made, so that a command that is refused leaves nothing.
-    Raises RunError, naming --out, if it cannot be written to.
-    """
-    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    try:
-        with tempfile.TemporaryFile(dir=nearest):
-            pass
-    except OSError as error:
-        raise RunError(
-            f"{folder} cannot be written to: {error.strerror}; use --out to write the scores "
-            "elsewhere"
-        ) from error
 
 
 class RunLock:

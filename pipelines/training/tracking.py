@@ -4,6 +4,8 @@ import json
 import logging
 import netrc
 import os
+import shlex
+import sys
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,6 +26,9 @@ from shards.images.files import encode_png
 from shards.writer import write_atomically
 
 logger = logging.getLogger(__name__)
+
+INIT_TIMEOUT = 10
+"""Seconds for the server of wandb to start a run; otherwise the run is kept offline."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,24 +87,53 @@ class Tracker:
             drop_lines_after(folder.metrics, state.step)
         self.alive = bool(config.trackers())
         if self.alive:
-            mode = os.environ.get("WANDB_MODE") or ("online" if has_wandb_key() else "offline")
-            arguments = {
-                "dir": str(folder.path),
-                "id": self.run_id,
-                "name": folder.path.resolve().name,
-                "resume": "allow",
-                "mode": mode,
-                "settings": {"quiet": True},
-            }
+            self.attempt(lambda: self.start(resolved))
+
+    def start(self, resolved: dict[str, Any]) -> None:
+        """Start the tracker with the resolved configuration.
+
+        A wandb run that cannot be online is kept offline; prints how to upload it.
+        """
+        if self.config.backend != "wandb":
             # tensorboard uses the project as a folder, and takes no nested settings.
-            wandb = config.backend == "wandb"
-            self.attempt(
-                lambda: accelerator.init_trackers(
-                    config.project if wandb else "tensorboard",
-                    config=resolved if wandb else flatten(resolved),
-                    init_kwargs={"wandb": arguments},
-                )
+            self.accelerator.init_trackers("tensorboard", config=flatten(resolved))
+            return
+        mode, reason = os.environ.get("WANDB_MODE"), ""
+        if mode == "online" and not has_wandb_key():
+            mode, reason = "offline", "wandb has no key (WANDB_API_KEY or wandb login)"
+        mode = mode or ("online" if has_wandb_key() else "offline")
+        try:
+            self.start_wandb(resolved, mode)
+        except Exception as error:  # whatever the server or its answers provoke
+            if mode != "online":
+                raise
+            reason = f"wandb cannot start online ({' '.join(str(error).split())[:200]})"
+            # Both hold the run that could not start. Accelerate has imported wandb.
+            self.accelerator.trackers.clear()
+            sys.modules["wandb"].teardown()
+            self.start_wandb(resolved, "offline")
+        if reason and self.accelerator.is_main_process:
+            run: Any = self.accelerator.get_tracker("wandb", unwrap=True)
+            print(
+                f"tracking: {reason}; the run is kept offline, to upload it: "
+                f"wandb sync {shlex.quote(str(Path(run.dir).parent))}",
+                file=sys.stderr,
             )
+
+    def start_wandb(self, resolved: dict[str, Any], mode: str) -> None:
+        """Start a wandb run, or continue that of this id."""
+        settings: dict[str, Any] = {"quiet": True, "init_timeout": INIT_TIMEOUT}
+        arguments = {
+            "dir": str(self.folder.path),
+            "id": self.run_id,
+            "name": self.folder.path.resolve().name,
+            "resume": "allow",
+            "mode": mode,
+            "settings": settings,
+        }
+        self.accelerator.init_trackers(
+            self.config.project, config=resolved, init_kwargs={"wandb": arguments}
+        )
 
     def log(self, step: int, values: dict[str, float | None]) -> None:
         """Log the metrics of a step to metrics.jsonl and the tracker."""

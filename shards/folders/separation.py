@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shards.folders.walk import list_images, relative_path, walk_files
+from shards.images.files import IMAGE_EXTENSIONS
 from shards.sample import AggregateDataError
 
 
@@ -68,6 +69,28 @@ def plan_separation(
     if problems:
         raise AggregateDataError(problems, f"correct the rule or the folder {folder}")
     return plan
+
+
+def count_moved_pairs(folder: Path, out: Path) -> int:
+    """Count the pairs in `out` if all files of a folder were moved there; 0 if files are left."""
+    place = out.resolve()
+    left = (
+        name
+        for name in walk_files(str(folder))
+        if os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS
+    )
+    if any(not (folder / name).resolve().is_relative_to(place) for name in left):
+        return 0
+    images, masks = list_stems(out / "images"), list_stems(out / "masks")
+    return len(images) if images == masks else 0
+
+
+def list_others(plan: list[FileMove], out: Path) -> list[Path]:
+    """List the files in `out/images` and `out/masks` that are not targets of a plan, sorted."""
+    targets = {file.target for file in plan}
+    folders = [folder for folder in (out / "images", out / "masks") if folder.is_dir()]
+    found = (folder / name for folder in folders for name in walk_files(str(folder)))
+    return sorted(path for path in found if path not in targets)
 
 
 def match_mask_stem(pattern: str, stem: str) -> tuple[bool, str]:

@@ -29,6 +29,7 @@ from pipelines.reporting.charts import Chart, Series, draw_chart, label, step_ax
 from pipelines.reporting.run_record import MIN_POINTS, Thinner, read_metrics
 from pipelines.runtime import environment
 from pipelines.runtime.command import parse
+from pipelines.runtime.outputs import REPLACED, UNCHANGED
 from pipelines.runtime.run_folder import RunFolder
 from pipelines.training.options import TrainConfig
 from shards.manifest import read_manifest
@@ -96,7 +97,8 @@ def report(call, run_dir: Path) -> Callable[..., Page]:
     def make(*more: object) -> Page:
         ended = call("report", "--run-dir", run_dir, *more)
         assert ended.code == 0, ended.err
-        assert ended.out == f"report: {run_dir / 'report.html'}\n"
+        line = f"report: {run_dir / 'report.html'}"
+        assert ended.out in {f"{line}{end}\n" for end in ("", UNCHANGED, REPLACED)}
         return Page((run_dir / "report.html").read_text())
 
     return make
