@@ -16,6 +16,7 @@ from pipelines.runtime.errors import changed_settings
 from pipelines.runtime.progress import progress
 from shards.folders.pairs import Pair, Pairing
 from shards.folders.splits import SPLITS, SplitRule
+from shards.local_files import open_file
 from shards.sample import AggregateDataError, DataError, encode_key
 from shards.store import Store
 
@@ -259,7 +260,7 @@ def group_identical(files: SplitLeak, images: str, size: int, *, probe: bool) ->
     groups: dict[bytes, SplitLeak] = defaultdict(list)
     for split, source in files:
         # Unreadable files are reported when they are packed.
-        with suppress(OSError), open(f"{images}/{source}", "rb", buffering=0) as file:
+        with suppress(OSError, DataError), open_file(f"{images}/{source}", 0) as file:
             if probe:
                 file.seek(max(0, (size - PROBE_BYTES) // 2))
             data = file.read(PROBE_BYTES) if probe else file.read()

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import tyro
 
@@ -19,6 +19,7 @@ from pipelines.runtime import failures
 from pipelines.runtime.errors import REFUSED, STOPPED, USAGE, RunError, UsageError
 from pipelines.runtime.processes import follow_launcher
 from pipelines.runtime.yaml_flags import yaml_flags
+from shards.images.memory import set_max_memory
 from shards.requests import set_remote_timeout
 from shards.sample import DataError
 
@@ -53,7 +54,8 @@ def run_command(
             stream.reconfigure(errors="backslashreplace")
     try:
         config = parse(config_class, argv, verb)
-        apply_remote_timeout(config)
+        set_max_memory(None)
+        apply_limits(config)
         code = run(config)
         sys.stdout.flush()
         return code
@@ -79,17 +81,24 @@ def run_command(
     return code
 
 
-def apply_remote_timeout(config: object) -> None:
-    """Set the `--remote-timeout` of a verb that has it. Raises UsageError if it is out of range."""
+LIMITS: dict[str, Callable[[Any], None]] = {
+    "remote_timeout": set_remote_timeout,
+    "max_memory": set_max_memory,
+}
+"""Setters of flags that hold for a process and its workers, whatever the verb."""
+
+
+def apply_limits(config: object) -> None:
+    """Set the LIMITS that a verb has. Raises UsageError if one is out of range."""
     for entry in fields(config) if is_dataclass(config) else ():
         value = getattr(config, entry.name)
-        if entry.name == "remote_timeout":
+        if entry.name in LIMITS:
             try:
-                set_remote_timeout(value)
+                LIMITS[entry.name](value)
             except ValueError as error:
                 raise UsageError(str(error)) from error
         else:
-            apply_remote_timeout(value)
+            apply_limits(value)
 
 
 def require_utf8() -> None:

@@ -10,6 +10,8 @@ import tyro
 import yaml
 
 from pipelines.runtime.errors import UsageError
+from shards.local_files import read_text
+from shards.sample import DataError
 
 T = TypeVar("T")
 
@@ -27,9 +29,11 @@ def yaml_flags(config_class: type, file: Path) -> list[str]:
     Raises UsageError for a missing file, invalid YAML or an unknown key.
     """
     try:
-        plain = load_yaml(file.read_text(encoding="utf-8"))
+        plain = load_yaml(read_text(file, "utf-8"))
     except OSError as error:
         raise UsageError(f"--config {file}: {error.strerror}") from error
+    except DataError as error:
+        raise UsageError(f"--config {error}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"--config {file}: {' '.join(str(error).split())}") from error
     if plain is None:
