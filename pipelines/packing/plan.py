@@ -19,6 +19,7 @@ from shards.folders.splits import SPLITS, SplitRule
 from shards.local_files import open_file
 from shards.sample import AggregateDataError, DataError, encode_key
 from shards.store import Store
+from shards.writer import open_lock_file
 
 WORK_DIR = ".pack"
 HEADER = f"{WORK_DIR}/plan.json"
@@ -354,7 +355,7 @@ def lock_plan(store: Store, held: ExitStack) -> tuple[TextIO | None, bool]:
     if store.local is None:
         return None, True
     (store.local / WORK_DIR).mkdir(exist_ok=True)
-    lock = held.enter_context((store.local / LOCK).open("w"))
+    lock = held.enter_context(os.fdopen(open_lock_file(store.local / LOCK), "w"))
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -18,10 +18,12 @@ import tyro
 from pipelines.runtime import failures
 from pipelines.runtime.errors import REFUSED, STOPPED, USAGE, RunError, UsageError
 from pipelines.runtime.processes import follow_launcher
+from pipelines.runtime.terminal import keep_styles, safe_streams
 from pipelines.runtime.yaml_flags import yaml_flags
 from shards.images.memory import set_max_memory
 from shards.requests import set_remote_timeout
-from shards.sample import DataError
+from shards.sample import AggregateDataError, DataError
+from shards.text import escape_line
 
 RANK_0_TIMEOUT = 20.0
 """Seconds that the other ranks give rank 0 to report an error that all share and end the job."""
@@ -48,10 +50,14 @@ def run_command(
     require_utf8()
     follow_launcher(f"unet {verb}{rank_name()}")
     argv = sys.argv[1:] if argv is None else argv
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            # File names may not be valid text.
-            stream.reconfigure(errors="backslashreplace")
+    with safe_streams():
+        return run_escaped(config_class, run, argv, verb)
+
+
+def run_escaped(
+    config_class: type[T], run: Callable[[T], int], argv: Sequence[str], verb: str
+) -> int:
+    """Run a verb as `run_command`, whose streams escape what they print."""
     try:
         config = parse(config_class, argv, verb)
         set_max_memory(None)
@@ -66,7 +72,7 @@ def run_command(
     except UsageError as error:
         code = report_error(verb, error, USAGE)
     except (DataError, RunError) as error:
-        code = report_error(verb, original_message(error), REFUSED)
+        code = report_error(verb, error, REFUSED)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         code = report_error(verb, f"{where}{error.strerror or original_message(error)}", REFUSED)
@@ -138,7 +144,12 @@ def report_error(verb: str, error: object, code: int) -> int:
     alone = code != USAGE and accelerate is not None and accelerate.is_initialized()
     if not alone and code in (USAGE, REFUSED):
         wait_for_rank_0()
-    print(f"unet {verb}{rank_name()}: {error}", file=sys.stderr, flush=True)
+    several = isinstance(error, AggregateDataError) or (
+        isinstance(error, DataError) and isinstance(error.__cause__, AggregateDataError)
+    )
+    text = original_message(error) if isinstance(error, Exception) else str(error)
+    text = text if several else escape_line(text)
+    print(f"unet {verb}{rank_name()}: {text}", file=sys.stderr, flush=True)
     return code
 
 
@@ -161,7 +172,11 @@ def parse(config_class: type[T], argv: Sequence[str], verb: str) -> T:
     )
     held = io.StringIO() if launched_rank() else None
     try:
-        with redirect_stderr(held or sys.stderr), redirect_stdout(held or sys.stdout):
+        with (
+            keep_styles(),
+            redirect_stderr(held or sys.stderr),
+            redirect_stdout(held or sys.stdout),
+        ):
             return tyro.cli(
                 config_class,
                 args=[*from_files, *flags],
