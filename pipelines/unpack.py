@@ -48,6 +48,9 @@ class UnpackConfig:
     """Split to unpack; default: all."""
     overlay: bool = False
     """Also write images with their masks drawn over them."""
+    max_memory: str | None = None
+    """Memory for decoding images, such as 8GiB, shared by the processes of this machine; an image
+    that takes more is refused before decoding. Default: 40 % of what is free."""
     verify_shards: bool = False
     """First read every shard and compare its sha256 with the manifest."""
     remote_timeout: float = REMOTE_TIMEOUT

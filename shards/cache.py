@@ -20,7 +20,7 @@ from pathlib import Path
 from shards.manifest import ShardInfo
 from shards.sample import DataError
 from shards.store import ByteRange, Store
-from shards.writer import try_lock_file
+from shards.writer import open_lock_file, try_lock_file
 
 REQUEST_BYTES = 4 * 2**20
 """Bytes of a shard per request."""
@@ -175,7 +175,7 @@ class ShardCache:
     @contextmanager
     def eviction_lock(self) -> Iterator[None]:
         """Hold the exclusive lock for eviction in this folder, across processes."""
-        with (self.folder / ".lock").open("wb") as file:
+        with os.fdopen(open_lock_file(self.folder / ".lock"), "wb") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 

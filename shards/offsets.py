@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from shards.local_files import open_file, read_file
 from shards.sample import BORDER_EXTENSION, INFO_EXTENSION, MASK_EXTENSION, DataError
 from shards.tar_headers import read_stated_name, read_stated_size
 
@@ -72,7 +73,7 @@ class ShardOffsets:
         start, end = int(self.ends[row]) + 1, int(self.ends[row + 1])
         if self.data is not None:
             return self.data[start:end]
-        with open(self.path, "rb", buffering=0) as file:
+        with open_file(self.path, 0) as file:
             file.seek(start)
             return file.read(end - start)
 
@@ -183,7 +184,7 @@ def read_offsets(shard: Path, sha256: str | None = None) -> ShardOffsets:
     """
     path = shard.with_suffix(".idx")
     try:
-        data = path.read_bytes()
+        data = read_file(path)
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error}); pack the data set again") from error
     return check_offsets(ShardOffsets(data, str(path), reread=True), data, sha256)

@@ -12,6 +12,8 @@ from urllib.parse import quote
 import numpy as np
 from numpy.typing import NDArray
 
+from shards.text import escape_line
+
 Channels = Literal["L", "RGB"]
 Colour = tuple[int, int, int]
 Palette = tuple[Colour, ...]
@@ -98,7 +100,7 @@ class AggregateDataError(DataError):
 def format_problems(problems: Sequence[str], remedy: str) -> str:
     """Format one problem as one line, several as a list of the first 20 below the remedy."""
     if len(problems) == 1:
-        return f"{problems[0]}; {remedy}"
+        return f"{escape_line(problems[0])}; {remedy}"
     return "\n  ".join([f"{len(problems)} problems ({remedy}):", *list_problems(problems)])
 
 
@@ -109,7 +111,7 @@ def list_problems(problems: Sequence[str]) -> list[str]:
     the first three.
     """
     groups: dict[str, list[str]] = {}
-    for problem in problems:
+    for problem in map(escape_line, problems):
         groups.setdefault(FILE_NAME.sub("*", problem), []).append(problem)
     units = [
         unit

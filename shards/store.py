@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 import fsspec
 
+from shards.local_files import read_file
 from shards.requests import (
     UPLOAD_RATE,
     finish_within,
@@ -146,7 +147,7 @@ class Store:
     def read(self, name: str) -> bytes:
         """Read a file. Raises FileNotFoundError if it does not exist."""
         if self.local is not None:
-            return (self.local / name).read_bytes()
+            return read_file(self.local / name)
         system, root = self.connect()
 
         def request() -> bytes:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import secrets
+import stat
 import tarfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -107,12 +108,34 @@ class ShardWriter:
             self.stream.file.close()
 
 
+def open_lock_file(path: Path) -> int:
+    """Open a file to lock it, creating it if needed; its content is kept.
+
+    Raises DataError if it is a link, which could stand for the file of another program, or not a
+    file; OSError if it cannot be opened.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW
+    try:
+        handle = os.open(path, flags, 0o644)
+    except OSError as error:
+        if path.is_symlink():
+            raise DataError(f"{path} is a link, not a lock; remove it") from error
+        raise
+    status = os.fstat(handle)
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+        os.close(handle)
+        kind = "has a second name" if stat.S_ISREG(status.st_mode) else "is not a file"
+        raise DataError(f"{path} {kind}, so it is no lock of ours; remove it")
+    return handle
+
+
 def try_lock_file(path: Path) -> int | None:
     """Open a file, creating it if needed, and lock it; None if another process holds the lock.
 
-    The lock is released when the returned descriptor is closed or its process ends.
+    The lock is released when the returned descriptor is closed or its process ends. Raises as
+    `open_lock_file`.
     """
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    handle = open_lock_file(path)
     try:
         # The lock dies with its process, so a killed writer blocks nobody.
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -29,6 +29,7 @@ from pipelines.runtime.loader_workers import (
     watch_workers,
 )
 from pipelines.runtime.shared_memory import Buffers
+from shards.images.memory import share_memory
 from unet import PredictedMasks
 
 CHUNK_BYTES = 2**26
@@ -54,6 +55,7 @@ def decode_chunks(
         remote: inputs or results are at a URL: threads and connections of remote clients do not
             survive a fork.
     """
+    share_memory(workers)
     method = buffers = None
     if workers and remote:
         method = "forkserver"

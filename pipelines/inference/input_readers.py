@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import posixpath
-import stat
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any, Protocol, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from shards.local_files import open_file
 from shards.manifest import ShardInfo, read_manifest
 from shards.order import Address
 from shards.reader import ShardReader, iter_keys
@@ -146,13 +146,9 @@ def read_url(url: str) -> bytes:
 
 def read_file(path: str) -> bytes:
     """Read a local file. Raises OSError, and DataError for what cannot be an image."""
-    # Opening a pipe without a writer would block forever.
-    with open(path, "rb", opener=lambda path, how: os.open(path, how | os.O_NONBLOCK)) as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise DataError(f"{path} is a pipe or a device, not a file; remove it")
-        if status.st_size > MAX_FILE_BYTES:
-            raise DataError(f"{path} has {status.st_size:,} bytes, more than any image; remove it")
+    with open_file(path, 0) as file:
+        if (size := os.fstat(file.fileno()).st_size) > MAX_FILE_BYTES:
+            raise DataError(f"{path} has {size:,} bytes, more than any image; remove it")
         return file.read()
 
 
@@ -279,7 +275,7 @@ def read_pieces(path: str, wanted: Sequence[tuple[int, int]]) -> list[bytes]:
     if is_url(path):
         folder, _, name = path.rpartition("/")
         return Store(folder).read_ranges([ByteRange(name, *piece) for piece in wanted])
-    with open(path, "rb", buffering=0) as file:
+    with open_file(path, 0) as file:
         return [os.pread(file.fileno(), end - start, start) for start, end in wanted]
 
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from pipelines.inference.input_readers import Names, TarInputs
 from pipelines.inference.input_rules import InputRule, describe_ignored
 from shards.foreign import IMAGE_EXT_REMEDY, group_members
+from shards.local_files import open_file
 from shards.sample import AggregateDataError, DataError
 from shards.store import RemoteFile, Store, is_url
 
@@ -90,7 +91,7 @@ def read_headers(tar: str, rule: InputRule) -> TarContents:
 def open_tar(tar: str) -> BinaryIO:
     """Open a tar, local or at a URL."""
     if not is_url(tar):
-        return open(tar, "rb")
+        return open_file(tar)
     folder, _, name = tar.rpartition("/")
     remote = io.BufferedReader(RemoteFile(Store(folder), name), READ_AHEAD)
     return cast(BinaryIO, remote)

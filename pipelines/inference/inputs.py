@@ -33,6 +33,7 @@ from pipelines.inference.input_tars import tar_inputs
 from pipelines.runtime.errors import UsageError
 from shards.folders.walk import walk_files
 from shards.foreign import DECOMPRESS_REMEDY
+from shards.local_files import open_file
 from shards.manifest import MANIFEST
 from shards.sample import AggregateDataError, DataError
 from shards.store import Store, is_url
@@ -58,7 +59,7 @@ def find_inputs(given: str, rule: InputRule = EVERY_IMAGE) -> Inputs:
     if path.is_dir():
         return inputs_below(search, prefix(path), walk_files(str(path)))
     if path.suffix.lower() in LIST_EXTENSIONS and path.is_file():
-        with path.open(encoding="utf-8-sig") as lines:
+        with io.TextIOWrapper(open_file(path), encoding="utf-8-sig") as lines:
             return listed_inputs(search, prefix(path.parent.resolve()), lines)
     if path.is_file():
         return inputs_of(search, prefix(path.parent), [path.name])

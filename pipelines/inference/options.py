@@ -118,6 +118,9 @@ class PredictConfig:
     fail_fast: bool = False
     """Stop with exit code 1 at the first input that cannot be read. Default: list it in
     OUT/errors.jsonl, continue, and exit with 3."""
+    max_memory: str | None = None
+    """Memory for decoding images, such as 8GiB, shared by the processes of this machine; an image
+    that takes more is refused before decoding. Default: 40 % of what is free."""
     verify_shards: bool = False
     """First read every shard of a data set and compare its sha256 with the manifest."""
     part: str | None = None

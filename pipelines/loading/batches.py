@@ -20,6 +20,7 @@ from pipelines.runtime.loader_workers import (
     watch_workers,
 )
 from pipelines.runtime.shared_memory import WAITING, Buffers, usable_workers
+from shards.images.memory import share_memory
 from shards.manifest import rare_classes
 from shards.order import EvalPlan, TrainPlan
 from shards.reader import ShardReader, Stage, build_pipeline
@@ -115,6 +116,7 @@ def make_loader(
     reader: ShardReader, plan: TrainPlan | EvalPlan, stage: Stage, workers: int, pin: bool = False
 ) -> DataLoader[Any]:
     """Make a DataLoader whose workers read, decode and stack batches."""
+    share_memory(workers)
     method = start_method(reader) if workers else None
     if method == "forkserver":
         start_forkserver()

@@ -37,6 +37,9 @@ class LoadingOptions:
     """Maximum size of the cache folder in bytes."""
     remote_timeout: float = REMOTE_TIMEOUT
     """Seconds for a request to a bucket, retries included."""
+    max_memory: str | None = None
+    """Memory for decoding images, such as 8GiB, shared by the processes of this machine; an image
+    that takes more is refused before decoding. Default: 40 % of what is free."""
     verify_shards: bool = False
     """First read every shard and compare its sha256 with the manifest."""
 

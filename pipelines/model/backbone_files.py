@@ -20,6 +20,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import disable_progress_bars
 
 from pipelines.runtime.errors import UsageError
+from shards.local_files import open_file, read_file
 
 CONFIG = "config.json"
 PREPROCESSOR = "preprocessor_config.json"
@@ -128,7 +129,7 @@ def read_shards(index: Path) -> list[str]:
 def read_json(path: Path, flag: str) -> dict[str, Any]:
     """Read a JSON object. Raises UsageError for anything else."""
     try:
-        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+        return msgspec.json.decode(read_file(path), type=dict[str, Any])
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{flag}: {path} is not a JSON object: {error}") from error
 
@@ -222,7 +223,7 @@ def digest(files: Sequence[Path]) -> str | None:
     """Compute the sha256 of a file; of several, that of their digests; None without files."""
     digests = []
     for path in files:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             digests.append(hashlib.file_digest(file, "sha256").hexdigest())
     if len(digests) > 1:
         return hashlib.sha256("".join(digests).encode()).hexdigest()

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from pipelines.runtime.run_folder import CHECKPOINT_STATE, RunFolder
 from shards.documents import Sha256, convert, parse_json
+from shards.local_files import open_file, read_file
 from shards.sample import DataError
 from shards.writer import write_json
 from unet import weights
@@ -32,7 +33,7 @@ def read_state(folder: Path, kind: type[T]) -> tuple[T, dict[str, str]]:
     """
     path = folder / CHECKPOINT_STATE
     try:
-        plain = parse_json(path.read_bytes())
+        plain = parse_json(read_file(path))
         checksums = convert(plain.pop(CHECKSUMS, {}), dict[str, Sha256])
         if checksums and hash_plain(plain) != checksums.get(CHECKPOINT_STATE):
             raise ValueError("its values differ from their sha256")
@@ -71,7 +72,7 @@ def verify_model(folder: Path) -> None:
 
 def hash_file(path: Path) -> str:
     """Compute the sha256 of a file."""
-    with path.open("rb") as file:
+    with open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -11,8 +11,10 @@ from pipelines.model.checkpoint_files import (
     list_checkpoints,
     verify_model,
 )
+from pipelines.runtime.errors import describe_read_error
 from pipelines.runtime.run_folder import RunFolder
 from shards.images.files import ImageFormat
+from shards.local_files import refuse_special_files
 from shards.sample import DataError
 from unet import DataSpec, UNet, UNetConfig, weights
 from unet.model import read_config
@@ -82,11 +84,14 @@ def load_model(checkpoint: str, flag: str = "--checkpoint") -> LoadedModel:
     """
     try:
         folder = weights.find_folder(str(find_checkpoint(checkpoint, flag)))
+        refuse_special_files(folder)
         refuse_damage(checkpoint, folder, flag)
         model = UNet.from_pretrained(str(folder))
         digest = hash_file(folder / weights.WEIGHTS)
     except (ValueError, FileNotFoundError, ImportError) as error:
         raise DataError(f"{flag} {checkpoint}: {error}") from error
+    except PermissionError as error:
+        raise DataError(f"{flag} {describe_read_error(error)}") from error
     except OSError as error:
         raise DataError(
             f"{flag} {checkpoint}: does not exist here and was not found on the hub: {error}"
@@ -106,6 +111,7 @@ def load_config(checkpoint: str, flag: str) -> UNetConfig:
     """
     try:
         folder = weights.find_folder(str(find_checkpoint(checkpoint, flag)))
+        refuse_special_files(folder)
         return read_config(weights.read_header(folder), folder)
     except (ValueError, OSError) as error:
         raise DataError(f"{flag} {checkpoint}: {error}") from error

@@ -12,6 +12,7 @@ from pipelines.runtime.yaml_flags import load_yaml, refuse_unused
 from shards.annotations.layouts import CityscapesIds, KnownLayout, LayoutName, read_layout
 from shards.annotations.regions import AnnotationFormat, OverlapPolicy
 from shards.annotations.source import Annotated, AnnotationSource, UnannotatedPolicy
+from shards.local_files import read_text
 from shards.sample import DataError
 
 YOLO_FILES = ("data.yaml", "data.yml", "dataset.yaml")
@@ -133,7 +134,7 @@ def read_yolo_yaml(folder: Path) -> tuple[str, ...]:
     if file is None:
         return ()
     try:
-        plain = load_yaml(file.read_text(encoding="utf-8-sig"))
+        plain = load_yaml(read_text(file))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise DataError(f"{file}: {' '.join(str(error).split())}; add --classes instead") from error
     names = plain.get("names") if isinstance(plain, dict) else None

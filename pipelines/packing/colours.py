@@ -12,6 +12,7 @@ import yaml
 from pipelines.runtime.yaml_flags import load_yaml
 from shards.annotations.class_tables import CAMVID_COLOURS, CITYSCAPES, VOC
 from shards.images.files import ImageRule, open_image
+from shards.local_files import read_file, read_text
 from shards.masks.palettes import read_palette
 from shards.sample import DataError
 
@@ -41,7 +42,7 @@ def read_first_palette(
 
     Raises DataError if the mask has no palette.
     """
-    image = open_image(path.read_bytes(), str(path), rule)
+    image = open_image(read_file(path), str(path), rule)
     if image.mode != "P":
         raise DataError(
             f"{path} has no palette (mode {image.mode}); use --mask-format index, or rgb with "
@@ -63,7 +64,7 @@ def read_colour_table(path: Path) -> ColourTable:
         known = TABLES[str(path)]
         return ColourTable(known.names, known.colours, known.ignored)
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_text(path)
         rows = (
             read_csv_rows(text) if path.suffix.lower() == ".csv" else read_mapped_rows(path, text)
         )

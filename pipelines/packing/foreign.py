@@ -21,6 +21,7 @@ from shards.foreign import (
     read_member,
 )
 from shards.images.files import ImageRule, open_image, read_image
+from shards.local_files import open_file, read_file
 from shards.masks.canonical import CanonicalMask
 from shards.masks.counts import count_pixel_values, format_counts
 from shards.masks.formats import ClassMap
@@ -84,7 +85,7 @@ def inspect_shard(name: str, rule: IndexRule) -> ShardContents:
     contents = ShardContents(name)
     path = rule.folder / name
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             contents.size = os.fstat(file.fileno()).st_size
             members = group_members(file, path, rule.roles, declared=rule.declared)
             # Before samples are read, so that those reads hit the page cache.
@@ -113,7 +114,7 @@ def refuse_other_offsets(contents: ShardContents, rule: IndexRule) -> None:
     path = rule.folder / offsets_name(contents.name)
     if contents.problems or not contents.lines or not path.exists():
         return
-    if path.read_bytes() != contents.encode_offsets():
+    if read_file(path) != contents.encode_offsets():
         raise DataError(
             f"{path} exists with other content; move it away, or remove it if nothing needs it"
         )

@@ -25,6 +25,9 @@ class ImageOptions:
     """The range of 16-bit values, as percentiles over all pixels of the data set."""
     max_pixels: int = MAX_PIXELS
     """Images whose header declares more pixels are refused before decoding."""
+    max_memory: str | None = None
+    """Memory for decoding images, such as 8GiB, shared by the processes of this machine; an image
+    that takes more is refused before decoding. Default: 40 % of what is free."""
 
     def __post_init__(self) -> None:
         if self.image_range is not None and self.image_percentiles is not None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pipelines.runtime.errors import describe_read_error
 from shards.annotations.scan import read_spans
 from shards.folders.pairs import Pair
+from shards.local_files import open_file
 from shards.sample import DataError
 from shards.statistics import (
     SampleRule,
@@ -54,11 +55,11 @@ def inspect_pairs(pairs: Sequence[Pair], images: str, masks: str, rule: SampleRu
 def read_pair(pair: Pair, images: str, masks: str, rule: SampleRule) -> StoredSample:
     """Read and check an image and its mask. Raises DataError or OSError."""
     image_path, mask_path = f"{images}/{pair.source}", f"{masks}/{pair.mask}"
-    with open(image_path, "rb") as file:
+    with open_file(image_path) as file:
         image = file.read()
     mask = None
     if pair.mask is not None:
-        with open(mask_path, "rb") as file:
+        with open_file(mask_path) as file:
             mask = read_spans(file, pair.spans)
         if pair.spans:
             mask_path = f"{mask_path} ({pair.source})"

@@ -16,8 +16,10 @@ from pipelines.runtime.errors import changed_settings
 from pipelines.runtime.progress import progress
 from shards.folders.pairs import Pair, Pairing
 from shards.folders.splits import SPLITS, SplitRule
+from shards.local_files import open_file
 from shards.sample import AggregateDataError, DataError, encode_key
 from shards.store import Store
+from shards.writer import open_lock_file
 
 WORK_DIR = ".pack"
 HEADER = f"{WORK_DIR}/plan.json"
@@ -259,7 +261,7 @@ def group_identical(files: SplitLeak, images: str, size: int, *, probe: bool) ->
     groups: dict[bytes, SplitLeak] = defaultdict(list)
     for split, source in files:
         # Unreadable files are reported when they are packed.
-        with suppress(OSError), open(f"{images}/{source}", "rb", buffering=0) as file:
+        with suppress(OSError, DataError), open_file(f"{images}/{source}", 0) as file:
             if probe:
                 file.seek(max(0, (size - PROBE_BYTES) // 2))
             data = file.read(PROBE_BYTES) if probe else file.read()
@@ -353,7 +355,7 @@ def lock_plan(store: Store, held: ExitStack) -> tuple[TextIO | None, bool]:
     if store.local is None:
         return None, True
     (store.local / WORK_DIR).mkdir(exist_ok=True)
-    lock = held.enter_context((store.local / LOCK).open("w"))
+    lock = held.enter_context(os.fdopen(open_lock_file(store.local / LOCK), "w"))
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

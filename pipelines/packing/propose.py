@@ -15,6 +15,7 @@ from pipelines.runtime.progress import progress
 from pipelines.runtime.yaml_flags import settings_of
 from shards.folders.pairs import Pairing
 from shards.images.files import ImageRule
+from shards.local_files import open_file
 from shards.masks.proposal import propose_flags
 from shards.masks.survey import MaskSurvey, survey_mask
 from shards.sample import AggregateDataError, DataError, list_problems
@@ -95,7 +96,7 @@ def survey_masks(paths: Sequence[str], rule: ImageRule) -> tuple[MaskSurvey, lis
     problems = []
     for path in paths:
         try:
-            with open(path, "rb") as file:
+            with open_file(path) as file:
                 survey.merge(survey_mask(file.read(), path, rule))
         except DataError as error:
             problems.append(str(error))

@@ -11,6 +11,7 @@ from typing import Any, Self
 from pipelines.packing.plan import WORK_DIR, FileStat, PlannedSample, PlannedShard
 from pipelines.runtime.errors import RunError, describe_read_error
 from shards.annotations.scan import Spans, read_spans
+from shards.local_files import open_file
 from shards.manifest import ShardInfo
 from shards.masks.borders import NEEDS_SCIPY, has_scipy
 from shards.sample import BORDER_EXTENSION, INFO_EXTENSION, MASK_EXTENSION, DataError
@@ -175,7 +176,7 @@ def read_planned_pair(sample: PlannedSample, rule: PackRule, *, pixels: bool) ->
 
 def read_planned_file(path: str, planned: FileStat, spans: Spans = ()) -> bytes:
     """Read a file, or parts of it. Raises DataError if it has changed since the plan was made."""
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         status = os.fstat(file.fileno())
         if (status.st_size, status.st_mtime_ns) != tuple(planned):
             raise DataError(f"{path} has changed during packing; rerun the same command")

@@ -7,6 +7,7 @@ from pathlib import Path
 from shards.folders.pairs import Pair, Pairing
 from shards.folders.split_names import SPLIT_NAMES, SPLITS, Split, find_named_split
 from shards.folders.splits import SplitRule, parse_split_file
+from shards.local_files import open_file
 from shards.sample import AggregateDataError, DataError
 
 MAX_NAMED = 3
@@ -86,10 +87,11 @@ def find_lists(root: Path, names: Sequence[str]) -> Iterator[list[Path]]:
     for path in (root / name for name in names):
         if path.suffix.lower() not in (".csv", ".txt"):
             continue
-        with path.open(encoding="utf-8-sig", errors="replace") as file:
-            if {"path", "split"} <= {word.strip() for word in file.readline().split(",")}:
-                yield [path]
-                continue
+        with open_file(path) as file:
+            header = file.readline().decode("utf-8-sig", "replace")
+        if {"path", "split"} <= {word.strip() for word in header.split(",")}:
+            yield [path]
+            continue
         split = find_named_split(path.stem)
         if split and path.suffix.lower() == ".txt":
             form = re.sub("|".join(SPLIT_NAMES), "*", path.stem.lower(), count=1)

@@ -10,6 +10,7 @@ from jinja2 import Environment, StrictUndefined
 
 from pipelines.reporting.charts import Chart, Series, draw_chart, draw_confusion, draw_spark
 from shards.sample import Colour
+from shards.text import escape_text
 
 TEMPLATE = "report.html.j2"
 MAX_CLASSES = 32
@@ -90,10 +91,19 @@ class Report:
     """(purpose, command)."""
 
 
+def escape_value(value: object) -> object:
+    """Escape control characters and hide credentials in text; markup is ours."""
+    return escape_text(value, None) if type(value) is str else value
+
+
 def render(report: Report) -> str:
     """Render the page; equal reports give equal bytes."""
     environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        autoescape=True,
+        finalize=escape_value,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.globals |= {
         "draw_chart": draw_chart,

@@ -10,6 +10,7 @@ import yaml
 
 from pipelines.runtime.environment import describe_environment, lines_of
 from pipelines.runtime.run_folder import CHECKPOINT_STATE, RunFolder
+from shards.local_files import read_file
 from shards.sample import DataError
 
 MIN_POINTS = 500
@@ -143,7 +144,7 @@ def read_config(path: Path, notes: list[str]) -> tuple[dict[str, Any], str]:
     if not path.exists():
         notes.append(f"{path.name} is missing.")
         return {}, ""
-    text = path.read_text(encoding="utf-8", errors="replace")
+    text = read_file(path).decode("utf-8", "replace")
     try:
         plain = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError):
@@ -159,7 +160,7 @@ def read_config(path: Path, notes: list[str]) -> tuple[dict[str, Any], str]:
 def read_json(path: Path, notes: list[str]) -> dict[str, Any]:
     """Read a JSON object; empty if the file is missing or damaged."""
     try:
-        plain = json.loads(path.read_bytes())
+        plain = json.loads(read_file(path))
     except FileNotFoundError:
         return {}
     except (ValueError, RecursionError):

@@ -1,6 +1,5 @@
 """Command lines -> frozen dataclasses; errors -> one line and an exit code."""
 
-import io
 import os
 import re
 import select
@@ -19,8 +18,11 @@ from pipelines.runtime.flag_values import join_choices
 from pipelines.runtime.flags import Flag, build, list_flags, read_arguments
 from pipelines.runtime.help_text import format_help, format_usage
 from pipelines.runtime.processes import follow_launcher
+from pipelines.runtime.terminal import safe_streams
+from shards.images.memory import set_max_memory
 from shards.requests import set_remote_timeout
-from shards.sample import DataError
+from shards.sample import AggregateDataError, DataError
+from shards.text import escape_line
 
 RANK_0_TIMEOUT = 20.0
 """Seconds that the other ranks give rank 0 to report an error that all share and end the job."""
@@ -47,13 +49,18 @@ def run_command(
     require_utf8()
     follow_launcher(f"unet {verb}{rank_name()}")
     argv = sys.argv[1:] if argv is None else argv
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            # File names may not be valid text.
-            stream.reconfigure(errors="backslashreplace")
+    with safe_streams():
+        return run_escaped(config_class, run, argv, verb)
+
+
+def run_escaped(
+    config_class: type[T], run: Callable[[T], int], argv: Sequence[str], verb: str
+) -> int:
+    """Run a verb as `run_command`, whose streams escape what they print."""
     try:
         config = parse(config_class, argv, verb)
-        apply_remote_timeout(config)
+        set_max_memory(None)
+        apply_limits(config)
         code = run(config)
         sys.stdout.flush()
         return code
@@ -64,7 +71,7 @@ def run_command(
     except UsageError as error:
         code = report_error(verb, error, USAGE)
     except (DataError, RunError) as error:
-        code = report_error(verb, original_message(error), REFUSED)
+        code = report_error(verb, error, REFUSED)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         code = report_error(verb, f"{where}{error.strerror or original_message(error)}", REFUSED)
@@ -79,17 +86,24 @@ def run_command(
     return code
 
 
-def apply_remote_timeout(config: object) -> None:
-    """Set the `--remote-timeout` of a verb that has it. Raises UsageError if it is out of range."""
+LIMITS: dict[str, Callable[[Any], None]] = {
+    "remote_timeout": set_remote_timeout,
+    "max_memory": set_max_memory,
+}
+"""Setters of flags that hold for a process and its workers, whatever the verb."""
+
+
+def apply_limits(config: object) -> None:
+    """Set the LIMITS that a verb has. Raises UsageError if one is out of range."""
     for entry in fields(config) if is_dataclass(config) else ():
         value = getattr(config, entry.name)
-        if entry.name == "remote_timeout":
+        if entry.name in LIMITS:
             try:
-                set_remote_timeout(value)
+                LIMITS[entry.name](value)
             except ValueError as error:
                 raise UsageError(str(error)) from error
         else:
-            apply_remote_timeout(value)
+            apply_limits(value)
 
 
 def require_utf8() -> None:
@@ -129,7 +143,12 @@ def report_error(verb: str, error: object, code: int) -> int:
     alone = code != USAGE and accelerate is not None and accelerate.is_initialized()
     if not alone and code in (USAGE, REFUSED):
         wait_for_rank_0()
-    print(f"unet {verb}{rank_name()}: {error}", file=sys.stderr, flush=True)
+    several = isinstance(error, AggregateDataError) or (
+        isinstance(error, DataError) and isinstance(error.__cause__, AggregateDataError)
+    )
+    text = original_message(error) if isinstance(error, Exception) else str(error)
+    text = text if several else escape_line(text)
+    print(f"unet {verb}{rank_name()}: {text}", file=sys.stderr, flush=True)
     return code
 
 

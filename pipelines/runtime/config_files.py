@@ -12,6 +12,8 @@ from pipelines.runtime.errors import UsageError
 from pipelines.runtime.flag_values import is_optional, is_switch
 from pipelines.runtime.flags import Flag
 from pipelines.runtime.yaml_flags import load_yaml
+from shards.local_files import read_text
+from shards.sample import DataError
 
 
 def read_config_file(flags: Sequence[Flag], file: Path) -> dict[str, Any]:
@@ -20,7 +22,7 @@ def read_config_file(flags: Sequence[Flag], file: Path) -> dict[str, Any]:
     Raises UsageError, with the file, for one that cannot be read, an unknown key or a wrong value.
     """
     try:
-        plain = load_yaml(file.read_text(encoding="utf-8"))
+        plain = load_yaml(read_text(file, "utf-8"))
         if plain is None:
             return {}
         if not isinstance(plain, dict):
@@ -29,6 +31,8 @@ def read_config_file(flags: Sequence[Flag], file: Path) -> dict[str, Any]:
         return {key: convert(by_key[key], v) for key, v in find_settings(by_key, plain, "")}
     except OSError as error:
         raise UsageError(f"--config {file}: {error.strerror}") from error
+    except DataError as error:
+        raise UsageError(f"--config {error}") from error
     except UnicodeDecodeError as error:
         raise UsageError(f"--config {file}: not UTF-8; save it as UTF-8 text") from error
     except yaml.YAMLError as error:

@@ -17,6 +17,7 @@ from typing import TypeVar
 
 import pipelines
 from pipelines.runtime.errors import RunError, UsageError
+from shards.images.memory import share_memory
 
 LAUNCHER_INTERVAL = 1.0
 """Seconds between checks that the launcher still runs."""
@@ -151,6 +152,7 @@ def open_executor(workers: int, scheduler: str | None, remote: bool) -> Iterator
     if scheduler is None:
         method = "fork" if sys.platform == "linux" and not remote else "forkserver"
         context = multiprocessing.get_context(method)
+        share_memory(workers)
         with ProcessPoolExecutor(workers, context, follow_parent) as pool:
             yield pool
         return

@@ -1,10 +1,12 @@
 """A run folder: the paths of its files, and its lock."""
 
 import fcntl
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipelines.runtime.errors import RunError
+from shards.writer import open_lock_file
 
 SCORES = "scores.json"
 """Name of the scores that `unet evaluate` writes, in a run folder or elsewhere."""
@@ -76,7 +78,7 @@ class RunLock:
         """Raises RunError if another process holds the lock or the folder is not writable."""
         try:
             folder.path.mkdir(parents=True, exist_ok=True)
-            self.file = (folder.path / ".lock").open("w")
+            self.file = os.fdopen(open_lock_file(folder.path / ".lock"), "w")
         except OSError as error:
             raise RunError(
                 f"--run-dir {folder.path} cannot be written to: {error.strerror}; choose another"

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import yaml
 
+from shards.local_files import read_text
 from shards.manifest import Manifest, read_manifest
 from shards.sample import DataError
 
@@ -31,7 +32,7 @@ def describe_other_data(config: Path, digest: str, place: str) -> str:
 def read_data_setting(config: Path) -> str | None:
     """Read `data` from config.yaml; None if it is missing."""
     try:
-        plain = yaml.safe_load(config.read_text(encoding="utf-8"))
+        plain = yaml.safe_load(read_text(config, "utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return None
     data = plain.get("data") if isinstance(plain, dict) else None

@@ -9,15 +9,17 @@ from torch import Tensor
 
 from pipelines.runtime.failures import is_device_error, out_of_memory
 from pipelines.training.optim import Learner
+from shards.local_files import refuse_special
 from shards.sample import DataError
 
 
 def read_training(path: Path, learner: Learner) -> dict[str, Any]:
     """Read training.pt for a learner. Raises DataError if it is damaged or does not fit."""
     try:
+        refuse_special(path)
         training = torch.load(path, map_location="cpu", weights_only=True)
         refuse_unfit(training, learner)
-    except (PermissionError, MemoryError):
+    except (PermissionError, MemoryError, DataError):
         raise
     except Exception as error:  # torch's reader raises whatever the bytes provoke
         if out_of_memory(error) or is_device_error(error):

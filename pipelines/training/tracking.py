@@ -23,6 +23,7 @@ from pipelines.runtime.run_folder import RunFolder
 from pipelines.runtime.yaml_flags import refuse_unused
 from pipelines.training.checkpoints import TrainState
 from shards.images.files import encode_png
+from shards.local_files import read_text
 from shards.writer import write_atomically
 
 logger = logging.getLogger(__name__)
@@ -232,7 +233,7 @@ def drop_lines_after(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in read_text(path, "utf-8").splitlines():
         try:
             if json.loads(line)["step"] > step:
                 break

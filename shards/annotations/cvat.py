@@ -13,6 +13,7 @@ from shards.annotations.regions import ImageRegions, Outline, Region, Stencil
 from shards.annotations.runs import decode_rows, find_mask_runs
 from shards.annotations.scan import Scan, require_file
 from shards.annotations.signatures import name_other_format
+from shards.local_files import open_file
 from shards.sample import DataError
 
 Attributes = dict[str, str]
@@ -45,7 +46,7 @@ def parse_xml(data: bytes | Path, start: Callable[..., Any], end: Callable[..., 
         if isinstance(data, bytes):
             parser.Parse(data, True)
         else:
-            with data.open("rb") as file:
+            with open_file(data) as file:
                 parser.ParseFile(file)
     except expat.ExpatError as error:
         raise DataError(f"it is not valid XML: {error}; export it again") from error

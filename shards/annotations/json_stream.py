@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from shards.local_files import open_file
 from shards.sample import DataError
 
 WINDOW = 8 * 2**20
@@ -117,7 +118,7 @@ def read_elements(path: Path) -> Iterator[Element]:
 
     Raises DataError for a file that is not JSON in UTF-8, is cut off, or has a key twice.
     """
-    with path.open("rb") as file:
+    with open_file(path) as file:
         start = file.read(4)
         if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
             raise DataError(f"{path} is UTF-16 text; save it as UTF-8")

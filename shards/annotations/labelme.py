@@ -17,6 +17,7 @@ from shards.annotations.scan import Scan, require_folder
 from shards.annotations.signatures import name_other_format
 from shards.folders.walk import walk_files
 from shards.images.files import ImageRule, load_pixels, open_image
+from shards.local_files import read_file
 from shards.sample import DataError
 
 NUM_POINTS = {"circle": 2, "rectangle": 2, "mask": 2}
@@ -31,7 +32,7 @@ def scan_labelme(folder: Path) -> Scan:
     for name in sorted(n for n in walk_files(str(folder)) if n.lower().endswith(".json")):
         path = folder / name
         try:
-            shapes = load_labelme(path.read_bytes(), path)["shapes"]
+            shapes = load_labelme(read_file(path), path)["shapes"]
             labels = [read_label(shape, n) for n, shape in enumerate(shapes)]
         except DataError as error:
             scan.problems.append(str(error) if str(path) in str(error) else f"{path}: {error}")

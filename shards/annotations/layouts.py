@@ -18,6 +18,7 @@ from shards.annotations.class_tables import (
 from shards.folders.pairs import Pair, Pairing, drop_key_collisions
 from shards.folders.split_names import SPLIT_NAMES, Split
 from shards.folders.walk import read_lines, walk_files
+from shards.local_files import read_file
 from shards.masks.formats import MaskFormat
 from shards.masks.palettes import default_palette
 from shards.sample import IGNORE, DataError, Palette
@@ -261,7 +262,7 @@ def read_nnunet(root: Path) -> KnownLayout:
     require(root, "nnunet", "imagesTr", "labelsTr", "dataset.json")
     file = root / "dataset.json"
     try:
-        plain = json.loads(file.read_bytes())
+        plain = json.loads(read_file(file))
     except (ValueError, RecursionError) as error:
         raise DataError(f"{file} is not valid JSON; copy it again") from error
     end = plain.get("file_ending", ".png") if isinstance(plain, dict) else ".png"

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from shards.annotations.json_stream import read_elements
+from shards.local_files import open_file
 from shards.sample import DataError
 
 MAX_PEEKED = 2000
@@ -24,7 +25,7 @@ def recognise_file(path: Path) -> str | None:
     suffix = path.suffix.lower()
     if suffix == ".txt":
         return "yolo"
-    with path.open("rb") as file:
+    with open_file(path) as file:
         start = file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
     if start[:1] == b"<":
         return "cvat" if b"<annotations" in start else None

@@ -11,6 +11,7 @@ from shards.annotations.regions import ImageRegions, Outline, Region
 from shards.annotations.runs import Size
 from shards.annotations.scan import Scan, require_folder
 from shards.folders.walk import walk_files
+from shards.local_files import read_file
 from shards.sample import DataError
 
 NAMES_FILE = "classes.txt"
@@ -34,7 +35,7 @@ def scan_yolo(folder: Path, classes: tuple[str, ...]) -> Scan:
             continue
         path = folder / name
         try:
-            labels = [label for label, _, _ in read_lines(path.read_bytes())]
+            labels = [label for label, _, _ in read_lines(read_file(path))]
         except DataError as error:
             scan.problems.append(f"{path}, {error}")
             continue

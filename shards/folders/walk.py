@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from shards.images.files import IMAGE_EXTENSIONS, UNSUPPORTED_EXTENSIONS
+from shards.local_files import read_text
 from shards.sample import DataError
 
 ANNOTATIONS = frozenset({".json", ".xml", ".npy", ".npz", ".mat", ".svg", ".yaml", ".yml", ".h5"})
@@ -31,7 +32,7 @@ def split_columns(line: str, delimiter: str | None) -> list[str]:
 def read_lines(file: Path) -> list[str]:
     """Read the lines of a text file. Raises DataError if it is not UTF-8."""
     try:
-        return file.read_text(encoding="utf-8-sig").splitlines()
+        return read_text(file).splitlines()
     except UnicodeDecodeError as error:
         raise DataError(f"{file} is not UTF-8 text; save it as UTF-8") from error
 

@@ -2,13 +2,15 @@
 
 import io
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image, ImageOps, TiffImagePlugin
 
+from shards.images.cost import estimate_decoding
 from shards.images.encoding import downscale_image, encode_png
 from shards.images.headers import detect_unread_format, read_image_header
+from shards.images.memory import refuse_memory
 from shards.images.tiff import (
     GREY16_MODES,
     PHOTOMETRIC,
@@ -16,6 +18,7 @@ from shards.images.tiff import (
     max_bits_per_sample,
     read_tiff_tags,
     refuse_inverted_16_bit,
+    refuse_many_frames,
     refuse_tiff_tags,
     repeats_8_bits,
 )
@@ -174,13 +177,14 @@ def open_image(data: bytes, where: str, rule: ImageRule) -> Image.Image:
     Raises DataError if it is not an image, has too many pixels, several frames, unsupported bands
     or a georeference; `where` names the file in the message.
     """
+    refuse_many_frames(data, where)
     try:
         image = Image.open(io.BytesIO(data), formats=PILLOW_FORMATS)
         num_frames = getattr(image, "n_frames", 1)
         tags = read_tiff_tags(image)
     except Exception as error:  # Pillow's decoders raise whatever the bytes provoke
         raise DataError(f"{where} {explain_unreadable(data)}") from error
-    refuse_image_size(image, rule, where)
+    refuse_image_size(image, tags, rule, where)
     # The further frames of a camera's MPO are previews and depth maps of the first.
     several = num_frames > 1 and image.format != "MPO"
     if several and rule.frame is not None:
@@ -194,7 +198,7 @@ def open_image(data: bytes, where: str, rule: ImageRule) -> Image.Image:
             tags = read_tiff_tags(image)
         except Exception as error:  # seeking decodes the frames before
             raise DataError(f"{where} is damaged ({error}); repair or remove it") from error
-        refuse_image_size(image, rule, where)
+        refuse_image_size(image, tags, rule, where)
     refuse_tiff_tags(tags, len(image.getbands()), where)
     if several and rule.frame is None:
         raise DataError(
@@ -211,13 +215,14 @@ def open_image(data: bytes, where: str, rule: ImageRule) -> Image.Image:
     return image
 
 
-def refuse_image_size(image: Image.Image, rule: ImageRule, where: str) -> None:
-    """Raise DataError if an image declares too many pixels."""
+def refuse_image_size(image: Image.Image, tags: Any, rule: ImageRule, where: str) -> None:
+    """Raise DataError if an image declares too many pixels, or takes too much memory to decode."""
     if image.width * image.height > rule.max_pixels:
         raise DataError(
             f"{where} declares {image.width} x {image.height} pixels, more than the limit of "
             f"{rule.max_pixels:,}; split it into smaller images, or raise --max-pixels"
         )
+    refuse_memory(estimate_decoding(image, tags), image.size, where)
 
 
 def explain_unreadable(data: bytes) -> str:
@@ -273,6 +278,11 @@ def load_pixels(
             loaded = image.transpose(UNDO_ORIENTATION[before]) if before != after == 1 else image
         orientation = after if after != 1 else before
         return loaded, 0 if orientation == 1 else orientation
+    except MemoryError as error:
+        raise DataError(
+            f"{where} takes more memory to decode than is free; use fewer --workers, or split it "
+            "into smaller images"
+        ) from error
     except Exception as error:  # Pillow's decoders raise whatever the bytes provoke
         raise DataError(f"{where} is damaged ({error}); repair or remove it") from error
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from shards.images.cost import estimate_array
 from shards.images.files import (
     ImageFormat,
     ImageRule,
@@ -16,6 +17,7 @@ from shards.images.files import (
     read_orientation,
 )
 from shards.images.headers import JPEG_START, read_image_header
+from shards.images.memory import memory_limit
 from shards.images.tiff import GREY16_MODES, refuse_inverted_16_bit
 from shards.sample import Uint8
 
@@ -81,6 +83,9 @@ def decode_with_simplejpeg(data: bytes, image_format: ImageFormat) -> Uint8 | No
     (width, height), mode = header
     # RGB -> L is left to Pillow: the luma stored in a JPEG differs from what Pillow computes.
     if mode not in ("L", image_format.channels) or width * height > image_format.max_pixels:
+        return None
+    if estimate_array(width, height) > memory_limit():
+        # Refused by Pillow's path.
         return None
     try:
         return simplejpeg.decode_jpeg(data, "GRAY" if image_format.channels == "L" else "RGB")

@@ -1,6 +1,7 @@
 """What a file declares about its samples and Pillow would lose without a warning."""
 
 import io
+import struct
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -19,6 +20,16 @@ RAW_MODES = {
 """Pillow's raw modes of 16-bit colours -> those of the other byte order."""
 GREY16_MODES = ("I;16", "I;16B", "I;16L", "I")
 """Pillow's modes of grey images with more than 8 bits."""
+MAX_FRAMES = 10_000
+"""Pillow compares the place of every frame with all before it: it takes minutes for 60,000."""
+FIRST_OFFSETS = {
+    b"II*\0": ("<", "I", 4, "H", 12),
+    b"MM\0*": (">", "I", 4, "H", 12),
+    b"II+\0": ("<", "Q", 8, "Q", 20),
+    b"MM\0+": (">", "Q", 8, "Q", 20),
+}
+"""Start of a TIFF -> byte order, type of offsets, place of the first one, type of the number of
+entries, and bytes of an entry (TIFF 6.0, section 2; BigTIFF)."""
 BITS_PER_SAMPLE = 258
 PHOTOMETRIC, WHITE_IS_ZERO = 262, 0
 SAMPLES_PER_PIXEL = 277
@@ -111,3 +122,26 @@ def refuse_inverted_16_bit(image: Image.Image, where: str) -> None:
     """Raise DataError for a 16-bit TIFF with white as 0, which Pillow does not invert."""
     if image.mode in GREY16_MODES and read_tiff_tags(image).get(PHOTOMETRIC) == WHITE_IS_ZERO:
         raise DataError(f"{where} is 16-bit with white as 0; save it with black as 0")
+
+
+def refuse_many_frames(data: bytes, where: str) -> None:
+    """Raise DataError for a TIFF with more than MAX_FRAMES directories, before Pillow opens it."""
+    if (form := FIRST_OFFSETS.get(data[:4])) is None:
+        return
+    order, offset_type, place, count_type, entry_bytes = form
+    count, next_offset = struct.Struct(order + count_type), struct.Struct(order + offset_type)
+    seen: set[int] = set()
+    try:
+        (offset,) = next_offset.unpack_from(data, place)
+        while offset and offset not in seen:
+            seen.add(offset)
+            if len(seen) > MAX_FRAMES:
+                raise DataError(
+                    f"{where} has more than {MAX_FRAMES:,} frames; export those that you need to "
+                    "files of their own"
+                )
+            (entries,) = count.unpack_from(data, offset)
+            (offset,) = next_offset.unpack_from(data, offset + count.size + entries * entry_bytes)
+    except struct.error:
+        # Damaged, as Pillow reports.
+        return

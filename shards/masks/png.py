@@ -5,8 +5,10 @@ import zlib
 
 import numpy as np
 
+from shards.images.cost import estimate_array
 from shards.images.files import ImageRule, open_image
 from shards.images.headers import PNG_END, PNG_START
+from shards.images.memory import memory_limit
 from shards.masks.counts import count_pixel_values, format_counts
 from shards.masks.palettes import palette_bytes
 from shards.masks.stored import load_mask
@@ -104,6 +106,8 @@ def unpack_mask(data: bytes) -> Uint8 | None:
     if palette_length > 3 * 2**bits or data[start + 12 + length :] != PNG_END:
         return None
     if width * height > CANONICAL_RULE.max_pixels:
+        return None
+    if estimate_array(width, height) > memory_limit():
         return None
     row = 1 + -(-width * bits // 8)
     inflate = zlib.decompressobj()

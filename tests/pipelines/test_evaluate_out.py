@@ -1,4 +1,4 @@
-"""`evaluation.score`, `runtime.run_folder`.
+"""`evaluate`, `runtime.outputs`.
 
 Scores are written where they can be: found out before anything is scored.
 """

@@ -168,7 +168,7 @@ def test_what_cannot_be_read_is_an_error_of_its_own(tree):
             f"{tree}/huge.png has 1,099,511,627,776 bytes, more than any image",
         ),
         "loop.png": (OSError, "Too many levels"),
-        "pipe.png": (DataError, f"{tree}/pipe.png is a pipe or a device, not a file; remove it"),
+        "pipe.png": (DataError, f"{tree}/pipe.png is a pipe, not a file; remove it"),
     }
     assert [inputs.name(i) for i in range(7)] == [str(tree / name) for name in names]
     for number, name in enumerate(names):

@@ -4,6 +4,7 @@ Image files: which are accepted, what they decode to, and which are refused.
 """
 
 import io
+import struct
 from contextlib import suppress
 
 import numpy as np
@@ -739,3 +740,17 @@ def test_a_transparent_grey_value_of_16_bits_needs_a_rule(to_bytes):
     with pytest.raises(DataError, match=r"a\.png has a transparent grey value; add --alpha drop"):
         read_image(data, ImageRule(allow_16_bit=True), "a.png")
     assert read_image(data, ImageRule(allow_16_bit=True, alpha="drop"), "a.png").notes == ("deep",)
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_a_tiff_with_too_many_frames_is_refused_without_opening_it(order):
+    start = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}I", 8)
+    frames = [struct.pack(f"{order}HI", 0, 8 + 6 * (n + 1)) for n in range(60_000)]
+    with pytest.raises(DataError) as caught:
+        read(start + b"".join(frames), frame=0)
+    assert str(caught.value) == (
+        "a.png has more than 10,000 frames; export those that you need to files of their own"
+    )
+    cycle = start + struct.pack(f"{order}HI", 0, 8)
+    with pytest.raises(DataError, match="is not a readable image"):
+        read(cycle, frame=0)

@@ -17,7 +17,7 @@ from shards.offsets import read_offsets
 from shards.order import Address
 from shards.reader import ShardReader
 from shards.sample import DataError, encode_key
-from shards.writer import ShardWriter, write_atomically, write_json
+from shards.writer import ShardWriter, open_lock_file, write_atomically, write_json
 
 SAMPLES = {
     "b/x%2E0": {"png": b"image" * 300, "mask.png": b"mask", "json": b"{}"},
@@ -239,3 +239,25 @@ def test_equal_content_gives_equal_json_bytes(tmp_path):
         write_json(tmp_path / name, {"x": [1, 2], "y": None})
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     assert (tmp_path / "a").read_bytes().endswith(b"}\n")
+
+
+def test_a_lock_is_never_a_link_to_the_file_of_another_program(tmp_path):
+    victim, lock = tmp_path / "victim", tmp_path / ".lock"
+    victim.write_text("kept")
+    lock.symlink_to(victim)
+    with pytest.raises(DataError) as caught:
+        open_lock_file(lock)
+    assert str(caught.value) == f"{lock} is a link, not a lock; remove it"
+    lock.unlink()
+    lock.symlink_to(tmp_path / "new")
+    with pytest.raises(DataError, match="is a link, not a lock; remove it"):
+        open_lock_file(lock)
+    lock.unlink()
+    lock.hardlink_to(victim)
+    with pytest.raises(DataError, match="has a second name, so it is no lock of ours; remove it"):
+        open_lock_file(lock)
+    lock.unlink()
+    os.mkfifo(lock)
+    with pytest.raises(DataError, match="is not a file, so it is no lock of ours; remove it"):
+        open_lock_file(lock)
+    assert (victim.read_text(), (tmp_path / "new").exists()) == ("kept", False)
