@@ -27,11 +27,12 @@ class AnnotationOptions:
     """File of annotations (coco, cvat, label-studio), or folder with one for each image (labelme,
     yolo). Class 0 is `background`; the other classes are those of the file, or --classes."""
     annotation_format: AnnotationFormat | None = None
-    """coco: instances JSON. labelme: JSON files. cvat: `CVAT for images 1.1`. label-studio: JSON
-    export. yolo: segmentation labels, with --classes, a data.yaml or a classes.txt."""
+    """coco: instances or panoptic JSON. labelme: JSON files. cvat: `CVAT for images 1.1`.
+    label-studio: JSON export. yolo: segmentation labels, with --classes, a data.yaml or a
+    classes.txt."""
     unannotated: UnannotatedPolicy | None = None
     """Images without annotations: all background, skipped, or an error; default: background for
-    coco and yolo, else error."""
+    yolo and instances of coco, else error."""
     overlap: OverlapPolicy = "order"
     """order: a smaller region is on top of a larger one (coco), a later one on top of earlier ones
     (other formats; cvat: the higher z_order). error: regions of two classes may not overlap."""

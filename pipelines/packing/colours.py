@@ -10,7 +10,8 @@ from typing import Any
 import yaml
 
 from pipelines.runtime.yaml_flags import load_yaml
-from shards.annotations.class_tables import CAMVID_COLOURS, CITYSCAPES, VOC
+from shards.annotations.ade20k import ADE20K
+from shards.annotations.class_tables import CAMVID_COLOURS, CITYSCAPES, VOC, ClassTable
 from shards.images.files import ImageRule, open_image
 from shards.local_files import read_file, read_text
 from shards.masks.palettes import read_palette
@@ -19,6 +20,7 @@ from shards.sample import DataError
 TABLES = {
     "voc": VOC,
     "cityscapes": CITYSCAPES,
+    "ade20k": ADE20K,
     "camvid": CAMVID_COLOURS,
 }
 """Colour tables that --colours knows by name."""
@@ -55,14 +57,8 @@ def read_first_palette(
 @cache
 def read_colour_table(path: Path) -> ColourTable:
     """Read classes and colours from a YAML, JSON or CSV file. Raises ValueError if invalid."""
-    if str(path) == "ade20k" and not path.exists():
-        raise ValueError(
-            "--colours ade20k: road and skyscraper share the colour (140, 140, 140); use the index "
-            "masks of the benchmark: --layout ade20k"
-        )
     if str(path) in TABLES and not path.exists():
-        known = TABLES[str(path)]
-        return ColourTable(known.names, known.colours, known.ignored)
+        return unite_equal_colours(TABLES[str(path)])
     try:
         text = read_text(path)
         rows = (
@@ -91,6 +87,14 @@ def read_colour_table(path: Path) -> ColourTable:
             "`name: [r, g, b]` or, in a CSV file, `name,r,g,b` on each line"
         )
     return ColourTable(tuple(classes), tuple(colours), tuple(ignored))
+
+
+def unite_equal_colours(table: ClassTable) -> ColourTable:
+    """Make one class of those that share a colour, called `A or B`: no mask can tell them apart."""
+    names: dict[tuple[int, ...], list[str]] = {}
+    for name, colour in zip(table.names, table.colours, strict=True):
+        names.setdefault(colour, []).append(name)
+    return ColourTable(tuple(map(" or ".join, names.values())), tuple(names), table.ignored)
 
 
 def read_csv_rows(text: str) -> list[tuple[str, Any]]:

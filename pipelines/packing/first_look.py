@@ -14,7 +14,9 @@ import yaml
 from pipelines.packing.class_files import apply_names, name_table, read_class_file
 from pipelines.packing.options import MaskOptions, PairingOptions, SourceOptions
 from pipelines.packing.propose import survey_pairing
+from pipelines.packing.propose_annotations import join_command, propose_annotations
 from pipelines.packing.split_lists import propose_splits
+from shards.annotations.layouts import recognise_layout
 from shards.folders.layout import (
     MAX_DEPTH,
     MAX_FOLDERS,
@@ -36,12 +38,15 @@ PAIRS_FILE = "pairs.csv"
 
 
 def propose_source(folder: Path, out: Path, workers: int) -> tuple[list[str], list[str]]:
-    """Propose flags for the images and masks of a folder, and list what is unsure.
+    """Propose flags for the masks or annotations of a folder, and list what is unsure.
 
     A table of colours and a list of pairs that flags cannot describe are written into `out`.
     Raises DataError if nothing can be proposed.
     """
     content = find_layouts(folder)
+    annotations = propose_annotations(folder, content.others, content.images)
+    if annotations is not None and (annotations.panoptic or not content.layouts):
+        return [*annotations.words], [*annotations.notes]
     if not content.layouts:
         raise DataError(
             f"{folder}: no two folders, suffixes or extensions pair images with masks"
@@ -52,6 +57,13 @@ def propose_source(folder: Path, out: Path, workers: int) -> tuple[list[str], li
     source = SourceOptions(pairing=options, mask=MaskOptions(mask_format="auto"))
     pairing = options.find_pairs()
     notes = [*describe_others(content.layouts), *describe_unused(folder, content, pairing)]
+    if annotations is not None:
+        notes.append(f"annotations instead of masks: {join_command('pack', annotations.words)}")
+    else:
+        notes += describe_annotations(content.others, "their format is not known as annotations")
+    if (known := recognise_layout(folder)) is not None:
+        words_of = ["--layout", known, str(folder)]
+        notes.append(f"its names are those of a public data set: {join_command('pack', words_of)}")
     if pairing.unpaired:
         words.append("--skip-unpaired")
     survey, problems = survey_pairing(source, pairing, workers)
@@ -166,7 +178,7 @@ def describe_unused(folder: Path, content: FolderContent, pairing: Pairing) -> l
         ]
     if cap := describe_cap(content):
         notes.append(cap.lstrip(": "))
-    return [*notes, *describe_annotations(content.others)]
+    return notes
 
 
 def describe_cap(content: FolderContent) -> str:

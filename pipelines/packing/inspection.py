@@ -61,6 +61,9 @@ def read_pair(pair: Pair, images: str, masks: str, rule: SampleRule) -> StoredSa
     if pair.mask is not None:
         with open_file(mask_path) as file:
             mask = read_spans(file, pair.spans)
+        if pair.segments is not None:
+            with open(f"{masks}/{pair.segments}", "rb") as file:
+                mask += file.read()
         if pair.spans:
             mask_path = f"{mask_path} ({pair.source})"
     return read_sample(image, mask, rule, image_path, mask_path)

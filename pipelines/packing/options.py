@@ -135,8 +135,8 @@ class MaskOptions:
     """Pixel value that is ignored in training and in scores."""
     colours: Path | None = None
     """YAML, JSON or CSV file of `name: [r, g, b]`, in the order of the classes (format `rgb`);
-    pixels of a colour called `ignore` are ignored. Or a known table: voc, cityscapes, camvid
-    (its original 31 colours)."""
+    pixels of a colour called `ignore` are ignored. Or a known table: voc, cityscapes, camvid (its
+    original 31 colours), ade20k (149 colours: road and skyscraper share one)."""
     unknown: Literal["error", "ignore", "background"] = "error"
     """Values, colours and annotations that belong to no class: refuse them, ignore their pixels, or
     (annotations only) leave them background."""

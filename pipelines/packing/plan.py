@@ -54,6 +54,8 @@ class PlannedSample:
     """No other image has the same size in bytes, so it has no duplicate."""
     spans: tuple[int, ...] = ()
     """Bytes of the mask's file that hold its annotations: start, stop, ...; () for all of it."""
+    segments: tuple[str, FileStat] | None = None
+    """PNG that follows these bytes (panoptic COCO)."""
 
     @property
     def key(self) -> str:
@@ -64,6 +66,7 @@ class PlannedSample:
     def bytes(self) -> int:
         """Bytes that its files take in a tar."""
         mask = sum(self.spans[1::2]) - sum(self.spans[::2])
+        mask += self.segments[1][0] if self.segments else 0
         files = [self.image[0], *([mask or self.mask_stat[0]] if self.mask_stat else [])]
         return sum(TAR_HEADER + -(-size // TAR_HEADER) * TAR_HEADER for size in files)
 
@@ -189,7 +192,9 @@ def plan_sample(folders: tuple[str, str], pair: Pair, group: str | None) -> Plan
     """Add sizes and times of its files to a pair; `folders`: those of images and masks."""
     image = stat_file(f"{folders[0]}/{pair.source}")
     mask = None if pair.mask is None else stat_file(f"{folders[1]}/{pair.mask}")
-    return PlannedSample(pair.source, image, pair.mask, mask, group, spans=pair.spans)
+    name, spans = pair.segments, pair.spans
+    png = None if name is None else (name, stat_file(f"{folders[1]}/{name}"))
+    return PlannedSample(pair.source, image, pair.mask, mask, group, spans=spans, segments=png)
 
 
 def stat_file(path: str) -> FileStat:
@@ -280,7 +285,7 @@ def encode_plan(plan: Sequence[PlannedShard]) -> Iterator[bytes]:
     for shard in plan:
         for s in shard.samples:
             line = [shard.name, s.source, s.image, s.mask, s.mask_stat, s.group, *s.spans]
-            yield json.dumps(line).encode() + b"\n"
+            yield json.dumps([*line, *(s.segments or ())]).encode() + b"\n"
 
 
 def encode_header(rule: dict[str, Any], plan: Sequence[PlannedShard]) -> bytes:

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from pipelines.packing.options import SourceOptions
+from pipelines.packing.propose_annotations import join_command, propose_between
 from pipelines.packing.repair import repair_pairing
 from pipelines.runtime.errors import REFUSED, describe_read_error
 from pipelines.runtime.processes import chunks, num_workers, run_all
@@ -32,10 +33,19 @@ PROPOSED = frozenset(
 def propose_format(config: Any, verb: str) -> int:
     """Survey all masks and print the command of `config` with the flags that read them.
 
-    Where its flags pair nothing, the command has others that do. Nothing is packed. Returns exit
-    code 0 with a proposal, else 1. Raises DataError if no image has a mask.
+    Where its flags pair nothing, the command has others that do, or those of annotations. Nothing
+    is packed. Returns exit code 0 with a proposal, else 1. Raises DataError if no image has a mask.
     """
-    config, pairing = find_proposed_pairs(config)
+    try:
+        config, pairing = find_proposed_pairs(config)
+    except DataError as error:
+        options = config.source.pairing
+        annotations = propose_between(options.images, options.masks)
+        if annotations is None:
+            raise
+        print(f"{error}\n", file=sys.stderr)
+        print("\n".join([join_command(verb, annotations.words), *annotations.notes]))
+        return 0
     survey, problems = survey_pairing(config.source, pairing, config.workers)
     for line in list_problems(problems):
         print(line, file=sys.stderr)

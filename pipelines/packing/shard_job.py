@@ -167,6 +167,8 @@ def read_planned_pair(sample: PlannedSample, rule: PackRule, *, pixels: bool) ->
     if sample.mask is not None and sample.mask_stat is not None:
         mask_path = f"{rule.masks}/{sample.mask}"
         mask = read_planned_file(mask_path, sample.mask_stat, sample.spans)
+        if sample.segments is not None:
+            mask += read_planned_file(f"{rule.masks}/{sample.segments[0]}", sample.segments[1])
         if sample.spans:
             mask_path = f"{mask_path} ({sample.source})"
     return read_sample(

@@ -1,21 +1,25 @@
-"""COCO instances: polygons and run-length encodings in one JSON file."""
+"""COCO: instances (polygons and run-length encodings), and panoptic annotations with their PNGs."""
 
 import json
 from array import array
 from collections import Counter
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from shards.annotations.json_stream import read_elements
+from shards.annotations.panoptic import list_segments, read_panoptic
 from shards.annotations.polygons import read_points
 from shards.annotations.regions import ImageRegions, Outline, Region, Stencil
 from shards.annotations.runs import Runs, Size, counts_to_runs, decode_counts
 from shards.annotations.scan import Scan, require_file
 from shards.annotations.signatures import name_other_format
-from shards.sample import DataError
+from shards.sample import DataError, is_safe_path
 
+PNG_START = b"\x89PNG\r\n\x1a\n"
+"""Where the JSON of a panoptic record ends: JSON cannot contain these bytes."""
 KEYS = ("images", "annotations", "categories")
 
 
@@ -31,6 +35,8 @@ class CocoIndex:
         self.owners: list[Any] = []
         """Image id of each annotation."""
         self.labels: list[str] = []
+        self.segments: dict[int, tuple[str, tuple[str, ...]]] = {}
+        """Panoptic: PNG and labels of the segments, by number of the annotation."""
         self.starts, self.stops, self.ids = array("q"), array("q"), array("q")
 
     def add(self, key: str, value: Any, start: int, stop: int) -> None:
@@ -65,20 +71,43 @@ class CocoIndex:
     def add_annotation(self, value: dict[str, Any], start: int, stop: int) -> None:
         """Add the position of an annotation."""
         name = value.get("id", "without id")
-        if "segments_info" in value:
-            raise DataError(
-                f"{self.path} is panoptic COCO, whose masks are PNG files; convert it to instances "
-                "(panopticapi: panoptic2detection_coco_format.py)"
-            )
-        for key in ("image_id", "category_id"):
+        panoptic = "segments_info" in value
+        for key in ("image_id",) if panoptic else ("image_id", "category_id"):
             if not isinstance(value.get(key), int | str):
                 raise DataError(f"{self.path}: annotation {name} has no {key}; add it")
+        if panoptic:
+            self.add_segments(value)
         self.owners.append(value["image_id"])
-        self.labels.append(str(value["category_id"]))
+        self.labels.append("" if panoptic else str(value["category_id"]))
         self.starts.append(start)
         self.stops.append(stop)
         if isinstance(name, int) and abs(name) < 2**63:
             self.ids.append(name)
+
+    def add_segments(self, value: dict[str, Any]) -> None:
+        """Add the PNG and the labels of a panoptic annotation."""
+        where = f"{self.path}: annotation of image {value['image_id']}"
+        name = value.get("file_name")
+        if not isinstance(name, str) or not name or not is_safe_path(name):
+            raise DataError(f"{where} has the file_name {name!r}, not a relative path; correct it")
+        try:
+            labels = tuple(str(entry["category_id"]) for entry in list_segments(value))
+        except DataError as error:
+            raise DataError(f"{where}: {error}; correct it") from error
+        self.segments[len(self.owners)] = name, labels
+
+    def find_segments(self, own: list[int], where: str) -> tuple[str | None, list[str]]:
+        """Return the panoptic PNG of an image, None without one, and the labels of its regions.
+
+        Raises DataError for an image with a panoptic annotation and another one.
+        """
+        if not any(number in self.segments for number in own):
+            return None, [self.labels[number] for number in own]
+        if len(own) > 1:
+            raise DataError(f"{where} has {len(own)} annotations, one panoptic; keep that one")
+        name, labels = self.segments[own[0]]
+        # Beside the JSON there is a folder of its name, as in the archives of COCO.
+        return f"{self.path.stem}/{name}", list(labels)
 
     def finish(self) -> Scan:
         """Group the annotations by image and build the records."""
@@ -94,6 +123,11 @@ class CocoIndex:
                 f"{repeated[0]}; renumber the annotations"
             )
         self.refuse_unknown_ids()
+        folder = self.path.with_suffix("")
+        if self.segments and not folder.is_dir():
+            raise DataError(
+                f"{self.path} is panoptic, but its PNG files are not in {folder}; move them there"
+            )
         members: dict[Any, list[int]] = {}
         for number, owner in enumerate(self.owners):
             members.setdefault(owner, []).append(number)
@@ -102,16 +136,17 @@ class CocoIndex:
             spans = [start, stop]
             for number in own:
                 spans += (self.starts[number], self.stops[number])
-            labels = [self.labels[number] for number in own]
             where = f"{self.path}: image {identity}"
-            self.scan.add(name, self.path.name, tuple(spans), labels, where)
+            png, labels = self.find_segments(own, where)
+            self.scan.add(name, self.path.name, tuple(spans), labels, where, png)
         self.scan.declared = tuple(self.scan.names)
         return self.scan
 
     def refuse_unknown_ids(self) -> None:
         """Raise DataError for annotations of images or categories that the file does not list."""
         orphans = Counter(str(owner) for owner in self.owners if owner not in self.images)
-        strangers = Counter(label for label in self.labels if label not in self.scan.names)
+        labels = chain(self.labels, *(labels for _, labels in self.segments.values()))
+        strangers = Counter(label for label in labels if label and label not in self.scan.names)
         for key, place, missing in (
             ("image", "images", orphans),
             ("category", "categories", strangers),
@@ -146,12 +181,15 @@ def scan_coco(path: Path) -> Scan:
 
 
 def read_coco(data: bytes) -> ImageRegions:
-    """Parse the record of an image: its entry in `images`, then its annotations.
+    """Parse the record of an image: its entry in `images`, its annotations, its panoptic PNG.
 
     Raises DataError for an image without a size and for annotations that cannot be drawn.
     """
-    image, *annotations = json.loads(b"[" + data + b"]")
+    text, start, rest = data.partition(PNG_START)
+    image, *annotations = json.loads(b"[" + text + b"]")
     size = read_size(image)
+    if annotations and "segments_info" in annotations[0]:
+        return read_panoptic(annotations[0], start + rest, size)
     regions = [read_annotation(annotation, size) for annotation in annotations]
     return ImageRegions(size, regions, small_on_top=True)
 

@@ -58,8 +58,8 @@ class Stencil:
 class Region:
     """One annotated object."""
 
-    label: str
-    """Its class, as the annotation names it."""
+    label: str | None
+    """Its class, as the annotation names it; None: pixels that are ignored whatever the classes."""
     shape: Outline | Stencil
     where: str
     """Its name in messages."""
@@ -101,7 +101,8 @@ class PaintRule:
 def refuse_unknown_labels(record: ImageRegions, rule: PaintRule, where: str) -> None:
     """Raise DataError for labels without a class index."""
     known = dict(rule.indices)
-    missing = Counter(region.label for region in record.regions if region.label not in known)
+    labels = [region.label for region in record.regions if region.label is not None]
+    missing = Counter(label for label in labels if label not in known)
     if missing and rule.unknown == "error":
         listed = ", ".join(f"{rule.name(label)!r}: {n}" for label, n in sorted(missing.items()))
         raise DataError(
@@ -129,7 +130,7 @@ def paint_regions(
         DataError: unknown labels, damaged regions, or an overlap that is refused.
     """
     refuse_unknown_labels(record, rule, where)
-    known = dict(rule.indices)
+    known: dict[str | None, int] = {None: IGNORE, **dict(rule.indices)}
     unlisted = IGNORE if rule.unknown == "ignore" else None
     drawn: list[tuple[Region, int, Runs]] = []
     empty: list[str] = []

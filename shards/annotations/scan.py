@@ -25,6 +25,8 @@ class Record:
     """File that holds the record, relative to the folder of the annotations."""
     spans: Spans
     num_regions: int
+    segments: str | None = None
+    """PNG that belongs to the record, relative to the same folder; None: there is none."""
 
 
 @dataclass(slots=True)
@@ -44,7 +46,13 @@ class Scan:
     """Records that are refused, one line each."""
 
     def add(
-        self, image: object, file: str, spans: Spans, labels: Iterable[str], where: str
+        self,
+        image: object,
+        file: str,
+        spans: Spans,
+        labels: Iterable[str],
+        where: str,
+        segments: str | None = None,
     ) -> None:
         """Add a record; one whose image has no usable path becomes a problem."""
         if not isinstance(image, str) or not image:
@@ -59,7 +67,7 @@ class Scan:
             return
         found = list(labels)
         self.labels.update(found)
-        self.records.append(Record(path, file, spans, len(found)))
+        self.records.append(Record(path, file, spans, len(found), segments))
 
 
 def read_spans(file: BinaryIO, spans: Spans) -> bytes:

@@ -1,15 +1,19 @@
 """Which annotation format a file has, judged by its content."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from shards.annotations.json_stream import read_elements
+from shards.annotations.regions import AnnotationFormat
 from shards.local_files import open_file
 from shards.sample import DataError
 
 MAX_PEEKED = 2000
 """Elements that are looked at."""
+YOLO_LINE = re.compile(rb"\s*[0-9]{1,6}(\.0*)?([ \t]+[-+.0-9eE]+){4,}\s*")
+"""A line of YOLO: a class and at least four numbers."""
 
 
 def name_other_format(path: Path, expected: str) -> str:
@@ -20,19 +24,18 @@ def name_other_format(path: Path, expected: str) -> str:
     return f"; it is {found}: use --annotation-format {found}"
 
 
-def recognise_file(path: Path) -> str | None:
+def recognise_file(path: Path) -> AnnotationFormat | None:
     """Return the annotation format of a file, None if it is none of ours."""
-    suffix = path.suffix.lower()
-    if suffix == ".txt":
-        return "yolo"
     with open_file(path) as file:
+        if path.suffix.lower() == ".txt":
+            return "yolo" if YOLO_LINE.fullmatch(file.readline(2**20)) else None
         start = file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
     if start[:1] == b"<":
         return "cvat" if b"<annotations" in start else None
     return recognise_json(path) if start[:1] in (b"{", b"[") else None
 
 
-def recognise_json(path: Path) -> str | None:
+def recognise_json(path: Path) -> AnnotationFormat | None:
     """Return the annotation format of a JSON file, None if it is none of ours."""
     keys: dict[str, Any] = {}
     try:

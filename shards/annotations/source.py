@@ -172,7 +172,10 @@ class AnnotationSource:
         self, matched: dict[str, Record | None], refused: list[str]
     ) -> tuple[list[Pair], list[str]]:
         """Build the pairs; images without regions are kept, skipped or refused."""
-        policy = self.unannotated or ("background" if self.kind in ("coco", "yolo") else "error")
+        partial = self.kind in ("coco", "yolo")
+        if any(record is not None and record.segments for record in matched.values()):
+            partial = False  # panoptic annotations are complete
+        policy = self.unannotated or ("background" if partial else "error")
         pairs, notes, bare = [], [], 0
         for name, record in matched.items():
             if record is None or not record.num_regions:
@@ -184,9 +187,11 @@ class AnnotationSource:
                     )
                 if policy != "background":
                     continue
-            pairs.append(
-                Pair(name, None) if record is None else Pair(name, record.file, spans=record.spans)
-            )
+            if record is None:
+                pairs.append(Pair(name, None))
+            else:
+                spans, segments = record.spans, record.segments
+                pairs.append(Pair(name, record.file, spans=spans, segments=segments))
         if bare and policy != "error":
             what = "are all background" if policy == "background" else "are skipped"
             notes.append(f"{bare} images without annotations {what}")

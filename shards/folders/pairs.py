@@ -25,6 +25,8 @@ class Pair:
     """Split that the name of its list or folder declares."""
     spans: tuple[int, ...] = ()
     """Bytes of the mask's file that hold its annotations: start, stop, ...; () for all of it."""
+    segments: str | None = None
+    """PNG that follows these bytes, relative to the mask folder (panoptic COCO)."""
 
     @property
     def key(self) -> str:

@@ -14,11 +14,11 @@ ANNOTATIONS = frozenset({".json", ".xml", ".npy", ".npz", ".mat", ".svg", ".yaml
 """Extensions of files that may hold annotations."""
 
 
-def describe_annotations(names: Iterable[str]) -> list[str]:
+def describe_annotations(names: Iterable[str], remedy: str) -> list[str]:
     """Describe files that may be annotations but are not read, in at most one line."""
     found = Counter(os.path.splitext(name)[1].lower() for name in names)
     counts = [f"{found[ext]} {ext}" for ext in sorted(ANNOTATIONS & found.keys())]
-    return [f"{', '.join(counts)} files are not read: masks are image files"] if counts else []
+    return [f"{', '.join(counts)} files are not read: {remedy}"] if counts else []
 
 
 def split_columns(line: str, delimiter: str | None) -> list[str]:
@@ -76,7 +76,8 @@ def list_images(
     if not names and not refused:
         raise DataError(f"{folder} contains no images ({' '.join(sorted(IMAGE_EXTENSIONS))})")
     if notes is not None:
-        notes += [f"{folder}: {line}" for line in describe_annotations(others)]
+        remedy = f"masks are image files; if they are annotations, run unet check {folder}"
+        notes += [f"{folder}: {line}" for line in describe_annotations(others, remedy)]
     return sorted(names)
 
 

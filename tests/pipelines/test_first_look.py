@@ -64,7 +64,7 @@ def test_the_command_for_lists_uses_them(save, call, tmp_path: Path) -> None:
         (tmp_path / "data" / f"{split}.txt").write_text(lines)
     (tmp_path / "data" / "boxes.json").write_text("{}")
     out, command = look(call, tmp_path)
-    assert "unsure: 1 .json files are not read: masks are image files" in out
+    assert "unsure: 1 .json files are not read: their format is not known as annotations" in out
     assert call(*command).code == 0
     assert splits(tmp_path) == {"train": 4, "val": 2}
 
@@ -102,8 +102,8 @@ def test_annotations_beside_the_images_are_mentioned(save, call, tmp_path: Path,
     flags = ("--images", data / "images", "--masks", data / "masks", "--mask-format", "binary")
     ended = call(verb, *flags, "--out", tmp_path / "out", "--workers", 1)
     assert ended.code == 0, ended.err
-    what = "2 .json, 1 .xml files are not read: masks are image files"
-    assert f"{data / 'images'}: {what}" in ended.out
+    what = "2 .json, 1 .xml files are not read: masks are image files; if they are annotations, run"
+    assert f"{data / 'images'}: {what} unet check {data / 'images'}" in ended.out
 
 
 def test_folders_that_were_not_compared_are_counted(save, call, tmp_path: Path) -> None:

@@ -243,12 +243,12 @@ UNSURE: dict[str, list[str]] = {
     "CVPPP": ["these look like instance labels: all objects become one class"],
     "CWFID": [
         "masks are those in annotations (*_annotation); also possible: masks (*_mask)",
-        "13 .yaml files are not read: masks are image files",
+        "13 .yaml files are not read",
     ],
     "VOC": [
         "masks are those in SegmentationClass; also possible: SegmentationObject",
         "8 image files in JPEGImages are not packed",
-        "20 .xml files are not read: masks are image files",
+        "20 .xml files are not read",
         "4 other lists that are named after splits are not used",
     ],
     "Kvasir": ["values >= 128 become foreground", "1 .json files are not read"],

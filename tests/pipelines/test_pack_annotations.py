@@ -4,6 +4,7 @@ Packing annotations: the masks of the reference, byte-identical for any workers 
 """
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -226,3 +227,65 @@ def test_unknown_classes_and_border_classes_are_named(instances: Path, call, tmp
     ended = call("pack", *flags(instances, tmp_path / "out", *more))
     assert ended.code == 2
     assert "--border-classes cow is not a class; classes: background cat dog" in ended.err
+
+
+@pytest.fixture(scope="module")
+def segments(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 12 images, and panoptic annotations of them: a JSON, and PNGs in its folder."""
+    folder = tmp_path_factory.mktemp("panoptic")
+    rng = np.random.default_rng(0)
+    (folder / "images").mkdir()
+    (folder / "instances").mkdir()
+    images, annotations = [], []
+    for number in range(12):
+        pixels = rng.integers(0, 255, (HEIGHT, WIDTH, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / "images" / f"{number}.png")
+        ids = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
+        ids[5:, :20], ids[5:, 20 + number :] = (1, 2, 3), (7, 0, 0)
+        Image.fromarray(ids).save(folder / "instances" / f"{number}.png")
+        entry = {"id": number, "file_name": f"{number}.png", "width": WIDTH, "height": HEIGHT}
+        images.append(entry)
+        parts = [{"id": 1 + 2 * 256 + 3 * 65536, "category_id": 7}, {"id": 7, "category_id": 90}]
+        annotations.append(
+            {"image_id": number, "file_name": f"{number}.png", "segments_info": parts}
+        )
+    plain = {
+        "images": images,
+        "annotations": annotations,
+        "categories": [{"id": 90, "name": "cat"}, {"id": 7, "name": "sky"}],
+    }
+    (folder / "instances.json").write_text(json.dumps(plain))
+    return folder
+
+
+def test_panoptic_annotations_are_packed(segments: Path, call, samples, content, tmp_path) -> None:
+    for workers in (1, 2):
+        out = tmp_path / f"{workers}"
+        ended = call("pack", *flags(segments, out, *SMALL, "--workers", workers))
+        assert ended.code == 0, ended.err
+    assert content(tmp_path / "1") == content(tmp_path / "2")
+    mask = samples(tmp_path / "1")["3.png"].mask
+    assert (mask[:5] == 255).all()
+    assert (mask[5:, :20] == 2).all()
+    assert (mask[5:, 20:23] == 255).all()
+    assert (mask[5:, 23:] == 1).all()
+
+
+def test_a_panoptic_png_that_has_changed_or_is_missing_is_named(
+    segments: Path, call, tmp_path: Path
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(segments, folder)
+    command = ("pack", *flags(folder, tmp_path / "out", *SMALL, "--workers", 1))
+    assert call(*command, "--part", "1/2").code == 0
+    Image.new("RGB", (WIDTH, HEIGHT)).save(folder / "instances" / "3.png")
+    ended = call(*command, "--part", "2/2")
+    assert (ended.code, "1 images or masks have changed, the first: 3.png" in ended.err) == (
+        1,
+        True,
+    )
+    (folder / "instances" / "3.png").unlink()
+    for verb in ("check", "pack"):
+        ended = call(verb, *flags(folder, tmp_path / verb, "--workers", 1))
+        assert ended.code == 1
+        assert f"{folder}/instances/3.png cannot be read: No such file or directory" in ended.err

@@ -51,6 +51,8 @@ class Workplace:
             path = found.pairing.masks / pair.mask
             with path.open("rb") as file:
                 data = read_spans(file, pair.spans)
+            if pair.segments is not None:
+                data += (found.pairing.masks / pair.segments).read_bytes()
         with Image.open(self.images / pair.source) as image:
             return rule.read_mask(data, image.size, f"{pair.mask} ({pair.source})")
 

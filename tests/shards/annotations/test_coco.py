@@ -257,8 +257,6 @@ BAD = [
     (one(category_id=6), "x.json: 1 annotations have an unlisted category_id (6: 1); add it to "
      "categories, or remove them"),
     (one(category_id=None), "x.json: annotation 1 has no category_id; add it"),
-    (one(segments_info=[]), "x.json is panoptic COCO, whose masks are PNG files; convert it to "
-     "instances (panopticapi: panoptic2detection_coco_format.py)"),
     (coco(one()["annotations"][0], {"id": 1, "segmentation": SQUARE}), "x.json: 1 annotation ids occur "
      "twice, the first: 1; renumber the annotations"),
     (coco(images=[{"id": 5, "file_name": "a.png"}] * 2), "x.json: two images have the id 5; renumber "
