@@ -3,7 +3,7 @@
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib.util import find_spec
 from math import isfinite
@@ -16,7 +16,17 @@ from numpy.typing import NDArray
 
 from pipelines.drawing.panels import Example, draw_panels, side_by_side
 from pipelines.evaluation import score, table
+from pipelines.evaluation.breakdown import (
+    PARTS_CSV,
+    Labels,
+    break_down,
+    format_parts,
+    read_labels,
+    write_parts,
+)
 from pipelines.evaluation.examples import predict_examples
+from pipelines.evaluation.groups import GROUP, number_groups, read_groups
+from pipelines.evaluation.intervals import estimate_intervals
 from pipelines.evaluation.per_image import SCORES_CSV, Floats, ImageCounts, lowest, write_scores
 from pipelines.evaluation.score import count_split
 from pipelines.evaluation.stored_predictions import open_predictions
@@ -59,7 +69,18 @@ class MetricOptions:
     surface_tolerance: float = SURFACE_TOLERANCE
     """Distance in pixels up to which boundaries agree, for surface Dice."""
 
+    per: str | None = None
+    """Also score the images of each group (`pack --group-by`), or of each value of a column of
+    --columns: hospital, scanner, ..."""
+    columns: Path | None = None
+    """CSV file with a row per image: its key, as in scores.csv, or its path in the packed folder,
+    and more columns."""
+
     def __post_init__(self) -> None:
+        if self.columns is not None and self.per is None:
+            raise ValueError("--columns requires --per COLUMN")
+        if self.per not in (None, GROUP) and self.columns is None:
+            raise ValueError(f"--per {self.per} requires --columns FILE.csv, which has that column")
         if not (isfinite(self.surface_tolerance) and self.surface_tolerance >= 0):
             raise ValueError(
                 f"--surface-tolerance must be a number >= 0, got {self.surface_tolerance}"
@@ -131,6 +152,9 @@ def run(config: EvaluateConfig) -> int:
     data = open_data(
         config.data, config.loading, manifest, [config.split], accelerator, in_use, "raise it"
     )
+    labels = None
+    if config.metrics.per is not None:
+        labels = read_labels(config.metrics.per, config.metrics.columns, data, config.split)
     surface = None
     if config.metrics.surface:
         counted, tolerance = counted_classes(manifest.classes), config.metrics.surface_tolerance
@@ -150,7 +174,7 @@ def run(config: EvaluateConfig) -> int:
     surface_scores = None if surface is None else surface.scores()
     rows = images.gather(accelerator)
     if rows is not None:
-        write_results(config, out, data, scored, surface_scores, rows)
+        write_results(config, out, data, scored, surface_scores, rows, labels)
     accelerator.end_training()
     return 0
 
@@ -162,22 +186,36 @@ def write_results(
     scored: "ScoredSplit",
     surface: Surface | None,
     rows: NDArray[np.uint32],
+    labels: Labels | None,
 ) -> None:
-    """Print the table; write scores.json, scores.csv and the worst images.
+    """Print the tables; write scores.json, scores.csv, groups.csv and the worst images.
 
     `rows`: counts per image of the whole split, from `ImageCounts.gather`.
     """
-    manifest, split = data.manifest, config.split
+    manifest, split, empty = data.manifest, config.split, config.metrics.empty
     counted = counted_classes(manifest.classes)
-    print(table.table(scored.scores, surface))
+    groups = read_groups(data, split, range(len(rows)))
+    units = number_groups(groups)
+    intervals = estimate_intervals(rows, manifest.classes, counted, empty, units)
+    print(table.table(scored.scores, surface, intervals))
+    if units is not None and None in groups:
+        print(f"{groups.count(None)} images without a group are resampled one by one")
+    plain = table.to_plain(scored.scores, surface, intervals)
     out.mkdir(parents=True, exist_ok=True)
     previous = read_previous(out / SCORES)
     # Written last, so that the files beside it always belong to it.
     (out / SCORES).unlink(missing_ok=True)
-    path, empty = out / SCORES_CSV, config.metrics.empty
-    dice = write_scores(path, rows, data, split, manifest.classes, counted, empty)
+    (out / PARTS_CSV).unlink(missing_ok=True)
+    dice = write_scores(
+        out / SCORES_CSV, rows, data, split, manifest.classes, counted, empty, groups
+    )
+    if labels is not None:
+        parts = break_down(labels, rows, groups, manifest.classes, counted, empty)
+        print(format_parts(parts))
+        write_parts(out / PARTS_CSV, parts)
+        plain["groups"] = asdict(parts)
     about = {"split": split, "manifest": manifest.digest, **scored.about}
-    write_json(out / SCORES, {**about, **table.to_plain(scored.scores, surface)})
+    write_json(out / SCORES, {**about, **plain})
     done = compare(previous, (out / SCORES).read_bytes())
     print(f"{scored.scores.num_images} images of {split}: {out / SCORES}, {SCORES_CSV}{done}")
     draw_worst(out / WORST, config.worst, scored.load_examples, manifest.palette, dice)

@@ -2,9 +2,10 @@
 
 import csv
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,9 @@ from shards.order import EvalPlan
 from unet import Empty
 
 SCORES_CSV = "scores.csv"
+FIRST_COLUMNS = ("key", "width", "height", "group", "dice", "iou")
+COUNTS = ("tp", "fp", "fn")
+"""Pixels of a class in an image: true positives, false positives, false negatives."""
 MAX_GATHERED = 2**22
 """Numbers that each rank sends in one gather."""
 LINES = 4096
@@ -134,7 +138,14 @@ def image_scores(
 ) -> ImageScores:
     """Compute scores per image from counts, by the formulas and policy of `unet.metrics`."""
     tp, fp, fn = np.split(rows[:, 2:].astype(np.int64), 3, axis=1)
-    both = 2 * tp + fp + fn
+    return divide_counts(tp, fp + fn, counted, empty)
+
+
+def divide_counts(
+    tp: NDArray[Any], wrong: NDArray[Any], counted: tuple[int, ...], empty: Empty
+) -> ImageScores:
+    """Compute scores from true positives and false positives + false negatives, [N, K] each."""
+    both = 2 * tp + wrong
     present = both > 0
     ratios = [(2 * tp) / np.maximum(both, 1), tp / np.maximum(both - tp, 1)]
     classes = np.stack(ratios, axis=1)
@@ -157,26 +168,31 @@ def write_scores(
     classes: tuple[str, ...],
     counted: tuple[int, ...],
     empty: Empty,
+    groups: Sequence[str | None],
 ) -> Floats:
-    """Atomically write a line per image, in the order of the split: key, width, height, scores.
+    """Atomically write a line per image, in the order of the split.
 
-    A cell without a score is empty. Returns the Dice of each image [N], averaged over the counted
-    classes; NaN if undefined.
+    Key, width, height, group, scores, and the counts of pixels from which they were computed, which
+    `read_counts` reads. A cell without a score or group is empty. Returns the Dice of each image
+    [N], averaged over the counted classes; NaN if undefined.
     """
-    names = [f"{score}/{name}" for score in ("dice", "iou") for name in classes]
+    names = [f"{score}/{name}" for score in ("dice", "iou", *COUNTS) for name in classes]
     temporary = path.with_name(f".{path.name}.tmp")
     keys, dice = split_keys(data, split), np.empty(len(rows))
     with temporary.open("w", newline="", encoding="utf-8") as file:
         lines = csv.writer(file, lineterminator="\n")
-        lines.writerow(["key", "width", "height", "dice", "iou", *names])
+        lines.writerow([*FIRST_COLUMNS, *names])
         for start in range(0, len(rows), LINES):
             part = rows[start : start + LINES]
             scores = image_scores(part, counted, empty)
             dice[start : start + LINES] = scores.macro[:, 0]
             values = np.concatenate([scores.macro, scores.classes.reshape(len(part), -1)], axis=1)
-            for (width, height), numbers in zip(part[:, :2].tolist(), values.tolist(), strict=True):
+            own = groups[start : start + LINES]
+            for (width, height, *counts), numbers, group in zip(
+                part.tolist(), values.tolist(), own, strict=True
+            ):
                 cells = ("" if number != number else number for number in numbers)
-                lines.writerow([next(keys), width, height, *cells])
+                lines.writerow([next(keys), width, height, group, *cells, *counts])
     os.replace(temporary, path)
     return dice
 

@@ -13,8 +13,12 @@ from accelerate import Accelerator
 from PIL import Image
 
 from pipelines.drawing.panels import draw_panels
+from pipelines.evaluation.breakdown import read_breakdown
 from pipelines.evaluation.examples import predict_examples
+from pipelines.evaluation.groups import number_groups, read_groups
+from pipelines.evaluation.intervals import estimate_intervals, read_intervals
 from pipelines.evaluation.per_image import SCORES_CSV, Floats, ImageCounts, image_scores, lowest
+from pipelines.evaluation.table import to_plain
 from pipelines.loading.dataset import DataSet
 from pipelines.model.load import LoadedModel, load_model, require_spec
 from pipelines.reporting.page import Gallery, Strip
@@ -128,7 +132,18 @@ def is_scores(plain: dict[str, Any], classes: tuple[str, ...]) -> bool:
         and [len(row) for row in confusion if isinstance(row, list)]
         == [len(classes)] * len(classes)
         and all(isinstance(pixels, int) for row in confusion for pixels in row)
+        and has_valid_details(plain)
     )
+
+
+def has_valid_details(plain: dict[str, Any]) -> bool:
+    """Return whether intervals and scores per group, if there are any, are not damaged."""
+    try:
+        read_intervals(plain)
+        read_breakdown(plain)
+    except ValueError:
+        return False
+    return True
 
 
 def trained_on(record: RunRecord) -> Any:
@@ -239,7 +254,9 @@ def score_sample(
         if num_scored == num_images
         else f"{num_scored} of {num_images:,} {split} images, evenly spread"
     )
-    return metric.scores().to_plain(), dice, of
+    units = number_groups(read_groups(data, split, positions))
+    intervals = estimate_intervals(counts.rows, spec.classes, spec.counted, units=units)
+    return to_plain(metric.scores(), intervals=intervals), dice, of
 
 
 def encode(parts: list[Image.Image]) -> tuple[str, ...]:

@@ -14,11 +14,11 @@ from accelerate import Accelerator
 from pipelines.drawing.panels import IGNORED, WRONG
 from pipelines.reporting.charts import Chart, Series
 from pipelines.reporting.checkpoint_results import CheckpointResults, load_results
-from pipelines.reporting.page import MAX_CLASSES, Report, Row, Swatch, Table, render
+from pipelines.reporting.page import MAX_CLASSES, Report, Swatch, render
 from pipelines.reporting.run_record import RunRecord, number, read_record
+from pipelines.reporting.score_tables import make_parts_table, make_table
 from pipelines.runtime.outputs import write_result
 from pipelines.runtime.run_folder import RunFolder
-from shards.sample import Palette
 from unet import EncoderConfig, UNet
 
 EXCLUDED = {
@@ -89,7 +89,8 @@ def compose(record: RunRecord, results: CheckpointResults) -> Report:
         verdict=verdict(record),
         notes=tuple(notes),
         charts=tuple(charts(record)),
-        table=table(record, results),
+        table=make_table(record, results),
+        parts=make_parts_table(results.scores),
         classes=spec.classes if spec else (),
         confusion=tuple(tuple(row) for row in confusion),
         galleries=results.galleries,
@@ -191,48 +192,6 @@ def named(record: RunRecord, name: str) -> Series:
     words = {"train/loss": "loss", "val/dice": "Dice", "val/iou": "IoU"}
     shown = words.get(name, name.removeprefix("train/loss_").replace("_", " "))
     return Series(shown, curve.steps, curve.values)
-
-
-def table(record: RunRecord, results: CheckpointResults) -> Table | None:
-    """Return the scores of each class, of the best checkpoint or its validation, if any."""
-    best = record.metrics.best
-    if results.scores is not None and results.loaded is not None:
-        return scored_table(record, results.of, results.scores, results.loaded.spec.palette)
-    names = [name.removeprefix("val/dice/") for name in best if name.startswith("val/dice/")]
-    if not names:
-        return None
-    rows = [Row(n, cells(best, f"val/dice/{n}", f"val/iou/{n}"), history(record, n)) for n in names]
-    rows.append(Row("macro", cells(best, "val/dice", "val/iou"), is_mean=True))
-    caption = f"Validation at step {best['step']:,.0f}."
-    return Table(caption, ("Dice", "IoU"), tuple(rows))
-
-
-def scored_table(record: RunRecord, of: str, scores: dict[str, Any], palette: Palette) -> Table:
-    """Return Dice, IoU, precision, recall and share of pixels, by class."""
-    pixels = [sum(line) for line in scores["confusion"]]
-    rows = []
-    for place, (name, values) in enumerate(scores["classes"].items()):
-        share = f"{pixels[place] / max(1, sum(pixels)):.1%}"
-        shown = (*cells(values, "dice", "iou", "precision", "recall"), share)
-        note = "" if name in scores["counted"] else "not in the means"
-        rows.append(Row(name, shown, history(record, name), palette[place], note))
-    for name in ("macro", "micro", "per_image"):
-        shown = cells(scores[name], "dice", "iou")
-        rows.append(Row(name.replace("_", " "), shown, is_mean=True))
-    caption = f"The best checkpoint on {of}."
-    return Table(caption, ("Dice", "IoU", "Precision", "Recall", "Pixels"), tuple(rows))
-
-
-def history(record: RunRecord, name: str) -> Series | None:
-    """Return the Dice of a class over the steps."""
-    curve = record.metrics.curves.get(f"val/dice/{name}")
-    return Series(f"Dice of {name}", curve.steps, curve.values) if curve else None
-
-
-def cells(values: dict[str, Any], *names: str) -> tuple[str, ...]:
-    """Format scores; n/a if undefined."""
-    scores = (number(values.get(name)) for name in names)
-    return tuple("n/a" if score is None else f"{score:.4f}" for score in scores)
 
 
 def facts(record: RunRecord, results: CheckpointResults) -> Iterator[tuple[str, str]]:

@@ -37,6 +37,8 @@ class Table:
     caption: str
     columns: tuple[str, ...]
     rows: tuple[Row, ...]
+    head: str = "Class"
+    """Heading of the names of the rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +79,8 @@ class Report:
     notes: tuple[str, ...] = ()
     charts: tuple[Chart, ...] = ()
     table: Table | None = None
+    parts: Table | None = None
+    """Scores of groups of images."""
     classes: tuple[str, ...] = ()
     confusion: tuple[tuple[int, ...], ...] = ()
     """Pixels, [true class][predicted class]."""

@@ -1,5 +1,5 @@
 """`report`, `reporting.charts`, `reporting.checkpoint_results`, `reporting.compose`,
-`reporting.page`, `reporting.run_record`, `runtime.environment`.
+`reporting.score_tables`, `reporting.page`, `reporting.run_record`, `runtime.environment`.
 
 One page about what a run left, also of runs that are incomplete, hostile or huge.
 """
@@ -249,7 +249,9 @@ def test_scores_with_test_time_augmentation_are_labelled(
     made = report()
     expected = "on all val images, with test-time augmentation (--tta)."
     assert f"The best checkpoint {expected}" in made.text
-    assert f"macro {scores['macro']['dice']:.4f} {scores['macro']['iou']:.4f}" in made.text
+    low, high = scores["intervals"]["macro"]["dice"]
+    assert f"macro {scores['macro']['dice']:.4f} {low:.4f}\u2013{high:.4f} " in made.text
+    assert "95% intervals: 10,000 bootstrap resamples of 4 images." in made.text
     read = checkpoint_results.read_tiles(run_record.read_record(run_dir), scores)
     assert (read.tile, read.overlap, read.tta) == (32, 0.25, True)
 
