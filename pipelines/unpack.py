@@ -53,7 +53,7 @@ class UnpackConfig:
 
 def run(config: UnpackConfig) -> int:
     """Unpack all samples of the chosen splits."""
-    manifest = read_manifest(config.data)
+    manifest = read_manifest(config.data, "--data")
     names = list(manifest.splits) if config.split is None else [config.split]
     splits = [manifest.split(name, config.data) for name in names]
     if config.verify_shards:
