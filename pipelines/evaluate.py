@@ -132,7 +132,7 @@ def run(config: EvaluateConfig) -> int:
     """Score the split; print the table; write scores.json, scores.csv and the worst images."""
     if config.metrics.surface and find_spec("scipy") is None:
         raise UsageError("--surface requires SciPy: pip install 'unet-shards[scipy]'")
-    manifest = read_manifest(config.data)
+    manifest = read_manifest(config.data, "--data")
     split = manifest.split(config.split, config.data)
     out = folder_of(config)
     loaded, differences = None, list[str]()

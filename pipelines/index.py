@@ -182,9 +182,9 @@ def find_shards(folder: Path) -> list[str]:
     Raises DataError if there are none, or if one is compressed.
     """
     if not folder.exists():
-        raise DataError(f"{folder} does not exist")
+        raise DataError(f"FOLDER {folder}: does not exist; check the path")
     if not folder.is_dir():
-        raise DataError(f"{folder} is not a directory")
+        raise DataError(f"FOLDER {folder}: is not a directory; check the path")
     names = sorted(walk_files(str(folder)))
     compressed = [name for name in names if name.lower().endswith(COMPRESSED)]
     if compressed:

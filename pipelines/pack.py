@@ -208,7 +208,7 @@ def list_refused_files(config: PackConfig, pairing: Pairing) -> list[str]:
 
 def make_pack_rule(config: PackConfig, store: Store, pairing: Pairing) -> PackRule:
     """Build what every worker needs to know; the plan is added later."""
-    stride = 1 if config.verify == "full" else -(-len(pairing.pairs) // NUM_MEASURED)
+    decode_every = 1 if config.verify == "full" else -(-len(pairing.pairs) // NUM_MEASURED)
     try:
         border = config.border.make_rule(config.source.class_names())
     except ValueError as error:
@@ -219,7 +219,7 @@ def make_pack_rule(config: PackConfig, store: Store, pairing: Pairing) -> PackRu
         # Workers of a cluster run in other working directories.
         images, masks = images.resolve(), masks.resolve() if masks else None
         store = store.absolute()
-    return PackRule(store, images, masks, sample, stride, config.keep_going, plan="")
+    return PackRule(store, images, masks, sample, decode_every, config.keep_going, plan="")
 
 
 def plan_settings(config: PackConfig, rule: PackRule) -> dict[str, Any]:

@@ -56,7 +56,7 @@ def run(config: TrainConfig) -> int:
     """Train or resume until a limit is reached; returns 75 if a signal interrupted the run."""
     folder, schedule = RunFolder(config.run_dir), config.schedule
     with Checkpoints(folder, schedule.keep_checkpoints, schedule.keep_every) as checkpoints:
-        setup = resolve(config, read_manifest(config.data))
+        setup = resolve(config, read_manifest(config.data, "--data"))
         accelerator, setup = start_accelerator(setup)
         _lock = RunLock(folder) if accelerator.is_main_process else None
         learner, state = load_learner(setup, accelerator, checkpoints)
@@ -76,72 +76,77 @@ def run(config: TrainConfig) -> int:
 
 
 def train(
-    t: Training, state: TrainState, checkpoints: Checkpoints
+    training: Training, state: TrainState, checkpoints: Checkpoints
 ) -> tuple[TrainState, Scores | None]:
     """Train until a limit is reached, patience runs out or a signal interrupts the run.
 
     Returns the state at the end, and the scores of the last validation if there was one.
     """
-    config, passes, accelerator, budget = t.setup.config, t.setup.passes, t.accelerator, t.budget
+    config, passes, accelerator, budget = (
+        training.setup.config,
+        training.setup.passes,
+        training.accelerator,
+        training.budget,
+    )
     scores = None
     while not budget.interrupted:
         checkpoints.raise_failure()
-        if validation_due(t, state):
-            state, scores = validate(t, state, checkpoints)
-        elif budget.step > t.first_step and checkpoint_due(t):
-            save(t, state, checkpoints, is_best=False)
+        if validation_due(training, state):
+            state, scores = validate(training, state, checkpoints)
+        elif budget.step > training.first_step and checkpoint_due(training):
+            save(training, state, checkpoints, is_best=False)
         if budget.spent or out_of_patience(config, state):
             return state, scores
 
         lr = learning_rate(config.optim, budget.progress)
-        set_learning_rate(t.optimizer, lr)
-        frozen = freeze_encoder(t.learner.model, config.model.freeze_until, budget.progress)
+        set_learning_rate(training.optimizer, lr)
+        frozen = freeze_encoder(training.learner.model, config.model.freeze_until, budget.progress)
         for number in range(passes):
-            batch = next_batch(t)
-            with t.training_pass(budget.step + 1), accelerator.accumulate(t.model):
-                image, mask, border = augment(t, batch)
+            batch = next_batch(training)
+            with training.training_pass(budget.step + 1), accelerator.accumulate(training.model):
+                image, mask, border = augment(training, batch)
                 if state.step == number == 0:
-                    show_first_batch(t, image, mask)
-                loss, parts = t.criterion(t.model(image), mask, border)
+                    show_first_batch(training, image, mask)
+                loss, parts = training.criterion(training.model(image), mask, border)
                 accelerator.backward(loss)
                 if frozen:
-                    drop_gradients(t.learner.model)
-                norm = clip_gradients(accelerator, t.model, config.optim.clip_norm)
-                t.optimizer.step()
-                t.optimizer.zero_grad()
+                    drop_gradients(training.learner.model)
+                norm = clip_gradients(accelerator, training.model, config.optim.clip_norm)
+                training.optimizer.step()
+                training.optimizer.zero_grad()
             losses = torch.cat([loss.detach()[None], parts])
             budget.watch(torch.cat([losses, norm[None]]))
-            t.meter.add(losses, batch.skipped)
-        state = finish_step(t, state)
+            training.meter.add(losses, batch.skipped)
+        state = finish_step(training, state)
 
         if budget.step % config.schedule.log_every == 0 or budget.spent or budget.interrupted:
-            log_step(t, lr)
+            log_step(training, lr)
     # A signal interrupted the run: every other end returns above.
-    save(t, state, checkpoints, is_best=False)
+    save(training, state, checkpoints, is_best=False)
     return state, scores
 
 
-def next_batch(t: Training) -> Batch:
+def next_batch(training: Training) -> Batch:
     """Draw the next batch, in host memory."""
-    with t.meter.waiting():
-        return next(t.batches)
+    with training.meter.waiting():
+        return next(training.batches)
 
 
-def augment(t: Training, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
+def augment(training: Training, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
     """Copy a batch to the device, normalise and augment it, and seed dropout for it.
 
     Returns image float32 [B, C, H, W], mask uint8 [B, h, w] and border map, if there is one.
     """
-    batch = batch.to(t.accelerator.device)
-    seed_dropout(t.setup.config.order.seed, batch.position)
-    pixels = t.spec.normalise(batch.image)
-    return t.augment(pixels, batch.mask, batch.position, batch.border)
+    batch = batch.to(training.accelerator.device)
+    seed_dropout(training.setup.config.order.seed, batch.position)
+    pixels = training.spec.normalise(batch.image)
+    return training.augment(pixels, batch.mask, batch.position, batch.border)
 
 
-def show_first_batch(t: Training, image: Tensor, mask: Tensor) -> None:
+def show_first_batch(training: Training, image: Tensor, mask: Tensor) -> None:
     """Track images of the first batch as the network sees them."""
-    drawn = partial(draw_batch, t.spec, image, mask, t.setup.config.tracking.pictures)
-    t.tracker.show(0, "train/first_batch", drawn)
+    drawn = partial(draw_batch, training.spec, image, mask, training.setup.config.tracking.pictures)
+    training.tracker.show(0, "train/first_batch", drawn)
 
 
 def seed_dropout(seed: int, position: Tensor) -> None:
@@ -162,61 +167,73 @@ def clip_gradients(accelerator: Accelerator, model: nn.Module, max_norm: float) 
     return zero if norm is None or accelerator.scaler is not None else norm
 
 
-def finish_step(t: Training, state: TrainState) -> TrainState:
+def finish_step(training: Training, state: TrainState) -> TrainState:
     """Average the weights and count the step.
 
     Raises RunError on all ranks if a loss or gradient is not finite, or if the loss scaler skipped
     too many steps in a row.
     """
-    t.meter.count_overflow(t.optimizer.step_was_skipped)
-    with t.training_pass(t.budget.step + 1):
-        t.learner.update_average(t.budget.step + 1)
-    if found := t.budget.advance():
-        raise RunError(describe_not_finite(found, t.setup))
-    step, seconds = t.budget.step, t.budget.seconds
-    position = step * t.setup.global_batch_size
+    training.meter.count_overflow(training.optimizer.step_was_skipped)
+    with training.training_pass(training.budget.step + 1):
+        training.learner.update_average(training.budget.step + 1)
+    if found := training.budget.advance():
+        raise RunError(describe_not_finite(found, training.setup))
+    step, seconds = training.budget.step, training.budget.seconds
+    position = step * training.setup.global_batch_size
     return replace(state, step=step, position=position, seconds=seconds)
 
 
-def log_step(t: Training, lr: float) -> None:
+def log_step(training: Training, lr: float) -> None:
     """Log the means since the last log. Raises RunError if too many samples were replaced."""
-    values = t.meter.read(t.setup.global_batch_size)
-    refuse_many_skips(t, round(values["train/skipped"]))
-    t.tracker.log(t.budget.step, {**values, "train/lr": lr})
-    t.progress.show(values)
+    values = training.meter.read(training.setup.global_batch_size)
+    refuse_many_skips(training, round(values["train/skipped"]))
+    training.tracker.log(training.budget.step, {**values, "train/lr": lr})
+    training.progress.show(values)
 
 
-def validation_due(t: Training, state: TrainState) -> bool:
+def validation_due(training: Training, state: TrainState) -> bool:
     """Whether to validate now: every `--eval-every` steps and at the end, once per step."""
-    schedule = t.setup.config.schedule
-    if state.validated == t.budget.step or not schedule.val:
+    schedule = training.setup.config.schedule
+    if state.validated == training.budget.step or not schedule.val:
         return False
-    return t.budget.spent or schedule.validation_due(t.budget.step)
+    return training.budget.spent or schedule.validation_due(training.budget.step)
 
 
-def checkpoint_due(t: Training) -> bool:
+def checkpoint_due(training: Training) -> bool:
     """Whether to save now without validation; a run without validation ends with a checkpoint."""
-    schedule = t.setup.config.schedule
-    return schedule.checkpoint_due(t.budget.step) or (t.budget.spent and not schedule.val)
+    schedule = training.setup.config.schedule
+    return schedule.checkpoint_due(training.budget.step) or (
+        training.budget.spent and not schedule.val
+    )
 
 
-def validate(t: Training, state: TrainState, checkpoints: Checkpoints) -> tuple[TrainState, Scores]:
+def validate(
+    training: Training, state: TrainState, checkpoints: Checkpoints
+) -> tuple[TrainState, Scores]:
     """Score the validation split, save a checkpoint, and report both."""
-    config, step = t.setup.config, t.budget.step
+    config, step = training.setup.config, training.budget.step
     with uncompiled(config.compute.compile):
-        scores = score.score(t.learner.scored, t.accelerator, t.data, "val", config.tiles)
-    t.tracker.log(step, table.named(scores, "val"))
-    t.progress.print_line(f"step {step}: {table.headline(scores, 'val')}")
+        scores = score.score(
+            training.learner.scored, training.accelerator, training.data, "val", config.tiles
+        )
+    training.tracker.log(step, table.named(scores, "val"))
+    training.progress.print_line(f"step {step}: {table.headline(scores, 'val')}")
     state = update_best(state, metrics.mean_of(scores, config.schedule.best_by) or 0.0)
-    save(t, state, checkpoints, is_best=state.stale == 0)
+    save(training, state, checkpoints, is_best=state.stale == 0)
     draw = partial(
         draw_validation,
-        *(t.learner.scored, t.accelerator, t.data, config.tiles, config.tracking.pictures),
+        *(
+            training.learner.scored,
+            training.accelerator,
+            training.data,
+            config.tiles,
+            config.tracking.pictures,
+        ),
     )
     with uncompiled(config.compute.compile):
-        t.tracker.show(step, "val/pictures", draw)
-    t.progress.dice = scores.macro.dice
-    t.meter.reset()
+        training.tracker.show(step, "val/pictures", draw)
+    training.progress.dice = scores.macro.dice
+    training.meter.reset()
     return state, scores
 
 
@@ -249,11 +266,11 @@ def is_finished(setup: TrainSetup, state: TrainState) -> bool:
     return (spent and validated) or out_of_patience(setup.config, state)
 
 
-def save(t: Training, state: TrainState, checkpoints: Checkpoints, *, is_best: bool) -> None:
+def save(training: Training, state: TrainState, checkpoints: Checkpoints, *, is_best: bool) -> None:
     """Copy a checkpoint on the main process, which writes it in the background; others wait."""
-    if t.accelerator.is_main_process:
-        checkpoints.save(state, t.learner, t.accelerator.scaler, is_best=is_best)
-    t.accelerator.wait_for_everyone()
+    if training.accelerator.is_main_process:
+        checkpoints.save(state, training.learner, training.accelerator.scaler, is_best=is_best)
+    training.accelerator.wait_for_everyone()
 
 
 def finish_saving(checkpoints: Checkpoints, accelerator: Accelerator) -> None:
@@ -262,11 +279,11 @@ def finish_saving(checkpoints: Checkpoints, accelerator: Accelerator) -> None:
     accelerator.wait_for_everyone()
 
 
-def refuse_many_skips(t: Training, skipped: int) -> None:
+def refuse_many_skips(training: Training, skipped: int) -> None:
     """Raise RunError, on all ranks, if more samples were replaced than `--max-bad-share` allows."""
-    max_share = t.setup.config.batch.max_bad_share
-    drawn = (t.budget.step - t.first_step) * t.setup.global_batch_size
-    if skipped > max_share * max(t.setup.order.num_samples, drawn):
+    max_share = training.setup.config.batch.max_bad_share
+    drawn = (training.budget.step - training.first_step) * training.setup.global_batch_size
+    if skipped > max_share * max(training.setup.order.num_samples, drawn):
         raise RunError(
             f"{skipped:,} samples could not be decoded, more than --max-bad-share {max_share} "
             "allows; they are listed above: repair or remove them and pack again, or raise it"

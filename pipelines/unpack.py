@@ -63,7 +63,7 @@ class UnpackConfig:
 def run(config: UnpackConfig) -> int:
     """Unpack all samples of the chosen splits; files that exist already are kept."""
     require_writable("--out", config.out)
-    manifest = read_manifest(config.data)
+    manifest = read_manifest(config.data, "--data")
     names = list(manifest.splits) if config.split is None else [config.split]
     splits = [manifest.split(name, config.data) for name in names]
     if config.verify_shards:

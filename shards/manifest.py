@@ -132,14 +132,16 @@ def drop_missing_sum(shard: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in shard.items() if k != "idx_sha256" or v is not None}
 
 
-def read_manifest(place: Store | Path | str) -> Manifest:
+def read_manifest(place: Store | Path | str, flag: str = "") -> Manifest:
     """Read the manifest of a folder of shards, on disk or at a URL.
 
-    Raises DataError if it is missing, damaged, not a manifest, or of another version.
+    Raises DataError, with the `flag` that names the folder, if it is missing, damaged, not a
+    manifest, or of another version.
     """
     store = Store(place)
     if store.local is not None and not store.local.is_dir():
-        raise DataError(f"{store} does not exist or is not a directory; check the path")
+        where = f"{flag} {store}:" if flag else str(store)
+        raise DataError(f"{where} does not exist or is not a directory; check the path")
     path = store.path(MANIFEST)
     try:
         data = store.read(MANIFEST)

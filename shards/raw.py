@@ -52,7 +52,15 @@ class RawSample:
         Returns the image and class indices [H, W], None if unlabelled. Raises DataError naming
         shard and key.
         """
-        image = decode_unconverted(self.require_image(), image_format, self.where)
+        data = self.require_image()
+        try:
+            image = decode_unconverted(data, image_format, self.where)
+        except DataError as error:
+            # A member of a shard can be neither repaired nor removed.
+            problem = str(error).removesuffix("; repair or remove it")
+            if problem == str(error):
+                raise
+            raise DataError(f"{problem}; copy or pack the data set again") from error
         if self.mask is None:
             return image, None
         mask = decode_mask(self.mask, num_classes, self.where)

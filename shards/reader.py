@@ -313,7 +313,9 @@ def open_shard(path: Path, info: ShardInfo) -> FileIO:
         # Unbuffered; closed when it is garbage-collected.
         file = FileIO(path)
     except OSError as error:
-        raise DataError(f"{path} cannot be opened: {error.strerror}") from error
+        raise DataError(
+            f"{path} cannot be opened: {error.strerror}; copy or pack the data set again"
+        ) from error
     try:
         refuse_shard_size(str(path), os.fstat(file.fileno()).st_size, info)
     except DataError:

@@ -27,9 +27,9 @@ class MaskRule:
     """With two classes: predict the second where its probability is >= this. None: argmax."""
     min_confidence: float = 0.0
     """Pixels whose predicted class is less probable than this are marked as unsure."""
-    keep: torch.dtype | None = None
-    """Probabilities to keep. float16: all classes. uint16: all but the first, as round(65535 p).
-    None: nothing."""
+    stored_dtype: torch.dtype | None = None
+    """Dtype of the probabilities to return. float16: all classes. uint16: all but the first, as
+    round(65535 p). None: no probabilities."""
     count: bool = False
     """Count the pixels of each class."""
 
@@ -45,8 +45,8 @@ class PredictedMasks:
     unsure: Tensor | None
     """bool [B, H, W]; None if `MaskRule.min_confidence` is 0."""
     probabilities: Tensor | None
-    """float16 [B, K, H, W] or uint16 [B, K - 1, H, W]; None if `MaskRule.keep` is. On the CPU if
-    images are larger than a tile, since they may not fit into GPU memory."""
+    """float16 [B, K, H, W] or uint16 [B, K - 1, H, W]; None if `MaskRule.stored_dtype` is. On the
+    CPU if images are larger than a tile, since they may not fit into GPU memory."""
     counts: Tensor | None = None
     """int64 [B, K + 1]: pixels of each class, then unsure pixels, which count for no class. None
     unless `MaskRule.count`."""
@@ -105,8 +105,8 @@ def predict_masks(
         total[block.images] += best.sum(dim=-1).sum(dim=-1, dtype=total.dtype)
         if unsure is not None:
             unsure[place] = best < rule.min_confidence
-        if rule.keep is not None:
-            part = quantise(block.probability, rule.keep)
+        if rule.stored_dtype is not None:
+            part = quantise(block.probability, rule.stored_dtype)
             if kept is None:
                 complete = part.shape[-2:] == (height, width)
                 kept = part.new_empty(
@@ -118,8 +118,8 @@ def predict_masks(
         del block
     assert classes is not None
     assert total is not None
-    if kept is not None and rule.keep is not None:
-        kept = kept.view(rule.keep)
+    if kept is not None and rule.stored_dtype is not None:
+        kept = kept.view(rule.stored_dtype)
     counts = count_classes(classes, unsure, num_classes) if rule.count else None
     return PredictedMasks(classes, total / (height * width), unsure, kept, counts)
 
@@ -167,7 +167,7 @@ def exceeds(values: Tensor, bound: Tensor | float) -> Tensor:
 
 
 def quantise(probability: Tensor, dtype: torch.dtype) -> Tensor:
-    """Convert probabilities as `MaskRule.keep` asks, on their device.
+    """Convert probabilities as `MaskRule.stored_dtype` asks, on their device.
 
     Args:
         probability: as for `choose_classes`.

@@ -47,7 +47,7 @@ class ModelOutput:
     unsure: NDArray[np.bool_] | None
     """[H, W]: pixels to ignore."""
     probabilities: NDArray[Any] | None
-    """float16 [K, H, W], or uint16 [K - 1, H, W]: see `MaskRule.keep`."""
+    """float16 [K, H, W], or uint16 [K - 1, H, W]: see `MaskRule.stored_dtype`."""
     counts: Sequence[int] | None = None
     """Pixels of each class, then of ignore; None if they are counted later."""
 

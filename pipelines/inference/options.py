@@ -85,7 +85,7 @@ class ResultOptions:
         return MaskRule(
             threshold=self.threshold,
             min_confidence=self.min_confidence,
-            keep=kept[self.probabilities],
+            stored_dtype=kept[self.probabilities],
             # With --min-area they are counted after the components are removed.
             count=self.min_area <= 1,
         )

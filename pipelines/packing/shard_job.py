@@ -31,7 +31,7 @@ class PackRule:
     images: Path
     masks: Path | None
     sample: SampleRule
-    stride: int
+    decode_every: int
     """Every n-th sample of a shard is decoded completely; the others by `--verify`."""
     keep_going: bool
     plan: str
@@ -138,7 +138,7 @@ def add_samples(
     problems: list[str] = []
     for row, sample in enumerate(planned.samples):
         try:
-            read = read_planned_pair(sample, rule, pixels=row % rule.stride == 0)
+            read = read_planned_pair(sample, rule, pixels=row % rule.decode_every == 0)
             members = encode_members(sample, read, rule)
         except (DataError, OSError) as error:
             problems.append(describe_problem(error))

@@ -71,12 +71,19 @@ def run_escaped(
     except UsageError as error:
         code = report_error(verb, error, USAGE)
     except (DataError, RunError) as error:
-        code = report_error(verb, error, REFUSED)
+        code = report_error(verb, original_message(error), REFUSED)
+    except MemoryError as error:
+        code = report_error(verb, failures.describe_host_memory(error, verb), REFUSED)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        code = report_error(verb, f"{where}{error.strerror or original_message(error)}", REFUSED)
+        line = f"{where}{error.strerror or original_message(error)}"
+        if failures.is_out_of_host_memory(error):
+            line = failures.describe_host_memory(error, verb)
+        code = report_error(verb, line, REFUSED)
     except RuntimeError as error:
         line = failures.describe(error)
+        if failures.is_out_of_host_memory(error):
+            line = failures.describe_host_memory(error, verb)
         if line is None:
             raise
         code = report_error(verb, line, REFUSED)

@@ -5,7 +5,9 @@ them have a class depends on its version. Nothing here imports torch, so that co
 device start quickly.
 """
 
+import errno
 import os
+import re
 import sys
 from threading import Thread
 
@@ -18,6 +20,17 @@ MEMORY_ERRORS = (
 )
 """Lower-case substrings of out-of-memory messages: of the CUDA and MPS allocators, cuDNN, cuBLAS,
 and of a convolution for which no cuDNN algorithm could allocate its workspace."""
+MEMORY_REMEDIES = {
+    "train": "lower --crop-size, --global-batch-size or --workers",
+    "evaluate": "lower --tile, --batch-size or --workers",
+    "predict": "lower --tile, --batch-size or --workers",
+    "export": "end other processes",
+    "report": "end other processes",
+    "unpack": "end other processes",
+    "separate": "end other processes",
+    "demo": "lower --size",
+}
+"""What lowers the memory that a verb needs; of the others, the number of processes does."""
 LEAVE_SECONDS = 5.0
 """Seconds that a failed rank waits for its process group to be destroyed."""
 
@@ -33,6 +46,24 @@ def out_of_memory(error: BaseException) -> bool:
         return True
     text = str(error).lower()
     return isinstance(error, RuntimeError) and any(part in text for part in MEMORY_ERRORS)
+
+
+def is_out_of_host_memory(error: BaseException) -> bool:
+    """Return whether this machine, not a GPU, had too little memory for an allocation."""
+    return (
+        isinstance(error, MemoryError)
+        or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+        or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error))
+    )
+
+
+def describe_host_memory(error: BaseException, verb: str) -> str:
+    """Return the problem and what lowers the memory that a verb needs, in one line."""
+    what = str(error) if isinstance(error, RuntimeError) else ""
+    size = re.search(r"allocate (\d+) bytes", what)
+    tried = f" ({int(size[1]):,} bytes at once)" if size else ""
+    remedy = MEMORY_REMEDIES.get(verb, "lower --workers")
+    return f"memory ran out{tried}; {remedy}, or use a machine or job with more memory"
 
 
 def is_killed_worker(error: BaseException) -> bool:

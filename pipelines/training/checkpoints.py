@@ -224,7 +224,7 @@ class Checkpoints:
                 tracking_id=None,
                 fixed=fixed,
             )
-        new = json.loads(json.dumps(fixed, sort_keys=True))
+        new = json.loads(json.dumps(fixed))
         damages: list[str] = []
         for folder in self.candidates():
             try:

@@ -55,10 +55,11 @@ from shards.sample import DataError
 from unet import DataSpec, SegmentationLoss, UNet
 
 FIXED_SETTINGS = (
-    *("seed", "lanes", "window", "global_batch_size", "crop_size", "init_from"),
-    *("model", "loss", "optim", "augment"),
+    *("model", "seed", "lanes", "window", "global_batch_size", "crop_size", "init_from"),
+    *("loss", "optim", "augment"),
 )
-"""Settings and groups of settings that must not change on resume."""
+"""Settings and groups of settings that must not change on resume. The first that has changed is
+reported, and the preset of the model decides defaults of others."""
 
 OF_ENCODERS = (
     *("model.encoder", "model.encoder_weights", "model.freeze_encoder", "model.freeze_until"),

@@ -56,7 +56,7 @@ class AnnotationSource:
         scan = self.scan()
         classes, rule = self.choose_classes(scan)
         refused: list[str] = []
-        names = list_images(self.images, refused)
+        names = list_images(self.images, refused, flag="--images")
         matched, unpaired = self.match(scan, names, refused)
         refused += [
             problem if "; " in problem else f"{problem}; correct it" for problem in scan.problems

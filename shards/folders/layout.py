@@ -76,7 +76,7 @@ def find_layouts(root: Path) -> FolderContent:
     Raises DataError if the folder is missing or contains no images.
     """
     if not root.is_dir():
-        raise DataError(f"{root} is not a directory")
+        raise DataError(f"FOLDER {root}: does not exist or is not a directory; check the path")
     files = sorted(walk_files(str(root)))
     images = [name for name in files if os.path.splitext(name.lower())[1] in IMAGE_EXTENSIONS]
     folders, num_folders = group_by_folder(images)

@@ -119,7 +119,7 @@ def find_pairs(images: Path, masks: Path | None, rule: PairRule) -> Pairing:
     """
     refused: list[str] = []
     notes: list[str] = []
-    names = list_images(images, refused, notes)
+    names = list_images(images, refused, notes, flag="--images")
     if masks is None:
         image_names, _ = group_by_stem(names, rule, images, refused, mask=False)
         pairs = [Pair(name, None) for name in image_names.values()]
@@ -145,7 +145,7 @@ def find_pairs(images: Path, masks: Path | None, rule: PairRule) -> Pairing:
     else:
         image_names, rest = group_by_stem(names, rule, images, refused, mask=False)
         unpaired += [f"{images / name} does not match the rule for images" for name in rest]
-        names = list_images(masks, refused, notes)
+        names = list_images(masks, refused, notes, flag="--masks")
         mask_names, rest = group_by_stem(names, rule, masks, refused, mask=True)
         unpaired += [f"{masks / name} does not match the rule for masks" for name in rest]
     unpaired += [

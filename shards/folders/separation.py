@@ -40,7 +40,7 @@ def plan_separation(
     sides: tuple[dict[str, str], dict[str, str]] = ({}, {})
     below = relative_path(str(out.resolve()), folder.resolve())
     outputs = ("images/", "masks/") if below == "." else (f"{below}/",)
-    for name in list_images(folder):
+    for name in list_images(folder, flag="FOLDER"):
         stem, ext = os.path.splitext(name)
         if name.startswith(outputs):
             continue

@@ -50,16 +50,21 @@ def relative_path(path: str, root: Path) -> str:
 
 
 def list_images(
-    folder: Path, refused: list[str] | None = None, notes: list[str] | None = None
+    folder: Path,
+    refused: list[str] | None = None,
+    notes: list[str] | None = None,
+    *,
+    flag: str = "",
 ) -> list[str]:
     """List the relative paths of all images below a folder, without hidden files, sorted.
 
     Files in unsupported image formats are reported in `refused`, and files that may be annotations
-    in `notes`, if these are given. Raises DataError
-    if the folder is missing or has neither.
+    in `notes`, if these are given. Raises DataError, with the `flag` that names the folder, if it
+    is missing or has neither.
     """
     if not folder.is_dir():
-        raise DataError(f"{folder} is not a directory")
+        where = f"{flag} {folder}:" if flag else str(folder)
+        raise DataError(f"{where} does not exist or is not a directory; check the path")
     names, others = [], []
     for name in walk_files(str(folder)):
         lower = name.lower()

@@ -326,8 +326,16 @@ TABLE = ("--mask-format", "rgb", "--colours", "{}/colours.yaml")
 RED = "ground: [0, 0, 0]\ncell: [255, 0, 0]\n"
 BAD_DATA: dict[str, tuple[Callable[[Folder], object], tuple[object, ...], str]] = {
     # folders and names
-    "no folder": (lambda f: shutil.rmtree(f / "images"), (), "images is not a directory"),
-    "no folder of masks": (lambda f: shutil.rmtree(f / "masks"), (), "masks is not a directory"),
+    "no folder": (
+        lambda f: shutil.rmtree(f / "images"),
+        (),
+        "images: does not exist or is not a directory; check the path",
+    ),
+    "no folder of masks": (
+        lambda f: shutil.rmtree(f / "masks"),
+        (),
+        "masks: does not exist or is not a directory; check the path",
+    ),
     "no images": (
         lambda f: (f / "images" / "a.png").unlink(),
         (),

@@ -66,7 +66,10 @@ def test_the_exit_code_is_that_of_the_verb(tmp_path: Path) -> None:
     folders = ("--images", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out"))
     ended = unet("pack", *folders)
     assert ended.returncode == 1
-    assert ended.stderr == f"unet pack: {tmp_path / 'nowhere'} is not a directory\n"
+    assert ended.stderr == (
+        f"unet pack: --images {tmp_path / 'nowhere'}: does not exist or is not a directory; check "
+        "the path\n"
+    )
 
 
 def config_class(verb: str) -> type:

@@ -421,6 +421,14 @@ def test_the_description_has_no_stray_indentation(capsys: pytest.CaptureFixture[
 # ---- failures
 
 
+LESS_MEMORY = "lower --workers, or use a machine or job with more memory"
+
+
+def test_training_without_memory_names_crop_and_batch(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(Outer, raising(MemoryError()), ["--out-dir", "o"], "train") == 1
+    assert "lower --crop-size, --global-batch-size or --workers" in capsys.readouterr().err
+
+
 def raising(error: BaseException):
     def run(_: Outer) -> int:
         raise error
@@ -436,6 +444,15 @@ def raising(error: BaseException):
         (errors.RunError("it failed"), 1, "it failed"),
         (FileNotFoundError(2, "No such file", "x/y"), 1, "x/y: No such file"),
         (OSError("failed"), 1, "failed"),
+        (MemoryError(), 1, f"memory ran out; {LESS_MEMORY}"),
+        (OSError(12, "Cannot allocate memory"), 1, f"memory ran out; {LESS_MEMORY}"),
+        (
+            RuntimeError(
+                "DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes."
+            ),
+            1,
+            f"memory ran out (4,096 bytes at once); {LESS_MEMORY}",
+        ),
         (KeyboardInterrupt(), 130, "stopped; rerun the same command to resume"),
     ],
 )
@@ -461,4 +478,7 @@ def test_a_positional_argument_can_be_set_in_a_file(file, call, tmp_path: Path) 
     path = file(f"folder: {tmp_path / 'nowhere'}\nout: {tmp_path / 'out'}\nmask_suffix: _m\n")
     ended = call("separate", "--config", path)
     assert ended.code == 1
-    assert ended.err == f"unet separate: {tmp_path / 'nowhere'} is not a directory\n"
+    assert ended.err == (
+        f"unet separate: FOLDER {tmp_path / 'nowhere'}: does not exist or is not a directory; "
+        "check the path\n"
+    )

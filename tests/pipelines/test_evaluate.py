@@ -434,7 +434,7 @@ def test_images_without_masks_cannot_be_scored(
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_image_that_does_not_decode_is_never_skipped(
+def test_an_image_that_does_not_decode_is_never_skipped(
     workers: int, make_checkpoint, shards: Path, call, tmp_path: Path
 ) -> None:
     data = tmp_path / "data"

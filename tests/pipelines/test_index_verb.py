@@ -785,7 +785,10 @@ def test_compressed_shards_are_refused(name: str, refused, tmp_path: Path) -> No
 def test_a_folder_without_shards_is_refused(index, refused, tmp_path: Path) -> None:
     assert refused(tmp_path).endswith("contains no shards (*.tar); pack images with unet pack")
     ended = index(tmp_path / "nowhere", *CLASSES)
-    assert (ended.code, ended.err) == (1, f"unet index: {tmp_path / 'nowhere'} does not exist\n")
+    assert (ended.code, ended.err) == (
+        1,
+        f"unet index: FOLDER {tmp_path / 'nowhere'}: does not exist; check the path\n",
+    )
 
 
 @pytest.mark.parametrize(

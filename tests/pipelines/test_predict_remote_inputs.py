@@ -129,7 +129,7 @@ def test_what_cannot_be_reached_is_reported_in_one_line(given: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_image_that_vanishes_is_an_error_of_its_own() -> None:
+def test_an_image_that_vanishes_is_an_error_of_its_own() -> None:
     fsspec.filesystem("s3").pipe({"bucket/gone/a.png": b"a", "bucket/gone/b.png": b"b"})
     inputs = find_inputs("s3://bucket/gone")
     fsspec.filesystem("s3").rm("bucket/gone/a.png")

@@ -443,6 +443,7 @@ def test_a_finished_run_is_left_as_it_is(trained: Path, shards: Path, tiny, call
         (("--window", 4), "window = 4096, now it is 4"),
         (("--global-batch-size", 8), "global_batch_size = 4, now it is 8"),
         (("--crop-size", 48), "crop_size = 32, now it is 48"),
+        (("--model.preset", "modern", "--crop-size", 48), "model.preset = small, now it is modern"),
         (("--model.norm", "batch"), "model.norm = None, now it is batch"),
         (("--loss.dice", 0.5), "loss.dice = 1.0, now it is 0.5"),
         (("--optim.lr", 0.1), "optim.lr = 0.002, now it is 0.1"),

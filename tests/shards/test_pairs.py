@@ -292,7 +292,10 @@ def test_folders_without_any_pair_are_refused_with_examples(tree):
 
 def test_a_missing_or_empty_folder_is_named(tree, tmp_path):
     missing = tmp_path / "none"
-    assert refusal(find_pairs, missing, None, PLAIN) == f"{missing} is not a directory"
+    assert (
+        refusal(find_pairs, missing, None, PLAIN)
+        == f"--images {missing}: does not exist or is not a directory; check the path"
+    )
     empty = tree("empty", "notes.txt")
     line = f"{empty} contains no images (.bmp .gif .jfif .jpe .jpeg .jpg .png .tif .tiff .webp)"
     assert refusal(find_pairs, empty, None, PLAIN) == line

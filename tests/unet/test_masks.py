@@ -68,7 +68,7 @@ def test_probabilities_are_kept_in_two_bytes_each(tile):
     images = random_images(40, 50, batch=2)
     config = TileConfig(tile=tile, batch_size=3)
     exact = pointwise(images).softmax(1)
-    rules = (MaskRule(keep=torch.float16), MaskRule(keep=torch.uint16))
+    rules = (MaskRule(stored_dtype=torch.float16), MaskRule(stored_dtype=torch.uint16))
     half, fixed = (
         predict_masks(pointwise, images, config, PADDED, rule).probabilities for rule in rules
     )
@@ -83,7 +83,7 @@ def test_a_probability_rounded_above_one_is_clamped():
         return torch.stack([tiles[:, 0].float() - 1e9, tiles[:, 0].float()], dim=1)
 
     images, config = random_images(50, 70), TileConfig(tile=16, overlap=0.75)
-    found = predict_masks(forward, images, config, PADDED, MaskRule(keep=torch.uint16))
+    found = predict_masks(forward, images, config, PADDED, MaskRule(stored_dtype=torch.uint16))
     assert found.probabilities.int().min() >= 65534
 
 
