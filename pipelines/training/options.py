@@ -129,6 +129,10 @@ class ScheduleOptions:
     """Steps between lines of metrics.jsonl."""
     eval_every: int = 500
     """Steps between validations, each followed by a checkpoint. The run always ends with both."""
+    val_share: float = 0.1
+    """Work of a validation in relation to that of the training since the last one, estimated from
+    pixels: of a larger split, the same images are scored each time, evenly spread, at least 32.
+    inf: all images. The table at the end is of all images."""
     val: bool = True
     """--no-val: train without validation; no checkpoint is the best then, and the last is used."""
     save_every: int | None = None
@@ -145,6 +149,8 @@ class ScheduleOptions:
         refuse_below_1(
             self, "log_every", "eval_every", "save_every", "keep_checkpoints", "keep_every"
         )
+        if not self.val_share >= 0:
+            raise ValueError(f"--val-share must be >= 0, got {self.val_share}")
 
     def validation_due(self, step: int) -> bool:
         """Whether the weights are validated after a step, not counting the last."""
