@@ -41,6 +41,7 @@ from pipelines.training.setup import (
     resolve_passes,
     start_accelerator,
 )
+from pipelines.training.validation import choose_validation
 from shards.manifest import read_manifest
 from shards.reader import ShardReader
 from shards.writer import write_json
@@ -60,6 +61,7 @@ def run(config: TrainConfig) -> int:
         accelerator, setup = start_accelerator(setup)
         _lock = RunLock(folder) if accelerator.is_main_process else None
         learner, state = load_learner(setup, accelerator, checkpoints)
+        state = choose_validation(setup, state)
         setup = resolve_passes(setup, accelerator, learner)
         data = open_splits(setup, accelerator)
         if is_finished(setup, state):
@@ -69,9 +71,11 @@ def run(config: TrainConfig) -> int:
         state = replace(state, tracking_id=training.tracker.run_id)
         state, scores = train(training, state, checkpoints)
         finish_saving(checkpoints, accelerator)
+        end = "interrupted" if training.budget.interrupted else "finished"
+        if state.val_images and scores is not None and end == "finished":
+            scores = score_validation(training, None)
         training.progress.close()
         training.tracker.finish(folder.best)
-        end = "interrupted" if training.budget.interrupted else "finished"
         return finish_run(setup, accelerator, state, scores, end)
 
 
@@ -212,10 +216,7 @@ def validate(
 ) -> tuple[TrainState, Scores]:
     """Score the validation split, save a checkpoint, and report both."""
     config, step = training.setup.config, training.budget.step
-    with uncompiled(config.compute.compile):
-        scores = score.score(
-            training.learner.scored, training.accelerator, training.data, "val", config.tiles
-        )
+    scores = score_validation(training, state.val_images or None)
     training.tracker.log(step, table.named(scores, "val"))
     training.progress.print_line(f"step {step}: {table.headline(scores, 'val')}")
     state = update_best(state, metrics.mean_of(scores, config.schedule.best_by) or 0.0)
@@ -235,6 +236,20 @@ def validate(
     training.progress.dice = scores.macro.dice
     training.meter.reset()
     return state, scores
+
+
+def score_validation(training: Training, num_images: int | None) -> Scores:
+    """Score `num_images` of the validation split, evenly spread; None: all."""
+    config = training.setup.config
+    with uncompiled(config.compute.compile):
+        return score.score(
+            training.learner.scored,
+            training.accelerator,
+            training.data,
+            "val",
+            config.tiles,
+            num_images=num_images,
+        )
 
 
 def uncompiled(compiled: bool) -> AbstractContextManager[None]:

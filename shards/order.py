@@ -233,7 +233,8 @@ class EvalPlan:
 
     The split is cut into M chunks of consecutive samples, and rank r of W takes the chunks
     [r M / W, (r + 1) M / W). The samples that share a forward pass are therefore the same for any
-    W, and so is every bit of the result. A rank may have no chunk.
+    W, and so is every bit of the result. A rank may have no chunk. With `num_chosen`, the split
+    consists of that many samples, evenly spread.
     """
 
     sizes: tuple[int, ...]
@@ -242,28 +243,40 @@ class EvalPlan:
     """Samples per chunk."""
     rank: int
     world: int
+    num_chosen: int | None = None
+    """Number of samples, at most that of the split; None: all."""
+
+    @property
+    def num_samples(self) -> int:
+        """Number of samples of all ranks."""
+        return sum(self.sizes) if self.num_chosen is None else self.num_chosen
+
+    def position(self, place: int) -> int:
+        """Return the position in the split of a sample, by its place among the chosen ones."""
+        return place if self.num_chosen is None else place * sum(self.sizes) // self.num_chosen
 
     def batches(self, worker: int, num_workers: int) -> Iterator[list[Address]]:
         """Yield the addresses of this worker's chunks."""
         starts = np.cumsum((0, *self.sizes))
-        num_samples = int(starts[-1])
         first, last = self.chunk_bounds()
         for chunk in range(first + worker, last, num_workers):
-            places = range(chunk * self.chunk, min((chunk + 1) * self.chunk, num_samples))
-            shards = np.searchsorted(starts, places, side="right") - 1
+            places = range(chunk * self.chunk, min((chunk + 1) * self.chunk, self.num_samples))
+            positions = [self.position(place) for place in places]
+            shards = np.searchsorted(starts, positions, side="right") - 1
             yield [
-                Address(place, int(shard), place - int(starts[shard]))
-                for place, shard in zip(places, shards, strict=True)
+                Address(position, int(shard), position - int(starts[shard]))
+                for position, shard in zip(positions, shards, strict=True)
             ]
 
     def chunk_bounds(self) -> tuple[int, int]:
         """Return this rank's first chunk and the one after its last."""
-        num_chunks = -(-sum(self.sizes) // self.chunk)
+        num_chunks = -(-self.num_samples // self.chunk)
         first, last = (r * num_chunks // self.world for r in (self.rank, self.rank + 1))
         return first, last
 
     def upcoming_shards(self, position: int) -> list[int]:
         """List the shards that this rank reads from a position on, in order."""
-        last = self.chunk_bounds()[1] * self.chunk
+        last = min(self.chunk_bounds()[1] * self.chunk, self.num_samples)
+        last = self.position(last - 1) + 1 if last else 0
         ends = np.cumsum(self.sizes)
         return [s for s, end in enumerate(ends) if end > position and end - self.sizes[s] < last]

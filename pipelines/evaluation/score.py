@@ -54,8 +54,12 @@ def score(
     split: str,
     tiles: TileConfig,
     metrics: Metrics = MEANS_ONLY,
+    num_images: int | None = None,
 ) -> Scores:
-    """Predict every image of a split with the unwrapped model and score it; see `count_split`."""
+    """Predict every image of a split with the unwrapped model and score it; see `count_split`.
+
+    `num_images`: predict only that many, evenly spread over the split.
+    """
     spec, was_training = require_spec(model), model.training
     assert spec.classes == data.manifest.classes
     forward = make_forward(model, accelerator)
@@ -66,7 +70,8 @@ def score(
             yield batch, prediction
 
     model.eval()
-    scores = count_split(predict, accelerator, data, split, tiles.effective_batch_size, metrics)
+    size = tiles.effective_batch_size
+    scores = count_split(predict, accelerator, data, split, size, metrics, num_images)
     model.train(was_training)
     return scores
 
@@ -79,13 +84,14 @@ def count_split(
     split: str,
     batch_size: int,
     metrics: Metrics = MEANS_ONLY,
+    num_images: int | None = None,
 ) -> Scores:
     """Compare predictions with the masks of every image of a split, at its own size.
 
     The only communication is the reduction of the counts at the end. Every rank must call this and
     gets the scores. Raises DataError if not every sample was counted.
     """
-    num_samples = data.manifest.split(split, data.store).samples
+    num_samples = num_images or data.manifest.split(split, data.store).samples
     classes, device = data.manifest.classes, accelerator.device
     confusions = SegmentationScores(classes, counted_classes(classes), metrics.empty).to(device)
     batches = eval_batches(
@@ -94,6 +100,7 @@ def count_split(
         batch_size=batch_size,
         rank=accelerator.process_index,
         world=accelerator.num_processes,
+        num_images=num_images,
         pin=device.type == "cuda",
     )
     with progress(

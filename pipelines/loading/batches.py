@@ -102,11 +102,21 @@ def set_device(device: int) -> None:
 
 
 def eval_batches(
-    data: DataSet, split: str, *, batch_size: int, rank: int, world: int, pin: bool = False
+    data: DataSet,
+    split: str,
+    *,
+    batch_size: int,
+    rank: int,
+    world: int,
+    num_images: int | None = None,
+    pin: bool = False,
 ) -> Iterator[Batch]:
-    """Yield the whole images of one rank, unpadded; each sample is on exactly one rank."""
+    """Yield the whole images of one rank, unpadded; each sample is on exactly one rank.
+
+    `num_images`: number of images of all ranks, evenly spread over the split; None: all.
+    """
     reader = data.reader(split)
-    plan = EvalPlan(tuple(s.samples for s in reader.shards), batch_size, rank, world)
+    plan = EvalPlan(tuple(s.samples for s in reader.shards), batch_size, rank, world, num_images)
     stage = WholeStage(data.manifest.image_format, len(data.manifest.classes))
     workers = usable_workers(data.workers)
     return watch_workers(start_workers(make_loader(reader, plan, stage, workers, pin)))

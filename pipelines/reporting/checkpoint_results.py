@@ -20,18 +20,21 @@ from pipelines.evaluation.intervals import estimate_intervals, read_intervals
 from pipelines.evaluation.per_image import SCORES_CSV, Floats, ImageCounts, image_scores, lowest
 from pipelines.evaluation.table import to_plain
 from pipelines.loading.dataset import DataSet
+from pipelines.loading.sample_size import choose_num_images
 from pipelines.model.load import LoadedModel, load_model, require_spec
 from pipelines.reporting.page import Gallery, Strip
-from pipelines.reporting.run_record import RunRecord, read_json
+from pipelines.reporting.run_record import RunRecord, number, read_json
 from pipelines.runtime.progress import progress
 from pipelines.runtime.run_folder import RunFolder
-from shards.manifest import Manifest, read_manifest
+from shards.manifest import Manifest, SplitInfo, read_manifest
 from shards.sample import DataError
 from shards.store import Store
 from unet import SegmentationScores, TileConfig, UNet, confusion_per_image
 
 MAX_SCORED = 64
 """Images that are scored if `unet evaluate` has not scored them all."""
+MIN_SCORED, SCORED_SHARE = 8, 0.05
+"""Images to score also after a short training, else by the work of scoring as a share of it."""
 WORST, BEST = 6, 4
 """Number of images to show."""
 SIDE = 320
@@ -179,7 +182,8 @@ def draw_extremes(
     dice = read_dice(record.run_dir / SCORES_CSV, num_images) if results.scores else None
     among = results.of
     if dice is None:
-        scores, dice, among = score_sample(model, accelerator, data, split, tiles)
+        num_scored = choose_num_scored(record, data.manifest.splits[split])
+        scores, dice, among = score_sample(model, accelerator, data, split, tiles, num_scored)
         results = replace(results, scores=results.scores or scores, of=results.of or among)
     known = int((~np.isnan(dice)).sum())
     best = lowest(-dice, min(BEST, known // 2))
@@ -222,17 +226,33 @@ def read_dice(path: Path, num_images: int) -> Floats | None:
     return dice if len(dice) == num_images else None
 
 
+def choose_num_scored(record: RunRecord, split: SplitInfo) -> int:
+    """Choose how many images to score: at most `MAX_SCORED`, less after a short training."""
+    position, crop = number(record.last.get("position")), number(record.setting("crop_size"))
+    affordable = MAX_SCORED
+    if position is not None and crop is not None:
+        pixels = round(position * crop**2)
+        affordable = choose_num_images(
+            split, trained_pixels=pixels, share=SCORED_SHARE, min_images=MIN_SCORED
+        )
+    return min(split.samples, MAX_SCORED, affordable)
+
+
 def score_sample(
-    model: UNet, accelerator: Accelerator, data: DataSet, split: str, tiles: TileConfig
+    model: UNet,
+    accelerator: Accelerator,
+    data: DataSet,
+    split: str,
+    tiles: TileConfig,
+    num_scored: int,
 ) -> tuple[dict[str, Any], Floats, str]:
-    """Score at most `MAX_SCORED` images, evenly spread over a split.
+    """Score `num_scored` images, evenly spread over a split.
 
     Returns the contents of `scores.json`, the Dice of each image of the split [N] (NaN where it
     was not scored), and a description of the images.
     """
     spec = require_spec(model)
     num_images = data.manifest.splits[split].samples
-    num_scored = min(num_images, MAX_SCORED)
     positions = [number * num_images // num_scored for number in range(num_scored)]
     counts = ImageCounts((num_scored,), len(spec.classes), batch_size=1, rank=0, world=1)
     metric = SegmentationScores(spec.classes, spec.counted)

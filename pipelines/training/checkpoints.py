@@ -72,6 +72,9 @@ class TrainState:
     """Settings that must not change on resume, by flag name."""
     stale: Count = 0
     """Validations since the best one."""
+    val_images: Count = 0
+    """Images of each validation, chosen when the run started, so that scores can be compared; 0:
+    all."""
 
 
 class Checkpoints:

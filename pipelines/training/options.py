@@ -129,6 +129,10 @@ class ScheduleOptions:
     """Steps between lines of metrics.jsonl."""
     eval_every: int = 500
     """Steps between validations, each followed by a checkpoint. The run always ends with both."""
+    val_share: float = 0.1
+    """Work of a validation in relation to that of the training since the last one, estimated from
+    pixels: of a larger split, the same images are scored each time, evenly spread, at least 32.
+    inf: all images. The table at the end is of all images."""
     val: bool = True
     """Validate during training. With --no-val, no checkpoint is the best, and the last is used."""
     save_every: int | None = None
@@ -147,6 +151,8 @@ class ScheduleOptions:
         )
         if not self.val:
             refuse_unused(self, "has no effect with --no-val: no checkpoint is the best", "best_by")
+        if not self.val_share >= 0:
+            raise ValueError(f"--val-share must be >= 0, got {self.val_share}")
 
     def validation_due(self, step: int) -> bool:
         """Whether the weights are validated after a step, not counting the last."""

@@ -1,0 +1,33 @@
+"""How many images a validation during training scores."""
+
+import sys
+from dataclasses import replace
+
+from pipelines.loading.sample_size import choose_num_images
+from pipelines.training.checkpoints import TrainState
+from pipelines.training.setup import TrainSetup
+
+MIN_IMAGES = 32
+"""Images that are scored in any case, so that scores of checkpoints can be compared."""
+
+
+def choose_validation(setup: TrainSetup, state: TrainState) -> TrainState:
+    """Choose how many images a validation scores, if the run starts, and print a sample's size."""
+    schedule = setup.config.schedule
+    if not schedule.val:
+        return state
+    split = setup.manifest.splits["val"]
+    if state.step == 0:
+        steps = min(schedule.eval_every, setup.limits.steps or schedule.eval_every)
+        pixels = steps * setup.global_batch_size * setup.crop_size**2
+        chosen = choose_num_images(
+            split, trained_pixels=pixels, share=schedule.val_share, min_images=MIN_IMAGES
+        )
+        state = replace(state, val_images=0 if chosen == split.samples else chosen)
+    if state.val_images and setup.rank == 0:
+        print(
+            f"validation during training: {state.val_images:,} of {split.samples:,} images, evenly "
+            "spread (--val-share); the table at the end is of all",
+            file=sys.stderr,
+        )
+    return state
