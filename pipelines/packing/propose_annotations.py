@@ -56,13 +56,12 @@ def propose_annotations(
     chosen = sorted(name for name, other in kinds.items() if other == kind)
     places = list(dict.fromkeys(map(os.path.dirname, chosen))) if kind in PER_IMAGE else chosen
     common = os.path.commonpath(places) if kind in PER_IMAGE else places[0]
-    folder = None
-    # Where images and labels are side by side in each split, one split can be read at a time.
-    for place in dict.fromkeys((common, places[0])):
-        scan = scan_place(root / place, kind, root)
+    place, scan = common, scan_place(root / common, kind, root)
+    folder = find_image_folder(kind, place, scan, images)
+    if folder is None and common != places[0]:
+        # Where images and labels are side by side in each split, one split can be read at a time.
+        place, scan = places[0], scan_place(root / places[0], kind, root)
         folder = find_image_folder(kind, place, scan, images)
-        if folder is not None:
-            break
     if folder is None:
         folder = os.path.commonpath([os.path.dirname(name) for name in images])
     return AnnotationProposal(

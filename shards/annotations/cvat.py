@@ -174,6 +174,10 @@ def read_shape(
             left, top, right, bottom, turn = read_numbers(
                 values, "xtl", "ytl", "xbr", "ybr", "rotation"
             )
+            if not turn:
+                # As they are: a sum rounds otherwise, which can move an edge by a pixel.
+                corners = np.array([[left, top], [right, top], [right, bottom], [left, bottom]])
+                return Outline((corners,))
             # CVAT rotates around the centre.
             middle = np.array([(left + right) / 2, (top + bottom) / 2])
             corners = rotate_box(0, 0, right - left, bottom - top, turn)

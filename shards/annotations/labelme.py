@@ -20,7 +20,7 @@ from shards.images.files import ImageRule, load_pixels, open_image
 from shards.local_files import read_file
 from shards.sample import DataError
 
-NUM_POINTS = {"circle": 2, "rectangle": 2, "mask": 2}
+NUM_POINTS = {"circle": 2, "rectangle": 2, "oriented_rectangle": 4, "mask": 2}
 """Points of shapes that have a fixed number of them."""
 LINES = ("line", "linestrip")
 
@@ -111,7 +111,7 @@ def read_shape(
         return Stencil(lambda image: draw_with_pillow("line", points, image, line_width))
     if kind == "mask":
         return read_shape_mask(points, shape)
-    if kind == "polygon":
+    if kind in ("polygon", "oriented_rectangle"):
         flaws = find_flaws(points, size)
         if len(points) < 3:
             return Stencil(draw_nothing, (flaws,))

@@ -81,8 +81,9 @@ def draw_polygon(points: Points, size: Size) -> Runs:
     """Return the pixels of a polygon in an image of (width, height), those of pycocotools.
 
     The rule of `rleFrPoly` in cocoapi/common/maskApi.c: corners are rounded at five times the
-    resolution, edges are drawn there, and each column is filled between its crossings. Here each
-    edge is cut to the columns of the image first, so that no coordinate takes memory.
+    resolution, edges are drawn there, and each column is filled between its crossings. The extra is
+    not needed: pycocotools allocates by the coordinates and crashes the process on distant ones.
+    Here long outlines are refused, and edges are drawn in chunks; tests compare the pixels.
 
     Raises DataError for an outline too long to draw.
     """

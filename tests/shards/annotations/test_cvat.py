@@ -59,6 +59,14 @@ def test_polygons_have_the_pixels_of_pycocotools(draw):
     np.testing.assert_array_equal(mask, 2 * expected)
 
 
+@pytest.mark.parametrize(("left", "right"), [(6.5, 10.4), (0.1, 0.7), (3.3, 7.5)])
+def test_a_box_has_the_pixels_of_its_corners_as_they_are_written(draw, left, right):
+    box = f'<box label="cat" xtl="{left}" ytl="0.5" xbr="{right}" ybr="6.5"/>'
+    corners = [left, 0.5, right, 0.5, right, 6.5, left, 6.5]
+    expected = reference.decode(reference.frPyObjects([corners], HEIGHT, WIDTH))[..., 0]
+    np.testing.assert_array_equal(draw(cvat(box)), 2 * expected)
+
+
 def test_classes_keep_the_order_of_the_labels(place, draw):
     np.testing.assert_array_equal(draw(cvat(polygon(SQUARE))), rectangle(2, 3, 8, 9, 2))
     found = place.find(place.root / "annotations.xml", "cvat", unannotated="skip")

@@ -39,7 +39,7 @@ def shape_to_mask(points, kind, line_width=10):
         draw.ellipse([cx - d, cy - d, cx + d, cy + d], outline=1, fill=1)
     elif kind == "rectangle":
         draw.rectangle(xy, outline=1, fill=1)
-    elif kind == "polygon":
+    elif kind in ("polygon", "oriented_rectangle"):
         draw.polygon(xy=xy, outline=1, fill=1)
     else:
         draw.line(xy=xy, fill=1, width=line_width)
@@ -59,9 +59,10 @@ def draw(place):
 def test_shapes_have_the_pixels_of_labelme_and_later_ones_are_on_top(draw):
     rng = np.random.default_rng(0)
     shapes, expected = [], np.zeros((HEIGHT, WIDTH), dtype=np.uint8)
-    for number in range(40):
-        kind = ["polygon", "circle", "rectangle", "line", "linestrip"][number % 5]
-        count = {"polygon": 3 + number % 7, "linestrip": 4}.get(kind, 2)
+    kinds = ["polygon", "circle", "rectangle", "line", "linestrip", "oriented_rectangle"]
+    for number in range(48):
+        kind = kinds[number % 6]
+        count = {"polygon": 3 + number % 7, "linestrip": 4, "oriented_rectangle": 4}.get(kind, 2)
         points = rng.uniform((-5, -5), (WIDTH + 5, HEIGHT + 5), (count, 2))
         if number % 2:
             points = points.round()
