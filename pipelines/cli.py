@@ -14,6 +14,7 @@ VERBS = {
     "unpack": "shards -> folders of images and masks",
     "train": "train a U-Net on shards, or resume",
     "evaluate": "exact scores of a checkpoint on a split",
+    "compare": "whether two scorings of the same images differ, with p-values",
     "predict": "masks for an image, a folder, a list or shards, as shards",
     "export": "a checkpoint -> ONNX or torch.export, verified against the model",
     "report": "one page about a run: curves, scores, best and worst images",

@@ -14,7 +14,7 @@ def show(value: float | None) -> str:
 
 def show_bounds(bounds: Bounds) -> str:
     """Format an interval in 18 characters; blank if there is none."""
-    return " " * 18 if bounds is None else f"  {bounds[0]:7.4f}-{bounds[1]:7.4f} "
+    return " " * 18 if bounds is None else f"{f'{bounds[0]:.4f}-{bounds[1]:.4f}':>18}"
 
 
 def headline(scores: Scores, split: str) -> str:

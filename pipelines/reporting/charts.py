@@ -10,6 +10,8 @@ from markupsafe import Markup
 WIDTH, HEIGHT = 420, 240
 """Size of a chart in SVG units; text is 11 units high."""
 LEFT, RIGHT, TOP, BOTTOM = 46, 12, 8, 36
+SIDE = 400
+"""Width and height of a scatter plot."""
 SPARK_WIDTH, SPARK_HEIGHT = 96, 20
 MAX_DOTS = 60
 """Curves of up to this many points show each of them as a dot with a tooltip."""
@@ -37,6 +39,17 @@ class Chart:
     """Point (step, value) of the first curve to mark."""
     from_zero: bool = True
     """Whether the y axis includes 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scatter:
+    """A dot per image: its score in one scoring (across) and in another (up), each from 0 to 1."""
+
+    title: str
+    across: str
+    up: str
+    dots: tuple[tuple[str, float, float], ...]
+    """Name, score across, score up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +169,62 @@ def draw_chart(chart: Chart) -> Markup:
         WIDTH, HEIGHT, chart.title
     )
     return head + Markup("").join(parts) + Markup("</svg>")
+
+
+def draw_scatter(scatter: Scatter) -> Markup:
+    """Draw a square plot of dots, with a diagonal of equal scores."""
+    values = [score for _, *scores in scatter.dots for score in scores]
+    axis = value_axis(values)
+    ticks = [tick for tick in axis.ticks if -1e-9 <= tick <= 1 + 1e-9]
+    axis = Axis(min(ticks[0], min(values)), max(ticks[-1], max(values)), tuple(ticks))
+    side, bottom = SIDE - LEFT - RIGHT, SIDE - BOTTOM
+
+    def left(score: float) -> float:
+        return LEFT + axis.share(score) * side
+
+    def top(score: float) -> float:
+        return bottom - axis.share(score) * (bottom - TOP)
+
+    parts = []
+    for tick in ticks:
+        parts += [
+            Markup('<line class="grid" x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"/>').format(
+                LEFT, SIDE - RIGHT, top(tick), top(tick)
+            ),
+            Markup('<text class="up" x="{}" y="{:.1f}">{}</text>').format(
+                LEFT - 6, top(tick) + 3.5, label(tick)
+            ),
+            Markup('<text class="across" x="{:.1f}" y="{}">{}</text>').format(
+                left(tick), bottom + 15, label(tick)
+            ),
+        ]
+    low, high = axis.low, axis.high
+    parts += [
+        Markup('<line class="same" x1="{:.1f}" y1="{:.1f}" x2="{:.1f}" y2="{:.1f}"/>').format(
+            left(low), top(low), left(high), top(high)
+        ),
+        Markup('<text class="up" x="{}" y="{}">{} \u2192</text>').format(
+            SIDE - RIGHT, SIDE - 4, shorten(scatter.across)
+        ),
+        Markup('<text class="side" x="{}" y="{}">\u2191 {}</text>').format(
+            LEFT + 6, TOP + 10, shorten(scatter.up)
+        ),
+        Markup('<g class="dots">'),
+    ]
+    parts += [
+        Markup('<circle cx="{:.1f}" cy="{:.1f}" r="3"><title>{}: {:.4f}, {:.4f}</title></circle>')
+        .format(left(one), top(other), name, one, other)
+        for name, one, other in scatter.dots
+    ]  # fmt: skip
+    head = Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">').format(
+        SIDE, SIDE, scatter.title
+    )
+    return head + Markup("").join(parts) + Markup("</g></svg>")
+
+
+def shorten(name: str) -> str:
+    """Return the end of a name, at most 48 characters."""
+    return name if len(name) <= 48 else f"\u2026{name[-47:]}"
 
 
 def path(points: Sequence[tuple[float, float]]) -> str:

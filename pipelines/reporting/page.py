@@ -6,9 +6,16 @@ All text is escaped, since class names, keys and paths are arbitrary.
 from dataclasses import dataclass
 from importlib.resources import files
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FunctionLoader, StrictUndefined
 
-from pipelines.reporting.charts import Chart, Series, draw_chart, draw_confusion, draw_spark
+from pipelines.reporting.charts import (
+    Chart,
+    Series,
+    draw_chart,
+    draw_confusion,
+    draw_scatter,
+    draw_spark,
+)
 from shards.sample import Colour
 from shards.text import escape_text
 
@@ -39,6 +46,7 @@ class Table:
     rows: tuple[Row, ...]
     head: str = "Class"
     """Heading of the names of the rows."""
+    title: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +110,13 @@ def escape_value(value: object) -> object:
 
 def render(report: Report) -> str:
     """Render the page; equal reports give equal bytes."""
+    return render_template(TEMPLATE, report=report)
+
+
+def render_template(name: str, **content: object) -> str:
+    """Render a template of this package; equal content gives equal bytes."""
     environment = Environment(
+        loader=FunctionLoader(read_template),
         autoescape=True,
         finalize=escape_value,
         undefined=StrictUndefined,
@@ -113,10 +127,15 @@ def render(report: Report) -> str:
         "draw_chart": draw_chart,
         "draw_spark": draw_spark,
         "draw_confusion": draw_confusion,
+        "draw_scatter": draw_scatter,
         "colour": css_colour,
     }
-    source = files("pipelines.reporting").joinpath(TEMPLATE).read_text(encoding="utf-8")
-    return environment.from_string(source).render(report=report) + "\n"
+    return environment.get_template(name).render(**content) + "\n"
+
+
+def read_template(name: str) -> str:
+    """Read a template of this package."""
+    return files("pipelines.reporting").joinpath(name).read_text(encoding="utf-8")
 
 
 def css_colour(colour: Colour) -> str:

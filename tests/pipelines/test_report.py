@@ -268,6 +268,39 @@ def test_scores_that_are_damaged_are_left_out(damage: bytes, report, call, run_d
     assert report().images == 16
 
 
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        {"intervals": 3},
+        {"intervals": {"unit": "image"}},
+        {"groups": {"per": "site", "parts": [{"value": 3}], "num_others": 0}},
+    ],
+)
+def test_damaged_intervals_and_groups_are_left_out(
+    damaged: dict, report, call, run_dir: Path, shards: Path
+) -> None:
+    assert call("evaluate", "--checkpoint", run_dir, "--data", shards, "--workers", 0).code == 0
+    change(run_dir / "scores.json", **damaged)
+    assert "scores.json is damaged." in report("--no-pictures").text
+
+
+def test_scores_per_site_are_a_table_of_their_own(
+    report, call, run_dir: Path, shards: Path, tmp_path: Path
+) -> None:
+    table = tmp_path / "sites.csv"
+    table.write_text("key,site\np000,<b>\np001,<b>\np002,south\np003,south\n")
+    options = ("--checkpoint", run_dir, "--data", shards, "--workers", 0)
+    assert call("evaluate", *options, "--per", "site", "--columns", table).code == 0
+    parts = json.loads((run_dir / "scores.json").read_text())["groups"]["parts"]
+    made = report("--no-pictures")
+    assert "Per site" in made.text
+    for part in parts:
+        low, high = part["intervals"]["macro"]["dice"]
+        dice = f"{part['macro']['dice']:.4f} {low:.4f}\u2013{high:.4f}"
+        assert f"{part['value']} 2 {dice}" in made.text
+    assert "b" not in {tag for tag, _ in made.tags}
+
+
 def test_scores_of_a_subset_of_the_images_are_labelled(
     report, monkeypatch: pytest.MonkeyPatch
 ) -> None:
