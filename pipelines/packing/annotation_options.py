@@ -8,7 +8,8 @@ from typing import Any, Literal
 import yaml
 
 from pipelines.runtime.errors import UsageError, refuse_url
-from pipelines.runtime.yaml_flags import load_yaml, refuse_unused
+from pipelines.runtime.strict_yaml import load_yaml, read_text
+from pipelines.runtime.yaml_flags import refuse_unused
 from shards.annotations.layouts import CityscapesIds, KnownLayout, LayoutName, read_layout
 from shards.annotations.regions import AnnotationFormat, OverlapPolicy
 from shards.annotations.source import Annotated, AnnotationSource, UnannotatedPolicy
@@ -133,8 +134,8 @@ def read_yolo_yaml(folder: Path) -> tuple[str, ...]:
     if file is None:
         return ()
     try:
-        plain = load_yaml(file.read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        plain = load_yaml(read_text(file))
+    except (OSError, yaml.YAMLError) as error:
         raise DataError(f"{file}: {' '.join(str(error).split())}; add --classes instead") from error
     names = plain.get("names") if isinstance(plain, dict) else None
     if isinstance(names, dict):
@@ -146,4 +147,6 @@ def read_yolo_yaml(folder: Path) -> tuple[str, ...]:
         names = list(names.values())
     if not isinstance(names, list) or not names:
         raise DataError(f"{file} has no list of names; add --classes instead")
-    return tuple(map(str, names))
+    if other := [name for name in names if not isinstance(name, str)]:
+        raise DataError(f"{file}: names: {other[0]} is not a name; quote it, or add --classes")
+    return tuple(names)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from pipelines.runtime.yaml_flags import load_yaml
+from pipelines.runtime.strict_yaml import load_yaml, read_text
 from shards.annotations.class_tables import CAMVID_COLOURS, CITYSCAPES, VOC
 from shards.images.files import ImageRule, open_image
 from shards.masks.palettes import read_palette
@@ -21,6 +22,7 @@ TABLES = {
     "camvid": CAMVID_COLOURS,
 }
 """Colour tables that --colours knows by name."""
+DECIMAL = re.compile("[0-9]{1,9}")
 IGNORED_NAME = "ignore"
 """Name of a colour whose pixels are ignored."""
 
@@ -63,13 +65,13 @@ def read_colour_table(path: Path) -> ColourTable:
         known = TABLES[str(path)]
         return ColourTable(known.names, known.colours, known.ignored)
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_text(path)
         rows = (
             read_csv_rows(text) if path.suffix.lower() == ".csv" else read_mapped_rows(path, text)
         )
     except OSError as error:
         raise ValueError(f"--colours {path}: {error.strerror}") from error
-    except (yaml.YAMLError, json.JSONDecodeError, csv.Error, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, json.JSONDecodeError, csv.Error) as error:
         raise ValueError(f"--colours {path}: {' '.join(str(error).split())}") from error
     classes, colours, ignored = [], [], []
     for name, numbers in rows:
@@ -97,24 +99,28 @@ def read_csv_rows(text: str) -> list[tuple[str, Any]]:
     rows: list[tuple[str, Any]] = []
     for number, words in enumerate(csv.reader(text.splitlines(), strict=True)):
         words = [word.strip() for word in words]
-        numeric = [word.isdigit() for word in words[1:]]
+        numeric = [DECIMAL.fullmatch(word) is not None for word in words[1:]]
         if not any(words) or (number == 0 and not any(numeric)):
             continue
-        rows.append((words[0], [int(w) if w.isdigit() else w for w in words[1:]]))
+        rows.append((words[0], to_integers(words[1:])))
     return rows
 
 
 def load_json(text: str) -> Any:
-    """Parse a JSON text. Raises ValueError for a duplicate key."""
+    """Parse a JSON text. Raises yaml.YAMLError for a duplicate key, json.JSONDecodeError."""
 
     def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in pairs]
-        duplicates = [name for name in names if names.count(name) > 1]
-        if duplicates:
-            raise ValueError(f"duplicate key {duplicates[0]}")
-        return dict(pairs)
+        plain: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in plain:
+                raise yaml.YAMLError(f"duplicate key {name}")
+            plain[name] = value
+        return plain
 
-    return json.loads(text, object_pairs_hook=refuse_duplicates)
+    try:
+        return json.loads(text, object_pairs_hook=refuse_duplicates)
+    except RecursionError as error:
+        raise yaml.YAMLError("nested too deeply") from error
 
 
 def read_mapped_rows(path: Path, text: str) -> list[tuple[str, Any]]:
@@ -122,4 +128,11 @@ def read_mapped_rows(path: Path, text: str) -> list[tuple[str, Any]]:
     plain = load_json(text) if path.suffix.lower() == ".json" else load_yaml(text)
     if not isinstance(plain, dict) or not plain:
         raise ValueError(f"--colours {path}: expected `name: [r, g, b]` lines")
-    return [(str(name), numbers) for name, numbers in plain.items()]
+    return [(str(name), to_integers(numbers)) for name, numbers in plain.items()]
+
+
+def to_integers(numbers: Any) -> Any:
+    """Convert the texts of a YAML list that are decimal integers."""
+    if not isinstance(numbers, list):
+        return numbers
+    return [int(n) if isinstance(n, str) and DECIMAL.fullmatch(n) else n for n in numbers]

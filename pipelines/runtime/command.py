@@ -18,7 +18,7 @@ import tyro
 from pipelines.runtime import failures
 from pipelines.runtime.errors import REFUSED, STOPPED, USAGE, RunError, UsageError
 from pipelines.runtime.processes import follow_launcher
-from pipelines.runtime.yaml_flags import yaml_flags
+from pipelines.runtime.yaml_flags import refuse_not_finite, yaml_flags
 from shards.requests import set_remote_timeout
 from shards.sample import DataError
 
@@ -153,7 +153,7 @@ def parse(config_class: type[T], argv: Sequence[str], verb: str) -> T:
     held = io.StringIO() if launched_rank() else None
     try:
         with redirect_stderr(held or sys.stderr), redirect_stdout(held or sys.stdout):
-            return tyro.cli(
+            config = tyro.cli(
                 config_class,
                 args=[*from_files, *flags],
                 prog=f"unet {verb}",
@@ -165,6 +165,11 @@ def parse(config_class: type[T], argv: Sequence[str], verb: str) -> T:
             wait_for_rank_0()
             print(held.getvalue(), file=sys.stderr, end="", flush=True)
         raise
+    try:
+        refuse_not_finite(config)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    return config
 
 
 def expand_home(argument: str) -> str:

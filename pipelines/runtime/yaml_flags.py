@@ -3,6 +3,7 @@
 import difflib
 from collections.abc import Iterator
 from dataclasses import Field, fields, is_dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -10,6 +11,7 @@ import tyro
 import yaml
 
 from pipelines.runtime.errors import UsageError
+from pipelines.runtime.strict_yaml import load_yaml, read_text
 
 T = TypeVar("T")
 
@@ -27,10 +29,10 @@ def yaml_flags(config_class: type, file: Path) -> list[str]:
     Raises UsageError for a missing file, invalid YAML or an unknown key.
     """
     try:
-        plain = load_yaml(file.read_text(encoding="utf-8"))
+        plain = load_yaml(read_text(file))
     except OSError as error:
         raise UsageError(f"--config {file}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except yaml.YAMLError as error:
         raise UsageError(f"--config {file}: {' '.join(str(error).split())}") from error
     if plain is None:
         return []
@@ -41,39 +43,18 @@ def yaml_flags(config_class: type, file: Path) -> list[str]:
     return list(mapping_flags(config_class, plain, file, ()))
 
 
-class StrictLoader(yaml.SafeLoader):
-    """YAML where a duplicate key is an error, and `no` and `on` are strings."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Construct a mapping. Raises yaml.YAMLError for a duplicate key."""
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                line = key.start_mark.line + 1
-                raise yaml.YAMLError(f"line {line}: duplicate key {key.value}")
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-StrictLoader.yaml_implicit_resolvers = {
-    letter: [(tag, regex) for tag, regex in resolvers if letter in "tTfF" or "bool" not in tag]
-    for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-
-
-def load_yaml(text: str) -> Any:
-    """Parse a YAML text strictly. Raises yaml.YAMLError."""
-    return yaml.load(text, StrictLoader)  # noqa: S506 (it is a SafeLoader)
-
-
 def mapping_flags(
     config_class: type, plain: dict[Any, Any], file: Path, path: tuple[str, ...]
 ) -> Iterator[str]:
     """Translate one level of a YAML file into flags."""
     kinds = setting_types(config_class)
+    seen: set[str] = set()
     for key, value in plain.items():
         name = str(key).replace("-", "_")
         dotted = ".".join((*path, str(key)))
+        if name in seen:
+            raise UsageError(f"--config {file}: duplicate key {dotted}; remove one")
+        seen.add(name)
         if name not in kinds:
             close = difflib.get_close_matches(name, kinds, n=1)
             hint = (
@@ -86,7 +67,8 @@ def mapping_flags(
         nested = kind if isinstance(kind, type) and is_dataclass(kind) else None
         if (nested is not None) != isinstance(value, dict):
             expected = "a mapping" if nested is not None else "a value"
-            raise UsageError(f"--config {file}: {dotted} must be {expected}, found {value!r}")
+            found = "a mapping" if isinstance(value, dict) else str(value)[:100]
+            raise UsageError(f"--config {file}: {dotted} must be {expected}, found {found}")
         flag = "--" + ".".join((*path, name)).replace("_", "-")
         if nested is not None:
             yield from mapping_flags(nested, value, file, (*path, name))
@@ -152,3 +134,15 @@ def to_plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [to_plain(item) for item in value]
     return str(value) if isinstance(value, Path) else value
+
+
+def refuse_not_finite(config: Any, path: tuple[str, ...] = ()) -> None:
+    """Raise ValueError naming the first setting that is NaN or infinite."""
+    for field, value in settings_of(config):
+        name = (*path, field.name)
+        if is_dataclass(value):
+            refuse_not_finite(value, name)
+        for one in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(one, float) and not isfinite(one):
+                flag = ".".join(name).replace("_", "-")
+                raise ValueError(f"--{flag} {one}: must be a finite number")

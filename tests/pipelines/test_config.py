@@ -120,11 +120,11 @@ def test_yaml_values_have_the_declared_type(text: str, name: str, value: Any, fi
         ("zzz: 3", "unknown key zzz; known keys: out_dir, steps"),
         ("optim.rate: 3", "unknown key optim.rate"),
         ("optim: 3", "optim must be a mapping, found 3"),
-        ("steps: {a: 1}", "steps must be a value, found {'a': 1}"),
+        ("steps: {a: 1}", "steps must be a value, found a mapping"),
         ("- a\n- b", "expected `key: value` lines, found list"),
         ("just words", "expected `key: value` lines, found str"),
         ("steps: [1", "while parsing a flow sequence"),
-        ("steps: !!python/object:os.system x", "could not determine a constructor"),
+        ("steps: !!python/object:os.system x", "remove the tag"),
         ("3: 4", "unknown key 3"),
     ],
 )
@@ -329,7 +329,7 @@ def test_a_pack_configuration_is_saved_flat_and_loaded_again(file) -> None:
         ("widht: 3", "unknown key widht; did you mean width?"),
         ("frame: {width: 3}", "unknown key frame; known keys: title, width, crop, fit, colour"),
         ("size: 3", "unknown key size; known keys: title, width, crop"),
-        ("width: {a: 3}", "width must be a value, found {'a': 3}"),
+        ("width: {a: 3}", "width must be a value, found a mapping"),
     ],
 )
 def test_a_wrong_key_gets_the_nearest_of_all_groups(text: str, message: str, file, capsys) -> None:
