@@ -18,20 +18,12 @@ from pipelines.packing.classes import IGNORED_REMEDY, find_class_problems
 from pipelines.packing.manifest import make_manifest, summarise
 from pipelines.packing.options import SourceOptions
 from pipelines.packing.pack_options import BorderOptions, JobOptions, ShardOptions
-from pipelines.packing.plan import (
-    HEADER,
-    WORK_DIR,
-    PlannedShard,
-    clear_work,
-    encode_header,
-    fix_plan,
-    list_sources,
-    make_plan,
-)
+from pipelines.packing.plan import WORK_DIR, PlannedShard, list_sources, make_plan
 from pipelines.packing.problems import PROBLEMS, save_problems
 from pipelines.packing.propose import propose_format
 from pipelines.packing.propose_layout import propose_layout
 from pipelines.packing.shard_job import EMPTY_SUFFIX, PackRule, pack_shard, read_shard_report
+from pipelines.packing.stored_plan import HEADER, clear_work, encode_header, fix_plan
 from pipelines.runtime.command import run_command
 from pipelines.runtime.errors import INCOMPLETE, RunError, UsageError, parse_part, refuse_url
 from pipelines.runtime.outputs import require_writable

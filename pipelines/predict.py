@@ -5,20 +5,21 @@
     unet predict --checkpoint RUN --input IMAGES --out MASKS --part 3/16
 
 The inputs are sorted and cut into output shards; rank r of W makes the shards r, r + W, ... A shard
-that exists is finished, and that is the only state: no rank waits for another, and whichever finds
-all shards present writes the manifest. Independent jobs each take a part, shared by the ranks of
-the job. OUT/job.json records the settings of the job before any shard.
+that exists is finished, and that is the only state; whichever rank finds all shards present writes
+the manifest. Ranks that are done make the shards of one that stands still (`inference.leases`).
+Independent jobs each take a part, shared by the ranks of the job. OUT/job.json records the settings
+of the job before any shard.
 
 Decoding in worker processes, the model in this process, encoding and writing in threads all
 overlap; a GPU computes one batch while the results of the previous one are copied back.
 """
 
-import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from itertools import groupby
 
 import torch
@@ -40,12 +41,15 @@ from pipelines.inference.inputs import find_inputs
 from pipelines.inference.job import (
     ERRORS,
     STATE,
+    describe_errors,
     errors_name,
     finish_job,
     read_job,
+    read_state,
     start_job,
     write_shard,
 )
+from pipelines.inference.leases import Lease, wait_for_ranks
 from pipelines.inference.options import WORK_DIR, PredictConfig
 from pipelines.inference.reading import describe_changes
 from pipelines.inference.specks import NEEDS_SCIPY
@@ -116,12 +120,13 @@ def run(config: PredictConfig) -> int:
             for number in config.shards_of(cutting.num_shards, rank, world)
             if config.results.shard_name(number) not in present
         ]
+        longest_key = config.results.longest_key(len(classes))
+        decode = Decoder(inputs, image_format, config.results.include_image, longest_key)
+        make = partial(predict_shards, config, store, decode, loaded, cutting, accelerator)
         try:
             if mine:
-                results = config.results
-                longest_key = results.longest_key(len(classes))
-                decode = Decoder(inputs, image_format, results.include_image, longest_key)
-                predict_shards(config, store, decode, loaded, cutting, mine, accelerator)
+                make(mine, "")
+            still = take_over(config, store, cutting.num_shards, accelerator, make)
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
@@ -131,6 +136,14 @@ def run(config: PredictConfig) -> int:
             ) from error
         # The last rank to finish prints the result.
         prints = finish_job(config.results, store, loaded.spec, cutting.num_shards)
+        if still:
+            # The launcher ends the ranks that stand still only if another one fails.
+            raise RunError(
+                f"{still} stood still for --rank-timeout {config.rank_timeout:g} minutes; the "
+                f"other ranks made the shards, and {store} is complete"
+                if prints
+                else f"{still} stood still; rerun the same command to make what is missing"
+            )
     else:
         # Left over if the job was killed after writing the manifest.
         store.remove(WORK_DIR)
@@ -150,8 +163,9 @@ def predict_shards(
     decode: Decoder,
     loaded: LoadedModel,
     cutting: Cutting,
-    shards: Sequence[int],
     accelerator: Accelerator,
+    shards: Sequence[int],
+    within: str,
 ) -> None:
     """Decode in processes, predict in this one, encode and write in threads, concurrently.
 
@@ -164,6 +178,7 @@ def predict_shards(
     decoded = decode_chunks(decode, cutting, shards, workers, remote=remote)
     total = sum(cutting.size(shard) for shard in shards)
     pending = BoundedQueue(MAX_PENDING_BYTES)
+    lease = Lease(store, accelerator.process_index, config.rank_timeout * 60)
     with (
         ExitStack() as stack,
         predictor(config, loaded, accelerator, decode) as predict,
@@ -173,7 +188,7 @@ def predict_shards(
     ):
         launched = delay_by_one(predict_chunks(cutting.chunks(shards), decoded, predict))
         for shard, group in groupby(launched, key=lambda item: item.shard):
-            writing = write_shard(store, results.shard_name(shard), loaded.spec)
+            writing = write_shard(store, results.shard_name(shard), loaded.spec, within)
             # Closed after the threads have ended; an unfinished shard leaves nothing behind.
             stack.callback(writing.close)
             pending.add(writer.submit(next, writing))
@@ -181,6 +196,8 @@ def predict_shards(
                 if item.error is not None and config.fail_fast:
                     raise DataError(item.error)
                 line.count(item, output)
+                if accelerator.num_processes > 1:
+                    lease.renew()
                 if not encode.draws:
                     item = replace(item, image=None)
                 encoded = encoders.submit(encode, item, output)
@@ -190,6 +207,41 @@ def predict_shards(
                 )
             pending.add(writer.submit(next, writing, None))
         pending.finish()
+
+
+def take_over(
+    config: PredictConfig,
+    store: Store,
+    num_shards: int,
+    accelerator: Accelerator,
+    make: Callable[[Sequence[int], str], None],
+) -> str:
+    """Wait for the other ranks; `make` the shards of those that stand still.
+
+    Returns the names of these ranks, such as `rank 1, rank 3`; empty if there are none.
+    """
+    rank, world = accelerator.process_index, accelerator.num_processes
+    numbers = {
+        config.results.shard_name(number): number for number in config.shards_of(num_shards, 0, 1)
+    }
+    names = [*numbers]
+    others = {other: names[other::world] for other in range(world) if other != rank}
+    still = wait_for_ranks(store, others, config.rank_timeout * 60)
+    left = ", ".join(f"rank {other}" for other in still)
+    for other, missing in still.items():
+        print(
+            f"warning: rank {other} has made no progress for {config.rank_timeout:g} minutes; rank "
+            f"{rank} makes its {len(missing)} shards",
+            file=sys.stderr,
+            flush=True,
+        )
+        # Each rank starts with another shard.
+        for name in missing[rank % len(missing) :] + missing[: rank % len(missing)]:
+            if not store.exists(name):
+                make([numbers[name]], f"{WORK_DIR}/rank-{rank}")
+                # Of a rank that may be stopped or killed.
+                store.remove(f".{name}.tmp")
+    return left
 
 
 def num_encoders(cpus: int) -> int:
@@ -243,16 +295,18 @@ def print_result(
     """
     present = {*store.names()}
     if STATE in present and prints:
-        state = json.loads(store.read(STATE))
-        print(f"{state['images']} masks in {store}")
+        state = read_state(store)
+        print(f"{state.images} masks in {store}")
         for kind, wanted in (("png", config.results.png), ("overlay", config.results.overlay)):
             if wanted:
                 print(f"  {kind}: {store.path(kind)}")
-        if state["errors"]:
-            print(f"  {state['errors']} inputs could not be read: {store.path(ERRORS)}")
+        if state.errors:
+            print(f"  {state.errors} inputs could not be read: {store.path(ERRORS)}")
     elif alone and config.part is not None:
         print(f"part {config.part}: {len(part)} shards finished; the last part writes the manifest")
-    left_out = not present.isdisjoint(map(errors_name, part))
+    left_out = [name for name in map(errors_name, part) if name in present]
+    if left_out and (prints or alone):
+        print(f"warning: {describe_errors(store, left_out)}", file=sys.stderr)
     return INCOMPLETE if left_out and alone else 0
 
 

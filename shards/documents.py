@@ -1,5 +1,6 @@
 """JSON documents from disk: decoded strictly into frozen dataclasses before anything uses them."""
 
+import json
 from typing import Annotated, Any, TypeVar
 
 import msgspec
@@ -26,6 +27,22 @@ def parse_json(data: bytes) -> dict[str, Any]:
         return msgspec.json.decode(data, type=dict[str, Any])
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
+
+
+def parse_names(data: bytes) -> dict[str, Any]:
+    """Parse a JSON object that holds names of files, which may not be UTF-8, as surrogates.
+
+    Raises ValueError for anything else.
+    """
+
+    def refuse(name: str) -> None:
+        raise ValueError(f"{name} is not a number of JSON")
+
+    try:
+        plain = json.loads(data, parse_constant=refuse)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    return msgspec.convert(plain, dict[str, Any], strict=True)
 
 
 def convert(plain: Any, kind: type[T]) -> T:

@@ -1,9 +1,10 @@
 """Local files, opened only if they are files: a pipe or a device may never answer."""
 
+import io
 import os
 import stat
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import cast
 
 from shards.sample import DataError
 
@@ -26,7 +27,7 @@ def refuse_kind(path: Path | str, mode: int) -> None:
         raise DataError(f"{path} is {kind}, not a file; remove it")
 
 
-def open_file(path: Path | str, buffering: int = -1) -> BinaryIO:
+def open_file(path: Path | str, buffering: int = -1) -> io.BufferedReader | io.FileIO:
     """Open a file for reading. Raises OSError, and DataError for a pipe, socket or device."""
     refuse_special(path)
     # The path may have been replaced since: without this flag, opening a pipe waits for a writer.
@@ -36,7 +37,7 @@ def open_file(path: Path | str, buffering: int = -1) -> BinaryIO:
     except DataError:
         file.close()
         raise
-    return cast(BinaryIO, file)
+    return cast(io.BufferedReader | io.FileIO, file)
 
 
 def open_at_once(path: str, flags: int) -> int:

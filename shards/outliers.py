@@ -11,6 +11,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from shards.documents import Byte, Count, Positive
 from shards.sample import IGNORE, Channels
 
 NUM_KEPT = 4
@@ -30,6 +31,16 @@ class Outlier:
     name: str
     """Path of the image."""
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class StoredExtremes:
+    """`Extremes` as JSON."""
+
+    channels: dict[Channels, Count]
+    coloured: list[str]
+    largest: list[tuple[Positive, Positive, Positive, str]]
+    shares: list[tuple[Byte, Positive, str]]
 
 
 @dataclass(slots=True)
@@ -132,11 +143,7 @@ class Extremes:
         }
 
     @classmethod
-    def from_plain(cls, plain: dict[str, Any]) -> Self:
-        """Restore from the result of `to_plain`."""
-        return cls(
-            Counter(plain["channels"]),
-            plain["coloured"],
-            [(pixels, width, height, name) for pixels, width, height, name in plain["largest"]],
-            {index: (pixels, name) for index, pixels, name in plain["shares"]},
-        )
+    def restore(cls, stored: StoredExtremes) -> Self:
+        """Restore what `to_plain` returned."""
+        shares = {index: (pixels, name) for index, pixels, name in stored.shares}
+        return cls(Counter(stored.channels), stored.coloured, stored.largest, shares)

@@ -4,26 +4,33 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Annotated, Any, Literal, Self
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from shards.annotations.rule import AnnotationRule
+from shards.documents import Byte, Count, Positive, convert
 from shards.images.files import ImageFormat, ImageRule, StoredImage, read_image
 from shards.images.pixels import build_scale_table
 from shards.images.tiff import GREY16_MODES
-from shards.manifest import SizeCount, merge_size_counts
+from shards.manifest import Mode, SizeCount, merge_size_counts
 from shards.masks.borders import BorderRule
 from shards.masks.canonical import CanonicalMask, read_mask
 from shards.masks.formats import MaskFormat
 from shards.masks.readings import Occurrence, Reading
-from shards.outliers import Extremes, Outlier
+from shards.outliers import Extremes, Outlier, StoredExtremes
 from shards.sample import IGNORE, MAX_LISTED, Channels, DataError, Palette
 
 Histogram = NDArray[np.int64]
 GREY16 = "I;16"
+LEVELS = {"L": 256, "RGB": 768, GREY16: 65536}
+"""Number of levels of each kind that are counted."""
+Digest = Annotated[str, msgspec.Meta(pattern="^([0-9a-f]{64})?$")]
+PerIndex = Annotated[tuple[Count, ...], msgspec.Meta(min_length=256, max_length=256)]
+"""A count for each class index."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -135,6 +142,24 @@ def suggest_size_remedy(mask_size: tuple[int, int], image: StoredImage) -> str:
 def has_same_aspect(size: tuple[int, int], other: tuple[int, int]) -> bool:
     """Return whether two (width, height) have the same aspect ratio, within a rounded pixel."""
     return abs(size[0] * other[1] - size[1] * other[0]) <= max(*size, *other)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredStatistics:
+    """`SampleStatistics` as JSON."""
+
+    pixels: PerIndex
+    images: PerIndex
+    levels: dict[Literal["L", "RGB", "I;16"], tuple[Count, ...]]
+    sizes: tuple[tuple[Positive, Positive, Mode, Positive], ...]
+    mask_modes: dict[Mode, Count]
+    notes: dict[str, Count]
+    values: tuple[int, ...]
+    readings: tuple[tuple[Byte, int, Count, tuple[Byte, Byte, Byte] | None, Positive, str], ...]
+    remarks: list[str]
+    digests: list[Digest]
+    channels: tuple[Channels, ...]
+    extremes: StoredExtremes
 
 
 class SampleStatistics:
@@ -249,23 +274,25 @@ class SampleStatistics:
         }
 
     @classmethod
-    def from_plain(cls, plain: dict[str, Any]) -> Self:
-        """Restore the statistics from the result of `to_plain`."""
+    def from_plain(cls, plain: Any) -> Self:
+        """Restore what `to_plain` returned. Raises ValueError, naming the field, if damaged."""
+        stored = convert(plain, StoredStatistics)
+        for kind, levels in stored.levels.items():
+            if len(levels) != LEVELS[kind]:
+                raise ValueError(f"Expected {LEVELS[kind]} numbers - at `$.levels.{kind}`")
         statistics = cls()
-        statistics.pixels = np.array(plain["pixels"], dtype=np.int64)
-        statistics.images = np.array(plain["images"], dtype=np.int64)
-        statistics.levels = {k: np.array(v, dtype=np.int64) for k, v in plain["levels"].items()}
-        statistics.sizes = Counter({(w, h, mode): images for w, h, mode, images in plain["sizes"]})
-        statistics.mask_modes = Counter(plain["mask_modes"])
-        statistics.notes = Counter(plain["notes"])
-        statistics.values = set(plain["values"])
-        for index, value, bits, colour, masks, first in plain["readings"]:
-            reading = Reading(index, value, bits, None if colour is None else tuple(colour))
-            statistics.readings[reading] = Occurrence(masks, first)
-        statistics.remarks = plain["remarks"]
-        statistics.digests = plain["digests"]
-        statistics.channels = set(plain["channels"])
-        statistics.extremes = Extremes.from_plain(plain["extremes"])
+        statistics.pixels = np.array(stored.pixels, dtype=np.int64)
+        statistics.images = np.array(stored.images, dtype=np.int64)
+        statistics.levels = {k: np.array(v, dtype=np.int64) for k, v in stored.levels.items()}
+        statistics.sizes = Counter({(w, h, mode): n for w, h, mode, n in stored.sizes})
+        statistics.mask_modes = Counter(stored.mask_modes)
+        statistics.notes = Counter(stored.notes)
+        statistics.values = {*stored.values}
+        for index, value, bits, colour, masks, first in stored.readings:
+            statistics.readings[Reading(index, value, bits, colour)] = Occurrence(masks, first)
+        statistics.remarks, statistics.digests = stored.remarks, stored.digests
+        statistics.channels = {*stored.channels}
+        statistics.extremes = Extremes.restore(stored.extremes)
         return statistics
 
 

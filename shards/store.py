@@ -215,10 +215,14 @@ class Store:
             self.upload(file, name)
 
     @contextmanager
-    def staging(self) -> Iterator[Path]:
-        """Provide a local folder for files to be uploaded: the store itself, if it is local."""
+    def staging(self, within: str = "") -> Iterator[Path]:
+        """Provide a local folder for files to be uploaded: the store itself, if it is local.
+
+        `within`: a subfolder of a local store, for a second writer of the same files.
+        """
         if self.local is not None:
-            yield self.local
+            (self.local / within).mkdir(parents=True, exist_ok=True)
+            yield self.local / within
             return
         with tempfile.TemporaryDirectory() as folder:
             yield Path(folder)
@@ -230,7 +234,9 @@ class Store:
         """
         if self.local is not None and file == self.local / name:
             return
-        assert self.local is None
+        if self.local is not None:
+            os.replace(file, self.local / name)
+            return
         system, root = self.connect()
         target = f"{root}/{name}"
         protocols = (system.protocol,) if isinstance(system.protocol, str) else system.protocol

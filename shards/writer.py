@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
+from shards.documents import Count, Name, Sha256
 from shards.sample import DataError
 
 
@@ -21,11 +22,11 @@ from shards.sample import DataError
 class ShardFile:
     """A finished shard."""
 
-    name: str
-    samples: int
-    bytes: int
-    sha256: str
-    idx_sha256: str | None = None
+    name: Name
+    samples: Count
+    bytes: Count
+    sha256: Sha256
+    idx_sha256: Sha256 | None = None
     """None in reports that were written before it was recorded."""
 
 

@@ -1,6 +1,5 @@
 """Stored predictions: the mask shards of `unet predict`, matched to a data set."""
 
-import json
 import re
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from pipelines.drawing.panels import Example
 from pipelines.evaluation.per_image import split_keys
-from pipelines.inference.input_rules import JOB
+from pipelines.inference.job import read_job
 from pipelines.loading.dataset import DataSet
 from pipelines.loading.stages import Batch
 from shards.manifest import Manifest, read_manifest
@@ -151,20 +150,11 @@ def open_predictions(place: str, data: DataSet, split: str) -> StoredPredictions
         raise AggregateDataError(
             lines, f"predict all of {split}; errors.jsonl lists inputs that could not be read"
         )
-    return StoredPredictions(manifest, reader, data, split, places, num_others, read_job(store))
+    return StoredPredictions(
+        manifest, reader, data, split, places, num_others, read_job(store) or {}
+    )
 
 
 def predicted_key(key: str) -> str:
     """Return the key of an image's prediction: encoded, if a foreign tool packed it unencoded."""
     return key if re.fullmatch(r"[A-Za-z0-9_%/-]+", key) else encode_key(f"{key}.png")
-
-
-def read_job(store: Store) -> dict[str, Any]:
-    """Read the job.json of `unet predict`; empty for predictions from other tools."""
-    try:
-        job = json.loads(store.read(JOB))
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise DataError(f"{store.path(JOB)} is damaged; predict into another --out") from error
-    return job if isinstance(job, dict) else {}

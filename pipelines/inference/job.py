@@ -7,7 +7,7 @@ shard, atomically; the manifest last.
 import json
 from collections import Counter
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,10 @@ from pipelines.inference.decoding import DecodedInput
 from pipelines.inference.encode import EncodedPrediction
 from pipelines.inference.input_readers import Inputs
 from pipelines.inference.input_rules import JOB
-from pipelines.inference.options import WORK_DIR, PredictConfig, ResultOptions
+from pipelines.inference.options import WORK_DIR, PredictConfig, ResultOptions, check_settings
 from pipelines.model.load import LoadedModel
 from pipelines.runtime.errors import UsageError, refuse_changed_settings
+from shards.documents import Count, Name, Sha256, convert, decode, parse_json, parse_names
 from shards.images.files import ImageFormat
 from shards.manifest import (
     MANIFEST,
@@ -27,6 +28,7 @@ from shards.manifest import (
     ShardInfo,
     SizeCount,
     SplitInfo,
+    find_contradictions,
     merge_size_counts,
     write_manifest,
 )
@@ -37,25 +39,71 @@ from unet import DataSpec
 
 STATE = "state.json"
 ERRORS = "errors.jsonl"
+REMEDY = "predict into another --out"
+
+
+@dataclass(frozen=True, slots=True)
+class ShardReport:
+    """Contents of a finished shard of results."""
+
+    shard: ShardInfo
+    sizes: tuple[SizeCount, ...]
+    errors: Count
+    """Inputs that could not be read."""
+
+
+@dataclass(frozen=True, slots=True)
+class InputError:
+    """A line of errors.jsonl."""
+
+    input: str
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class JobState:
+    """Contents of state.json."""
+
+    finished: bool
+    images: Count
+    errors: Count
+
+
+@dataclass(frozen=True, slots=True)
+class InputSet:
+    """The inputs of a job, in job.json."""
+
+    count: Count
+    sha256: Sha256
+
+
+@dataclass(frozen=True, slots=True)
+class JobOrigin:
+    """What a job started from: the fields of job.json besides its settings."""
+
+    checkpoint: Name
+    precision: Name
+    inputs: InputSet
+    reading: dict[str, Any]
 
 
 def write_shard(
-    store: Store, name: str, spec: DataSpec
+    store: Store, name: str, spec: DataSpec, within: str = ""
 ) -> Generator[None, EncodedPrediction | DecodedInput | None, None]:
     """Write the results that are sent to one shard, in order, until None is sent.
 
     Errors and report are written before the shard. If the generator is closed early, no shard is
-    written.
+    written. `within`: subfolder in which it is written first, if another rank may be writing it.
     """
     pixels = np.zeros(len(spec.classes) + 1, dtype=np.int64)
     sizes: Counter[tuple[int, int]] = Counter()
     errors: list[str] = []
-    with store.staging() as folder:
+    with store.staging(within) as folder:
         with ShardWriter(folder / name) as writer:
             while (result := (yield)) is not None:
                 if isinstance(result, DecodedInput):
-                    line = {"input": result.source, "error": result.error}
-                    errors.append(json.dumps(line) + "\n")
+                    line = InputError(result.source, result.error or "")
+                    errors.append(json.dumps(asdict(line)) + "\n")
                     continue
                 writer.add(result.key, result.members, result.probabilities)
                 pixels += result.pixels
@@ -65,12 +113,8 @@ def write_shard(
                 store.write(errors_name(name), "".join(errors).encode(), WORK_DIR)
             info = ShardInfo(**asdict(file), pixels=tuple(pixels.tolist()))
             counts = [SizeCount(w, h, spec.channels, n) for (w, h), n in sorted(sizes.items())]
-            report = {
-                "shard": asdict(info),
-                "sizes": [asdict(c) for c in counts],
-                "errors": len(errors),
-            }
-            store.write(report_name(name), to_json(report))
+            report = ShardReport(info, tuple(counts), len(errors))
+            store.write(report_name(name), to_json(asdict(report)))
         for part in (str(Path(name).with_suffix(".idx")), name):
             store.upload(folder / part, part)
 
@@ -83,6 +127,17 @@ def errors_name(shard: str) -> str:
 def report_name(shard: str) -> str:
     """Return the path of the report of a shard, relative to the output folder."""
     return f"{WORK_DIR}/{shard}.json"
+
+
+def describe_errors(store: Store, files: Sequence[str]) -> str:
+    """Describe in one line the inputs that could not be read, by the error files of shards."""
+    lines = [line for data in read_files(store, files) for line in data.splitlines()]
+    try:
+        first = convert(parse_names(lines[0] if lines else b""), InputError)
+    except ValueError as error:
+        raise DataError(f"{store.path(files[0])} is damaged ({error}); {REMEDY}") from error
+    named = first.error if first.input in first.error else f"{first.input} ({first.error})"
+    return f"{len(lines)} inputs could not be read, the first: {named}"
 
 
 def to_json(plain: Any) -> bytes:
@@ -103,20 +158,29 @@ def finish_job(results: ResultOptions, store: Store, spec: DataSpec, num_shards:
     if not present.issuperset(names):
         return False
     try:
-        reports = [json.loads(data) for data in read_files(store, [*map(report_name, names)])]
+        files = [*map(report_name, names)]
+        reports = [
+            decode(data, ShardReport, store.path(file), f"remove {store.path(name)} and rerun")
+            for name, file, data in zip(names, files, read_files(store, files), strict=True)
+        ]
+        if wrong := [f for n, f, r in zip(names, files, reports, strict=True) if r.shard.name != n]:
+            raise DataError(f"{store.path(wrong[0])} is about another shard; {REMEDY}")
         parts = [part for part in map(errors_name, names) if part in present]
         errors = b"".join(read_files(store, parts))
         if errors:
             store.write(ERRORS, errors, WORK_DIR)
-        samples = sum(report["shard"]["samples"] for report in reports)
-        num_errors = sum(report["errors"] for report in reports)
-        state = {"finished": True, "images": samples, "errors": num_errors}
-        store.write(STATE, to_json(state), WORK_DIR)
+        samples = sum(report.shard.samples for report in reports)
+        state = JobState(True, samples, sum(report.errors for report in reports))
         manifest = predicted_manifest(results.out_split, spec, reports)
+        for problem in find_contradictions(manifest, {}):
+            raise DataError(f"{store.path(WORK_DIR)} has a damaged report ({problem}); {REMEDY}")
+        store.write(STATE, to_json(asdict(state)), WORK_DIR)
         write_manifest(store, manifest, within=WORK_DIR)
     except (FileNotFoundError, DataError) as error:
         if store.exists(MANIFEST):
-            return False  # another rank was faster and has removed the reports
+            # Another rank was faster and has removed the reports, but not those written since.
+            store.remove(WORK_DIR)
+            return False
         if isinstance(error, FileNotFoundError):
             raise DataError(
                 f"{store} has shards without reports: was its {MANIFEST} removed? Predict into "
@@ -134,13 +198,11 @@ def read_files(store: Store, names: Sequence[str]) -> list[bytes]:
     return store.read_ranges([ByteRange(name) for name in names]) if names else []
 
 
-def predicted_manifest(split: str, spec: DataSpec, reports: Sequence[dict[str, Any]]) -> Manifest:
+def predicted_manifest(split: str, spec: DataSpec, reports: Sequence[ShardReport]) -> Manifest:
     """Build the manifest of the results, which are a data set like any other."""
     num_classes = len(spec.classes)
-    shards = tuple(
-        ShardInfo(**{**r["shard"], "pixels": tuple(r["shard"]["pixels"])}) for r in reports
-    )
-    sizes = merge_size_counts([SizeCount(**size) for report in reports for size in report["sizes"]])
+    shards = tuple(report.shard for report in reports)
+    sizes = merge_size_counts([size for report in reports for size in report.sizes])
     return Manifest(
         classes=spec.classes,
         palette=spec.palette,
@@ -173,12 +235,19 @@ def read_job(store: Store) -> dict[str, Any] | None:
     if not store.exists(JOB):
         return None
     try:
-        job = json.loads(store.read(JOB))
-    except ValueError:
-        job = None
-    if not isinstance(job, dict):
-        raise DataError(f"{store.path(JOB)} is damaged; predict into another --out")
+        job = parse_json(store.read(JOB))
+        # A field that this version does not know is reported as a changed setting.
+        known = {name: job[name] for name in JobOrigin.__slots__ if name in job}
+        convert({"reading": {}, **known}, JobOrigin)
+        check_settings(job)
+    except ValueError as error:
+        raise DataError(f"{store.path(JOB)} is damaged ({error}); {REMEDY}") from error
     return job
+
+
+def read_state(store: Store) -> JobState:
+    """Read the state.json of a finished job. Raises DataError if it is damaged."""
+    return decode(store.read(STATE), JobState, store.path(STATE), REMEDY)
 
 
 def start_job(
@@ -208,7 +277,7 @@ def start_job(
             str(store),
             {"reading": {}, **started},
             {"reading": {}, **job},
-            elsewhere="predict into another --out",
+            elsewhere=REMEDY,
         )
         return
     if any(name.endswith(".tar") for name in store.names()):

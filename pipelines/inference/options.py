@@ -11,15 +11,18 @@ import torch
 from pipelines.inference.input_rules import WORK_DIR as WORK_DIR
 from pipelines.inference.input_rules import InputRule
 from pipelines.inference.reading import ReadingOptions
-from pipelines.runtime.devices import choose_batch_size, choose_channels_last
+from pipelines.runtime.devices import choose_batch_size, choose_channels_last, refuse_rank_timeout
 from pipelines.runtime.errors import parse_part, refuse_url
-from pipelines.runtime.yaml_flags import Flat, settings_of
+from pipelines.runtime.yaml_flags import Flat, plain_type, setting_types, settings_of
+from shards.documents import convert
 from shards.requests import REMOTE_TIMEOUT
 from shards.sample import MASK_EXTENSION
 from shards.store import is_url
 from unet import MaskRule, TileConfig
 
 PROBABILITIES_EXTENSION = "probabilities.npy"
+FLAGS = ("compile", "channels_last")
+"""Settings outside the groups that determine the bytes of the output."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -130,6 +133,8 @@ class PredictConfig:
     """Decoding processes per rank. Default: its share of the CPUs, at most 8."""
     remote_timeout: float = REMOTE_TIMEOUT
     """Seconds for a request to a bucket, retries included."""
+    rank_timeout: float = 10.0
+    """Minutes without progress after which the other ranks make the shards of a rank."""
     compile: bool = False
     """Compile the network with torch.compile: about a minute at the start, faster on GPUs. Only
     full batches of tiles of the size of the first image are compiled, so that masks depend on
@@ -150,6 +155,7 @@ class PredictConfig:
             )
         if self.workers is not None and self.workers < 0:
             raise ValueError(f"--workers must be >= 0, got {self.workers}")
+        refuse_rank_timeout(self.rank_timeout)
         if self.part is not None:
             parse_part("--part", self.part)
 
@@ -168,17 +174,34 @@ class PredictConfig:
         values = {entry.name: value for group in groups for entry, value in settings_of(group)}
         # Named so in job.json since before --split selected inputs.
         values["split"] = values.pop("out_split")
-        return {**values, "compile": self.compile, "channels_last": self.channels_last}
+        return {**values, **{name: getattr(self, name) for name in FLAGS}}
 
     def settle(self, started: Mapping[str, Any], device: torch.device) -> "PredictConfig":
         """Resolve unset settings: as the job in the output folder was started, else by device."""
         size, last = self.tiles.batch_size, self.channels_last
-        if size is None and isinstance(before := started.get("batch_size"), int) and before > 0:
-            size = before
-        if last is None and isinstance(before := started.get("channels_last"), bool):
-            last = before
+        size = started.get("batch_size") if size is None else size
+        last = started.get("channels_last") if last is None else last
         return replace(
             self,
             tiles=replace(self.tiles, batch_size=choose_batch_size(size, device)),
             channels_last=choose_channels_last(last, device, compiled=self.compile),
         )
+
+
+def check_settings(job: Mapping[str, Any]) -> None:
+    """Raise ValueError if a setting in job.json is of a wrong type or out of its range."""
+    named = {"out_split" if name == "split" else name: value for name, value in job.items()}
+    kinds = setting_types(PredictConfig)
+    for group in (TileConfig, ResultOptions):
+        convert({name: named[name] for name in setting_types(group) if name in named}, group)
+    for name in FLAGS:
+        if name in named:
+            convert_setting(name, named[name], plain_type(kinds[name]))
+
+
+def convert_setting(name: str, value: Any, kind: Any) -> None:
+    """Raise ValueError naming a setting whose value is of another type."""
+    try:
+        convert(value, kind)
+    except ValueError as error:
+        raise ValueError(f"{error} - at `$.{name}`") from error

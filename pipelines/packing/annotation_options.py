@@ -8,11 +8,11 @@ from typing import Any, Literal
 import yaml
 
 from pipelines.runtime.errors import UsageError, refuse_url
-from pipelines.runtime.yaml_flags import load_yaml, refuse_unused
+from pipelines.runtime.strict_yaml import load_yaml, read_text
+from pipelines.runtime.yaml_flags import refuse_unused
 from shards.annotations.layouts import CityscapesIds, KnownLayout, LayoutName, read_layout
 from shards.annotations.regions import AnnotationFormat, OverlapPolicy
 from shards.annotations.source import Annotated, AnnotationSource, UnannotatedPolicy
-from shards.local_files import read_text
 from shards.sample import DataError
 
 YOLO_FILES = ("data.yaml", "data.yml", "dataset.yaml")
@@ -136,7 +136,7 @@ def read_yolo_yaml(folder: Path) -> tuple[str, ...]:
         return ()
     try:
         plain = load_yaml(read_text(file))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, yaml.YAMLError) as error:
         raise DataError(f"{file}: {' '.join(str(error).split())}; add --classes instead") from error
     names = plain.get("names") if isinstance(plain, dict) else None
     if isinstance(names, dict):
@@ -148,4 +148,6 @@ def read_yolo_yaml(folder: Path) -> tuple[str, ...]:
         names = list(names.values())
     if not isinstance(names, list) or not names:
         raise DataError(f"{file} has no list of names; add --classes instead")
-    return tuple(map(str, names))
+    if other := [name for name in names if not isinstance(name, str)]:
+        raise DataError(f"{file}: names: {other[0]} is not a name; quote it, or add --classes")
+    return tuple(names)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -9,11 +10,11 @@ from typing import Any
 
 import yaml
 
-from pipelines.runtime.yaml_flags import load_yaml
+from pipelines.runtime.strict_yaml import load_yaml, read_text
 from shards.annotations.ade20k import ADE20K
 from shards.annotations.class_tables import CAMVID_COLOURS, CITYSCAPES, VOC, ClassTable
 from shards.images.files import ImageRule, open_image
-from shards.local_files import read_file, read_text
+from shards.local_files import read_file
 from shards.masks.palettes import read_palette
 from shards.sample import DataError
 
@@ -24,6 +25,7 @@ TABLES = {
     "camvid": CAMVID_COLOURS,
 }
 """Colour tables that --colours knows by name."""
+DECIMAL = re.compile("[0-9]{1,9}")
 IGNORED_NAME = "ignore"
 """Name of a colour whose pixels are ignored."""
 
@@ -66,7 +68,7 @@ def read_colour_table(path: Path) -> ColourTable:
         )
     except OSError as error:
         raise ValueError(f"--colours {path}: {error.strerror}") from error
-    except (yaml.YAMLError, json.JSONDecodeError, csv.Error, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, json.JSONDecodeError, csv.Error) as error:
         raise ValueError(f"--colours {path}: {' '.join(str(error).split())}") from error
     classes, colours, ignored = [], [], []
     for name, numbers in rows:
@@ -102,24 +104,28 @@ def read_csv_rows(text: str) -> list[tuple[str, Any]]:
     rows: list[tuple[str, Any]] = []
     for number, words in enumerate(csv.reader(text.splitlines(), strict=True)):
         words = [word.strip() for word in words]
-        numeric = [word.isdigit() for word in words[1:]]
+        numeric = [DECIMAL.fullmatch(word) is not None for word in words[1:]]
         if not any(words) or (number == 0 and not any(numeric)):
             continue
-        rows.append((words[0], [int(w) if w.isdigit() else w for w in words[1:]]))
+        rows.append((words[0], to_integers(words[1:])))
     return rows
 
 
 def load_json(text: str) -> Any:
-    """Parse a JSON text. Raises ValueError for a duplicate key."""
+    """Parse a JSON text. Raises yaml.YAMLError for a duplicate key, json.JSONDecodeError."""
 
     def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in pairs]
-        duplicates = [name for name in names if names.count(name) > 1]
-        if duplicates:
-            raise ValueError(f"duplicate key {duplicates[0]}")
-        return dict(pairs)
+        plain: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in plain:
+                raise yaml.YAMLError(f"duplicate key {name}")
+            plain[name] = value
+        return plain
 
-    return json.loads(text, object_pairs_hook=refuse_duplicates)
+    try:
+        return json.loads(text, object_pairs_hook=refuse_duplicates)
+    except RecursionError as error:
+        raise yaml.YAMLError("nested too deeply") from error
 
 
 def read_mapped_rows(path: Path, text: str) -> list[tuple[str, Any]]:
@@ -127,4 +133,11 @@ def read_mapped_rows(path: Path, text: str) -> list[tuple[str, Any]]:
     plain = load_json(text) if path.suffix.lower() == ".json" else load_yaml(text)
     if not isinstance(plain, dict) or not plain:
         raise ValueError(f"--colours {path}: expected `name: [r, g, b]` lines")
-    return [(str(name), numbers) for name, numbers in plain.items()]
+    return [(str(name), to_integers(numbers)) for name, numbers in plain.items()]
+
+
+def to_integers(numbers: Any) -> Any:
+    """Convert the texts of a YAML list that are decimal integers."""
+    if not isinstance(numbers, list):
+        return numbers
+    return [int(n) if isinstance(n, str) and DECIMAL.fullmatch(n) else n for n in numbers]

@@ -11,6 +11,7 @@ from typing import Any, Self
 from pipelines.packing.plan import WORK_DIR, FileStat, PlannedSample, PlannedShard
 from pipelines.runtime.errors import RunError, describe_read_error
 from shards.annotations.scan import Spans, read_spans
+from shards.documents import Name, Sha256, convert, parse_names
 from shards.local_files import open_file
 from shards.manifest import ShardInfo
 from shards.masks.borders import NEEDS_SCIPY, has_scipy
@@ -70,12 +71,21 @@ class ShardReport:
 
     @classmethod
     def from_json(cls, data: bytes) -> Self:
-        """Parse what `to_json` returned."""
-        plain = json.loads(data)
-        file = None if plain["file"] is None else ShardFile(**plain["file"])
-        return cls(
-            **{**plain, "file": file, "tally": SampleStatistics.from_plain(plain["tally"])},
-        )
+        """Parse what `to_json` returned. Raises ValueError, naming the field, if it is damaged."""
+        stored = convert(parse_names(data), StoredReport)
+        tally = SampleStatistics.from_plain(stored.tally)
+        return cls(stored.split, stored.plan, stored.file, tally, stored.problems)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredReport:
+    """`ShardReport` as JSON."""
+
+    split: Name
+    plan: Sha256
+    file: ShardFile | None
+    tally: dict[str, Any]
+    problems: list[str]
 
 
 class ShardRefusedError(Exception):
@@ -221,14 +231,26 @@ def read_shard_report(store: Store, planned: PlannedShard, plan: str) -> ShardRe
     Raises DataError if it is missing or belongs to another plan than `plan`, a sha256.
     """
     exists = store.exists(planned.name)
+    name = f"{WORK_DIR}/{planned.name}{REPORT_SUFFIX if exists else EMPTY_SUFFIX}"
+    path = store.path(name)
+    remedy = f"remove {store.path(planned.name) if exists else path} and rerun"
     try:
-        data = store.read(f"{WORK_DIR}/{planned.name}{REPORT_SUFFIX if exists else EMPTY_SUFFIX}")
+        data = store.read(name)
     except FileNotFoundError as error:
         raise DataError(
             f"{store.path(planned.name)} has no report in {WORK_DIR}: did another command pack "
             "here? Remove the shard and rerun"
         ) from error
-    report = ShardReport.from_json(data)
+    damage = f"{path} is damaged"
+    try:
+        report = ShardReport.from_json(data)
+    except ValueError as error:
+        raise DataError(f"{damage} ({error}); {remedy}") from error
+    about = (report.split, None if report.file is None else report.file.name)
+    if about != (planned.split, planned.name if exists else None):
+        raise DataError(f"{damage} (it is about another shard); {remedy}")
+    if len(report.tally.digests) != len(planned.samples):
+        raise DataError(f"{damage} (it is about other samples); {remedy}")
     if report.plan != plan:
         raise DataError(
             f"{store.path(planned.name)} belongs to another plan that started at the same time; "

@@ -1,6 +1,7 @@
 """The contents of a run folder, also of a run that is training or was killed in mid-write."""
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
@@ -10,6 +11,8 @@ import yaml
 
 from pipelines.runtime.environment import describe_environment, lines_of
 from pipelines.runtime.run_folder import CHECKPOINT_STATE, RunFolder
+from pipelines.runtime.strict_yaml import load_typed_yaml, read_text
+from shards.documents import parse_json
 from shards.local_files import read_file
 from shards.sample import DataError
 
@@ -144,11 +147,10 @@ def read_config(path: Path, notes: list[str]) -> tuple[dict[str, Any], str]:
     if not path.exists():
         notes.append(f"{path.name} is missing.")
         return {}, ""
-    text = read_file(path).decode("utf-8", "replace")
-    try:
-        plain = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError):
-        plain = None
+    text, plain = "", None
+    with suppress(yaml.YAMLError):
+        text = read_text(path)
+        plain = load_typed_yaml(text)
     if not isinstance(plain, dict):
         notes.append(f"{path.name} is damaged.")
         plain = {}
@@ -160,15 +162,12 @@ def read_config(path: Path, notes: list[str]) -> tuple[dict[str, Any], str]:
 def read_json(path: Path, notes: list[str]) -> dict[str, Any]:
     """Read a JSON object; empty if the file is missing or damaged."""
     try:
-        plain = json.loads(read_file(path))
+        return parse_json(read_file(path))
     except FileNotFoundError:
-        return {}
-    except (ValueError, RecursionError):
-        plain = None
-    if not isinstance(plain, dict):
+        pass
+    except ValueError:
         notes.append(f"{path.name} is damaged.")
-        return {}
-    return plain
+    return {}
 
 
 def read_metrics(path: Path, best_step: float | None) -> Metrics:

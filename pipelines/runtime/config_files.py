@@ -11,8 +11,7 @@ import yaml
 from pipelines.runtime.errors import UsageError
 from pipelines.runtime.flag_values import is_optional, is_switch
 from pipelines.runtime.flags import Flag
-from pipelines.runtime.yaml_flags import load_yaml
-from shards.local_files import read_text
+from pipelines.runtime.strict_yaml import load_yaml, read_text
 from shards.sample import DataError
 
 
@@ -22,7 +21,7 @@ def read_config_file(flags: Sequence[Flag], file: Path) -> dict[str, Any]:
     Raises UsageError, with the file, for one that cannot be read, an unknown key or a wrong value.
     """
     try:
-        plain = load_yaml(read_text(file, "utf-8"))
+        plain = load_yaml(read_text(file))
         if plain is None:
             return {}
         if not isinstance(plain, dict):
@@ -33,8 +32,6 @@ def read_config_file(flags: Sequence[Flag], file: Path) -> dict[str, Any]:
         raise UsageError(f"--config {file}: {error.strerror}") from error
     except DataError as error:
         raise UsageError(f"--config {error}") from error
-    except UnicodeDecodeError as error:
-        raise UsageError(f"--config {file}: not UTF-8; save it as UTF-8 text") from error
     except yaml.YAMLError as error:
         raise UsageError(f"--config {file}: {describe_yaml_error(error)}") from error
     except UsageError as error:
@@ -59,11 +56,11 @@ def find_settings(
         key, shown = prefix + name, f"{prefix}{written}"
         if key in by_key and "." not in name:
             if isinstance(value, dict):
-                raise UsageError(f"{shown} must be a value, found {value!r}")
+                raise UsageError(f"{shown} must be a value, found a mapping")
             yield key, value
         elif "." not in name and any(known.startswith(f"{key}.") for known in by_key):
             if not isinstance(value, dict):
-                raise UsageError(f"{shown} must be a mapping, found {value!r}")
+                raise UsageError(f"{shown} must be a mapping, found {str(value)[:100]}")
             yield from find_settings(by_key, value, f"{key}.")
         else:
             raise UsageError(f"unknown key {shown}; {suggest_key(by_key, key)}")

@@ -5,8 +5,6 @@ from dataclasses import Field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
-import yaml
-
 T = TypeVar("T")
 
 Flat = Annotated[T, "flat"]
@@ -17,31 +15,6 @@ titles its group in `--help`. A group may hold flat groups, no others.
 """
 Positional = Annotated[T, "positional"]
 """A setting that is an argument without a flag on the command line, and a key in YAML."""
-
-
-class StrictLoader(yaml.SafeLoader):
-    """YAML where a duplicate key is an error, and `no` and `on` are strings."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Construct a mapping. Raises yaml.YAMLError for a duplicate key."""
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                line = key.start_mark.line + 1
-                raise yaml.YAMLError(f"line {line}: duplicate key {key.value}")
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-StrictLoader.yaml_implicit_resolvers = {
-    letter: [(tag, regex) for tag, regex in resolvers if letter in "tTfF" or "bool" not in tag]
-    for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-
-
-def load_yaml(text: str) -> Any:
-    """Parse a YAML text strictly. Raises yaml.YAMLError."""
-    return yaml.load(text, StrictLoader)  # noqa: S506 (it is a SafeLoader)
 
 
 def setting_types(config_class: type) -> dict[str, Any]:

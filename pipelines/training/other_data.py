@@ -4,7 +4,7 @@ from pathlib import Path
 
 import yaml
 
-from shards.local_files import read_text
+from pipelines.runtime.strict_yaml import load_yaml, read_text
 from shards.manifest import Manifest, read_manifest
 from shards.sample import DataError
 
@@ -32,8 +32,8 @@ def describe_other_data(config: Path, digest: str, place: str) -> str:
 def read_data_setting(config: Path) -> str | None:
     """Read `data` from config.yaml; None if it is missing."""
     try:
-        plain = yaml.safe_load(read_text(config, "utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        plain = load_yaml(read_text(config))
+    except (OSError, DataError, yaml.YAMLError):
         return None
     data = plain.get("data") if isinstance(plain, dict) else None
     return data if isinstance(data, str) else None

@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
+import msgspec
 import numpy as np
 import yaml
 from accelerate import Accelerator
@@ -22,8 +23,9 @@ from pipelines.runtime.errors import RunError
 from pipelines.runtime.run_folder import RunFolder
 from pipelines.runtime.yaml_flags import refuse_unused
 from pipelines.training.checkpoints import TrainState
+from shards.documents import Count
 from shards.images.files import encode_png
-from shards.local_files import read_text
+from shards.local_files import read_file
 from shards.writer import write_atomically
 
 logger = logging.getLogger(__name__)
@@ -229,18 +231,40 @@ def flatten(plain: dict[str, Any]) -> dict[str, str | int | float | bool]:
 
 
 def drop_lines_after(path: Path, step: int) -> None:
-    """Drop the lines of steps after `step`, which a resumed run repeats, and an incomplete one."""
+    """Drop the lines of steps after `step`, which a resumed run repeats, and damaged ones.
+
+    Prints how many are damaged, except for an incomplete last line, which a kill leaves behind.
+    """
     if not path.exists():
         return
-    kept = []
-    for line in read_text(path, "utf-8").splitlines():
+    kept, damages = [], []
+    for number, line in enumerate(read_file(path).splitlines(keepends=True), 1):
         try:
-            if json.loads(line)["step"] > step:
-                break
-        except (json.JSONDecodeError, KeyError, TypeError):
-            break
-        kept.append(line + "\n")
-    write_atomically(path, "".join(kept).encode())
+            if parse_step(line) <= step:
+                kept.append(line)
+        except (ValueError, RecursionError) as error:
+            if line.endswith(b"\n"):
+                damages.append(f"line {number} ({error})")
+    if damages:
+        print(
+            f"warning: {path}: {len(damages)} damaged lines were removed, the first: {damages[0]}",
+            file=sys.stderr,
+        )
+    write_atomically(path, b"".join(kept))
+
+
+def parse_step(line: bytes) -> int:
+    """Return the step of a line of metrics.jsonl.
+
+    Raises ValueError unless it is complete and holds a step and numbers; NaN and null are numbers
+    that could not be computed.
+    """
+    if not line.endswith(b"\n"):
+        raise ValueError("it is incomplete")
+    plain = msgspec.convert(json.loads(line), dict[str, Any], strict=True)
+    step = msgspec.convert(plain.pop("step", None), Count, strict=True)
+    msgspec.convert(plain, dict[str, float | None], strict=True)
+    return step
 
 
 def has_wandb_key() -> bool:

@@ -126,11 +126,11 @@ def test_yaml_values_have_the_declared_type(text: str, name: str, value: Any, fi
         ("zzz: 3", "unknown key zzz; --help lists all flags, which are the keys"),
         ("optim.rate: 3", "unknown key optim.rate"),
         ("optim: 3", "optim must be a mapping, found 3"),
-        ("steps: {a: 1}", "steps must be a value, found {'a': 1}"),
+        ("steps: {a: 1}", "steps must be a value, found a mapping"),
         ("- a\n- b", "expected `key: value` lines, found list"),
         ("just words", "expected `key: value` lines, found str"),
         ("steps: [1", "line 1, column 10: while parsing a flow sequence, expected ',' or ']'"),
-        ("steps: !!python/object:os.system x", "could not determine a constructor"),
+        ("steps: !!python/object:os.system x", "remove the tag"),
         ("3: 4", "unknown key 3"),
     ],
 )
@@ -366,7 +366,7 @@ def test_a_pack_configuration_is_saved_flat_and_loaded_again(file) -> None:
         ("widht: 3", "unknown key widht; did you mean width?"),
         ("frame: {width: 3}", "unknown key frame; --help lists all flags, which are the keys"),
         ("size: 3", "unknown key size; --help lists all flags, which are the keys"),
-        ("width: {a: 3}", "width must be a value, found {'a': 3}"),
+        ("width: {a: 3}", "width must be a value, found a mapping"),
     ],
 )
 def test_a_wrong_key_gets_the_nearest_of_all_groups(text: str, message: str, file, capsys) -> None:

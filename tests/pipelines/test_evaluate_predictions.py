@@ -281,7 +281,7 @@ def test_images_are_not_predictions(shards, cells: Path, call, tmp_path: Path) -
         (lambda masks: (masks / "index.json").unlink(), "is not a data set: index.json is missing"),
         (
             lambda masks: (masks / "job.json").write_text("{"),
-            "job.json is damaged; predict into another --out",
+            "job.json is damaged (Input data was truncated); predict into another --out",
         ),
         (lambda masks: (masks / "predicted-000000.tar").unlink(), "predicted-000000.tar cannot be"),
         (lambda masks: (masks / "predicted-000000.idx").unlink(), "predicted-000000.idx cannot be"),

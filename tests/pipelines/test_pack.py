@@ -1,5 +1,5 @@
-"""`pack`, `packing.plan`, `packing.shard_job`, `packing.manifest`, `packing.classes`,
-`packing.problems`, `packing.duplicates`.
+"""`pack`, `packing.plan`, `packing.stored_plan`, `packing.shard_job`, `packing.manifest`,
+`packing.classes`, `packing.problems`, `packing.duplicates`.
 
 Packing: byte-identical for any workers and kills, a correct manifest, one-line errors.
 """

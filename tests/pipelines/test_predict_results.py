@@ -328,8 +328,9 @@ def test_progress_reports_images_pixels_errors_and_the_time_left(
     monkeypatch.setattr(progress, "LINE_INTERVAL", 1e-9)
     ended = call("predict", *argv(bright, images, tmp_path / "out"))
     assert ended.code == 3
-    lines = [line for line in ended.err.splitlines() if line]
+    *lines, warning = [line for line in ended.err.splitlines() if line]
     assert lines
+    assert warning.startswith("warning: 1 inputs could not be read, the first: ")
     line = r"predict, [\d.,]+ megapixels/s, [01] errors: \d of 6 images, [\d.,]+/s, \d\d:\d\d left"
     for message in lines:
         assert re.fullmatch(line, message), message
@@ -403,3 +404,30 @@ def test_a_shard_that_is_given_up_leaves_nothing(bright: Path, tmp_path: Path) -
     assert [*tmp_path.iterdir()]
     writing.close()
     assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "problem"),
+    [
+        ("job.json", {"inputs": {"count": -1, "sha256": "0" * 64}}, "`$.inputs.count`"),
+        ("job.json", {"batch_size": -1}, "batch_size must be at least 1, got -1"),
+        ("job.json", {"tta": 1}, "`$.tta`"),
+        ("job.json", {"channels_last": "x"}, "`$.channels_last`"),
+        ("job.json", {"checkpoint": ["a"]}, "`$.checkpoint`"),
+        ("state.json", {"images": 1.5}, "`$.images`"),
+        ("state.json", {"other": 1}, "`$.other`"),
+    ],
+)
+def test_a_damaged_document_of_a_job_is_named_with_its_field(
+    file: str, change: dict, problem: str, bright: Path, images: Path, call, tmp_path: Path
+) -> None:
+    command = argv(bright, images, tmp_path / "out")
+    assert call("predict", *command).code == 0
+    path = tmp_path / "out" / file
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    ended = call("predict", *command)
+    assert ended.code == 1
+    assert ended.err.startswith(f"unet predict: {path} is damaged (")
+    assert problem in ended.err
+    assert ended.err.endswith("; predict into another --out\n")
+    assert ended.err.count("\n") == 1

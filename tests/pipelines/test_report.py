@@ -419,7 +419,8 @@ def test_what_was_left_out_and_the_deciding_settings_are_reported(report, run_di
     assert "Excluded" not in report("--no-pictures").text
     values = {"step": 6, "train/skipped": 3, "train/overflows": 2, "train/memory_gib": 1.25}
     append(run_dir / "metrics.jsonl", values, "\n")
-    append(run_dir / "config.yaml", "best_by: iou\n")
+    config = run_dir / "config.yaml"
+    config.write_text(config.read_text().replace("best_by: dice", "best_by: iou"))
     made = report("--no-pictures")
     for words in ("3 samples that could not be", "2 steps whose gradients", "peak 1.2 GiB"):
         assert words in made.text

@@ -189,6 +189,22 @@ def test_lines_of_steps_that_will_be_made_again_are_dropped(
     assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
+@pytest.mark.parametrize(
+    "damage",
+    ["null", "{", "[" * 100_000, "\xff", '{"step": -1}', '{"step": "2"}', '{"step": 1, "a": []}'],
+)
+def test_damaged_lines_are_removed_and_reported(
+    damage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"step": 1}}\n{damage}\n{{"step": 2, "a": NaN}}\n', encoding="latin-1")
+    drop_lines_after(path, 2)
+    assert path.read_text() == '{"step": 1}\n{"step": 2, "a": NaN}\n'
+    warning = capsys.readouterr().err
+    assert warning.startswith(f"warning: {path}: 1 damaged lines were removed, the first: line 2 (")
+    assert warning.count("\n") == 1
+
+
 def test_a_file_that_is_missing_is_not_made(tmp_path: Path) -> None:
     drop_lines_after(tmp_path / "metrics.jsonl", 2)
     assert not [*tmp_path.iterdir()]
