@@ -40,7 +40,7 @@ def failing() -> Iterator[str]:
 
         do_HEAD = do_GET = do_POST = answer  # noqa: N815
 
-        def log_message(self, *_: object) -> None: ...
+        def log_message(self, format: str, *args: object) -> None: ...
 
     with HTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
