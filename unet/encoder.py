@@ -6,7 +6,6 @@ a repository is run: the configuration names an architecture that transformers c
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
 from math import log2
 from typing import Any
 
@@ -193,7 +192,7 @@ def make_config(plain: Mapping[str, Any]) -> Any:
 def require_timm(name: Any) -> None:
     """Raise ImportError without timm, ValueError if it has no model `name`."""
     try:
-        timm = import_module("timm")
+        import timm  # pyright: ignore[reportMissingImports]
     except Exception as error:  # a torchvision of another torch raises RuntimeError
         what = " ".join(str(error).split())[:200]
         raise ImportError(

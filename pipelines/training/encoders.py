@@ -1,7 +1,6 @@
 """Training of an encoder: where it comes from, when it is frozen, which batch norm it can have."""
 
 import sys
-from importlib import import_module
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -54,8 +53,12 @@ def synchronise_batch_norm(model: UNet) -> None:
     """Replace batch norm by SyncBatchNorm, in place."""
     encoder = model.config.encoder
     if encoder is not None and encoder.backbone["model_type"] == TIMM:
+        from timm.layers import (  # pyright: ignore[reportMissingImports]
+            convert_sync_batchnorm,
+        )
+
         # Batch norm of timm may contain the activation, which torch's conversion would drop.
-        import_module("timm.layers").convert_sync_batchnorm(model)
+        convert_sync_batchnorm(model)
     else:
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
