@@ -131,8 +131,13 @@ def fixed_padding(loaded: LoadedModel) -> LoadedModel:
         if not isinstance(conv, nn.Conv2d) or type(conv).__name__ != "Conv2dSame":
             continue
         plain = nn.Conv2d(
-            *(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride),
-            **{"dilation": conv.dilation, "groups": conv.groups, "bias": conv.bias is not None},
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,  # pyright: ignore[reportArgumentType] - torch's own attributes
+            conv.stride,  # pyright: ignore[reportArgumentType]
+            dilation=conv.dilation,  # pyright: ignore[reportArgumentType]
+            groups=conv.groups,
+            bias=conv.bias is not None,
         )
         plain.weight, plain.bias = conv.weight, conv.bias
         totals = [
