@@ -4,7 +4,7 @@ transformers is imported only where a backbone is built. Nothing is downloaded h
 a repository is run: the configuration names an architecture that transformers contains.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import log2
 from typing import Any
@@ -25,6 +25,8 @@ UNUSED = (
 """Keys of a backbone's configuration that do not describe the network or are set here."""
 DROP_PATH = "drop_path_rate"
 """Key of a backbone's configuration: probability that the deepest block is skipped in training."""
+TIMM = "timm_backbone"
+"""Model type of a model of timm, which TimmBackbone of transformers builds."""
 NO_DECAY_MODULES = ("continuous_position_bias_mlp",)
 """Modules whose weights Swin V2 does not decay (Liu et al. 2022)."""
 
@@ -52,6 +54,9 @@ class EncoderConfig:
     """Commit of the hub repository."""
     sha256: str | None = field(default=None, compare=False)
     """Digest of the weights file; of several, of their digests in the order of their names."""
+    input: str | None = field(default=None, compare=False)
+    """How the first convolution was made for other channels than the weights have: `mean`, `repeat`
+    or `random`; None: it is that of the weights, or random like all others."""
     licence: str | None = field(default=None, compare=False)
     """Licence on the hub card."""
     mean: tuple[float, ...] | None = field(default=None, compare=False)
@@ -75,6 +80,11 @@ class EncoderConfig:
         return other is not None and (
             {**self.backbone, DROP_PATH: None} == {**other.backbone, DROP_PATH: None}
         )
+
+    @property
+    def architecture(self) -> str:
+        """Name of the network: `resnet`; of a model of timm, `timm resnet18`."""
+        return name_architecture(self.backbone)
 
     @property
     def depth(self) -> int:
@@ -130,6 +140,12 @@ class Encoder(nn.Module):
         return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.modules())
 
 
+def name_architecture(plain: Mapping[str, Any]) -> str:
+    """Name the network of a configuration."""
+    model_type = plain.get("model_type")
+    return f"timm {plain.get('backbone')}" if model_type == TIMM else str(model_type)
+
+
 def build_backbone(plain: Mapping[str, Any]) -> nn.Module:
     """Build a backbone with random weights.
 
@@ -140,14 +156,18 @@ def build_backbone(plain: Mapping[str, Any]) -> nn.Module:
     except ImportError as error:
         raise ImportError(NEEDS_TRANSFORMERS) from error
     config = make_config(plain)
+    more = {}
+    if plain["model_type"] == TIMM and plain.get(DROP_PATH):
+        # Other backbones read it from their configuration.
+        more = {DROP_PATH: plain[DROP_PATH]}
     try:
-        return AutoBackbone.from_config(config)
+        return AutoBackbone.from_config(config, **more)
     except ImportError as error:
         what = " ".join(str(error).split())
-        raise ImportError(f"encoder {config.model_type}: {what}") from error
+        raise ImportError(f"encoder {name_architecture(plain)}: {what}") from error
     except Exception as error:  # transformers raises whatever the values provoke
         what = " ".join(str(error).split())[:200]
-        raise ValueError(f"encoder {config.model_type} cannot be built: {what}") from error
+        raise ValueError(f"encoder {name_architecture(plain)} cannot be built: {what}") from error
 
 
 def make_config(plain: Mapping[str, Any]) -> Any:
@@ -159,15 +179,39 @@ def make_config(plain: Mapping[str, Any]) -> Any:
         from transformers import AutoConfig
     except ImportError as error:
         raise ImportError(NEEDS_TRANSFORMERS) from error
-    if plain.get("model_type") == "timm_backbone":
-        # timm reads names such as hf-hub:owner/name from the network.
-        raise ValueError("encoder timm_backbone: use a backbone of transformers itself")
+    if plain.get("model_type") == TIMM:
+        require_timm(plain.get("backbone"))
     values = {name: value for name, value in plain.items() if name != "model_type"}
     try:
         return AutoConfig.for_model(plain["model_type"], **values)
     except Exception as error:  # transformers raises whatever the values provoke
         what = " ".join(str(error).split())[:200]
         raise ValueError(f"encoder {plain.get('model_type')}: {what}") from error
+
+
+def require_timm(name: Any) -> None:
+    """Raise ImportError without timm, ValueError if it has no model `name`."""
+    try:
+        import timm  # pyright: ignore[reportMissingImports]
+    except Exception as error:  # a torchvision of another torch raises RuntimeError
+        what = " ".join(str(error).split())[:200]
+        raise ImportError(
+            f"encoder timm {name} requires timm, and torchvision built for the same torch: "
+            f"pip install timm torchvision ({what})"
+        ) from error
+    # timm would download the configuration of a name such as hf-hub:owner/name.
+    if not isinstance(name, str) or ":" in name or not timm.is_model(name):
+        raise ValueError(f"timm {timm.__version__} has no model {name!r}")
+
+
+def name_stages(plain: Mapping[str, Any]) -> tuple[str, Sequence[str | int]]:
+    """Return the key of a configuration that chooses feature maps, and all its possible values."""
+    if plain.get("model_type") != TIMM:
+        return "out_features", list(getattr(make_config(plain), "stage_names", None) or [])
+    # Only the network knows its stages.
+    with torch.device("meta"):
+        backbone: Any = build_backbone({**plain, "out_indices": [0]})
+    return "out_indices", range(len(backbone.stage_names))
 
 
 def find_stages(plain: Mapping[str, Any], in_channels: int, **origin: Any) -> EncoderConfig:
@@ -186,12 +230,15 @@ def find_stages(plain: Mapping[str, Any], in_channels: int, **origin: Any) -> En
     """
     kept = {name: value for name, value in plain.items() if name not in UNUSED}
     kept["num_channels"] = in_channels
-    stages = list(getattr(make_config(kept), "stage_names", None) or [])
+    if kept.get("model_type") == TIMM:
+        # Without `use_pretrained_backbone`, some versions of transformers would download weights.
+        kept |= {"features_only": True, "use_pretrained_backbone": False}
+    key, stages = name_stages(kept)
     if not stages:
         raise ValueError(f"{kept.get('model_type')} is not a backbone of transformers")
-    found: dict[int, tuple[str, int]] = {}
+    found: dict[int, tuple[str | int, int]] = {}
     for stage, (channels, stride) in zip(
-        stages, probe_maps({**kept, "out_features": stages}, in_channels), strict=True
+        stages, probe_maps({**kept, key: list(stages)}, in_channels), strict=True
     ):
         if stride > 1:
             # The last stage of a stride sees most.
@@ -199,10 +246,10 @@ def find_stages(plain: Mapping[str, Any], in_channels: int, **origin: Any) -> En
     strides = tuple(sorted(found))
     if len(strides) < 2:
         raise ValueError(
-            f"{kept['model_type']} is a plain transformer: all its feature maps have stride "
+            f"{name_architecture(kept)} is a plain transformer: all its feature maps have stride "
             f"{strides[0] if strides else 1}; use a hierarchical backbone (ConvNeXt, Swin, ResNet)"
         )
-    chosen = {**kept, "out_features": [found[stride][0] for stride in strides]}
+    chosen = {**kept, key: [found[stride][0] for stride in strides]}
     return EncoderConfig(
         backbone=chosen,
         unused=find_unused(chosen, in_channels),
@@ -215,7 +262,7 @@ def find_stages(plain: Mapping[str, Any], in_channels: int, **origin: Any) -> En
 def probe_maps(plain: Mapping[str, Any], in_channels: int) -> list[tuple[int, int]]:
     """Return (channels, stride) of each feature map. Raises ValueError if it is not such a map."""
     height, width = PROBE_SIZE
-    name = plain["model_type"]
+    name = name_architecture(plain)
     with torch.device("meta"), torch.no_grad():
         backbone = build_backbone(plain).eval()
         try:

@@ -20,9 +20,12 @@ from pipelines.model.backbone_files import (
     read_json,
     source_name,
 )
+from pipelines.model.build import ModelConfig
+from pipelines.model.channels import ChannelRule, describe_rule, map_channels, map_values
+from pipelines.model.timm_files import match_timm, read_timm
 from pipelines.runtime.errors import UsageError
 from unet import EncoderConfig, UNetConfig, find_stages
-from unet.encoder import DROP_PATH, build_backbone
+from unet.encoder import DROP_PATH, TIMM, build_backbone
 
 NEW_TENSORS = ("hidden_states_norms.", "num_batches_tracked")
 """Parts of names of tensors that a backbone has and the weights of a classifier lack: the norms of
@@ -35,28 +38,21 @@ class Backbone:
 
     config: EncoderConfig
     tensors: dict[str, Tensor] | None = None
-    """Pretrained weights by name, for the channels of the images; None: random, or those of a
-    checkpoint."""
+    """Pretrained weights by name, for the channels of the images, without tensors that stay random;
+    None: all random, or those of a checkpoint."""
     notes: tuple[str, ...] = ()
     """What to print about the weights, one line each."""
 
 
 def choose_backbone(
-    encoder: str,
-    weights: str,
-    drop_path: float | None,
-    in_channels: int,
-    saved: UNetConfig | None,
-    accelerator: Accelerator,
+    model: ModelConfig, in_channels: int, saved: UNetConfig | None, accelerator: Accelerator
 ) -> Backbone:
-    """Return the backbone of `saved`, a checkpoint to continue from, else that of `encoder`.
+    """Return the backbone of `saved`, a checkpoint to continue from, else that of the settings.
 
     Rank 0 finds or downloads the files first; the others wait and read the same commit.
 
     Args:
-        encoder: local folder or hub id.
-        weights: `pretrained`, `none`, or a safetensors file.
-        drop_path: replaces `drop_path_rate` of the backbone's configuration.
+        model: settings, with `encoder`.
         in_channels: channels of the images.
         saved: model config of that checkpoint; its backbone is used if it has the same source.
         accelerator: ranks that agree.
@@ -64,14 +60,21 @@ def choose_backbone(
     Raises:
         UsageError: on all ranks, if a file is missing or does not fit.
     """
+    encoder, weights = model.encoder, model.encoder_weights
+    assert encoder is not None
     own = None if saved is None else saved.encoder
     if own is not None and own.source == source_name(encoder):
-        return Backbone(set_drop_path(own, encoder, drop_path))
+        if model.encoder_input not in (None, own.input):
+            raise UsageError(
+                f"--model.encoder-input {model.encoder_input}: the first convolution is that of "
+                "the checkpoint; remove it"
+            )
+        return Backbone(set_drop_path(own, encoder, model.drop_path))
 
     def find(revision: str | None = None) -> BackboneFiles:
         return find_backbone(encoder, weights, revision)
 
-    return load_backbone(find_on_ranks(find, accelerator), encoder, weights, drop_path, in_channels)
+    return load_backbone(find_on_ranks(find, accelerator), model, in_channels)
 
 
 def find_on_ranks(
@@ -97,18 +100,19 @@ def find_on_ranks(
     return find(revision) if files is None else files
 
 
-def load_backbone(
-    files: BackboneFiles, encoder: str, weights: str, drop_path: float | None, in_channels: int
-) -> Backbone:
+def load_backbone(files: BackboneFiles, model: ModelConfig, in_channels: int) -> Backbone:
     """Read configuration, weights and normalisation. Raises UsageError if they do not fit."""
-    flag = f"--model.encoder {encoder}"
-    plain = read_json(files.config, flag)
+    flag, weights = f"--model.encoder {model.encoder}", model.encoder_weights
+    plain, preprocessor = read_description(files, flag)
     own_channels = plain.get("num_channels", 3)
     if type(own_channels) is not int or own_channels < 1:
         raise UsageError(f"{flag}: num_channels in {files.config} is {own_channels!r}")
-    mean = std = None
-    if files.weights:
-        mean, std = read_normalisation(files.preprocessor, own_channels, in_channels, flag)
+    rule = choose_rule(model, own_channels, in_channels)
+    normalisation = read_normalisation(preprocessor, own_channels, flag) if files.weights else None
+    if normalisation is None or rule == "random":
+        mean = std = None
+    else:
+        mean, std = (map_values(values, in_channels, rule or "mean") for values in normalisation)
     try:
         config = find_stages(
             plain,
@@ -118,53 +122,100 @@ def load_backbone(
             revision=files.revision,
             sha256=digest(files.weights),
             licence=read_licence(files.card),
+            input=rule,
             mean=mean,
             std=std,
         )
-        config = set_drop_path(config, encoder, drop_path)
+        config = set_drop_path(config, str(model.encoder), model.drop_path)
         if not files.weights:
             return Backbone(config, None, (f"encoder {files.source}: random weights",))
         tensors, counts = read_weights(config, own_channels, files.weights)
     except (ImportError, ValueError) as error:
         raise UsageError(f"{flag}: {error}") from error
     notes = [f"encoder {files.source}: {counts}"]
-    if mean is None:
+    if normalisation is None:
         notes.append(
             f"encoder {files.source} has no preprocessor_config.json: images are normalised with "
             "the mean and deviation of the data set"
         )
-    else:
+    elif mean is not None:
         notes.append("its mean and deviation replace those of the data set")
-    if in_channels != own_channels:
-        notes.append(map_rule(own_channels, in_channels))
+    if rule is not None:
+        notes.append(describe_rule(rule, own_channels, in_channels))
         for name in first_convolutions(config):
-            tensors[name] = map_channels(tensors[name], in_channels)
+            weight = tensors.pop(name)
+            if rule != "random":
+                tensors[name] = map_channels(weight, in_channels, rule)
     return Backbone(config, tensors, tuple(notes))
+
+
+def choose_rule(model: ModelConfig, own_channels: int, in_channels: int) -> ChannelRule | None:
+    """Return how the first convolution is mapped; None if it is not.
+
+    Raises UsageError if `--model.encoder-input` would have no effect.
+    """
+    if model.encoder_weights != "none" and own_channels != in_channels:
+        return model.encoder_input or "mean"
+    if model.encoder_input is not None:
+        reason = (
+            "its weights are random"
+            if model.encoder_weights == "none"
+            else f"the encoder takes the {in_channels} channels of the images as they are"
+        )
+        raise UsageError(
+            f"--model.encoder-input {model.encoder_input} has no effect: {reason}; remove it"
+        )
+    return None
 
 
 def set_drop_path(config: EncoderConfig, encoder: str, rate: float | None) -> EncoderConfig:
     """Replace the drop path rate. Raises UsageError for a backbone without drop path."""
     if rate is None:
         return config
-    if DROP_PATH not in config.backbone:
+    changed = {**config.backbone, DROP_PATH: rate}
+    if DROP_PATH not in config.backbone and not takes_drop_path(changed):
         raise UsageError(
-            f"--model.drop-path {rate}: {config.backbone['model_type']} ({encoder}) has no drop "
-            "path; remove it"
+            f"--model.drop-path {rate}: {config.architecture} ({encoder}) has no drop path; remove "
+            "it"
         )
-    return replace(config, backbone={**config.backbone, DROP_PATH: rate})
+    return replace(config, backbone=changed)
+
+
+def takes_drop_path(plain: dict[str, Any]) -> bool:
+    """Whether a model of timm, whose configuration does not list it, has drop path."""
+    if plain["model_type"] != TIMM:
+        return False
+    try:
+        with torch.device("meta"):
+            build_backbone(plain)
+    except ValueError:
+        return False
+    return True
+
+
+def read_description(
+    files: BackboneFiles, flag: str
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Read configuration and preprocessor. Raises UsageError if one is damaged."""
+    plain = read_json(files.config, flag)
+    try:
+        plain, preprocessor = read_timm(plain)
+    except ValueError as error:
+        raise UsageError(f"{flag}: {error}") from error
+    if files.preprocessor is not None:
+        preprocessor = read_json(files.preprocessor, flag)
+    return plain, preprocessor
 
 
 def read_normalisation(
-    preprocessor: Path | None, own_channels: int, in_channels: int, flag: str
-) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
-    """Read the mean and deviation of each channel, pixels in 0-1; None, None without a file.
+    plain: dict[str, Any] | None, own_channels: int, flag: str
+) -> tuple[list[float], list[float]] | None:
+    """Read the mean and deviation of each channel, pixels in 0-1, from a preprocessor.
 
-    Other numbers of channels get the average over the channels. Raises UsageError if the file is
-    damaged.
+    Returns None without one. Raises UsageError if it is damaged.
     """
-    if preprocessor is None:
-        return None, None
-    plain = read_json(preprocessor, flag)
+    if plain is None:
+        return None
     # Pixels 0-255 are multiplied by the factor first.
     factor = plain.get("rescale_factor", 1 / 255) if plain.get("do_rescale", True) else 1.0
     mean, std = [0.0] * own_channels, [1.0] * own_channels
@@ -174,15 +225,16 @@ def read_normalisation(
     if len(values) != 1 + 2 * own_channels or not all(
         isinstance(value, int | float) and abs(value) < 1e6 for value in values
     ):
-        raise UsageError(f"{flag}: {preprocessor} has no image_mean and image_std of each channel")
+        raise UsageError(
+            f"{flag}: image_mean and image_std in its preprocessor_config.json (timm: mean and std "
+            f"in config.json) are not {own_channels} numbers each"
+        )
     if factor <= 0 or min(std) <= 0:
-        raise UsageError(f"{flag}: {preprocessor}: image_std and rescale_factor must be above 0")
+        raise UsageError(f"{flag}: image_std and rescale_factor must be above 0")
     scale = 1 / (255 * factor)
-    if scale == 1 or abs(scale - 1) < 1e-6:
+    if abs(scale - 1) < 1e-6:
         scale = 1.0
-    if in_channels != own_channels:
-        mean, std = ([sum(values) / own_channels] * in_channels for values in (mean, std))
-    return tuple(value * scale for value in mean), tuple(value * scale for value in std)
+    return [value * scale for value in mean], [value * scale for value in std]
 
 
 def read_licence(card: Path | None) -> str | None:
@@ -216,30 +268,48 @@ def read_weights(
     silence_transformers()
     backbone: Any = build_backbone({**config.backbone, "num_channels": own_channels})
     floats = {n: t.float() if t.is_floating_point() else t for n, t in found.items()}
+    load = load_timm if config.backbone["model_type"] == TIMM else load_transformers
+    state, missing, unused = load(backbone, floats)
+    lacking = sorted(n for n in missing if not any(part in n for part in NEW_TENSORS))
+    if lacking:
+        raise ValueError(
+            f"the weights lack {len(lacking)} tensors of {config.architecture}, or have them in "
+            f"another shape: {lacking[0]}"
+        )
+    counts = f"{len(state) - len(missing)} tensors read, {len(missing)} new, {unused} not used"
+    return state, counts
+
+
+def load_transformers(
+    backbone: Any, found: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], set[str], int]:
+    """Load tensors into a backbone of transformers, which renames those of classifiers.
+
+    Returns its state dict, the names that were not found in their shape, and the number of tensors
+    that were not used.
+    """
     try:
-        # It also maps the names of a classifier's tensors to those of its backbone.
         loaded, info = type(backbone).from_pretrained(
             None,
             config=backbone.config,
-            # Reported below, in one line.
+            # Reported in one line.
             ignore_mismatched_sizes=True,
-            state_dict=floats,
+            state_dict=found,
             output_loading_info=True,
         )
     except Exception as error:  # transformers raises whatever the tensors provoke
         what = " ".join(str(error).split())[:200]
         raise ValueError(f"the weights cannot be loaded: {what}") from error
-    missing, unused = set(info["missing_keys"]), len(set(info["unexpected_keys"]))
-    lacking = sorted(n for n in missing if not any(part in n for part in NEW_TENSORS))
-    if lacking or info["mismatched_keys"]:
-        what = lacking or sorted(str(key[0]) for key in info["mismatched_keys"])
-        raise ValueError(
-            f"the weights lack {len(what)} tensors of {config.backbone['model_type']}, or have "
-            f"them in another shape: {what[0]}"
-        )
-    state = loaded.float().state_dict()
-    counts = f"{len(state) - len(missing)} tensors read, {len(missing)} new, {unused} not used"
-    return state, counts
+    missing = {*info["missing_keys"], *(str(key[0]) for key in info["mismatched_keys"])}
+    return loaded.float().state_dict(), missing, len(set(info["unexpected_keys"]))
+
+
+def load_timm(backbone: Any, found: dict[str, Tensor]) -> tuple[dict[str, Tensor], set[str], int]:
+    """Load tensors into a TimmBackbone; returns as `load_transformers`."""
+    state = backbone.state_dict()
+    matched = match_timm(state, found)
+    fitting = {name: t for name, t in matched.items() if t.shape == state[name].shape}
+    return {**state, **fitting}, set(state) - set(fitting), len(found) - len(matched)
 
 
 def silence_transformers() -> None:
@@ -248,24 +318,6 @@ def silence_transformers() -> None:
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-
-
-def map_rule(own_channels: int, in_channels: int) -> str:
-    """Describe `map_channels`."""
-    if in_channels == 1:
-        return f"its first convolution is summed over its {own_channels} channels for grey images"
-    return (
-        f"each of {in_channels} channels gets the mean of its first convolution's {own_channels}, "
-        f"times {own_channels}/{in_channels}"
-    )
-
-
-def map_channels(weight: Tensor, in_channels: int) -> Tensor:
-    """Sum a convolution [C, own, h, w] over its inputs, shared among the channels of the image.
-
-    Bands that are all equal then give the response of a grey RGB image.
-    """
-    return (weight.sum(1, keepdim=True) / in_channels).repeat(1, in_channels, 1, 1)
 
 
 def first_convolutions(config: EncoderConfig) -> set[str]:

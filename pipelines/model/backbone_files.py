@@ -17,7 +17,7 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
-from huggingface_hub.utils import disable_progress_bars
+from huggingface_hub.utils import disable_progress_bars, logging
 
 from pipelines.runtime.errors import UsageError
 from shards.local_files import open_file, read_file
@@ -144,6 +144,8 @@ class HubRepository:
     def find(self, weights: str, own: tuple[Path, ...]) -> BackboneFiles:
         """Find or download the files. Raises UsageError if one is missing."""
         disable_progress_bars()
+        # It reports each of five retries; the error says what failed.
+        logging.set_verbosity_error()
         config = self.download(CONFIG)
         if config is None:
             raise UsageError(f"--model.encoder {self.name}: the repository has no {CONFIG}")

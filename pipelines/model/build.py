@@ -3,6 +3,7 @@
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
+from pipelines.model.channels import ChannelRule
 from pipelines.model.load import load_model, require_spec
 from pipelines.runtime.errors import UsageError
 from pipelines.runtime.yaml_flags import refuse_unused
@@ -53,10 +54,15 @@ class ModelConfig:
     encoder: str | None = None
     """Pretrained backbone as the contracting path: hub id, or local folder with config.json,
     model.safetensors and preprocessor_config.json (ResNet, ConvNeXt, Swin and other hierarchical
-    backbones of transformers). Requires the extra `encoders`. Its mean and deviation replace those
-    of the data set. The decoder then has --model.base-channels 32 (small: 16) by default."""
+    backbones of transformers, or of timm, which is then needed too). Requires the extra `encoders`.
+    Its mean and deviation replace those of the data set. The decoder then has
+    --model.base-channels 32 (small: 16) by default."""
     encoder_weights: str = "pretrained"
     """Weights of the encoder: `pretrained` (its own), `none` (random), or a .safetensors file."""
+    encoder_input: ChannelRule | None = None
+    """First convolution of the encoder for other channels than its weights have. mean: each channel
+    gets their mean, times their number / N, which for grey images is their sum; repeat: channel i
+    gets channel i modulo 3, times 3/N; random: not pretrained. Default: mean."""
     freeze_encoder: bool = False
     """Do not train the encoder; its batch norm keeps its statistics."""
     freeze_until: float = 0.0
@@ -70,7 +76,13 @@ class ModelConfig:
             refuse_unused(
                 self,
                 "requires --model.encoder",
-                *("encoder_weights", "freeze_encoder", "freeze_until", "drop_path"),
+                *(
+                    "encoder_weights",
+                    "encoder_input",
+                    "freeze_encoder",
+                    "freeze_until",
+                    "drop_path",
+                ),
                 prefix="model.",
             )
         else:

@@ -120,6 +120,38 @@ def norms_by_rows(loaded: LoadedModel) -> LoadedModel:
     return replace(loaded, model=model)
 
 
+def fixed_padding(loaded: LoadedModel) -> LoadedModel:
+    """Copy a model whose encoder of timm pads as TensorFlow does, with constants for the padding.
+
+    It depends on the side, which torch.export cannot trace. But a U-Net pads images to multiples of
+    its strides, so that each convolution gets a multiple of its own.
+    """
+    model = copy.deepcopy(loaded.model)
+    for name, conv in loaded.model.named_modules():
+        if not isinstance(conv, nn.Conv2d) or type(conv).__name__ != "Conv2dSame":
+            continue
+        plain = nn.Conv2d(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,  # pyright: ignore[reportArgumentType] - torch's own attributes
+            conv.stride,  # pyright: ignore[reportArgumentType]
+            dilation=conv.dilation,  # pyright: ignore[reportArgumentType]
+            groups=conv.groups,
+            bias=conv.bias is not None,
+        )
+        plain.weight, plain.bias = conv.weight, conv.bias
+        totals = [
+            max(0, dilation * (kernel - 1) + 1 - stride)
+            for kernel, dilation, stride in zip(
+                conv.kernel_size, conv.dilation, conv.stride, strict=True
+            )
+        ]
+        (top, bottom), (left, right) = ((total // 2, total - total // 2) for total in totals)
+        pad = nn.ZeroPad2d((left, right, top, bottom))
+        model.set_submodule(name, nn.Sequential(pad, plain))
+    return replace(loaded, model=model)
+
+
 def fitting_sides(loaded: LoadedModel) -> tuple[int, int]:
     """Return the smallest side that the model takes, and the step to the next."""
     config = loaded.model.config
@@ -146,12 +178,13 @@ def side_dim(name: str, loaded: LoadedModel) -> Dim:
 def refuse_windows(model: UNet) -> None:
     """Raise RunError for an encoder that pads its maps to whole windows: Swin, Swin V2.
 
-    torch.export cannot trace a branch on the size of an image.
+    Whether a map is padded, shifted or one window is a branch on its size: torch.export traces it
+    for one size (exactly), but not for all.
     """
     encoder = model.config.encoder
     if encoder is not None and "window_size" in encoder.backbone:
         raise RunError(
-            f"encoder {encoder.source} ({encoder.backbone['model_type']}) attends in windows, "
+            f"encoder {encoder.source} ({encoder.architecture}) attends in windows, "
             "which torch.export cannot trace for images of any size; use a ConvNeXt or ResNet "
             "encoder for models to export"
         )
@@ -170,7 +203,7 @@ def trace(loaded: LoadedModel) -> ExportedProgram:
     )
     with torch.no_grad(), oblivious:
         program = torch.export.export(
-            Exported(loaded), (image,), dynamic_shapes={"image": dims}, strict=False
+            Exported(fixed_padding(loaded)), (image,), dynamic_shapes={"image": dims}, strict=False
         )
     if loaded.model.encoder is not None and hasattr(program, "_guards_code"):
         # Depthwise convolutions make torch ask for the memory format of their input, and so assume

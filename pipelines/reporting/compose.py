@@ -238,8 +238,9 @@ def describe_encoder(encoder: EncoderConfig, model: UNet) -> str:
     assert model.encoder is not None
     parameters = sum(p.numel() for p in model.encoder.parameters())
     parts = [
-        f"{encoder.source} ({encoder.backbone['model_type']}), {parameters:,} parameters",
+        f"{encoder.source} ({encoder.architecture}), {parameters:,} parameters",
         f"weights {encoder.weights}",
+        *([f"first convolution {encoder.input}"] if encoder.input else []),
     ]
     parts += [f"revision {encoder.revision}"] if encoder.revision else []
     parts += [f"sha256 {encoder.sha256}"] if encoder.sha256 else []

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 from accelerate import Accelerator
+from torch import nn
 
 from pipelines.model.backbone import Backbone, choose_backbone
 from pipelines.model.load import load_config
@@ -11,6 +12,7 @@ from pipelines.runtime.errors import UsageError
 from pipelines.training.options import TrainConfig
 from shards.manifest import Manifest
 from unet import UNet
+from unet.encoder import TIMM
 
 
 def prepare_backbone(
@@ -29,9 +31,7 @@ def prepare_backbone(
     elif config.init_from is not None:
         saved = load_config(config.init_from, "--init-from")
     channels = len(manifest.image_format.channels)
-    backbone = choose_backbone(
-        *(model.encoder, model.encoder_weights, model.drop_path, channels, saved, accelerator)
-    )
+    backbone = choose_backbone(model, channels, saved, accelerator)
     if accelerator.is_main_process:
         for note in backbone.notes:
             print(note, file=sys.stderr)
@@ -42,10 +42,25 @@ def initialise_encoder(model: UNet, backbone: Backbone, *, frozen: bool) -> None
     """Load the pretrained weights, if there are some; `frozen`: exclude them from training."""
     assert model.encoder is not None
     if backbone.tensors is not None:
-        model.encoder.backbone.load_state_dict(backbone.tensors)
+        network = model.encoder.backbone
+        network.load_state_dict({**network.state_dict(), **backbone.tensors})
     if frozen:
         model.encoder.requires_grad_(False)
         model.encoder.set_frozen(True)
+
+
+def synchronise_batch_norm(model: UNet) -> None:
+    """Replace batch norm by SyncBatchNorm, in place."""
+    encoder = model.config.encoder
+    if encoder is not None and encoder.backbone["model_type"] == TIMM:
+        from timm.layers import (  # pyright: ignore[reportMissingImports]
+            convert_sync_batchnorm,
+        )
+
+        # Batch norm of timm may contain the activation, which torch's conversion would drop.
+        convert_sync_batchnorm(model)
+    else:
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
 
 def refuse_encoder_batch_norm(

@@ -27,16 +27,21 @@ the precisions that have them. From NVIDIA's data sheets (where those count stru
 half of what they print); for GeForce from appendix A of the Ada and Ampere GA102 white papers."""
 
 
-def count_flops(config: UNetConfig, batch_size: int, crop_size: int) -> int:
+def count_flops(
+    config: UNetConfig, batch_size: int, crop_size: int, *, frozen_encoder: bool = False
+) -> int:
     """Count the FLOPs of one forward and backward pass over a batch of square crops.
 
     Counts convolutions and matrix products; a multiply-add is two. A copy of the network on the
     meta device runs both passes under torch.utils.flop_counter: nothing is computed, and neither
     weights nor random states change. Recomputation by gradient checkpointing is not counted: MFU is
     defined by the FLOPs that the model requires (Chowdhery et al., "PaLM", 2022, appendix B).
+    `frozen_encoder`: the backward pass ends at the decoder, as with `--model.freeze-encoder`.
     """
     with torch.device("meta"):
         model = UNet(config).train()
+        if model.encoder is not None:
+            model.encoder.requires_grad_(not frozen_encoder)
         image = torch.empty(batch_size, config.in_channels, crop_size, crop_size)
     with FlopCounterMode(display=False) as counter:
         model(image).sum().backward()

@@ -41,6 +41,7 @@ from pipelines.training.encoders import (
     initialise_encoder,
     prepare_backbone,
     refuse_encoder_batch_norm,
+    synchronise_batch_norm,
 )
 from pipelines.training.flops import count_flops
 from pipelines.training.memory_probe import Probe, describe_passes
@@ -63,7 +64,7 @@ reported, and the preset of the model decides defaults of others."""
 
 OF_ENCODERS = (
     *("model.encoder", "model.encoder_weights", "model.freeze_encoder", "model.freeze_until"),
-    *("model.drop_path", "optim.encoder_lr_scale"),
+    *("model.encoder_input", "model.drop_path", "optim.encoder_lr_scale"),
 )
 """Settings that are fixed for a run with an encoder."""
 
@@ -260,8 +261,8 @@ def prepare_model(setup: TrainSetup, accelerator: Accelerator, resumed: Path | N
         # torch's stubs lack this overload.
         model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
-        # Converts in place; SyncBatchNorm does not exist on CPUs.
-        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        # SyncBatchNorm does not exist on CPUs.
+        synchronise_batch_norm(model)
     model.gradient_checkpointing = config.compute.gradient_checkpointing
     return model
 
@@ -349,7 +350,12 @@ def open_training(
     )
     if accelerator.is_main_process:
         write_environment(setup.folder, accelerator)
-    flops = count_flops(learner.model.config, setup.batch_size, setup.crop_size)
+    flops = count_flops(
+        learner.model.config,
+        setup.batch_size,
+        setup.crop_size,
+        frozen_encoder=config.model.freeze_encoder,
+    )
     return Training(
         setup=setup,
         accelerator=accelerator,

@@ -5,6 +5,7 @@ Encoders from a hub: a local server that answers like huggingface.co, and none a
 
 import hashlib
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -17,6 +18,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
+
+from pipelines.model.backbone_files import find_backbone
+from pipelines.runtime.errors import UsageError
 
 transformers = pytest.importorskip("transformers", reason="the extra `encoders` is not installed")
 
@@ -130,6 +135,20 @@ def test_a_missing_repository_offline_names_the_files_and_the_command(
         "--local-dir tiny`"
     ) in ended.stderr
     assert "pass --model.encoder tiny" in ended.stderr
+
+
+def test_retries_of_the_hub_are_not_reported(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def retry(*_: object, **__: object) -> str:
+        logging.getLogger("huggingface_hub.utils._http").warning("Retrying in 8s [Retry 5/5].")
+        raise LocalEntryNotFoundError("no network")
+
+    monkeypatch.setattr("pipelines.model.backbone_files.hf_hub_download", retry)
+    logging.getLogger("huggingface_hub").setLevel(logging.WARNING)
+    with pytest.raises(UsageError, match="the hub cannot be reached"):
+        find_backbone("me/tiny", "pretrained")
+    assert not caplog.records
 
 
 def test_a_repository_of_pickles_is_refused_and_nothing_of_it_is_downloaded(

@@ -159,7 +159,7 @@ def test_weights_come_from_a_file(convnext: Path, shards: Path, call, tmp_path: 
 @pytest.mark.parametrize(
     ("name", "more"),
     [
-        ("resnet", ()),
+        ("resnet", ("--model.freeze-until", "0.5", "--accumulate", "2")),
         ("convnextv2", ("--model.freeze-until", "0.5", "--optim.encoder-lr-scale", "0.5")),
         ("swin", ("--model.drop-path", "0.4", "--gradient-checkpointing")),
         ("convnextv2", ("--accumulate", "2", "--channels-last")),
@@ -393,7 +393,7 @@ def drop_tensor(folder: Path) -> None:
         (lambda f: damage(f, hidden_sizes=[8, 16, 24, 40]), "the weights lack"),
         (
             lambda f: (f / "preprocessor_config.json").write_text('{"image_mean": [1]}'),
-            "has no image_mean and image_std of each channel",
+            "image_mean and image_std in its preprocessor_config.json",
         ),
     ],
 )
@@ -422,6 +422,7 @@ def test_a_folder_that_cannot_be_used_is_refused_in_one_line(
         (("--gradient-checkpointing",), "has batch norm: --gradient-checkpointing"),
         (("--crop-size", 32, "--accumulate", 4), "sees one value per channel"),
         (("--model.drop-path", 0.1), "resnet"),
+        (("--model.encoder-input", "repeat"), "--model.encoder-input repeat has no effect: the en"),
     ],
 )
 def test_settings_that_contradict_the_encoder_are_refused(
@@ -436,6 +437,7 @@ def test_settings_that_contradict_the_encoder_are_refused(
     "more",
     [
         ("--model.encoder-weights", "none"),
+        ("--model.encoder-input", "mean"),
         ("--model.freeze-encoder",),
         ("--model.freeze-until", 0.1),
         ("--model.drop-path", 0.1),

@@ -11,7 +11,7 @@ import torch
 from pipelines.training import meter
 from pipelines.training.flops import PEAKS, count_flops, peak_tflops
 from pipelines.training.meter import Meter, PeakMemory
-from unet import PRESETS, UNet, UNetConfig
+from unet import PRESETS, Encoder, UNet, UNetConfig, find_stages
 
 TINY = UNetConfig(base_channels=2, depth=1, norm="none")
 
@@ -37,6 +37,27 @@ def test_flops_of_the_modern_preset_are_those_of_the_pass_itself() -> None:
     # 36.97 TFLOP for 32 crops of 512 x 512.
     assert count_flops(PRESETS["modern"], 32, 512) / 1e12 == pytest.approx(36.967, abs=1e-3)
     assert count_flops(PRESETS["paper"], 1, 572) > 0
+
+
+def test_flops_of_a_frozen_encoder_are_those_of_its_forward_pass() -> None:
+    pytest.importorskip("transformers", reason="the extra `encoders` is not installed")
+    sizes = {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1], "embedding_size": 8}
+    encoder = find_stages({"model_type": "resnet", "layer_type": "basic", **sizes}, 3)
+    config = UNetConfig(base_channels=2, depth=5, encoder=encoder)
+    with torch.device("meta"):
+        backbone = Encoder(encoder)
+        image = torch.empty(2, 3, 64, 64)
+    with torch.utils.flop_counter.FlopCounterMode(display=False) as forward:
+        maps = backbone(image)
+    with torch.utils.flop_counter.FlopCounterMode(display=False) as backward:
+        torch.stack([of_stage.sum() for of_stage in maps]).sum().backward()
+    assert backward.get_total_flops() > forward.get_total_flops()
+    # Nor does the transposed convolution at the bottom need the gradient of its input: 32 channels
+    # of 2 x 2 pixels, to 32 channels of 4 x 4.
+    bottom = 2 * 2 * (2 * 2) * 4 * 32 * 32
+    all_of_it = count_flops(config, 2, 64)
+    frozen = count_flops(config, 2, 64, frozen_encoder=True)
+    assert all_of_it - frozen == backward.get_total_flops() + bottom
 
 
 def test_counting_changes_no_random_state_and_counts_no_recomputation() -> None:

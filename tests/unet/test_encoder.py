@@ -191,7 +191,6 @@ def test_a_plain_transformer_is_refused_in_one_line() -> None:
         ({"model_type": "wings"}, "encoder wings: "),
         ({"model_type": "bert"}, "bert is not a backbone"),
         ({}, "encoder None: "),
-        ({"model_type": "timm_backbone", "backbone": "resnet18"}, "use a backbone of transformers"),
         ({"model_type": "resnet", "hidden_sizes": "wide"}, "encoder resnet"),
         ({"model_type": "resnet", **FAMILIES["resnet"], "layer_type": "x"}, "encoder resnet"),
     ],
@@ -242,6 +241,14 @@ def test_a_model_with_encoder_names_the_extra_if_transformers_is_missing(
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ImportError, match=r"^.*pip install 'unet-shards\[encoders\]'$"):
         UNet.from_pretrained(tmp_path)
+
+
+def test_a_model_of_timm_names_the_package_if_it_is_missing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ImportError, match=r"^encoder timm resnet18 requires timm, .*pip install"):
+        find_stages({"model_type": "timm_backbone", "backbone": "resnet18"}, 3)
 
 
 def test_transformers_is_imported_only_where_a_backbone_is_built() -> None:
