@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict, replace
 from importlib.metadata import version
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from pipelines.model.load import LoadedModel
+from pipelines.model.load import LoadedModel, require_spec
 from pipelines.runtime.errors import RunError
-from unet import UNet
+from unet import UNet, average_logits
 from unet.model import valid_input
 
 METADATA = "metadata.json"
@@ -57,16 +57,28 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
+class ExportedEnsemble(nn.Module):
+    """The exported module of several models: raw images -> logarithms of averaged probabilities."""
+
+    def __init__(self, members: Sequence[UNet]) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(map(Exported, members))
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Map uint8 [B, C, H, W] to float32 [B, K, H', W']."""
+        return average_logits(member(image) for member in self.members)
+
+
 class Exported(nn.Module):
-    """The exported module: raw images -> logits.
+    """The exported module of one model: raw images -> logits.
 
     Images are padded and logits cropped by index, because torch.export traces neither a branch nor
     a slice that depends on the size. The model then has nothing left to pad.
     """
 
-    def __init__(self, loaded: LoadedModel) -> None:
+    def __init__(self, model: UNet) -> None:
         super().__init__()
-        self.model, self.spec = loaded.model, loaded.spec
+        self.model, self.spec = model, require_spec(model)
 
     def forward(self, image: Tensor) -> Tensor:
         """Map uint8 [B, C, H, W] to float32 [B, K, H', W']."""
@@ -168,11 +180,14 @@ def trace(loaded: LoadedModel) -> ExportedProgram:
     oblivious = torch.fx.experimental._config.patch(  # pyright: ignore[reportAttributeAccessIssue]
         backed_size_oblivious=loaded.model.config.padding == "same"
     )
+    members = loaded.members
+    module = Exported(members[0]) if len(members) == 1 else ExportedEnsemble(members)
     with torch.no_grad(), oblivious:
         program = torch.export.export(
-            Exported(loaded), (image,), dynamic_shapes={"image": dims}, strict=False
+            module, (image,), dynamic_shapes={"image": dims}, strict=False
         )
-    if loaded.model.encoder is not None and hasattr(program, "_guards_code"):
+    encoders = [member for member in members if member.encoder is not None]
+    if encoders and hasattr(program, "_guards_code"):
         # Depthwise convolutions make torch ask for the memory format of their input, and so assume
         # several images; `compare_logits` runs one.
         program._guards_code = [code for code in program._guards_code if code != SEVERAL_IMAGES]
@@ -185,15 +200,17 @@ def trace(loaded: LoadedModel) -> ExportedProgram:
 def metadata(loaded: LoadedModel) -> dict[str, Any]:
     """Describe the file for users who have nothing else."""
     spec, lost = loaded.spec, loaded.model.config.margin
+    models = [asdict(member.config) for member in loaded.members]
     return {
         "image": f"uint8 [batch, {len(spec.mean)}, height, width], {spec.channels}, values 0-255 "
         "as they are: normalisation is inside"
         + (f"; of 16-bit images {spec.image_range} become 0 and 255" if spec.image_range else ""),
         "sides": sides_name(loaded),
         "logits": "float32 [batch, classes, height, width]; a pixel's class is the largest"
+        + f"; their softmax is the average of {len(models)} models" * (len(models) > 1)
         + (f"; {lost} pixels on each side of the image are not covered" if lost else ""),
         **asdict(spec),
-        "model": asdict(loaded.model.config),
+        "model": models[0] if len(models) == 1 else models,
         "weights_sha256": loaded.digest,
         "producer": f"unet-shards {version('unet-shards')}",
     }
@@ -275,7 +292,7 @@ def compare_logits(loaded: LoadedModel, run_file: RunFile) -> float:
         shape = (num_images, loaded.model.config.in_channels, height, width)
         image = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
         with torch.no_grad():
-            expected = loaded.model(loaded.spec.normalise(image))
+            expected = loaded.model.logits(image)
             try:
                 logits = run_file(image)
             except Exception as error:  # runtimes raise whatever they like

@@ -83,7 +83,7 @@ def load_results(
         results = replace(results, manifest=manifest)
         manifest = replace(manifest, image_format=loaded.stored_format(manifest.image_format))
         data = DataSet(Store(str(place)), manifest, None, workers=0)
-        model = loaded.model.to(accelerator.device)
+        model = loaded.members[0].to(accelerator.device)
         results = draw_extremes(results, record, data, split, model, accelerator)
     except (DataError, OSError) as error:
         notes.append(f"No images: {error}.")
