@@ -19,8 +19,10 @@ from pipelines.loading.dataset import DataSet
 from pipelines.model.load import LoadedModel, load_model, require_spec
 from pipelines.reporting.page import Gallery, Strip
 from pipelines.reporting.run_record import RunRecord, read_json
+from pipelines.runtime.errors import parse_part
 from pipelines.runtime.progress import progress
 from pipelines.runtime.run_folder import RunFolder
+from shards.folds import assign_folds
 from shards.manifest import Manifest, read_manifest
 from shards.sample import DataError
 from shards.store import Store
@@ -144,6 +146,9 @@ def open_manifest(record: RunRecord, place: Any) -> Manifest:
     manifest = read_manifest(place)
     if manifest.digest != trained_on(record):
         raise DataError(f"{place} is not the data that the run was trained on")
+    if (fold := record.setting("fold")) is not None:
+        number, count = parse_part("fold", str(fold))
+        return assign_folds(place, manifest, count).hold_out(number)
     return manifest
 
 
