@@ -5,14 +5,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-
 from pipelines.evaluation.comparison import compare, format_comparison
 from pipelines.evaluation.stored_scores import read_stored_scores
 from pipelines.reporting.comparison_page import render_comparisons
 from pipelines.runtime.command import run_command
 from pipelines.runtime.errors import refuse_url
-from pipelines.runtime.run_folder import require_writable
+from pipelines.runtime.outputs import require_writable
+from pipelines.runtime.yaml_flags import Positional
 from shards.writer import write_atomically, write_json
 
 COMPARISON = "comparison.json"
@@ -28,7 +27,7 @@ class CompareConfig:
     one page with a scatter plot and the images that changed most.
     """
 
-    scored: tyro.conf.Positional[tuple[Path, ...]]
+    scored: Positional[tuple[Path, ...]]
     """Folders that unet evaluate has scored, at least two: A B [C ...]."""
     out: Path = Path("comparison")
     """Folder for comparison.json and comparison.html."""
@@ -46,7 +45,7 @@ class CompareConfig:
 def run(config: CompareConfig) -> int:
     """Compare each folder with the first; print the tables; write the JSON file and the page."""
     first, *others = (read_stored_scores(place) for place in config.scored)
-    require_writable(config.out)
+    require_writable("--out", config.out)
     comparisons = [compare(first, other) for other in others]
     print("\n\n".join(format_comparison(comparison) for comparison in comparisons))
     plain = {"comparisons": [comparison.to_plain() for comparison in comparisons]}

@@ -31,7 +31,14 @@ from pipelines.evaluation.per_image import SCORES_CSV, Floats, ImageCounts, lowe
 from pipelines.evaluation.score import count_split
 from pipelines.evaluation.stored_predictions import open_predictions
 from pipelines.loading.dataset import DataSet, LoadingOptions, open_data, split_bytes_in_use
-from pipelines.model.load import LoadedModel, find_checkpoint, load_model
+from pipelines.model.forward import place_model
+from pipelines.model.load import (
+    EnsemblePlace,
+    LoadedModel,
+    find_checkpoint,
+    list_folds,
+    load_models,
+)
 from pipelines.runtime.command import run_command
 from pipelines.runtime.devices import choose_batch_size, refuse_rank_timeout, start
 from pipelines.runtime.errors import RunError, UsageError
@@ -97,8 +104,12 @@ class EvaluateConfig:
     """Arguments of the usual call, which `--help` lists first."""
     data: str
     """Folder of shards, or a URL such as s3://bucket/folder."""
-    checkpoint: str | None = None
-    """Run folder (its best, else last, checkpoint), checkpoint folder or hub id."""
+    checkpoint: tuple[str, ...] = ()
+    """Run folder (its best, else last, checkpoint), checkpoint folder or hub id. Several, or the
+    folder of the runs of unet train --folds: an ensemble, which averages their probabilities."""
+    ensemble_on: EnsemblePlace = "device"
+    """Memory that holds the models of an ensemble: all on the device, or all on the host, from
+    where each is copied for every batch of tiles."""
     predictions: str | None = None
     """Instead of a checkpoint: the output of unet predict, a folder or a URL. Masks are matched to
     images by key."""
@@ -118,12 +129,14 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         refuse_rank_timeout(self.rank_timeout)
         self.loading.refuse_local_cache(self.data)
-        if (self.checkpoint is None) == (self.predictions is None):
+        if bool(self.checkpoint) == (self.predictions is not None):
             raise ValueError("give either --checkpoint or --predictions")
         if self.predictions is not None:
             refuse_unused(
                 self.tiles, "requires --checkpoint; --predictions are already made", *TILES
             )
+        if self.predictions is not None and self.ensemble_on == "host":
+            raise ValueError("--ensemble-on host requires --checkpoint")
         if self.worst < 0:
             raise ValueError(f"--worst must be >= 0, got {self.worst}")
 
@@ -136,8 +149,8 @@ def run(config: EvaluateConfig) -> int:
     split = manifest.split(config.split, config.data)
     out = folder_of(config)
     loaded, differences = None, list[str]()
-    if config.checkpoint is not None:
-        loaded = load_model(config.checkpoint)
+    if config.checkpoint:
+        loaded = load_models(config.checkpoint, on_host=config.ensemble_on == "host")
         refuse_incompatible_checkpoint(config, loaded.spec, manifest)
         differences = loaded.describe_differences(manifest.image_format)
         # The model was trained with its own range of 16-bit values.
@@ -225,12 +238,15 @@ def folder_of(config: EvaluateConfig) -> Path:
     """Return the folder for the scores. Raises UsageError if --out is required and missing."""
     if config.out is not None:
         return config.out
-    scored = config.checkpoint or config.predictions or ""
-    is_local = (
-        not is_url(scored) if config.predictions else isinstance(find_checkpoint(scored), Path)
-    )
+    flag, scored = "checkpoint", " ".join(config.checkpoint)
+    if config.predictions is not None:
+        flag, scored = "predictions", config.predictions
+        is_local = not is_url(scored)
+    else:
+        is_local = len(config.checkpoint) == 1 and (
+            bool(list_folds(Path(scored))) or isinstance(find_checkpoint(scored), Path)
+        )
     if not is_local:
-        flag = "checkpoint" if config.checkpoint else "predictions"
         raise UsageError(
             f"--{flag} {scored} is not a local folder; use --out to choose where scores are written"
         )
@@ -256,8 +272,9 @@ def score_model(
     measured: score.Metrics,
 ) -> ScoredSplit:
     """Predict and score every image of the split. Raises RunError if GPU memory runs out."""
-    model = loaded.model.to(accelerator.device)
+    model = loaded.model
     try:
+        place_model(model, accelerator.device)
         scores = score.score(model, accelerator, data, config.split, config.tiles, measured)
     except RuntimeError as error:
         if not out_of_memory(error):
@@ -265,6 +282,8 @@ def score_model(
         raise RunError(
             f"the GPU ({accelerator.device}) is out of memory ({summary(error)}); "
             "lower --batch-size or --tile"
+            + ", or use --ensemble-on host"
+            * (len(loaded.members) > 1)
         ) from error
     load_examples = partial(
         predict_examples, model, accelerator, data, config.split, tiles=config.tiles
@@ -308,14 +327,15 @@ def refuse_incompatible_checkpoint(
     config: EvaluateConfig, spec: DataSpec, manifest: Manifest
 ) -> None:
     """Raise DataError if a checkpoint has other classes or channels than the data."""
+    checkpoint = config.checkpoint[0]
     if spec.classes != manifest.classes:
         raise DataError(
-            f"--checkpoint {config.checkpoint} has the classes {', '.join(spec.classes)}, --data "
+            f"--checkpoint {checkpoint} has the classes {', '.join(spec.classes)}, --data "
             f"{config.data} has {', '.join(manifest.classes) or 'none'}; they must be the same"
         )
     if spec.channels != manifest.image_format.channels:
         raise DataError(
-            f"--checkpoint {config.checkpoint} was trained on {spec.channels} images, --data "
+            f"--checkpoint {checkpoint} was trained on {spec.channels} images, --data "
             f"{config.data} has {manifest.image_format.channels}; they must be the same"
         )
 

@@ -25,7 +25,7 @@ from pipelines.model.export_file import (
     write_onnx,
     write_torch,
 )
-from pipelines.model.load import LoadedModel, load_model
+from pipelines.model.load import LoadedModel, load_models, refuse_no_checkpoint
 from pipelines.runtime.command import run_command
 from pipelines.runtime.errors import RunError, UsageError, refuse_url
 from pipelines.runtime.outputs import compare, read_previous, require_writable_file
@@ -44,14 +44,17 @@ class ExportConfig:
     gets its name; an existing file is replaced.
     """
 
-    checkpoint: str
-    """Run folder (its best, else last, checkpoint), checkpoint folder or hub id."""
+    checkpoint: tuple[str, ...]
+    """Run folder (its best, else last, checkpoint), checkpoint folder or hub id. Several, or the
+    folder of the runs of unet train --folds: an ensemble in one file,
+    whose logits are the logarithms of the averaged probabilities."""
     out: Path
     """The file to write: .onnx, or .pt2 with `--format torch`."""
     format: Literal["onnx", "torch"] = "onnx"
     """`onnx`: for onnxruntime and others that read ONNX. `torch`: for torch.export.load."""
 
     def __post_init__(self) -> None:
+        refuse_no_checkpoint(self.checkpoint)
         refuse_url("--out", self.out)
         suffix = SUFFIX[self.format]
         if self.out.suffix != suffix:
@@ -63,8 +66,9 @@ def run(config: ExportConfig) -> int:
     if config.format == "onnx":
         require_onnx()
     require_writable_file("--out", config.out)
-    loaded = load_model(config.checkpoint)
-    refuse_windows(loaded.model)
+    loaded = load_models(config.checkpoint)
+    for member in loaded.members:
+        refuse_windows(member)
     config.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".", suffix=".tmp", dir=config.out.parent) as folder:
         file = Path(folder) / config.out.name

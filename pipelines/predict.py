@@ -55,7 +55,7 @@ from pipelines.inference.reading import describe_changes
 from pipelines.inference.specks import NEEDS_SCIPY
 from pipelines.inference.tiles import predictor
 from pipelines.loading.dataset import MAX_WORKERS, rank_cpus
-from pipelines.model.load import LoadedModel, load_model
+from pipelines.model.load import LoadedModel, load_models
 from pipelines.runtime.command import run_command
 from pipelines.runtime.devices import start
 from pipelines.runtime.errors import INCOMPLETE, RunError, UsageError
@@ -77,7 +77,7 @@ def run(config: PredictConfig) -> int:
     if config.results.min_area > 1 and not has_scipy():
         raise UsageError(NEEDS_SCIPY)
     inputs = find_inputs(config.input, config.input_rule())
-    trained = load_model(config.checkpoint)
+    trained = load_models(config.checkpoint, on_host=config.ensemble_on == "host")
     loaded = config.reading.apply(trained)
     notes = [*inputs.notes, *describe_changes(loaded, trained)]
     image_format = loaded.image_format
@@ -92,7 +92,7 @@ def run(config: PredictConfig) -> int:
     classes = loaded.spec.classes
     if config.results.threshold is not None and len(classes) != 2:
         raise UsageError(
-            f"--threshold is for models of two classes; {config.checkpoint} has {len(classes)}: "
+            f"--threshold is for models of two classes; {config.checkpoint[0]} has {len(classes)}: "
             f"{', '.join(classes)}"
         )
     store = Store(config.out)
@@ -133,6 +133,8 @@ def run(config: PredictConfig) -> int:
             raise RunError(
                 f"the GPU ({accelerator.device}) is out of memory ({summary(error)}); lower "
                 "--batch-size or --tile, into another --out, since they change the masks"
+                + ", or use --ensemble-on host"
+                * (len(loaded.members) > 1)
             ) from error
         # The last rank to finish prints the result.
         prints = finish_job(config.results, store, loaded.spec, cutting.num_shards)

@@ -366,7 +366,7 @@ def print_next_commands(config: TrainConfig) -> None:
         f"unet predict {checkpoint} --input IMAGES --out MASKS --png --overlay",
         f"unet export {checkpoint} --format onnx --out model.onnx",
     ]
-    if config.schedule.val:
+    if config.schedule.val and config.fold is None:
         commands.insert(0, f"unet evaluate {checkpoint} --data {config.data} --split val")
     print("next: " + "\n      ".join(commands))
 

@@ -47,6 +47,16 @@ class ShardInfo:
     """sha256 of its `.idx`; None in data sets that were packed before it was recorded."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardPart(ShardInfo):
+    """Some samples of a shard, numbered as if there were no others. Never written."""
+
+    rows: tuple[int, ...]
+    """Rows of the samples in the shard; `samples` is their number."""
+    stored: int
+    """Number of samples in the shard."""
+
+
 @dataclass(frozen=True, slots=True)
 class SizeCount:
     """Number of images with one size and mode."""

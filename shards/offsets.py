@@ -3,8 +3,9 @@
 import hashlib
 import posixpath
 from array import array
+from copy import copy
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 
@@ -59,9 +60,16 @@ class ShardOffsets:
         if version != b"v1.2" or not complete:
             raise DataError(f"{path} is truncated or not a v1.2 .idx; pack the data set again")
         self.path, self.data = path, None if reread else data
+        self.rows: tuple[int, ...] | None = None
 
     def __len__(self) -> int:
-        return len(self.ends) - 1
+        return len(self.ends) - 1 if self.rows is None else len(self.rows)
+
+    def select(self, rows: tuple[int, ...]) -> Self:
+        """Return the offsets of the samples in some rows, numbered from 0."""
+        selected = copy(self)
+        selected.rows = rows
+        return selected
 
     @property
     def num_bytes(self) -> int:
@@ -79,6 +87,7 @@ class ShardOffsets:
 
     def __getitem__(self, row: int) -> SampleRange:
         """Return the members of sample `row`. Raises DataError if a required one is missing."""
+        row = row if self.rows is None else self.rows[row]
         try:
             words = self.line(row).split(b" ")
             members = [

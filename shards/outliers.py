@@ -146,4 +146,4 @@ class Extremes:
     def restore(cls, stored: StoredExtremes) -> Self:
         """Restore what `to_plain` returned."""
         shares = {index: (pixels, name) for index, pixels, name in stored.shares}
-        return cls(Counter(stored.channels), stored.coloured, stored.largest, shares)
+        return cls(Counter[str](stored.channels), stored.coloured, stored.largest, shares)

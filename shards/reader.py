@@ -14,7 +14,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from webdataset.pipeline import DataPipeline
 
 from shards.cache import ShardCache, ShardPrefetcher, mark_read
-from shards.manifest import ShardInfo
+from shards.manifest import ShardInfo, ShardPart
 from shards.offsets import (
     MemberRange,
     SampleRange,
@@ -240,11 +240,14 @@ class ShardReader:
             opened |= self.read_remote_offsets(missing)
         for shard in missing:
             num_listed, info = len(opened[shard]), self.shards[shard]
-            if num_listed != info.samples:
+            num_stored = info.stored if isinstance(info, ShardPart) else info.samples
+            if num_listed != num_stored:
                 raise DataError(
                     f"{opened[shard].path} lists {num_listed} samples, but the manifest lists "
-                    f"{info.samples}; copy or pack it again"
+                    f"{num_stored}; copy or pack it again"
                 )
+            if isinstance(info, ShardPart):
+                opened[shard] = opened[shard].select(info.rows)
         for shard in shards:
             self.offsets[shard] = opened[shard]
             self.offsets.move_to_end(shard)

@@ -4,6 +4,7 @@ Nothing here knows shards or ranks, or opens files other than weights.
 """
 
 from unet.encoder import Encoder, EncoderConfig, find_stages
+from unet.ensemble import Ensemble, average_logits, members_of
 from unet.losses import LossConfig, SegmentationLoss, inverse_frequency
 from unet.masks import MaskRule, PredictedMasks, predict_mask, predict_masks
 from unet.metrics import Empty, Scores, SegmentationScores, confusion_per_image
@@ -19,6 +20,7 @@ __all__ = [
     "Empty",
     "Encoder",
     "EncoderConfig",
+    "Ensemble",
     "LossConfig",
     "MaskRule",
     "NetworkGeometry",
@@ -31,10 +33,12 @@ __all__ = [
     "TileConfig",
     "UNet",
     "UNetConfig",
+    "average_logits",
     "confusion_per_image",
     "find_stages",
     "halve_tile",
     "inverse_frequency",
+    "members_of",
     "predict_blocks",
     "predict_mask",
     "predict_masks",

@@ -220,6 +220,21 @@ class UNet(nn.Module, ModelHubMixin):
         logits = self.head(x)
         return logits[..., :height, :width] if self.config.padding == "same" else logits
 
+    def logits(self, pixels: Tensor) -> Tensor:
+        """Compute the logits of images uint8 [B, in_channels, H, W], normalised as `spec` states.
+
+        Raises ValueError if the model has no data spec.
+        """
+        return self(self.require_spec().normalise(pixels))
+
+    def require_spec(self) -> DataSpec:
+        """Return the data spec. Raises ValueError if the model has none."""
+        if self.spec is None:
+            raise ValueError(
+                "the model has no data spec; pass spec=DataSpec(...) to its constructor"
+            )
+        return self.spec
+
     def contract(self, image: Tensor) -> list[Tensor]:
         """Compute the map of each level of the contracting path, finest first."""
         maps: list[Tensor] = []
@@ -327,18 +342,12 @@ class UNet(nn.Module, ModelHubMixin):
         Raises:
             ValueError: the model has no data spec, or the image does not fit it (see `to_pixels`).
         """
-        spec = self.spec
-        if spec is None:
-            raise ValueError(
-                "the model has no data spec; pass spec=DataSpec(...) to its constructor"
-            )
+        spec = self.require_spec()
         device, was_training = next(self.parameters()).device, self.training
         pixels = to_pixels(image, spec).to(device)
         self.eval()
         try:
-            mask, _ = predict_mask(
-                lambda batch: self(spec.normalise(batch)), [pixels], tiles, self.config
-            )
+            mask, _ = predict_mask(self.logits, [pixels], tiles, self.config)
         finally:
             self.train(was_training)
         return mask[0].cpu().numpy()

@@ -11,7 +11,7 @@ from pipelines.drawing.overlay import draw_overlay
 from pipelines.drawing.panels import Example, draw_panels, side_by_side
 from pipelines.loading.dataset import DataSet
 from pipelines.model.forward import make_forward
-from unet import DataSpec, TileConfig, UNet, predict_mask
+from unet import DataSpec, Ensemble, TileConfig, UNet, predict_mask
 
 MAX_SIDE = 512
 """Longest side of a drawn validation image, in pixels."""
@@ -19,7 +19,7 @@ MAX_SIDE = 512
 
 @torch.inference_mode()
 def predict_examples(
-    model: UNet,
+    model: UNet | Ensemble,
     accelerator: Accelerator,
     data: DataSet,
     split: str,

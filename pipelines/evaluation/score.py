@@ -17,6 +17,7 @@ from pipelines.runtime.progress import progress
 from shards.sample import DataError
 from unet import (
     Empty,
+    Ensemble,
     Scores,
     SegmentationScores,
     SurfaceScores,
@@ -48,7 +49,7 @@ MEANS_ONLY = Metrics()
 
 @torch.inference_mode()
 def score(
-    model: UNet,
+    model: UNet | Ensemble,
     accelerator: Accelerator,
     data: DataSet,
     split: str,

@@ -18,14 +18,16 @@ from tqdm import tqdm
 
 from pipelines.inference.decoding import Decoder
 from pipelines.runtime.errors import RunError
-from unet import TileConfig, UNet
+from unet import Ensemble, TileConfig, UNet
 from unet.tiling import lay_out_tiles
 
 LARGE_SHARE = 0.1
 """A larger share of uncompiled tiles is reported."""
 
 
-def first_tile(decode: Decoder, tiles: TileConfig, model: UNet) -> tuple[int, int] | None:
+def first_tile(
+    decode: Decoder, tiles: TileConfig, model: UNet | Ensemble
+) -> tuple[int, int] | None:
     """Return height and width of the tiles of the first readable input; None if none is."""
     for number in range(len(decode.inputs)):
         if (image := decode(number).image) is not None:

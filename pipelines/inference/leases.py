@@ -7,7 +7,7 @@ equal and it is renamed into place, so that the later one changes nothing.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from pipelines.inference.options import WORK_DIR
@@ -51,7 +51,7 @@ def read_lease(store: Store, rank: int) -> bytes:
 
 def wait_for_ranks(
     store: Store,
-    shards: dict[int, Sequence[str]],
+    shards: Mapping[int, Sequence[str]],
     seconds: float,
     *,
     sleep: Callable[[float], None] = time.sleep,

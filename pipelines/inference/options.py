@@ -11,6 +11,7 @@ import torch
 from pipelines.inference.input_rules import WORK_DIR as WORK_DIR
 from pipelines.inference.input_rules import InputRule
 from pipelines.inference.reading import ReadingOptions
+from pipelines.model.load import EnsemblePlace, refuse_no_checkpoint
 from pipelines.runtime.devices import choose_batch_size, choose_channels_last, refuse_rank_timeout
 from pipelines.runtime.errors import parse_part, refuse_url
 from pipelines.runtime.yaml_flags import Flat, plain_type, setting_types, settings_of
@@ -106,8 +107,12 @@ class PredictConfig:
     If it was interrupted, rerun the same command, on any number of GPUs: it makes what is missing.
     """
 
-    checkpoint: str
-    """Run folder (its best, else last, checkpoint), checkpoint folder or hub id."""
+    checkpoint: tuple[str, ...]
+    """Run folder (its best, else last, checkpoint), checkpoint folder or hub id. Several, or the
+    folder of the runs of unet train --folds: an ensemble, which averages their probabilities."""
+    ensemble_on: EnsemblePlace = "device"
+    """Memory that holds the models of an ensemble: all on the device, or all on the host, from
+    where each is copied for every batch of tiles."""
     input: str
     """An image, a folder (searched recursively), a pattern, a list file (.txt) or shards, local or
     at a URL such as s3://bucket/folder."""
@@ -147,6 +152,9 @@ class PredictConfig:
     tiles: Flat[TileConfig] = field(default_factory=TileConfig)
 
     def __post_init__(self) -> None:
+        refuse_no_checkpoint(self.checkpoint)
+        if self.compile and self.ensemble_on == "host":
+            raise ValueError("--compile requires --ensemble-on device")
         if not is_url(self.out):
             refuse_url("--out", self.out)
         elif re.search(r"://$|[?*\[\]]", self.out):

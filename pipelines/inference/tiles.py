@@ -13,7 +13,7 @@ from pipelines.inference.compiled import CompiledForward, first_tile
 from pipelines.inference.decoding import Decoder
 from pipelines.inference.engine import Predict, threads_for
 from pipelines.inference.options import PredictConfig
-from pipelines.model.forward import TileTooLargeError, make_forward
+from pipelines.model.forward import TileTooLargeError, make_forward, place_model
 from pipelines.model.load import LoadedModel
 from pipelines.runtime.errors import RunError
 from unet import PredictedMasks, halve_tile, predict_masks
@@ -26,18 +26,23 @@ def predictor(
     """Yield a function that predicts images of one size, valid within the context."""
     # Moved in inference mode, weights become inference tensors, which autograd refuses.
     with torch.inference_mode(False):
-        model, compiled = loaded.model.to(accelerator.device).eval(), None
+        model, compiled = loaded.model.eval(), list[CompiledForward]()
+        place_model(model, accelerator.device)
         if config.channels_last:
-            # Missing from torch's stubs.
-            model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+            for member in loaded.members:
+                # Missing from torch's stubs.
+                member.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     if config.compile and (sides := first_tile(decode, config.tiles, model)) is not None:
-        compiled = CompiledForward(model.forward, (config.tiles.effective_batch_size, *sides))
-        model.forward = compiled
-    halving = make_forward(model, accelerator, compiled=compiled is not None)
+        for member in loaded.members:
+            shape = (config.tiles.effective_batch_size, *sides)
+            member.forward = CompiledForward(member.forward, shape)
+            compiled.append(member.forward)
+    halving = make_forward(model, accelerator, compiled=bool(compiled))
     with threads_for(halving, accelerator.device) as forward:
         yield make_predict(config, forward, loaded, accelerator.device)
-    if compiled is not None:
-        compiled.report()
+    if compiled:
+        # All members ran the same tiles.
+        compiled[0].report()
 
 
 def make_predict(

@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict, replace
 from importlib.metadata import version
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from pipelines.model.load import LoadedModel
+from pipelines.model.load import LoadedModel, require_spec
 from pipelines.runtime.errors import RunError
-from unet import UNet
+from unet import UNet, average_logits
 from unet.model import valid_input
 
 METADATA = "metadata.json"
@@ -57,16 +57,28 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
+class ExportedEnsemble(nn.Module):
+    """The exported module of several models: raw images -> logarithms of averaged probabilities."""
+
+    def __init__(self, members: Sequence[UNet]) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(map(Exported, members))
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Map uint8 [B, C, H, W] to float32 [B, K, H', W']."""
+        return average_logits(member(image) for member in self.members)
+
+
 class Exported(nn.Module):
-    """The exported module: raw images -> logits.
+    """The exported module of one model: raw images -> logits.
 
     Images are padded and logits cropped by index, because torch.export traces neither a branch nor
     a slice that depends on the size. The model then has nothing left to pad.
     """
 
-    def __init__(self, loaded: LoadedModel) -> None:
+    def __init__(self, model: UNet) -> None:
         super().__init__()
-        self.model, self.spec = loaded.model, loaded.spec
+        self.model, self.spec = model, require_spec(model)
 
     def forward(self, image: Tensor) -> Tensor:
         """Map uint8 [B, C, H, W] to float32 [B, K, H', W']."""
@@ -120,14 +132,14 @@ def norms_by_rows(loaded: LoadedModel) -> LoadedModel:
     return replace(loaded, model=model)
 
 
-def fixed_padding(loaded: LoadedModel) -> LoadedModel:
+def fixed_padding(model: UNet) -> UNet:
     """Copy a model whose encoder of timm pads as TensorFlow does, with constants for the padding.
 
     It depends on the side, which torch.export cannot trace. But a U-Net pads images to multiples of
     its strides, so that each convolution gets a multiple of its own.
     """
-    model = copy.deepcopy(loaded.model)
-    for name, conv in loaded.model.named_modules():
+    fixed = copy.deepcopy(model)
+    for name, conv in model.named_modules():
         if not isinstance(conv, nn.Conv2d) or type(conv).__name__ != "Conv2dSame":
             continue
         plain = nn.Conv2d(
@@ -148,8 +160,8 @@ def fixed_padding(loaded: LoadedModel) -> LoadedModel:
         ]
         (top, bottom), (left, right) = ((total // 2, total - total // 2) for total in totals)
         pad = nn.ZeroPad2d((left, right, top, bottom))
-        model.set_submodule(name, nn.Sequential(pad, plain))
-    return replace(loaded, model=model)
+        fixed.set_submodule(name, nn.Sequential(pad, plain))
+    return fixed
 
 
 def fitting_sides(loaded: LoadedModel) -> tuple[int, int]:
@@ -201,11 +213,14 @@ def trace(loaded: LoadedModel) -> ExportedProgram:
     oblivious = torch.fx.experimental._config.patch(  # pyright: ignore[reportAttributeAccessIssue]
         backed_size_oblivious=loaded.model.config.padding == "same"
     )
+    members = [fixed_padding(member) for member in loaded.members]
+    module = Exported(members[0]) if len(members) == 1 else ExportedEnsemble(members)
     with torch.no_grad(), oblivious:
         program = torch.export.export(
-            Exported(fixed_padding(loaded)), (image,), dynamic_shapes={"image": dims}, strict=False
+            module, (image,), dynamic_shapes={"image": dims}, strict=False
         )
-    if loaded.model.encoder is not None and hasattr(program, "_guards_code"):
+    encoders = [member for member in members if member.encoder is not None]
+    if encoders and hasattr(program, "_guards_code"):
         # Depthwise convolutions make torch ask for the memory format of their input, and so assume
         # several images; `compare_logits` runs one.
         program._guards_code = [code for code in program._guards_code if code != SEVERAL_IMAGES]
@@ -218,15 +233,17 @@ def trace(loaded: LoadedModel) -> ExportedProgram:
 def metadata(loaded: LoadedModel) -> dict[str, Any]:
     """Describe the file for users who have nothing else."""
     spec, lost = loaded.spec, loaded.model.config.margin
+    models = [asdict(member.config) for member in loaded.members]
     return {
         "image": f"uint8 [batch, {len(spec.mean)}, height, width], {spec.channels}, values 0-255 "
         "as they are: normalisation is inside"
         + (f"; of 16-bit images {spec.image_range} become 0 and 255" if spec.image_range else ""),
         "sides": sides_name(loaded),
         "logits": "float32 [batch, classes, height, width]; a pixel's class is the largest"
+        + f"; their softmax is the average of {len(models)} models" * (len(models) > 1)
         + (f"; {lost} pixels on each side of the image are not covered" if lost else ""),
         **asdict(spec),
-        "model": asdict(loaded.model.config),
+        "model": models[0] if len(models) == 1 else models,
         "weights_sha256": loaded.digest,
         "producer": f"unet-shards {version('unet-shards')}",
     }
@@ -308,7 +325,7 @@ def compare_logits(loaded: LoadedModel, run_file: RunFile) -> float:
         shape = (num_images, loaded.model.config.in_channels, height, width)
         image = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
         with torch.no_grad():
-            expected = loaded.model(loaded.spec.normalise(image))
+            expected = loaded.model.logits(image)
             try:
                 logits = run_file(image)
             except Exception as error:  # runtimes raise whatever they like

@@ -9,10 +9,9 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
-from pipelines.model.load import require_spec
 from pipelines.runtime.errors import RunError
 from pipelines.runtime.failures import out_of_memory, summary
-from unet import UNet
+from unet import Ensemble, UNet
 
 
 class TileTooLargeError(RunError):
@@ -28,7 +27,7 @@ class TileTooLargeError(RunError):
 
 
 def make_forward(
-    model: UNet, accelerator: Accelerator, *, compiled: bool = False
+    model: UNet | Ensemble, accelerator: Accelerator, *, compiled: bool = False
 ) -> Callable[[Tensor], Tensor]:
     """Make a function from uint8 images [B, C, H, W] to logits, in the accelerator's precision.
 
@@ -40,7 +39,7 @@ def make_forward(
         accelerator: device and precision.
         compiled: whether only batches of the original size are compiled.
     """
-    spec, device = require_spec(model), accelerator.device
+    device = accelerator.device
     max_batch, warned, reason = sys.maxsize, False, ""
 
     def attempt(image: Tensor) -> Tensor | None:
@@ -62,7 +61,7 @@ def make_forward(
         with accelerator.autocast():
             # On other devices, such as MPS, memory may be reused before an asynchronous copy ends.
             overlap = device.type == "cuda"
-            return model(spec.normalise(image.to(device, non_blocking=overlap)))
+            return model.logits(image.to(device, non_blocking=overlap))
 
     def forward(image: Tensor) -> Tensor:
         nonlocal max_batch, warned
@@ -87,6 +86,15 @@ def make_forward(
         return logits
 
     return forward
+
+
+def place_model(model: UNet | Ensemble, device: torch.device) -> None:
+    """Move a model to the device; members that stay on the host are copied from pinned memory."""
+    model.to(device)
+    if isinstance(model, Ensemble) and model.on_host and device.type == "cuda":
+        for member in model.members:
+            for tensor in (*member.parameters(), *member.buffers()):
+                tensor.data = tensor.data.pin_memory()
 
 
 def describe_halved(batch_size: int, *, compiled: bool) -> str:

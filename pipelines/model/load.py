@@ -1,9 +1,11 @@
-"""Find a checkpoint and load its model."""
+"""Find checkpoints and load their models."""
 
+import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pipelines.model.checkpoint_files import (
     find_best,
@@ -16,11 +18,17 @@ from pipelines.runtime.run_folder import RunFolder
 from shards.images.files import ImageFormat
 from shards.local_files import refuse_special_files
 from shards.sample import DataError
-from unet import DataSpec, UNet, UNetConfig, weights
+from unet import DataSpec, Ensemble, UNet, UNetConfig, members_of, weights
 from unet.model import read_config
 
+EnsemblePlace = Literal["device", "host"]
+"""Memory that holds the members of an ensemble."""
 PICKLES = (".pth", ".pt", ".ckpt", ".bin", ".pkl")
 """Extensions of files that torch.save writes."""
+MEMBER_SPEC = (
+    *("classes", "channels", "image_range", "alpha", "exif", "frame", "resize", "max_pixels"),
+)
+"""Fields of the data spec that the models of an ensemble share."""
 GEOMETRY = ("exif", "frame", "resize")
 """Rules that are applied when images are packed."""
 
@@ -29,12 +37,17 @@ GEOMETRY = ("exif", "frame", "resize")
 class LoadedModel:
     """A trained model, in evaluation mode, with its data spec."""
 
-    model: UNet
+    model: UNet | Ensemble
     spec: DataSpec
-    digest: str
-    """sha256 of its weights file."""
+    digest: str | list[str]
+    """sha256 of its weights file; of an ensemble, of each member's."""
     reading_changes: dict[str, Any] = field(default_factory=dict)
     """Fields of `spec` that flags have replaced."""
+
+    @property
+    def members(self) -> Sequence[UNet]:
+        """The members of an ensemble, or the model as the only one."""
+        return members_of(self.model)
 
     @property
     def image_format(self) -> ImageFormat:
@@ -104,6 +117,57 @@ def load_model(checkpoint: str, flag: str = "--checkpoint") -> LoadedModel:
     return LoadedModel(model, model.spec, digest)
 
 
+def load_models(checkpoints: Sequence[str], *, on_host: bool = False) -> LoadedModel:
+    """Load one model, as `load_model`, or several as an ensemble.
+
+    Args:
+        checkpoints: as `load_model` takes them; a folder with the runs of `unet train --folds`
+            stands for all of them.
+        on_host: whether the members of an ensemble stay in host memory.
+
+    Raises DataError naming what is missing or damaged, or the member that differs from the first.
+    """
+    named = [path for checkpoint in checkpoints for path in expand_folds(checkpoint)]
+    loaded = [load_model(path) for path in named]
+    for path, other in zip(named[1:], loaded[1:], strict=True):
+        refuse_other_member(named[0], loaded[0], path, other)
+    if len(loaded) == 1:
+        return loaded[0]
+    models = Ensemble((one.members[0] for one in loaded), on_host=on_host)
+    return LoadedModel(models, loaded[0].spec, [str(one.digest) for one in loaded])
+
+
+def expand_folds(checkpoint: str) -> list[str]:
+    """Return the runs fold-1, fold-2, ... of a folder, or the checkpoint itself if it has none."""
+    folds = list_folds(Path(checkpoint))
+    return [str(path) for path in folds] or [checkpoint]
+
+
+def refuse_no_checkpoint(checkpoints: Sequence[str]) -> None:
+    """Raise ValueError if `--checkpoint` names none."""
+    if not checkpoints:
+        raise ValueError("--checkpoint must name at least one")
+
+
+def list_folds(folder: Path) -> list[Path]:
+    """List the runs of folds in a folder, in the order of their numbers."""
+    found = [path for path in folder.glob("fold-*") if re.fullmatch("fold-[0-9]+", path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("fold-")))
+
+
+def refuse_other_member(first: str, loaded: LoadedModel, path: str, other: LoadedModel) -> None:
+    """Raise DataError naming what the model `other` of an ensemble has unlike the first."""
+    pairs = [(name, getattr(loaded.spec, name), getattr(other.spec, name)) for name in MEMBER_SPEC]
+    pairs.append(("margin", loaded.model.config.margin, other.model.config.margin))
+    for name, own, value in pairs:
+        if own != value:
+            theirs, ours = (", ".join(v) if name == "classes" else v for v in (value, own))
+            raise DataError(
+                f"--checkpoint {path} has {name} {theirs}, {first} has {ours}; the models of an "
+                "ensemble must agree"
+            )
+
+
 def load_config(checkpoint: str, flag: str) -> UNetConfig:
     """Read the model config of a checkpoint, as `load_model` finds it, without its weights.
 
@@ -134,7 +198,7 @@ def refuse_damage(checkpoint: str, folder: Path, flag: str) -> None:
         raise DataError(f"{flag} {checkpoint}: {error}; use another checkpoint") from error
 
 
-def require_spec(model: UNet) -> DataSpec:
+def require_spec(model: UNet | Ensemble) -> DataSpec:
     """Return the data spec of a model that was built for data or loaded by `load_model`."""
     assert model.spec is not None
     return model.spec

@@ -24,8 +24,10 @@ from pipelines.loading.sample_size import choose_num_images
 from pipelines.model.load import LoadedModel, load_model, require_spec
 from pipelines.reporting.page import Gallery, Strip
 from pipelines.reporting.run_record import RunRecord, number, read_json
+from pipelines.runtime.errors import parse_part
 from pipelines.runtime.progress import progress
 from pipelines.runtime.run_folder import RunFolder
+from shards.folds import assign_folds
 from shards.manifest import Manifest, SplitInfo, read_manifest
 from shards.sample import DataError
 from shards.store import Store
@@ -90,7 +92,7 @@ def load_results(
         results = replace(results, manifest=manifest)
         manifest = replace(manifest, image_format=loaded.stored_format(manifest.image_format))
         data = DataSet(Store(str(place)), manifest, None, workers=0)
-        model = loaded.model.to(accelerator.device)
+        model = loaded.members[0].to(accelerator.device)
         results = draw_extremes(results, record, data, split, model, accelerator)
     except (DataError, OSError) as error:
         notes.append(f"No images: {error}.")
@@ -162,6 +164,9 @@ def open_manifest(record: RunRecord, place: Any) -> Manifest:
     manifest = read_manifest(place)
     if manifest.digest != trained_on(record):
         raise DataError(f"{place} is not the data that the run was trained on")
+    if (fold := record.setting("fold")) is not None:
+        number, count = parse_part("fold", str(fold))
+        return assign_folds(place, manifest, count).hold_out(number)
     return manifest
 
 

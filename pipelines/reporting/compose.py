@@ -228,7 +228,7 @@ def facts(record: RunRecord, results: CheckpointResults) -> Iterator[tuple[str, 
         parameters = sum(p.numel() for p in results.loaded.model.parameters())
         yield "Network", f"{parameters:,} parameters"
         if (encoder := results.loaded.model.config.encoder) is not None:
-            yield "Encoder", describe_encoder(encoder, results.loaded.model)
+            yield "Encoder", describe_encoder(encoder, results.loaded.members[0])
         yield "Weights", f"sha256 {results.loaded.digest}"
     yield "Devices", devices(record.environment)
 

@@ -300,8 +300,8 @@ class Checkpoints:
             )
         refuse_changed_settings(
             str(self.run.path),
-            old=state.fixed,
-            new=new,
+            old={"fold": None, **state.fixed},
+            new={"fold": None, **new},
             elsewhere="start in another --run-dir",
             hint=" (--init-from takes its weights)",
         )

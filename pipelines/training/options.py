@@ -8,6 +8,7 @@ from pipelines.loading.augment import AugmentConfig
 from pipelines.loading.dataset import LoadingOptions
 from pipelines.model.build import ModelConfig
 from pipelines.runtime.devices import refuse_rank_timeout
+from pipelines.runtime.errors import parse_part
 from pipelines.runtime.yaml_flags import Flat, refuse_unused
 from pipelines.training.budget import Limits
 from pipelines.training.optim import OptimConfig
@@ -179,6 +180,9 @@ class TrainConfig:
     init_from: str | None = None
     """Run folder, checkpoint folder or hub id to start a new run from. The last layer is
     reinitialised if the classes differ."""
+    fold: str | None = None
+    """i/k: train on k - 1 of k folds of train and val, and validate on the i-th. Folds are about
+    equal and keep groups together; test is not touched."""
     rank_timeout: float = 10
     """Minutes that a rank waits for the others before it gives them up as lost: longer than the
     start, a checkpoint, or the uneven part of a validation takes."""
@@ -197,6 +201,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         refuse_rank_timeout(self.rank_timeout)
+        if self.fold is not None and parse_part("--fold", self.fold)[1] < 2:
+            raise ValueError(f"--fold must be i/k with at least 2 folds, got {self.fold!r}")
         self.loading.refuse_local_cache(self.data)
         if self.length.patience is not None and not self.schedule.val:
             raise ValueError(

@@ -32,7 +32,7 @@ from pipelines.runtime.devices import (
     use_deterministic,
 )
 from pipelines.runtime.environment import write_environment
-from pipelines.runtime.errors import UsageError
+from pipelines.runtime.errors import UsageError, parse_part
 from pipelines.runtime.run_folder import RunFolder
 from pipelines.runtime.yaml_flags import to_plain
 from pipelines.training.budget import Budget, Limits
@@ -50,6 +50,7 @@ from pipelines.training.optim import Learner, build_learner
 from pipelines.training.options import GLOBAL_BATCH_SIZE, TrainConfig
 from pipelines.training.passes import TrainingPass
 from pipelines.training.tracking import Tracker
+from shards.folds import assign_folds
 from shards.manifest import Manifest
 from shards.order import ORDER_VERSION, Order, TrainPlan
 from shards.sample import DataError
@@ -131,6 +132,9 @@ def resolve(config: TrainConfig, manifest: Manifest) -> TrainSetup:
 
     Raises DataError or UsageError before any device is touched.
     """
+    if config.fold is not None:
+        number, count = parse_part("--fold", config.fold)
+        manifest = assign_folds(config.data, manifest, count).hold_out(number)
     train_split = manifest.split("train", config.data)
     if config.schedule.val:
         refuse_empty_val(manifest, config.data)
@@ -279,6 +283,8 @@ def fixed_settings(setup: TrainSetup) -> dict[str, Any]:
     if setup.config.model.encoder is None:
         # Runs of versions without encoders are resumed.
         flat = {name: value for name, value in flat.items() if name not in OF_ENCODERS}
+    if setup.config.fold is not None:
+        flat["fold"] = setup.config.fold
     return {**flat, "order_version": ORDER_VERSION, "manifest": setup.manifest.digest}
 
 

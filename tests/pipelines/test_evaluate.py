@@ -476,7 +476,7 @@ def test_a_checkpoint_that_is_not_a_folder_needs_a_place_for_its_scores(
     make_checkpoint, shards: Path, call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded = load_model(str(make_checkpoint()))
-    monkeypatch.setattr(evaluate, "load_model", lambda _: loaded)
+    monkeypatch.setattr(evaluate, "load_models", lambda *_, **__: loaded)
     ended = call("evaluate", "--checkpoint", "owner/name", "--data", shards)
     assert ended.code == 2
     assert "use --out to choose where scores are written" in ended.err

@@ -230,7 +230,7 @@ def test_a_rerun_takes_the_batch_size_that_the_job_was_started_with(
     ended = call("predict", *given, "--compile")
     assert (ended.code, "started with compile = False, now it is True" in ended.err) == (2, True)
     assert job(tmp_path)["batch_size"] == 4
-    config = options.PredictConfig(checkpoint="", input="", out="o")
+    config = options.PredictConfig(checkpoint=("run",), input="", out="o")
     settled = config.settle(job(tmp_path), torch.device("cuda"))
     assert (settled.tiles.batch_size, settled.channels_last) == (4, False)
     assert config.settle({}, torch.device("cpu")).tiles.batch_size == 7

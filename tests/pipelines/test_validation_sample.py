@@ -82,7 +82,7 @@ def test_a_run_validates_on_a_sample_and_ends_with_the_table_of_all(
     # A resume keeps the sample, although another share is asked for.
     first = call("train", *flags, "--run-dir", tmp_path / "parts", "--steps", 2)
     assert first.code == 0
-    more = [*flags[:-2], "--val-share", "inf", "--run-dir", tmp_path / "parts", "--steps", 4]
+    more = [*flags[:-2], "--val-share", "1e9", "--run-dir", tmp_path / "parts", "--steps", 4]
     assert call("train", *more).code == 0
     assert scored == [1, 1, total, 1, total, 1, total]
 
