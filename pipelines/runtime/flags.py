@@ -120,7 +120,8 @@ def read_arguments(flags: Sequence[Flag], argv: Sequence[str]) -> dict[str, Any]
             if not positional:
                 raise UsageError(f"{shown_words([word])}: unexpected after {last}; remove it")
             flag = positional.pop(0)
-            values[flag.key] = flag.parse([word])
+            more = [] if item_types(flag.kind) is None else take_values(flag, words)
+            values[flag.key] = flag.parse([word, *more])
             continue
         last, equals, attached = word.partition("=")
         last = last.replace("_", "-")
