@@ -1,9 +1,10 @@
 """The images that the models of folds held out: val of one fold, or those of all folds."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,16 +12,18 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from pipelines.drawing.panels import Example
-from pipelines.evaluation.results import ScoredSplit, record_tiles
+from pipelines.evaluation.per_image import open_counts
+from pipelines.evaluation.results import ScoredSplit, record_tiles, write_results
 from pipelines.evaluation.score import Metrics, count_split
-from pipelines.loading.dataset import DataSet
+from pipelines.loading.dataset import DataSet, LoadingOptions, open_data, split_bytes_in_use
 from pipelines.loading.stages import Batch
 from pipelines.model.forward import Forward, make_forward
-from pipelines.model.load import LoadedModel
+from pipelines.model.load import LoadedModel, list_folds, load_models
 from pipelines.model.trained_fold import TrainedFold
+from pipelines.runtime.devices import choose_batch_size
 from pipelines.runtime.errors import UsageError
 from shards.folds import CUT, assign_folds
-from shards.manifest import Manifest
+from shards.manifest import Manifest, read_manifest
 from shards.sample import DataError
 from unet import TileConfig, UNet, predict_mask
 
@@ -120,8 +123,8 @@ def hold_out_each(
     missing = [f"{number}/{count}" for number in range(1, count + 1) if number not in numbers]
     if missing:
         raise DataError(
-            f"--split {CROSS_VALIDATED}: no model of fold {', '.join(missing)}; train with "
-            f"--fold {missing[0]}"
+            f"--split {CROSS_VALIDATED}: no model of fold {', '.join(missing)}; run "
+            f"unet train --fold {missing[0]}"
         )
     cut = assign_folds(data, manifest, count)
     return HeldOut(
@@ -213,3 +216,29 @@ def score_folds(
     scores = count_split(models.attach, accelerator, data, CROSS_VALIDATED, size, measured)
     about = {"checkpoint": loaded.digest, "folds": len(held_out.sizes), **record_tiles(tiles)}
     return ScoredSplit(scores, about, partial(models.load_examples, data))
+
+
+def cross_validate(
+    runs: Path, data: str, loading: LoadingOptions, tiles: TileConfig, accelerator: Accelerator
+) -> None:
+    """Score the runs fold-1, fold-2, ... of a folder; print the table and write it there.
+
+    Every rank must call this. Raises DataError as `hold_out`.
+    """
+    loaded = load_models([str(runs)], on_host=True)
+    manifest = read_manifest(data, "--data")
+    manifest = replace(manifest, image_format=loaded.stored_format(manifest.image_format))
+    names = [f"--run-dir {run}" for run in list_folds(runs)]
+    held_out = hold_out(manifest, data, CROSS_VALIDATED, names, loaded.folds)
+    if accelerator.is_main_process:
+        print(held_out.message, flush=True)
+    tiles = replace(tiles, batch_size=choose_batch_size(tiles.batch_size, accelerator.device))
+    in_use = split_bytes_in_use(held_out.manifest, CROSS_VALIDATED)
+    opened = open_data(
+        data, loading, held_out.manifest, [CROSS_VALIDATED], accelerator, in_use, "raise it"
+    )
+    images = open_counts(opened, CROSS_VALIDATED, tiles, accelerator)
+    scored = score_folds(loaded, held_out, accelerator, opened, tiles, Metrics(images=images))
+    rows = images.gather(accelerator)
+    if rows is not None:
+        write_results(runs, opened, CROSS_VALIDATED, scored, rows)

@@ -92,8 +92,8 @@ def refuse_stale(place: Path, header: Header) -> None:
     """Raise DataError if a folder has other weights or masks than those that were scored."""
     scored, now = header.predictions or header.checkpoint, None
     if folds := list_folds(place):
-        digests = tuple(hash_weights(fold) for fold in folds)
-        now = digests if len(digests) > 1 else digests[0]
+        digests = [hash_weights(fold) for fold in folds]
+        now = digests[0] if len(digests) == 1 else tuple(digests)
     elif RunFolder(place).checkpoints.is_dir() or (place / WEIGHTS).is_file():
         now = hash_weights(place)
     elif (place / MANIFEST).is_file():

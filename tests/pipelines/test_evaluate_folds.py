@@ -165,7 +165,7 @@ def test_folders_of_runs_are_compared(runs, shards, call, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("folds", "message"),
     [
-        ((1, 3), "no model of fold 2/3; train with --fold 2/3"),
+        ((1, 3), "no model of fold 2/3; run unet train --fold 2/3"),
         ((1, 2, 2, 3), "are both fold 2/3; leave one out"),
         ((1, 2, 3, 0), "was not trained with --fold"),
     ],
