@@ -1,40 +1,31 @@
 """`unet evaluate`: score a checkpoint or stored predictions, exactly, on any number of ranks."""
 
-import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.util import find_spec
 from math import isfinite
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import numpy as np
 from accelerate import Accelerator
-from numpy.typing import NDArray
 
-from pipelines.drawing.panels import Example, draw_panels, side_by_side
-from pipelines.evaluation import score, table
-from pipelines.evaluation.breakdown import (
-    PARTS_CSV,
-    Labels,
-    break_down,
-    format_parts,
-    read_labels,
-    write_parts,
-)
+from pipelines.evaluation import score
+from pipelines.evaluation.breakdown import read_labels
 from pipelines.evaluation.examples import predict_examples
-from pipelines.evaluation.groups import GROUP, number_groups, read_groups
-from pipelines.evaluation.intervals import estimate_intervals
-from pipelines.evaluation.per_image import SCORES_CSV, Floats, ImageCounts, lowest, write_scores
+from pipelines.evaluation.groups import GROUP
+from pipelines.evaluation.held_out import CROSS_VALIDATED, HeldOut, hold_out, score_folds
+from pipelines.evaluation.per_image import open_counts
+from pipelines.evaluation.results import MAX_WORST, TILES, ScoredSplit, record_tiles, write_results
 from pipelines.evaluation.score import count_split
-from pipelines.evaluation.stored_predictions import open_predictions
+from pipelines.evaluation.stored_predictions import open_predictions, read_folds
 from pipelines.loading.dataset import DataSet, LoadingOptions, open_data, split_bytes_in_use
 from pipelines.model.forward import place_model
 from pipelines.model.load import (
     EnsemblePlace,
     LoadedModel,
+    expand_folds,
     find_checkpoint,
     list_folds,
     load_models,
@@ -43,24 +34,15 @@ from pipelines.runtime.command import run_command
 from pipelines.runtime.devices import choose_batch_size, refuse_rank_timeout, start
 from pipelines.runtime.errors import RunError, UsageError
 from pipelines.runtime.failures import out_of_memory, summary
-from pipelines.runtime.outputs import compare, read_previous, require_writable
-from pipelines.runtime.run_folder import SCORES
+from pipelines.runtime.outputs import require_writable
 from pipelines.runtime.yaml_flags import Flat, refuse_unused
-from shards.images.files import encode_png
 from shards.manifest import Manifest, read_manifest
-from shards.sample import DataError, Palette
+from shards.sample import DataError
 from shards.store import is_url
-from shards.writer import write_atomically, write_json
-from unet import DataSpec, Empty, Scores, Surface, SurfaceScores, TileConfig
+from unet import DataSpec, Empty, SurfaceScores, TileConfig
 from unet.spec import counted_classes
 
-TILES = ("tile", "overlap", "tta")
-"""Settings of prediction that scores.json records."""
 SURFACE_TOLERANCE = 2.0
-WORST = "worst"
-"""Folder of the worst images, beside the scores."""
-WORST_SIDE = 1000
-"""Longest side of an image in that folder, in pixels."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,12 +96,13 @@ class EvaluateConfig:
     """Instead of a checkpoint: the output of unet predict, a folder or a URL. Masks are matched to
     images by key."""
     split: str = "val"
-    """Split to score on."""
+    """Split to score on. Of a run of unet train --fold, val is what that fold held out.
+    cross-validated: train and val, each image by the model, of the folds, that held it out."""
     out: Path | None = None
     """Folder for scores.json, scores.csv and worst. Default: the folder that is scored."""
     rank_timeout: float = 60
     """Minutes that a rank waits for the others, after scoring its own images."""
-    worst: int = 8
+    worst: int = MAX_WORST
     """Number of images with the lowest Dice to draw into OUT/worst: image, mask, prediction and
     difference, side by side."""
     metrics: Flat[MetricOptions] = field(default_factory=MetricOptions)
@@ -137,6 +120,16 @@ class EvaluateConfig:
             )
         if self.predictions is not None and self.ensemble_on == "host":
             raise ValueError("--ensemble-on host requires --checkpoint")
+        if self.split == CROSS_VALIDATED and self.predictions is not None:
+            raise ValueError(
+                f"--split {CROSS_VALIDATED} requires --checkpoint RUNS, the runs of unet train "
+                "--folds"
+            )
+        if self.split == CROSS_VALIDATED and self.ensemble_on == "host":
+            raise ValueError(
+                f"--ensemble-on host has no effect with --split {CROSS_VALIDATED}: one model is on "
+                "the device at a time"
+            )
         if self.worst < 0:
             raise ValueError(f"--worst must be >= 0, got {self.worst}")
 
@@ -146,24 +139,63 @@ def run(config: EvaluateConfig) -> int:
     if config.metrics.surface and find_spec("scipy") is None:
         raise UsageError("--surface requires SciPy: pip install 'unet-shards[scipy]'")
     manifest = read_manifest(config.data, "--data")
-    split = manifest.split(config.split, config.data)
     out = folder_of(config)
-    loaded, differences = None, list[str]()
+    loaded, messages = None, list[str]()
     if config.checkpoint:
-        loaded = load_models(config.checkpoint, on_host=config.ensemble_on == "host")
+        on_host = config.ensemble_on == "host" or config.split == CROSS_VALIDATED
+        loaded = load_models(config.checkpoint, on_host=on_host)
         refuse_incompatible_checkpoint(config, loaded.spec, manifest)
-        differences = loaded.describe_differences(manifest.image_format)
+        messages = loaded.describe_differences(manifest.image_format)
         # The model was trained with its own range of 16-bit values.
         manifest = replace(manifest, image_format=loaded.stored_format(manifest.image_format))
+    held_out = choose_images(config, manifest, loaded)
+    messages += [held_out.message] * bool(held_out.message)
+    held_out.manifest.split(config.split, config.data)
     require_writable("--out", out, "use --out to write the scores elsewhere")
     accelerator = start(rank_timeout=config.rank_timeout)
-    if accelerator.is_main_process and differences:
-        print("\n".join(differences), file=sys.stderr)
+    if accelerator.is_main_process and messages:
+        print("\n".join(messages), file=sys.stderr)
     batch_size = choose_batch_size(config.tiles.batch_size, accelerator.device)
     config = replace(config, tiles=replace(config.tiles, batch_size=batch_size))
-    in_use = split_bytes_in_use(manifest, config.split)
+    score_and_write(config, out, held_out, loaded, accelerator)
+    accelerator.end_training()
+    return 0
+
+
+def choose_images(
+    config: EvaluateConfig, manifest: Manifest, loaded: LoadedModel | None
+) -> HeldOut:
+    """Return the data set in which the split has no images that a model of a fold trained on.
+
+    Raises UsageError or DataError as `hold_out`.
+    """
+    if loaded is not None:
+        paths = (path for one in config.checkpoint for path in expand_folds(one))
+        names, folds = [f"--checkpoint {path}" for path in paths], loaded.folds
+    else:
+        assert config.predictions is not None
+        folds = read_folds(config.predictions)
+        names = [f"the model of --predictions {config.predictions}"] * len(folds)
+    return hold_out(manifest, config.data, config.split, names, folds)
+
+
+def score_and_write(
+    config: EvaluateConfig,
+    out: Path,
+    held_out: HeldOut,
+    loaded: LoadedModel | None,
+    accelerator: Accelerator,
+) -> None:
+    """Score every image of the split on all ranks; print and write the results on the first."""
+    manifest = held_out.manifest
     data = open_data(
-        config.data, config.loading, manifest, [config.split], accelerator, in_use, "raise it"
+        config.data,
+        config.loading,
+        manifest,
+        [config.split],
+        accelerator,
+        split_bytes_in_use(manifest, config.split),
+        "raise it",
     )
     labels = None
     if config.metrics.per is not None:
@@ -172,66 +204,26 @@ def run(config: EvaluateConfig) -> int:
     if config.metrics.surface:
         counted, tolerance = counted_classes(manifest.classes), config.metrics.surface_tolerance
         surface = SurfaceScores(manifest.classes, counted, tolerance).to(accelerator.device)
-    images = ImageCounts(
-        tuple(shard.samples for shard in split.shards),
-        len(manifest.classes),
-        batch_size=config.tiles.effective_batch_size,
-        rank=accelerator.process_index,
-        world=accelerator.num_processes,
-    )
+    images = open_counts(data, config.split, config.tiles, accelerator)
     measured = score.Metrics(config.metrics.empty, surface, images)
     if loaded is not None:
-        scored = score_model(config, loaded, accelerator, data, measured)
+        scored = score_model(config, loaded, held_out, accelerator, data, measured)
     else:
         scored = score_predictions(config, accelerator, data, measured)
     surface_scores = None if surface is None else surface.scores()
     rows = images.gather(accelerator)
     if rows is not None:
-        write_results(config, out, data, scored, surface_scores, rows, labels)
-    accelerator.end_training()
-    return 0
-
-
-def write_results(
-    config: EvaluateConfig,
-    out: Path,
-    data: DataSet,
-    scored: "ScoredSplit",
-    surface: Surface | None,
-    rows: NDArray[np.uint32],
-    labels: Labels | None,
-) -> None:
-    """Print the tables; write scores.json, scores.csv, groups.csv and the worst images.
-
-    `rows`: counts per image of the whole split, from `ImageCounts.gather`.
-    """
-    manifest, split, empty = data.manifest, config.split, config.metrics.empty
-    counted = counted_classes(manifest.classes)
-    groups = read_groups(data, split, range(len(rows)))
-    units = number_groups(groups)
-    intervals = estimate_intervals(rows, manifest.classes, counted, empty, units)
-    print(table.table(scored.scores, surface, intervals))
-    if units is not None and None in groups:
-        print(f"{groups.count(None)} images without a group are resampled one by one")
-    plain = table.to_plain(scored.scores, surface, intervals)
-    out.mkdir(parents=True, exist_ok=True)
-    previous = read_previous(out / SCORES)
-    # Written last, so that the files beside it always belong to it.
-    (out / SCORES).unlink(missing_ok=True)
-    (out / PARTS_CSV).unlink(missing_ok=True)
-    dice = write_scores(
-        out / SCORES_CSV, rows, data, split, manifest.classes, counted, empty, groups
-    )
-    if labels is not None:
-        parts = break_down(labels, rows, groups, manifest.classes, counted, empty)
-        print(format_parts(parts))
-        write_parts(out / PARTS_CSV, parts)
-        plain["groups"] = asdict(parts)
-    about = {"split": split, "manifest": manifest.digest, **scored.about}
-    write_json(out / SCORES, {**about, **plain})
-    done = compare(previous, (out / SCORES).read_bytes())
-    print(f"{scored.scores.num_images} images of {split}: {out / SCORES}, {SCORES_CSV}{done}")
-    draw_worst(out / WORST, config.worst, scored.load_examples, manifest.palette, dice)
+        write_results(
+            out,
+            data,
+            config.split,
+            scored,
+            rows,
+            empty=config.metrics.empty,
+            surface=surface_scores,
+            labels=labels,
+            max_worst=config.worst,
+        )
 
 
 def folder_of(config: EvaluateConfig) -> Path:
@@ -253,20 +245,10 @@ def folder_of(config: EvaluateConfig) -> Path:
     return Path(scored)
 
 
-@dataclass(frozen=True, slots=True)
-class ScoredSplit:
-    """The scores of a split and where they come from."""
-
-    scores: Scores
-    about: dict[str, Any]
-    """Provenance, as recorded in scores.json."""
-    load_examples: Callable[[Sequence[int]], Iterator[Example]]
-    """Load the images at some positions of the split, with mask and prediction."""
-
-
 def score_model(
     config: EvaluateConfig,
     loaded: LoadedModel,
+    held_out: HeldOut,
     accelerator: Accelerator,
     data: DataSet,
     measured: score.Metrics,
@@ -274,6 +256,8 @@ def score_model(
     """Predict and score every image of the split. Raises RunError if GPU memory runs out."""
     model = loaded.model
     try:
+        if config.split == CROSS_VALIDATED:
+            return score_folds(loaded, held_out, accelerator, data, config.tiles, measured)
         place_model(model, accelerator.device)
         scores = score.score(model, accelerator, data, config.split, config.tiles, measured)
     except RuntimeError as error:
@@ -283,13 +267,13 @@ def score_model(
             f"the GPU ({accelerator.device}) is out of memory ({summary(error)}); "
             "lower --batch-size or --tile"
             + ", or use --ensemble-on host"
-            * (len(loaded.members) > 1)
+            * (len(loaded.members) > 1 and config.split != CROSS_VALIDATED)
         ) from error
     load_examples = partial(
         predict_examples, model, accelerator, data, config.split, tiles=config.tiles
     )
-    tiles = {name: getattr(config.tiles, name) for name in TILES}
-    return ScoredSplit(scores, {"checkpoint": loaded.digest, **tiles}, load_examples)
+    about = {"checkpoint": loaded.digest, **record_tiles(config.tiles)}
+    return ScoredSplit(scores, about, load_examples)
 
 
 def score_predictions(
@@ -338,30 +322,6 @@ def refuse_incompatible_checkpoint(
             f"--checkpoint {checkpoint} was trained on {spec.channels} images, --data "
             f"{config.data} has {manifest.image_format.channels}; they must be the same"
         )
-
-
-def draw_worst(
-    folder: Path,
-    max_images: int,
-    load_examples: Callable[[Sequence[int]], Iterator[Example]],
-    palette: Palette,
-    dice: Floats,
-) -> None:
-    """Draw the images with the lowest `dice` [N], with mask and prediction, worst first."""
-    for old in folder.glob("[0-9]*-[01].[0-9][0-9][0-9][0-9]-*.png"):
-        old.unlink()
-    positions = lowest(dice, max_images)
-    if not positions:
-        return
-    folder.mkdir(exist_ok=True)
-    examples = zip(positions, load_examples(positions), strict=True)
-    for number, (position, example) in enumerate(examples, 1):
-        # Keys of foreign shards may hold any character.
-        key = re.sub(r"[^A-Za-z0-9_%-]", "_", example.key)[-90:]
-        name = f"{number:0{len(str(len(positions)))}d}-{dice[position]:.4f}-{key}.png"
-        drawn = side_by_side(draw_panels(example, palette, WORST_SIDE))
-        write_atomically(folder / name, encode_png(drawn))
-    print(f"worst {len(positions)} images: {folder}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -10,26 +10,27 @@ import signal
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
-from math import inf
 from typing import Literal
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipelines.evaluation import score, table
 from pipelines.evaluation.examples import draw_batch, draw_validation
+from pipelines.evaluation.held_out import cross_validate
 from pipelines.loading.stages import Batch
 from pipelines.reporting.compose import write_report_safely
-from pipelines.runtime.command import run_command
+from pipelines.runtime.command import launched_rank, run_command
 from pipelines.runtime.errors import INTERRUPTED, RunError
 from pipelines.runtime.run_folder import RunFolder, RunLock
-from pipelines.training.budget import NotFinite
+from pipelines.training.budget import STOPPING
 from pipelines.training.checkpoints import Checkpoints, TrainState
 from pipelines.training.encoders import drop_gradients, freeze_encoder
-from pipelines.training.optim import learning_rate, set_learning_rate
+from pipelines.training.fold_runs import plan_folds
+from pipelines.training.optim import clip_gradients, learning_rate, set_learning_rate
 from pipelines.training.options import TrainConfig
 from pipelines.training.setup import (
     Training,
@@ -41,20 +42,42 @@ from pipelines.training.setup import (
     resolve_passes,
     start_accelerator,
 )
-from pipelines.training.validation import choose_validation
+from pipelines.training.step_failures import describe_not_finite, refuse_many_skips
+from pipelines.training.validation import (
+    choose_validation,
+    is_finished,
+    out_of_patience,
+    update_best,
+)
 from shards.manifest import read_manifest
-from shards.reader import ShardReader
 from shards.writer import write_json
 from unet import Scores, metrics
 
 End = Literal["finished", "interrupted", "already finished"]
 """How a run ends."""
-MAX_NAMED = 8
-"""Maximum number of sample keys in the error about a step that is not finite."""
+
+
+@dataclass(frozen=True, slots=True)
+class EndedRun:
+    """A run that ended; its process group is still open."""
+
+    accelerator: Accelerator
+    state: TrainState
+    code: int
+    """Exit code."""
+    interrupted: bool
+    """Whether any rank was signalled to stop."""
 
 
 def run(config: TrainConfig) -> int:
-    """Train or resume until a limit is reached; returns 75 if a signal interrupted the run."""
+    """Train or resume a run, or those of `--folds`; returns 75 if a signal interrupted it."""
+    if config.folds is not None:
+        return run_folds(config, config.folds)
+    return run_one(config, more=False).code
+
+
+def run_one(config: TrainConfig, *, more: bool) -> EndedRun:
+    """Train or resume until a limit is reached; `more`: this process continues afterwards."""
     folder, schedule = RunFolder(config.run_dir), config.schedule
     with Checkpoints(folder, schedule.keep_checkpoints, schedule.keep_every) as checkpoints:
         setup = resolve(config, read_manifest(config.data, "--data"))
@@ -65,8 +88,10 @@ def run(config: TrainConfig) -> int:
         setup = resolve_passes(setup, accelerator, learner)
         data = open_splits(setup, accelerator)
         if is_finished(setup, state):
-            accelerator.end_training()
-            return finish_run(setup, accelerator, state, None, "already finished")
+            if not more:
+                accelerator.end_training()
+            code = finish_run(setup, accelerator, state, None, "already finished", more=more)
+            return EndedRun(accelerator, state, code, interrupted=False)
         training = open_training(setup, accelerator, data, learner, state)
         state = replace(state, tracking_id=training.tracker.run_id)
         state, scores = train(training, state, checkpoints)
@@ -76,7 +101,49 @@ def run(config: TrainConfig) -> int:
             scores = score_validation(training, None)
         training.progress.close()
         training.tracker.finish(folder.best)
-        return finish_run(setup, accelerator, state, scores, end)
+        if not more:
+            accelerator.end_training()
+        code = finish_run(setup, accelerator, state, scores, end, more=more)
+        if more:
+            # A signal since the last step, for example during the validation at the end.
+            training.budget.agree()
+        return EndedRun(accelerator, state, code, training.budget.interrupted)
+
+
+def run_folds(config: TrainConfig, count: int) -> int:
+    """Train or resume the runs of all folds one after the other; then score all in one table.
+
+    Returns 75 if a signal interrupted one. Raises UsageError if the folder holds other runs.
+    """
+    folds = plan_folds(config, count)
+    handlers = {number: signal.getsignal(number) for number in STOPPING}
+    ended = None
+    for fold in folds:
+        if launched_rank() == 0:
+            print(f"fold {fold.fold}: {fold.run_dir}", flush=True)
+        ended = run_one(fold, more=True)
+        ended.accelerator.free_memory()
+        torch.compiler.reset()
+        if ended.interrupted:
+            break
+        # Those of the fold would swallow a signal that arrives before the next one handles them.
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert ended is not None
+    accelerator, interrupted = ended.accelerator, ended.interrupted
+    if not interrupted:
+        cross_validate(config.run_dir, config.data, config.loading, config.tiles, accelerator)
+    ignore_repeated_signal()
+    accelerator.end_training()
+    if accelerator.is_main_process:
+        plain = {"finished": not interrupted, "folds": count, "step": ended.state.step}
+        plain |= {"seconds": ended.state.seconds}
+        write_json(RunFolder(config.run_dir).state, plain)
+        if interrupted:
+            print("interrupted; rerun the same command: it skips the folds that are finished")
+        else:
+            print_next_commands(config)
+    return INTERRUPTED if interrupted and accelerator.num_processes == 1 else 0
 
 
 def train(
@@ -156,19 +223,6 @@ def show_first_batch(training: Training, image: Tensor, mask: Tensor) -> None:
 def seed_dropout(seed: int, position: Tensor) -> None:
     """Seed dropout by the position of the batch, so that a resumed run drops the same values."""
     torch.manual_seed((seed * 2**40 + int(position[0])) % 2**63)
-
-
-def clip_gradients(accelerator: Accelerator, model: nn.Module, max_norm: float) -> Tensor:
-    """Clip the accumulated gradients to a norm of `max_norm`; 0: do not clip.
-
-    Returns their norm before clipping, float32 []: 0 while accumulating, and with a loss scaler,
-    which handles gradients that overflow.
-    """
-    zero = torch.zeros((), device=accelerator.device)
-    if not accelerator.sync_gradients:
-        return zero
-    norm = accelerator.clip_grad_norm_(model.parameters(), max_norm or inf)
-    return zero if norm is None or accelerator.scaler is not None else norm
 
 
 def finish_step(training: Training, state: TrainState) -> TrainState:
@@ -257,30 +311,6 @@ def uncompiled(compiled: bool) -> AbstractContextManager[None]:
     return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 
-def update_best(state: TrainState, score: float) -> TrainState:
-    """Record a validation; `stale` is 0 if it is the best so far."""
-    is_best = state.best is None or score > state.best
-    return replace(
-        state,
-        validated=state.step,
-        best=score if is_best else state.best,
-        stale=0 if is_best else state.stale + 1,
-    )
-
-
-def out_of_patience(config: TrainConfig, state: TrainState) -> bool:
-    """Whether `--patience` validations have passed without improvement."""
-    patience = config.length.patience
-    return patience is not None and state.stale >= patience
-
-
-def is_finished(setup: TrainSetup, state: TrainState) -> bool:
-    """Whether the last checkpoint is the end of the run."""
-    spent = setup.limits.progress(state.step, state.seconds) >= 1
-    validated = state.validated == state.step or not setup.config.schedule.val
-    return (spent and validated) or out_of_patience(setup.config, state)
-
-
 def save(training: Training, state: TrainState, checkpoints: Checkpoints, *, is_best: bool) -> None:
     """Copy a checkpoint on the main process, which writes it in the background; others wait."""
     if training.accelerator.is_main_process:
@@ -294,44 +324,21 @@ def finish_saving(checkpoints: Checkpoints, accelerator: Accelerator) -> None:
     accelerator.wait_for_everyone()
 
 
-def refuse_many_skips(training: Training, skipped: int) -> None:
-    """Raise RunError, on all ranks, if more samples were replaced than `--max-bad-share` allows."""
-    max_share = training.setup.config.batch.max_bad_share
-    drawn = (training.budget.step - training.first_step) * training.setup.global_batch_size
-    if skipped > max_share * max(training.setup.order.num_samples, drawn):
-        raise RunError(
-            f"{skipped:,} samples could not be decoded, more than --max-bad-share {max_share} "
-            "allows; they are listed above: repair or remove them and pack again, or raise it"
-        )
-
-
-def describe_not_finite(found: NotFinite, setup: TrainSetup) -> str:
-    """Return the error text: the step, the quantities that are not finite, the sample keys."""
-    reader = ShardReader(setup.config.data, setup.manifest.splits["train"].shards)
-    samples = setup.global_batch_size
-    positions = range((found.step - 1) * samples, found.step * samples)[:MAX_NAMED]
-    keys = [reader.read(setup.order.locate(position)).key for position in positions]
-    more = f" and {samples - MAX_NAMED} more" if samples > MAX_NAMED else ""
-    return (
-        f"step {found.step}: {', '.join(found.names)} not finite; its samples are "
-        f"{', '.join(keys)}{more}; "
-        "lower --optim.lr, or inspect them; the last checkpoint is intact"
-    )
-
-
 def finish_run(
     setup: TrainSetup,
     accelerator: Accelerator,
     state: TrainState,
     scores: Scores | None,
     end: End,
+    *,
+    more: bool,
 ) -> int:
     """Write RUN/state.json, print the result and the next commands, return the exit code.
 
-    `scores`: of the last validation; None if there was none.
+    `scores`: of the last validation; None if there was none. `more`: other folds follow.
     """
-    # Schedulers may repeat the signal. At exit Python restores the default action, which kills.
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    if not more:
+        ignore_repeated_signal()
     config, interrupted = setup.config, end == "interrupted"
     if accelerator.is_main_process:
         command = f"unet train --data {config.data} --run-dir {config.run_dir}"
@@ -346,7 +353,8 @@ def finish_run(
             )
         elif end == "already finished":
             print(f"{config.run_dir} had already finished at step {state.step}")
-            print("to train longer, raise its --steps, --epochs or --minutes")
+            if not more:
+                print("to train longer, raise its --steps, --epochs or --minutes")
         else:
             stale = f", no improvement for {state.stale} validations"
             why = stale if out_of_patience(config, state) else ""
@@ -354,9 +362,14 @@ def finish_run(
             if scores is not None:
                 print(table.table(scores))
             print(write_report_safely(config.run_dir, accelerator))
-        if not interrupted:
+        if not interrupted and not more:
             print_next_commands(config)
     return INTERRUPTED if interrupted and accelerator.num_processes == 1 else 0
+
+
+def ignore_repeated_signal() -> None:
+    """Ignore SIGUSR1, which schedulers may repeat: at exit, Python restores that it kills."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 def print_next_commands(config: TrainConfig) -> None:
@@ -366,7 +379,7 @@ def print_next_commands(config: TrainConfig) -> None:
         f"unet predict {checkpoint} --input IMAGES --out MASKS --png --overlay",
         f"unet export {checkpoint} --format onnx --out model.onnx",
     ]
-    if config.schedule.val and config.fold is None:
+    if config.schedule.val and config.folds is None:
         commands.insert(0, f"unet evaluate {checkpoint} --data {config.data} --split val")
     print("next: " + "\n      ".join(commands))
 

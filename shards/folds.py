@@ -56,6 +56,21 @@ class Folds:
         cut = {"train": self.part(others), "val": self.part([number])}
         return replace(self.manifest, splits={**self.manifest.splits, **cut})
 
+    def concatenate(self, name: str) -> Manifest:
+        """Return the manifest with one more split: the samples of fold 1, then those of fold 2, ...
+
+        A shard is a part of several folds, and listed for each.
+        """
+        parts = [self.part([number]) for number in range(1, self.count + 1)]
+        shards = tuple(shard for part in parts for shard in part.shards)
+        splits = {**self.manifest.splits, name: SplitInfo(shards, parts[0].sizes)}
+        return replace(self.manifest, splits=splits)
+
+    def sizes(self) -> tuple[int, ...]:
+        """Count the samples of each fold."""
+        samples = np.bincount(np.concatenate(self.of_shards), minlength=self.count + 1)
+        return tuple(samples[1:].tolist())
+
 
 def assign_folds(place: Store | Path | str, manifest: Manifest, count: int) -> Folds:
     """Cut the samples of train and val into `count` folds. Reads every `.idx` and KEY.json.

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Sourced by predict.sbatch and pack.sbatch: sets `part` to the flags for this job of an array.
+# Sourced by the recipes with arrays: sets `part` to the flags for this job of an array.
 #
 #   . launch/slurm/part.sh
 #
@@ -9,7 +9,7 @@ part=()
 if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
     # shellcheck disable=SC2153,SC2034
     if [ "$SLURM_ARRAY_TASK_MIN" != 1 ] || [ "$SLURM_ARRAY_TASK_MAX" != "$SLURM_ARRAY_TASK_COUNT" ]; then
-        echo "${SLURM_JOB_NAME:-job}: --array must be 1-N; finished shards are skipped" >&2
+        echo "${SLURM_JOB_NAME:-job}: --array must be 1-N; what is finished is skipped" >&2
         exit 2
     fi
     part=(--part "$SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT")

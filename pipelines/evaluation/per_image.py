@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pipelines.loading.dataset import DataSet
 from shards.order import EvalPlan
-from unet import Empty
+from unet import Empty, TileConfig
 
 SCORES_CSV = "scores.csv"
 FIRST_COLUMNS = ("key", "width", "height", "group", "dice", "iou")
@@ -121,6 +121,20 @@ class ImageCounts:
                 here = whole[first + start : min(first + start + size, last)]
                 here[:] = part[: len(here)].cpu().numpy()
         return whole
+
+
+def open_counts(
+    data: DataSet, split: str, tiles: TileConfig, accelerator: Accelerator
+) -> ImageCounts:
+    """Make the counts of this rank for a split that is read in batches of `tiles`."""
+    shards = data.manifest.split(split, data.store).shards
+    return ImageCounts(
+        tuple(shard.samples for shard in shards),
+        len(data.manifest.classes),
+        batch_size=tiles.effective_batch_size,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+    )
 
 
 @dataclass(frozen=True, slots=True)

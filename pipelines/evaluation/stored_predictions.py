@@ -14,9 +14,10 @@ from torch import Tensor
 
 from pipelines.drawing.panels import Example
 from pipelines.evaluation.per_image import split_keys
-from pipelines.inference.job import read_job
+from pipelines.inference.job import parse_folds, read_job
 from pipelines.loading.dataset import DataSet
 from pipelines.loading.stages import Batch
+from pipelines.model.trained_fold import TrainedFold
 from shards.manifest import Manifest, read_manifest
 from shards.masks.png import decode_mask
 from shards.order import Address
@@ -153,6 +154,14 @@ def open_predictions(place: str, data: DataSet, split: str) -> StoredPredictions
     return StoredPredictions(
         manifest, reader, data, split, places, num_others, read_job(store) or {}
     )
+
+
+def read_folds(place: str) -> tuple[TrainedFold | None, ...]:
+    """Read the folds that the models of stored predictions were trained on, from job.json.
+
+    Raises DataError if it is damaged.
+    """
+    return parse_folds(read_job(Store(place)) or {})
 
 
 def predicted_key(key: str) -> str:

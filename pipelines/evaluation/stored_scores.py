@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from pipelines.evaluation.per_image import COUNTS, FIRST_COLUMNS, SCORES_CSV
 from pipelines.model.checkpoint_files import hash_file
-from pipelines.model.load import find_checkpoint
+from pipelines.model.load import find_checkpoint, list_folds
 from pipelines.runtime.run_folder import SCORES, RunFolder
 from shards.documents import Count, convert, parse_json
 from shards.manifest import MANIFEST, read_manifest
@@ -42,7 +42,8 @@ class Header:
     empty_policy: Empty
     counted: tuple[str, ...]
     classes: dict[str, StoredClass]
-    checkpoint: str | None = None
+    checkpoint: str | tuple[str, ...] | None = None
+    """sha256 of the weights; of several models, of each."""
     predictions: str | None = None
 
 
@@ -90,9 +91,11 @@ def read_stored_scores(place: Path) -> StoredScores:
 def refuse_stale(place: Path, header: Header) -> None:
     """Raise DataError if a folder has other weights or masks than those that were scored."""
     scored, now = header.predictions or header.checkpoint, None
-    if RunFolder(place).checkpoints.is_dir() or (place / WEIGHTS).is_file():
-        folder = find_checkpoint(str(place), "unet compare")
-        now = None if isinstance(folder, str) else hash_file(folder / WEIGHTS)
+    if folds := list_folds(place):
+        digests = [hash_weights(fold) for fold in folds]
+        now = digests[0] if len(digests) == 1 else tuple(digests)
+    elif RunFolder(place).checkpoints.is_dir() or (place / WEIGHTS).is_file():
+        now = hash_weights(place)
     elif (place / MANIFEST).is_file():
         now = read_manifest(place).digest
     if now is not None and now != scored:
@@ -100,6 +103,11 @@ def refuse_stale(place: Path, header: Header) -> None:
             f"{place / SCORES} belongs to another checkpoint or other masks than {place} has now; "
             "run unet evaluate again"
         )
+
+
+def hash_weights(place: Path) -> str:
+    """Compute the sha256 of the weights of a run or checkpoint folder that exists."""
+    return hash_file(Path(find_checkpoint(str(place), "unet compare")) / WEIGHTS)
 
 
 def read_header(place: Path) -> Header:

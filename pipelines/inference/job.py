@@ -19,6 +19,7 @@ from pipelines.inference.input_readers import Inputs
 from pipelines.inference.input_rules import JOB
 from pipelines.inference.options import WORK_DIR, PredictConfig, ResultOptions, check_settings
 from pipelines.model.load import LoadedModel
+from pipelines.model.trained_fold import TrainedFold
 from pipelines.runtime.errors import UsageError, refuse_changed_settings
 from shards.documents import Count, Name, Sha256, convert, decode, parse_json, parse_names
 from shards.images.files import ImageFormat
@@ -86,6 +87,8 @@ class JobOrigin:
     precision: Name
     inputs: InputSet
     reading: dict[str, Any]
+    folds: tuple[TrainedFold | None, ...] = ()
+    """Of each model, if one was trained on a fold."""
 
 
 def write_shard(
@@ -246,6 +249,11 @@ def read_job(store: Store) -> dict[str, Any] | None:
     return job
 
 
+def parse_folds(job: Mapping[str, Any]) -> tuple[TrainedFold | None, ...]:
+    """Return the folds of the models of a job that `read_job` has read; none if not recorded."""
+    return convert(job.get("folds", []), tuple[TrainedFold | None, ...])
+
+
 def read_state(store: Store) -> JobState:
     """Read the state.json of a finished job. Raises DataError if it is damaged."""
     return decode(store.read(STATE), JobState, store.path(STATE), REMEDY)
@@ -272,12 +280,15 @@ def start_job(
     if loaded.reading_changes:
         # In the types that JSON restores.
         job["reading"] = json.loads(json.dumps(loaded.reading_changes))
+    folds = [None if fold is None else asdict(fold) for fold in loaded.folds]
+    if any(folds):
+        job["folds"] = folds
     if started is not None:
-        # Absent if the images are read as the training images were.
+        # Absent if the images are read as the training images were. The weights decide the folds.
         refuse_changed_settings(
             str(store),
-            {"reading": {}, **started},
-            {"reading": {}, **job},
+            {"reading": {}, **started, "folds": folds},
+            {"reading": {}, **job, "folds": folds},
             elsewhere=REMEDY,
         )
         return

@@ -13,6 +13,9 @@ from pipelines.runtime.errors import RunError
 from pipelines.runtime.failures import out_of_memory, summary
 from unet import Ensemble, UNet
 
+Forward = Callable[[Tensor], Tensor]
+"""uint8 images [B, C, H, W] -> logits."""
+
 
 class TileTooLargeError(RunError):
     """A single tile exceeds the memory of a GPU."""
@@ -28,7 +31,7 @@ class TileTooLargeError(RunError):
 
 def make_forward(
     model: UNet | Ensemble, accelerator: Accelerator, *, compiled: bool = False
-) -> Callable[[Tensor], Tensor]:
+) -> Forward:
     """Make a function from uint8 images [B, C, H, W] to logits, in the accelerator's precision.
 
     If a batch exceeds the memory of a GPU, it and all later ones are halved until they fit, with

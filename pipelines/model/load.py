@@ -13,6 +13,7 @@ from pipelines.model.checkpoint_files import (
     list_checkpoints,
     verify_model,
 )
+from pipelines.model.trained_fold import TrainedFold, read_trained_fold
 from pipelines.runtime.errors import describe_read_error
 from pipelines.runtime.run_folder import RunFolder
 from shards.images.files import ImageFormat
@@ -43,6 +44,8 @@ class LoadedModel:
     """sha256 of its weights file; of an ensemble, of each member's."""
     reading_changes: dict[str, Any] = field(default_factory=dict)
     """Fields of `spec` that flags have replaced."""
+    folds: tuple[TrainedFold | None, ...] = (None,)
+    """Fold that each member was trained on; None: the whole train split."""
 
     @property
     def members(self) -> Sequence[UNet]:
@@ -101,6 +104,7 @@ def load_model(checkpoint: str, flag: str = "--checkpoint") -> LoadedModel:
         refuse_damage(checkpoint, folder, flag)
         model = UNet.from_pretrained(str(folder))
         digest = hash_file(folder / weights.WEIGHTS)
+        fold = read_trained_fold(folder)
     except (ValueError, FileNotFoundError, ImportError) as error:
         raise DataError(f"{flag} {checkpoint}: {error}") from error
     except PermissionError as error:
@@ -114,7 +118,7 @@ def load_model(checkpoint: str, flag: str = "--checkpoint") -> LoadedModel:
             f"{flag} {checkpoint}: config.json has no data spec (classes, mean, std); save the "
             "model with UNet(config, spec)"
         )
-    return LoadedModel(model, model.spec, digest)
+    return LoadedModel(model, model.spec, digest, folds=(fold,))
 
 
 def load_models(checkpoints: Sequence[str], *, on_host: bool = False) -> LoadedModel:
@@ -134,7 +138,8 @@ def load_models(checkpoints: Sequence[str], *, on_host: bool = False) -> LoadedM
     if len(loaded) == 1:
         return loaded[0]
     models = Ensemble((one.members[0] for one in loaded), on_host=on_host)
-    return LoadedModel(models, loaded[0].spec, [str(one.digest) for one in loaded])
+    folds = tuple(fold for one in loaded for fold in one.folds)
+    return LoadedModel(models, loaded[0].spec, [str(one.digest) for one in loaded], folds=folds)
 
 
 def expand_folds(checkpoint: str) -> list[str]:

@@ -2,10 +2,12 @@
 
 from copy import deepcopy
 from dataclasses import dataclass
-from math import cos, pi
+from math import cos, inf, pi
 from typing import Any, Literal
 
 import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from pipelines.runtime.yaml_flags import refuse_unused
@@ -178,3 +180,16 @@ def build_learner(model: UNet, config: OptimConfig) -> Learner:
     """Add a new optimizer and average to a model, which must be on its device."""
     average = Average(model, config.ema_decay) if config.ema_decay else None
     return Learner(model, average, build_optimizer(model, config))
+
+
+def clip_gradients(accelerator: Accelerator, model: nn.Module, max_norm: float) -> Tensor:
+    """Clip the accumulated gradients to a norm of `max_norm`; 0: do not clip.
+
+    Returns their norm before clipping, float32 []: 0 while accumulating, and with a loss scaler,
+    which handles gradients that overflow.
+    """
+    zero = torch.zeros((), device=accelerator.device)
+    if not accelerator.sync_gradients:
+        return zero
+    norm = accelerator.clip_grad_norm_(model.parameters(), max_norm or inf)
+    return zero if norm is None or accelerator.scaler is not None else norm

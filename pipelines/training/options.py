@@ -183,6 +183,9 @@ class TrainConfig:
     fold: str | None = None
     """i/k: train on k - 1 of k folds of train and val, and validate on the i-th. Folds are about
     equal and keep groups together; test is not touched."""
+    folds: int | None = None
+    """k: train all k folds one after the other, in RUN_DIR/fold-1, fold-2, ..., each as --fold i/k
+    would, then score all of train and val, each image by the model that held it out."""
     rank_timeout: float = 10
     """Minutes that a rank waits for the others before it gives them up as lost: longer than the
     start, a checkpoint, or the uneven part of a validation takes."""
@@ -203,6 +206,12 @@ class TrainConfig:
         refuse_rank_timeout(self.rank_timeout)
         if self.fold is not None and parse_part("--fold", self.fold)[1] < 2:
             raise ValueError(f"--fold must be i/k with at least 2 folds, got {self.fold!r}")
+        if self.folds is not None and self.folds < 2:
+            raise ValueError(f"--folds must be >= 2, got {self.folds}")
+        if self.folds is not None and self.fold is not None:
+            raise ValueError(
+                f"--folds {self.folds} trains all folds, --fold {self.fold} one; drop one"
+            )
         self.loading.refuse_local_cache(self.data)
         if self.length.patience is not None and not self.schedule.val:
             raise ValueError(

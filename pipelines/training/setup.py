@@ -235,10 +235,7 @@ def load_learner(
 def prepare_model(setup: TrainSetup, accelerator: Accelerator, resumed: Path | None) -> UNet:
     """Build the model on its device, in the memory format of the run.
 
-    Args:
-        setup: the run; a new one starts from the weights of its `--init-from`.
-        accelerator: its device and ranks.
-        resumed: checkpoint of the run, whose weights are loaded later.
+    `resumed`: checkpoint of the run, whose weights are loaded later.
     """
     config = setup.config
     backbone = prepare_backbone(config, setup.manifest, accelerator, resumed)

@@ -181,16 +181,15 @@ class Tracker:
             tracker.log_images(values, step=step, **named)
 
     def finish(self, best: Path) -> None:
-        """Close the tracker and the process group; the last call of a rank.
-
-        `best`: the best checkpoint, uploaded with --tracking.artifact.
-        """
+        """Close the tracker; `best`: the best checkpoint, uploaded with --tracking.artifact."""
         if self.config.artifact and self.accelerator.is_main_process:
             self.attempt(lambda: upload(self.accelerator, best.resolve(), f"{self.run_id}-best"))
         try:
-            self.accelerator.end_training()
+            for tracker in self.accelerator.trackers:
+                tracker.finish()
         except Exception as error:  # as in attempt
             logger.warning("the tracker could not be closed; the run is complete: %s", error)
+        self.accelerator.trackers.clear()
 
     def attempt(self, action: Callable[[], object]) -> None:
         """Run an action of the tracker, unless it is disabled; an error disables it."""

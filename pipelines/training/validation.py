@@ -1,10 +1,11 @@
-"""How many images a validation during training scores."""
+"""How many images a validation during training scores, and what its score decides."""
 
 import sys
 from dataclasses import replace
 
 from pipelines.loading.sample_size import choose_num_images
 from pipelines.training.checkpoints import TrainState
+from pipelines.training.options import TrainConfig
 from pipelines.training.setup import TrainSetup
 
 MIN_IMAGES = 32
@@ -31,3 +32,27 @@ def choose_validation(setup: TrainSetup, state: TrainState) -> TrainState:
             file=sys.stderr,
         )
     return state
+
+
+def update_best(state: TrainState, score: float) -> TrainState:
+    """Record a validation; `stale` is 0 if it is the best so far."""
+    is_best = state.best is None or score > state.best
+    return replace(
+        state,
+        validated=state.step,
+        best=score if is_best else state.best,
+        stale=0 if is_best else state.stale + 1,
+    )
+
+
+def out_of_patience(config: TrainConfig, state: TrainState) -> bool:
+    """Whether `--patience` validations have passed without improvement."""
+    patience = config.length.patience
+    return patience is not None and state.stale >= patience
+
+
+def is_finished(setup: TrainSetup, state: TrainState) -> bool:
+    """Whether the last checkpoint is the end of the run."""
+    spent = setup.limits.progress(state.step, state.seconds) >= 1
+    validated = state.validated == state.step or not setup.config.schedule.val
+    return (spent and validated) or out_of_patience(setup.config, state)

@@ -325,6 +325,28 @@ def test_an_array_predicts_the_bytes_of_one_process_and_reports_skipped_inputs(
     assert content(tmp_path / "masks") == content(tmp_path / "alone")
 
 
+def test_an_array_trains_one_fold_per_job(
+    shards: Path, tiny, submit, call, wait_for, tmp_path: Path
+) -> None:
+    runs = tmp_path / "runs"
+    array = submit(
+        "train", *train_flags(shards, runs, tiny, "--steps", 1), options=("--array", "1-2")
+    )
+
+    def code(part: int) -> str | None:
+        job = Job(f"{array.number}_{part}", tmp_path, wait_for).show()
+        return job["ExitCode"] if job["JobState"] in ("COMPLETED", "FAILED") else None
+
+    codes = [wait_for(partial(code, part), f"part {part}", seconds=240) for part in (1, 2)]
+    assert codes == ["0:0", "0:0"], (tmp_path / f"{array.number}_1.log").read_text()
+    assert sorted(path.name for path in runs.iterdir()) == ["fold-1", "fold-2"]
+    assert all(state_of(run)["finished"] for run in runs.iterdir())
+    argv = ("--checkpoint", runs, "--data", shards, "--split", "cross-validated", "--workers", 0)
+    ended = call("evaluate", *argv)
+    assert ended.code == 0, ended.err
+    assert "12 images of cross-validated" in ended.out
+
+
 def test_an_array_packs_the_bytes_of_one_process(
     cells: Path, split_file: Path, submit, call, content, tmp_path: Path
 ) -> None:
@@ -349,6 +371,6 @@ def test_an_array_with_a_gap_is_refused(cells: Path, submit, wait_for, tmp_path:
     logs = [tmp_path / f"{job.number}_{part}.log" for part in (1, 3)]
     wait_for(lambda: all(log.exists() and log.read_text() for log in logs), "both refusals")
     assert {log.read_text() for log in logs} == {
-        "unet-pack: --array must be 1-N; finished shards are skipped\n"
+        "unet-pack: --array must be 1-N; what is finished is skipped\n"
     }
     assert not (tmp_path / "shards").exists()

@@ -8,6 +8,7 @@ import logging
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -139,14 +140,20 @@ class Broken:
         def fail(*_: Any, **__: Any) -> None:
             raise ConnectionError("the tracker is down")
 
-        for name in ("init_trackers", "log", "end_training"):
-            monkeypatch.setattr(
-                Accelerator, name, fail if name in self.fails else lambda *_, **__: None
+        def start(accelerator: Any, *_: Any, **__: Any) -> None:
+            accelerator.trackers.append(
+                SimpleNamespace(
+                    log_images=lambda *_, **__: None,
+                    finish=fail if "finish" in self.fails else lambda: None,
+                )
             )
+
+        for name, works in (("init_trackers", start), ("log", lambda *_, **__: None)):
+            monkeypatch.setattr(Accelerator, name, fail if name in self.fails else works)
 
 
 @pytest.mark.parametrize(
-    "fails", [("init_trackers",), ("log",), ("end_training",), ("init_trackers", "log")]
+    "fails", [("init_trackers",), ("log",), ("finish",), ("init_trackers", "log")]
 )
 def test_a_tracker_that_fails_does_not_end_the_run_and_is_reported_once(
     fails: tuple[str, ...],

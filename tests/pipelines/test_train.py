@@ -1,4 +1,4 @@
-"""`train`, `training.setup`, `training.options`, `training.other_data`.
+"""`train`, `training.setup`, `training.options`, `training.other_data`, `training.step_failures`.
 
 A training run: what it writes, how it is bounded, interrupted, resumed and refused.
 """
