@@ -117,6 +117,7 @@ def test_a_full_disk_is_not_blamed_on_samples(
         ended = call("pack", *flags(folder, out, *more))
     line = one_line(ended, "pack")
     assert "No space left" in line
+    assert "; free some space or choose another place, then rerun the same command" in line
     assert str(out) in line or "train-00000" in line
     assert str(folder) not in line
     assert not (out / "index.json").exists()
