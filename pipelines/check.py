@@ -30,11 +30,12 @@ from pipelines.runtime.progress import progress
 from pipelines.runtime.yaml_flags import Flat, Positional, refuse_unused
 from shards.folders.pairs import Pair, Pairing
 from shards.folders.splits import SplitRule
-from shards.images.files import NOTES, ImageFormat
+from shards.images.files import NOTES, ImageFormat, encode_png
 from shards.images.pixels import to_array
 from shards.sample import AggregateDataError, DataError, list_problems
 from shards.statistics import SampleRule, SampleStatistics, compute_mean_std, find_duplicates
 from shards.store import Store
+from shards.writer import write_atomically
 
 SHEET_CELLS = 30
 """Images on the contact sheet."""
@@ -343,7 +344,7 @@ def draw_sheet(
     }
     palette = choose_overlay_colours([np.asarray(cell.image) for cell in cells], rule.palette)
     sheet = draw_contact_sheet(cells, palette, list(shares.values()))
-    sheet.save(path)
+    write_atomically(path, encode_png(sheet), durable=False)
     return True
 
 

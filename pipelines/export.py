@@ -29,7 +29,7 @@ from pipelines.model.load import LoadedModel, load_models, refuse_no_checkpoint
 from pipelines.runtime.command import run_command
 from pipelines.runtime.errors import RunError, UsageError, refuse_url
 from pipelines.runtime.outputs import compare, read_previous, require_writable_file
-from shards.writer import flush_to_disk
+from shards.writer import flush_to_disk, name_path
 
 SUFFIX = {"onnx": ".onnx", "torch": ".pt2"}
 
@@ -70,7 +70,10 @@ def run(config: ExportConfig) -> int:
     for member in loaded.members:
         refuse_windows(member)
     config.out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".", suffix=".tmp", dir=config.out.parent) as folder:
+    with (
+        name_path(config.out),
+        tempfile.TemporaryDirectory(prefix=".", suffix=".tmp", dir=config.out.parent) as folder,
+    ):
         file = Path(folder) / config.out.name
         run_file = export(loaded, config.format, file)
         difference = compare_logits(loaded, run_file)

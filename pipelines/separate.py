@@ -17,6 +17,7 @@ from pipelines.runtime.yaml_flags import Positional
 from shards.folders.pairs import normalise_extension, validate_regex
 from shards.folders.separation import FileMove, count_moved_pairs, list_others, plan_separation
 from shards.sample import DataError
+from shards.writer import name_path
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -130,7 +131,8 @@ def place_file(file: FileMove, mode: Literal["copy", "move", "link"]) -> bool:
     if mode == "link":
         temporary.symlink_to(file.source.resolve())
     else:
-        shutil.copyfile(file.source, temporary)
+        with name_path(file.target):
+            shutil.copyfile(file.source, temporary)
     temporary.replace(file.target)
     if mode == "move":
         file.source.unlink()

@@ -82,8 +82,11 @@ def is_safe_path(path: str) -> bool:
 
 MAX_LISTED, MAX_NAMED = 20, 3
 """Lines of problems in one message, and names in a line that stands for several."""
-FILE_NAME = re.compile(r"\S*/\S*|\S+\.[A-Za-z]\w{1,4}\b\S*|(?<=line )\d+")
-"""A path, a file name, or the number of a line: what differs between near-equal problems."""
+VARIABLE = re.compile(
+    r"(?<!\w)'[^']*'(?!\w)|(?<=lists )\S.*(?=, which)|\S*/\S*[^\s),.:;]"
+    r"|\S+\.[A-Za-z]\w{1,4}\b[^\s),:;]*|[\w.%-]*\d[\w%-]*"
+)
+"""What differs between near-equal problems: a quoted name, a path, a file name, a key or number."""
 
 
 class AggregateDataError(DataError):
@@ -107,31 +110,27 @@ def format_problems(problems: Sequence[str], remedy: str) -> str:
 def list_problems(problems: Sequence[str]) -> list[str]:
     """Return the first 20 lines of problems.
 
-    More than three that differ only in file names are one line, with their number and the names of
-    the first three.
+    Those that differ only in names and numbers are one line: their number, the first of them, and
+    what differs in the next two.
     """
     groups: dict[str, list[str]] = {}
     for problem in map(escape_line, problems):
-        groups.setdefault(FILE_NAME.sub("*", problem), []).append(problem)
-    units = [
-        unit
-        for same in groups.values()
-        for unit in ([same] if len(same) > MAX_NAMED else [[problem] for problem in same])
-    ]
+        groups.setdefault(VARIABLE.sub("*", problem), []).append(problem)
+    units = [*groups.values()]
     more = sum(map(len, units[MAX_LISTED:]))
     lines = [unit[0] if len(unit) == 1 else join_similar(unit) for unit in units[:MAX_LISTED]]
     return [*lines, *([f"and {more} more"] if more else [])]
 
 
 def join_similar(problems: Sequence[str]) -> str:
-    """Format problems that differ only in file names as one line."""
-    first = FILE_NAME.findall(problems[0])
+    """Format problems that differ only in names and numbers as one line."""
+    first = VARIABLE.findall(problems[0])
     others = [
         " ".join(
-            name
-            for name, known in zip(FILE_NAME.findall(text), first, strict=True)
-            if name != known
+            name for name, known in zip(VARIABLE.findall(text), first, strict=True) if name != known
         )
         for text in problems[1:MAX_NAMED]
     ]
-    return f"{len(problems)} times: {problems[0]} (also {', '.join(others)}, ...)"
+    more = ", ..." if len(problems) > MAX_NAMED else ""
+    also = f" (also {', '.join(others)}{more})" if any(others) else ""
+    return f"{len(problems)} times: {problems[0]}{also}"

@@ -24,7 +24,7 @@ from shards.requests import (
     wrap_store_errors,
 )
 from shards.sample import DataError
-from shards.writer import write_atomically
+from shards.writer import name_path, write_atomically
 
 ATOMIC_PROTOCOLS = ("abfs", "az", "gcs", "gs", "memory", "s3", "s3a")
 """Protocols whose uploads become visible only when complete; others upload under another name."""
@@ -298,7 +298,7 @@ class Store:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file = file.with_name(f".{secrets.token_hex(8)}.tmp")
             try:
-                with file.open("wb") as out:
+                with name_path(self.local / name if self.local else file), file.open("wb") as out:
                     out.writelines(lines)
                     out.flush()
                     os.fsync(out.fileno())

@@ -8,7 +8,8 @@ import os
 import secrets
 import stat
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -46,7 +47,8 @@ class ShardWriter:
         self.sealed = False
 
     def __enter__(self) -> Self:
-        handle = try_lock_file(self.temporary)
+        with name_path(self.path):
+            handle = try_lock_file(self.temporary)
         if handle is None:
             raise DataError(f"another process is writing {self.path}; wait for it or stop it")
         os.ftruncate(handle, 0)
@@ -70,14 +72,16 @@ class ShardWriter:
             if extension not in unlisted:
                 words.append(f"{extension} {offset + tarfile.BLOCKSIZE} {len(data)} {name}")
             offset += sum(map(len, blocks[-3:]))
-        self.stream.write(b"".join(blocks))
+        with name_path(self.path):
+            self.stream.write(b"".join(blocks))
         self.lines.append(" ".join(words))
 
     def seal(self) -> ShardFile:
         """Finish the file and write its `.idx`; it is renamed when the block is left."""
         end = 2 * tarfile.BLOCKSIZE
-        self.stream.write(bytes(end + -(self.stream.size + end) % tarfile.RECORDSIZE))
-        self.stream.flush_to_disk()
+        with name_path(self.path):
+            self.stream.write(bytes(end + -(self.stream.size + end) % tarfile.RECORDSIZE))
+            self.stream.flush_to_disk()
         index = ("\n".join([f"v1.2 {len(self.lines)}", *self.lines]) + "\n").encode()
         # The lock of the shard also protects the temporary name of its .idx.
         offsets = self.path.with_suffix(".idx")
@@ -216,15 +220,34 @@ def write_atomically(
     # Not longer than the final name, which may have as many bytes as a name can have.
     temporary = (within or path.parent) / f".{unique}.tmp"
     try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            if durable:
-                file.flush()
-                os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with name_path(path):
+            with temporary.open("wb") as file:
+                file.write(data)
+                if durable:
+                    file.flush()
+                    os.fsync(file.fileno())
+            os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def name_path(path: Path) -> Iterator[None]:
+    """Name a path in the OSErrors of a block that name none (a full disk) or a temporary file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and (
+            error.filename is None or is_temporary(Path(os.fsdecode(error.filename)))
+        ):
+            raise type(error)(error.errno, error.strerror, str(path)) from error
+        raise
+
+
+def is_temporary(path: Path) -> bool:
+    """Return whether a path is a temporary file of ours, or in a temporary folder of ours."""
+    return any(part.startswith(".") and part.endswith(".tmp") for part in path.parts)
 
 
 def write_json(path: Path, plain: Any, within: Path | None = None) -> None:

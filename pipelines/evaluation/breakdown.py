@@ -21,8 +21,10 @@ from pipelines.evaluation.intervals import (
 from pipelines.evaluation.per_image import Floats, divide_counts, split_keys
 from pipelines.evaluation.table import show, show_bounds
 from pipelines.loading.dataset import DataSet
+from pipelines.runtime.errors import describe_read_error
 from shards.documents import Count, Positive, convert
 from shards.sample import AggregateDataError, DataError, encode_key
+from shards.writer import name_path
 from unet import Empty
 from unet.metrics import MeanScores
 
@@ -197,7 +199,7 @@ def iter_rows(path: Path, column: str) -> Iterator[tuple[int, str, str]]:
                     key = row[name] if by_key else encode_key(row[name])
                     yield lines.line_num, key, row[place].strip()
     except OSError as error:
-        raise DataError(f"--columns {path} cannot be read: {error.strerror}") from error
+        raise DataError(f"--columns {describe_read_error(error, path)}") from error
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"--columns {path} is not a CSV file in UTF-8: {error}") from error
 
@@ -233,7 +235,7 @@ def write_parts(path: Path, breakdown: Breakdown) -> None:
         for end in ("", "_low", "_high")
     ]
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", newline="", encoding="utf-8") as file:
+    with name_path(path), temporary.open("w", newline="", encoding="utf-8") as file:
         lines = csv.writer(file, lineterminator="\n")
         lines.writerow([breakdown.per, "images", "units", *header])
         for part in breakdown.parts:

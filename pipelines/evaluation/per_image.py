@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pipelines.loading.dataset import DataSet
 from shards.order import EvalPlan
+from shards.writer import name_path
 from unet import Empty, TileConfig
 
 SCORES_CSV = "scores.csv"
@@ -193,7 +194,7 @@ def write_scores(
     names = [f"{score}/{name}" for score in ("dice", "iou", *COUNTS) for name in classes]
     temporary = path.with_name(f".{path.name}.tmp")
     keys, dice = split_keys(data, split), np.empty(len(rows))
-    with temporary.open("w", newline="", encoding="utf-8") as file:
+    with name_path(path), temporary.open("w", newline="", encoding="utf-8") as file:
         lines = csv.writer(file, lineterminator="\n")
         lines.writerow([*FIRST_COLUMNS, *names])
         for start in range(0, len(rows), LINES):

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from pipelines.evaluation.per_image import COUNTS, FIRST_COLUMNS, SCORES_CSV
 from pipelines.model.checkpoint_files import hash_file
 from pipelines.model.load import find_checkpoint, list_folds
+from pipelines.runtime.errors import describe_read_error
 from pipelines.runtime.run_folder import SCORES, RunFolder
 from shards.documents import Count, convert, parse_json
 from shards.manifest import MANIFEST, read_manifest
@@ -131,7 +132,7 @@ def read_header(place: Path) -> Header:
             "--data SHARDS first"
         ) from error
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+        raise DataError(describe_read_error(error, path)) from error
     except (ValueError, TypeError, KeyError) as error:
         raise DataError(f"{path} is damaged ({error}); run unet evaluate again") from error
     return header
@@ -156,7 +157,7 @@ def read_counts(
                 groups.append(row[group] or None)
                 rows.append(parse_counts([row[column] for column in columns]))
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+        raise DataError(describe_read_error(error, path)) from error
     except (ValueError, IndexError, csv.Error) as error:
         raise DataError(f"{path} is damaged ({error}); run unet evaluate again") from error
     if len({*keys}) < len(keys):

@@ -1,6 +1,7 @@
 """Exports a model to ONNX or torch.export and verifies that the file computes the same logits."""
 
 import copy
+import io
 import json
 import logging
 import os
@@ -18,6 +19,7 @@ from torch.export import Dim, ExportedProgram
 
 from pipelines.model.load import LoadedModel, require_spec
 from pipelines.runtime.errors import RunError
+from shards.writer import name_path
 from unet import UNet, average_logits
 from unet.model import valid_input
 
@@ -267,7 +269,8 @@ def write_onnx(loaded: LoadedModel, file: Path) -> None:
         shape[2], shape[3] = f"height - {lost}", f"width - {lost}"
     for name, value in metadata(loaded).items():
         model.metadata_props[name] = value if isinstance(value, str) else json.dumps(value)
-    written.save(file)
+    with name_path(file):
+        written.save(file)
 
 
 def read_onnx(file: Path) -> RunFile:
@@ -284,7 +287,11 @@ def read_onnx(file: Path) -> RunFile:
 def write_torch(loaded: LoadedModel, file: Path) -> None:
     """Write graph and weights with torch.export.save, with the metadata as an extra file."""
     text = json.dumps(metadata(loaded), indent=1)
-    torch.export.save(trace(loaded), file, extra_files={METADATA: text})
+    # On a full disk, torch's own file writer aborts the process.
+    buffer = io.BytesIO()
+    torch.export.save(trace(loaded), buffer, extra_files={METADATA: text})
+    with name_path(file), file.open("wb") as out:
+        out.write(buffer.getbuffer())
 
 
 def read_torch(file: Path) -> RunFile:

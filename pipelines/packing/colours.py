@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from pipelines.runtime.errors import describe_os_error
 from pipelines.runtime.strict_yaml import load_yaml, read_text
 from shards.annotations.ade20k import ADE20K
 from shards.annotations.class_tables import CAMVID_COLOURS, CITYSCAPES, VOC, ClassTable
@@ -67,7 +68,7 @@ def read_colour_table(path: Path) -> ColourTable:
             read_csv_rows(text) if path.suffix.lower() == ".csv" else read_mapped_rows(path, text)
         )
     except OSError as error:
-        raise ValueError(f"--colours {path}: {error.strerror}") from error
+        raise ValueError(f"--colours {describe_os_error(error, path)}") from error
     except (yaml.YAMLError, json.JSONDecodeError, csv.Error) as error:
         raise ValueError(f"--colours {path}: {' '.join(str(error).split())}") from error
     classes, colours, ignored = [], [], []

@@ -11,7 +11,12 @@ from pathlib import Path
 
 import yaml
 
-from pipelines.packing.class_files import apply_names, name_table, read_class_file
+from pipelines.packing.class_files import (
+    apply_names,
+    find_layout_classes,
+    name_table,
+    read_class_file,
+)
 from pipelines.packing.options import MaskOptions, PairingOptions, SourceOptions
 from pipelines.packing.propose import survey_pairing
 from pipelines.packing.propose_annotations import join_command, propose_annotations
@@ -29,7 +34,7 @@ from shards.folders.layout import (
 from shards.folders.pairs import Pairing
 from shards.folders.walk import describe_annotations
 from shards.masks.proposal import COLOURS_FILE, RENAME_NOTE, Proposal, propose_flags
-from shards.sample import DataError
+from shards.sample import Colour, DataError
 from shards.store import Store
 
 MAX_OTHERS = 3
@@ -114,12 +119,12 @@ def write_beside(store: Store, name: str, text: str) -> str:
 
 
 def use_class_names(proposal: Proposal, folder: Path, names: Sequence[str]) -> Proposal:
-    """Replace placeholders of classes by the names in a file of the folder, if it fits."""
-    found = read_class_file(folder, names)
+    """Replace placeholders of classes by the names of a file or of a known layout, if it fits."""
+    found = read_class_file(folder, names) or find_known_classes(proposal, folder)
     if found is None or not {"--classes", "--colours"} & {*proposal.flags}:
         return proposal
     path, classes = found
-    notes = tuple(note for note in proposal.notes if note != RENAME_NOTE)
+    notes = tuple(note for note in proposal.notes if note != RENAME_NOTE and "is void" not in note)
     if proposal.table:
         table = {n: tuple(colour) for n, colour in yaml.safe_load(proposal.table).items()}
         named = name_table(table, classes)
@@ -133,6 +138,15 @@ def use_class_names(proposal: Proposal, folder: Path, names: Sequence[str]) -> P
         return replace(proposal, notes=(*proposal.notes, f"{path}: not used, it has {error}"))
     note = f"the class names are those of {path}" + (f"; {void!r} is ignored" if void else "")
     return replace(proposal, flags=tuple(flags), notes=(*notes, note))
+
+
+def find_known_classes(
+    proposal: Proposal, folder: Path
+) -> tuple[str, dict[str, Colour | None]] | None:
+    """Return the flag of the layout that a folder has and its classes, if the masks have these."""
+    known = recognise_layout(folder)
+    classes = known and find_layout_classes(known, folder, proposal.flags)
+    return (f"--layout {known}", classes) if classes else None
 
 
 def describe_others(layouts: Sequence[Layout]) -> list[str]:

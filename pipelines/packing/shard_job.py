@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from pipelines.packing.plan import WORK_DIR, FileStat, PlannedSample, PlannedShard
-from pipelines.runtime.errors import RunError, describe_read_error
+from pipelines.runtime.errors import RunError, describe_read_error, suggest_write_remedy
 from shards.annotations.scan import Spans, read_spans
 from shards.documents import Name, Sha256, convert, parse_names
 from shards.local_files import open_file
@@ -132,7 +132,7 @@ def pack_shard(
     except OSError as error:
         raise RunError(
             f"{rule.store.path(planned.name)} cannot be written: {error.strerror or error}; "
-            "rerun the same command to resume"
+            f"{suggest_write_remedy(error)}"
         ) from error
     return problems
 

@@ -13,7 +13,14 @@ from typing import Any, TypeVar
 
 from pipelines.runtime import failures
 from pipelines.runtime.config_files import expand_home, read_config_file
-from pipelines.runtime.errors import REFUSED, STOPPED, USAGE, RunError, UsageError
+from pipelines.runtime.errors import (
+    REFUSED,
+    STOPPED,
+    USAGE,
+    RunError,
+    UsageError,
+    describe_os_error,
+)
 from pipelines.runtime.flag_values import join_choices
 from pipelines.runtime.flags import Flag, build, list_flags, read_arguments
 from pipelines.runtime.help_text import format_help, format_usage
@@ -57,6 +64,7 @@ def run_escaped(
     config_class: type[T], run: Callable[[T], int], argv: Sequence[str], verb: str
 ) -> int:
     """Run a verb as `run_command`, whose streams escape what they print."""
+    config = None
     try:
         config = parse(config_class, argv, verb)
         set_max_memory(None)
@@ -75,8 +83,10 @@ def run_escaped(
     except MemoryError as error:
         code = report_error(verb, failures.describe_host_memory(error, verb), REFUSED)
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        line = f"{where}{error.strerror or original_message(error)}"
+        place = next(
+            (getattr(config, n) for n in ("out", "run_dir", "out_dir") if hasattr(config, n)), None
+        )
+        line = describe_os_error(error, place)
         if failures.is_out_of_host_memory(error):
             line = failures.describe_host_memory(error, verb)
         code = report_error(verb, line, REFUSED)

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from pipelines.runtime.errors import UsageError
+from pipelines.runtime.errors import UsageError, describe_os_error
 from pipelines.runtime.flag_values import is_optional, is_switch
 from pipelines.runtime.flags import Flag
 from pipelines.runtime.strict_yaml import load_yaml, read_text
@@ -29,7 +29,7 @@ def read_config_file(flags: Sequence[Flag], file: Path) -> dict[str, Any]:
         by_key = {flag.key: flag for flag in flags}
         return {key: convert(by_key[key], v) for key, v in find_settings(by_key, plain, "")}
     except OSError as error:
-        raise UsageError(f"--config {file}: {error.strerror}") from error
+        raise UsageError(f"--config {describe_os_error(error, file)}") from error
     except DataError as error:
         raise UsageError(f"--config {error}") from error
     except yaml.YAMLError as error:

@@ -1,5 +1,6 @@
 """Exit codes and the errors that end a command in one line."""
 
+import errno
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -62,9 +63,37 @@ def refuse_url(flag: str, path: Path | str) -> None:
         raise ValueError(f"{flag} {path} is a URL; use a local folder")
 
 
+WRITE_REMEDIES = {
+    errno.ENOSPC: "free some space or choose another place, then rerun the same command",
+    errno.EDQUOT: "free some space or raise the quota, then rerun the same command",
+    errno.EROFS: "make it writable (mount -o remount,rw) or choose another place",
+    errno.EACCES: "correct its permissions (chmod, chown) or choose another place",
+    errno.EPERM: "correct its owner and permissions, or choose another place",
+    errno.EMFILE: "raise the limit of open files (ulimit -n) or lower --workers",
+}
+
+
+def suggest_write_remedy(error: OSError) -> str:
+    """Return a remedy for a failed write."""
+    return WRITE_REMEDIES.get(error.errno or 0, "fix that, then rerun the same command to resume")
+
+
+def describe_os_error(error: OSError, place: object = None) -> str:
+    """Describe a failed operation on a file in one line.
+
+    A full disk, a read-only file system and missing permissions have a remedy; `place` is named if
+    the error names no file.
+    """
+    path = error.filename or (place if error.errno in WRITE_REMEDIES else None)
+    what = f"{path}: " * (path is not None) + (error.strerror or str(error))
+    remedy = WRITE_REMEDIES.get(error.errno or 0)
+    return what if remedy is None else f"{what}; {remedy}"
+
+
 def describe_read_error(error: OSError, path: object = None) -> str:
     """Describe a failed read in one line; `path` defaults to the file that the error names."""
-    return f"{path or error.filename} cannot be read: {error.strerror or error}"
+    remedy = "; make it readable (chmod +r)" * isinstance(error, PermissionError)
+    return f"{path or error.filename} cannot be read: {error.strerror or error}{remedy}"
 
 
 def parse_part(flag: str, text: str) -> tuple[int, int]:

@@ -19,6 +19,7 @@ import pipelines
 from pipelines.runtime.errors import RunError, UsageError
 from shards.images.memory import share_memory
 
+SHARED = "/dev/shm"  # noqa: S108 (not a temporary file: where Linux keeps shared memory)
 LAUNCHER_INTERVAL = 1.0
 """Seconds between checks that the launcher still runs."""
 T = TypeVar("T")
@@ -153,7 +154,15 @@ def open_executor(workers: int, scheduler: str | None, remote: bool) -> Iterator
         method = "fork" if sys.platform == "linux" and not remote else "forkserver"
         context = multiprocessing.get_context(method)
         share_memory(workers)
-        with ProcessPoolExecutor(workers, context, follow_parent) as pool:
+        try:
+            pool = ProcessPoolExecutor(workers, context, follow_parent)
+        except OSError as error:
+            # Its queues have semaphores there.
+            raise RunError(
+                f"{SHARED} cannot be used by worker processes ({error.strerror}); mount or enlarge "
+                "it (Docker: --shm-size 1g), or add --workers 1"
+            ) from error
+        with pool:
             yield pool
         return
     if not re.fullmatch(r"[a-z]+://.+:[0-9]+", scheduler):

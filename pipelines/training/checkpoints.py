@@ -210,13 +210,16 @@ class Checkpoints:
     ) -> TrainState:
         """Load the last checkpoint into `learner`; return a fresh state if there is none.
 
-        If it is lost or damaged, prints that and loads the newest complete checkpoint.
+        If it is lost or damaged, prints that and loads the newest complete checkpoint. What a
+        killed run was writing is removed.
 
         `data`: folder or URL of the data set, for messages.
 
         Raises DataError if no checkpoint is complete, UsageError naming a setting that differs
         from the run that wrote it.
         """
+        if launched_rank() == 0:
+            self.remove_leftovers()
         if not self.exist:
             return TrainState(
                 step=0,
@@ -247,6 +250,14 @@ class Checkpoints:
         if scaler is not None and training["scaler"] is not None:
             scaler.load_state_dict(training["scaler"])
         return state
+
+    def remove_leftovers(self) -> None:
+        """Remove the temporary folders and links of a run that was killed while it wrote."""
+        for path in self.run.checkpoints.glob(".*.tmp"):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
     def candidates(self) -> list[Path]:
         """List the checkpoints to resume from: the target of `last`, then the newest first."""

@@ -19,7 +19,7 @@ import yaml
 from accelerate import Accelerator
 from PIL import Image
 
-from pipelines.runtime.errors import RunError
+from pipelines.runtime.errors import RunError, suggest_write_remedy
 from pipelines.runtime.run_folder import RunFolder
 from pipelines.runtime.yaml_flags import refuse_unused
 from pipelines.training.checkpoints import TrainState
@@ -147,8 +147,8 @@ class Tracker:
                 file.write(json.dumps({"step": step, **values}) + "\n")
         except OSError as error:
             raise RunError(
-                f"{self.folder.metrics} cannot be written ({error.strerror}); fix that, then rerun "
-                "the same command to resume from the last checkpoint"
+                f"{self.folder.metrics} cannot be written ({error.strerror}); "
+                f"{suggest_write_remedy(error)}"
             ) from error
         known = {name: value for name, value in values.items() if value is not None}
         self.attempt(lambda: self.accelerator.log(known, step=step))

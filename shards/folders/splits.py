@@ -78,7 +78,7 @@ class SplitRule:
         """
         groups = [extract_group(p.source, self.group_by) for p in pairs]
         names = [p.key if group is None else group for p, group in zip(pairs, groups, strict=True)]
-        declared = self.read_declared(pairs)
+        declared = self.read_declared(pairs, notes)
         cut = self.fold is not None or bool(self.val_fraction)
         if declared is None:
             splits: list[Split] = [self.hash_split(name) for name in names]
@@ -95,10 +95,12 @@ class SplitRule:
                 notes.append(note)
         return splits, groups
 
-    def read_declared(self, pairs: Sequence[Pair]) -> list[Split] | None:
+    def read_declared(
+        self, pairs: Sequence[Pair], notes: list[str] | None = None
+    ) -> list[Split] | None:
         """Return the splits that files, folders or the names of lists declare, None without any."""
         if self.files:
-            return read_split_files(self.files, pairs)
+            return read_split_files(self.files, pairs, notes)
         if self.by_folder:
             return read_split_folders(pairs)
         named: list[Split] = [pair.split for pair in pairs if pair.split is not None]
@@ -197,20 +199,25 @@ def read_split_folders(pairs: Sequence[Pair]) -> list[Split]:
     return splits
 
 
-def read_split_files(files: Sequence[Path], pairs: Sequence[Pair]) -> list[Split]:
+def read_split_files(
+    files: Sequence[Path], pairs: Sequence[Pair], notes: list[str] | None = None
+) -> list[Split]:
     """Read the split of each pair from a CSV `path,split`, or from lists named after their split.
 
     Paths are those of the images, relative, with or without extension, or lead to an existing file
-    (absolute, or from the folder of the list). Raises DataError for images that no file lists,
-    unknown paths, duplicates and unknown splits.
+    (absolute, or from the folder of the list). If no path of a file does, as in lists of another
+    machine, its paths are compared without their first folders, which is reported in `notes`, if
+    it is given. Raises DataError for images that no file lists, unknown paths, duplicates and
+    unknown splits.
     """
     sources = {os.path.splitext(p.source)[0]: p.source for p in pairs}
     sources |= {p.source: p.source for p in pairs}
     listed: dict[str, tuple[Split, str]] = {}
     problems = []
     for file in files:
-        for number, name, split in parse_split_file(file, sources):
-            source = sources.get(name) or find_listed_file(file.parent / name, sources)
+        lines = [*parse_split_file(file, sources)]
+        found = match_listed([name for _, name, _ in lines], file, sources, notes)
+        for (number, name, split), source in zip(lines, found, strict=True):
             where = f"{file}, line {number}"
             if source is None:
                 problems.append(f"{where} lists {name}, which is not one of the images")
@@ -229,13 +236,34 @@ def read_split_files(files: Sequence[Path], pairs: Sequence[Pair]) -> list[Split
     return [listed[p.source][0] for p in pairs]
 
 
+def match_listed(
+    names: Sequence[str], file: Path, sources: dict[str, str], notes: list[str] | None
+) -> list[str | None]:
+    """Return the image of each path in a split file, None for a path that is none of the images."""
+    found = [sources.get(name) or find_listed_file(file.parent / name, sources) for name in names]
+    if any(found):
+        return found
+    found = [find_longest_end(name, sources) for name in names]
+    if notes is not None and any(found):
+        name, source = next((n, s) for n, s in zip(names, found, strict=True) if s)
+        notes.append(
+            f"{file}: no listed path exists here; {len(names) - found.count(None)} of {len(names)} "
+            f"are read without their first folders: {name} is {source}"
+        )
+    return found
+
+
 def find_listed_file(path: Path, sources: dict[str, str]) -> str | None:
-    """Return the image whose relative path is the longest end of the path of an existing file."""
-    if not path.is_file():
-        return None
-    parts = os.path.normpath(path).split(os.sep)
-    tails = ("/".join(parts[start:]) for start in range(len(parts)))
-    return next((sources[tail] for tail in tails if tail in sources), None)
+    """Return the image that the path of an existing file leads to."""
+    return find_longest_end(os.path.normpath(path), sources) if path.is_file() else None
+
+
+def find_longest_end(path: str, sources: dict[str, str]) -> str | None:
+    """Return the image whose relative path is the longest end of a path."""
+    windows = re.match(r"[A-Za-z]:[\\/]", path)
+    parts = (path.replace("\\", "/") if windows else path).split("/")
+    ends = ("/".join(parts[start:]) for start in range(len(parts)))
+    return next((sources[end] for end in ends if end in sources), None)
 
 
 def parse_split_file(file: Path, known: dict[str, str]) -> Iterator[tuple[int, str, Split]]:

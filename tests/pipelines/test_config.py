@@ -429,6 +429,9 @@ def test_training_without_memory_names_crop_and_batch(capsys: pytest.CaptureFixt
     assert "lower --crop-size, --global-batch-size or --workers" in capsys.readouterr().err
 
 
+FREE = "free some space or choose another place, then rerun the same command"
+
+
 def raising(error: BaseException):
     def run(_: Outer) -> int:
         raise error
@@ -444,6 +447,25 @@ def raising(error: BaseException):
         (errors.RunError("it failed"), 1, "it failed"),
         (FileNotFoundError(2, "No such file", "x/y"), 1, "x/y: No such file"),
         (OSError("failed"), 1, "failed"),
+        (OSError(28, "No space left on device", "x/y"), 1, f"x/y: No space left on device; {FREE}"),
+        (OSError(28, "No space left on device"), 1, f"o: No space left on device; {FREE}"),
+        (
+            OSError(30, "Read-only file system", "x"),
+            1,
+            "x: Read-only file system; make it writable (mount -o remount,rw) or choose another "
+            "place",
+        ),
+        (
+            PermissionError(13, "Permission denied", "x"),
+            1,
+            "x: Permission denied; correct its permissions (chmod, chown) or choose another place",
+        ),
+        (
+            OSError(122, "Disk quota exceeded"),
+            1,
+            "o: Disk quota exceeded; free some space or raise the quota, then rerun the same "
+            "command",
+        ),
         (MemoryError(), 1, f"memory ran out; {LESS_MEMORY}"),
         (OSError(12, "Cannot allocate memory"), 1, f"memory ran out; {LESS_MEMORY}"),
         (

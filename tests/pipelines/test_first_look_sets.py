@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipelines.packing.class_files import apply_names, is_void
 from shards.manifest import read_manifest
 
 HEIGHT, WIDTH = 36, 48
@@ -236,10 +237,7 @@ UNSURE: dict[str, list[str]] = {
         "masks are those in training/1st_manual (*_manual1); also possible: training/mask",
         "20 image files in test/images are not packed",
     ],
-    "CamVid": [
-        "the class names are placeholders",
-        "if class_11 is void (pixels of no class), remove it and add --ignore-value 11",
-    ],
+    "CamVid": ["the class names are those of --layout camvid; 'void' is ignored"],
     "CVPPP": ["these look like instance labels: all objects become one class"],
     "CWFID": [
         "masks are those in annotations (*_annotation); also possible: masks (*_mask)",
@@ -293,6 +291,9 @@ def assert_packed(call, data: LookAlike, out: Path) -> None:
 @pytest.mark.parametrize("name", SETS)
 def test_the_first_command_packs_a_look_alike(name: str, call, tmp_path: Path) -> None:
     data = SETS[name](tmp_path / "my data")
+    if name == "CamVid":
+        for index in data.masks.values():
+            index[index == 11] = 255
     out, command = check(call, data, tmp_path)
     unsure = [line for line in out.splitlines() if line.startswith("unsure: ")]
     assert [text for text in UNSURE[name] if not any(text in line for line in unsure)] == []
@@ -337,6 +338,39 @@ def test_a_void_class_that_comes_first_is_ignored_too(call, tmp_path: Path) -> N
     assert call(*command).code == 0
     assert read_manifest(tmp_path / "shards").classes == CAMVID[:11]
     assert_packed(call, data, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        *(("void", True), ("Ignore_label", True), ("don't care", True), ("Unlabeled pixels", True)),
+        *(("background", False), ("avoidance", False), ("class", False), ("unknown bird", False)),
+    ],
+)
+def test_names_of_no_class(name: str, expected: bool) -> None:
+    assert is_void(name) == expected
+
+
+def test_void_beside_another_ignored_value_is_ignored_as_unknown() -> None:
+    classes = dict.fromkeys(("road", "car", "void"))
+    flags = ["--mask-format", "index", "--classes", "class_0", "class_1", "class_2"]
+    assert apply_names([*flags, "--ignore-value", "255"], classes) == (
+        shlex.split(
+            "--mask-format values --mask-values 0 1 --classes road car --ignore-value 255 "
+            "--unknown ignore"
+        ),
+        "void",
+    )
+
+
+def test_names_of_a_known_layout_need_its_values(call, tmp_path: Path) -> None:
+    """Folders named as those of CamVid with other classes keep placeholders."""
+    data = make_camvid(tmp_path / "data")
+    for path in (tmp_path / "data").glob("*annot/*.png"):
+        Image.fromarray(np.asarray(Image.open(path)) % 5).save(path)
+    _, command = check(call, data, tmp_path)
+    assert "class_4" in command
+    assert "--ignore-value" not in command
 
 
 def test_a_file_that_names_colours_names_the_classes_in_its_order(call, tmp_path: Path) -> None:

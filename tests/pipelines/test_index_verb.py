@@ -749,12 +749,10 @@ def test_problems_of_all_shards_are_reported_at_once(refused, tmp_path: Path) ->
     tar(tmp_path / "train" / "val.tar", pairs("v", first=9))
     message = refused(tmp_path).splitlines()
     assert message[0] == "4 problems (nothing was written):"
-    assert [line.split()[0] for line in message[1:]] == [
-        "a.tar:",
-        "a.tar:",
-        "b.tar",
-        "train/val.tar",
-    ]
+    assert message[1] == (
+        "  2 times: a.tar: b.png has no mask; see --image-ext and --mask-ext (also c.png)"
+    )
+    assert [line.split()[0] for line in message[2:]] == ["b.tar", "train/val.tar"]
 
 
 def test_a_rerun_with_the_same_settings_reports_that(

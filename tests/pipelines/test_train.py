@@ -417,6 +417,10 @@ def test_after_sigkill_the_run_resumes_from_its_last_checkpoint(
     wait_for((tmp_path / "checkpoints" / "last" / "state.json").exists, "the first checkpoint")
     kill(process)
     step = json.loads((tmp_path / "checkpoints" / "last" / "state.json").read_text())["step"]
+    # What a kill in the middle of a write leaves, of a step that the next run does not reach.
+    unfinished = tmp_path / "checkpoints" / f".step-{step + 5:08d}.tmp"
+    unfinished.mkdir(exist_ok=True)
+    (unfinished / "training.pt").write_bytes(b"half")
     ended = call("train", *argv(shards, tmp_path, tiny, "--steps", step + 2, *more))
     assert ended.code == 0, ended.err
     steps = [line["step"] for line in metrics(tmp_path) if "train/loss" in line]

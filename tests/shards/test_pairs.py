@@ -258,24 +258,34 @@ def test_one_problem_is_formatted_as_one_line():
 
 
 @pytest.mark.parametrize(("count", "rest"), [(20, None), (21, "and 1 more"), (65, "and 45 more")])
-def test_twenty_problems_are_listed_and_the_others_counted(count, rest):
-    lines = format_problems([f"p{i:03}" for i in range(count)], "fix them").splitlines()
+def test_twenty_kinds_of_problems_are_listed_and_the_others_counted(count, rest):
+    kinds = [f"{chr(97 + i // 26)}{chr(97 + i % 26)} is wrong" for i in range(count)]
+    lines = format_problems(kinds, "fix them").splitlines()
     assert lines[0] == f"{count} problems (fix them):"
-    assert [line.strip() for line in lines[1:21]] == [f"p{i:03}" for i in range(20)]
+    assert [line.strip() for line in lines[1:21]] == kinds[:20]
     assert [line.strip() for line in lines[21:]] == ([rest] if rest else [])
 
 
-def test_problems_that_differ_only_in_a_file_are_one_line_with_three_names():
-    """Also in paths with spaces and in numbers of lines, but not in values and remedies."""
+def test_problems_that_differ_only_in_names_and_numbers_are_one_line():
+    """Also in paths with spaces, keys, class names, line numbers and sizes; never in words."""
     empty = [f"/my data/{n}.png is empty; repair it" for n in range(9)]
     lines = [f"l.txt, line {n}: {n}.png is listed twice" for n in range(4)]
-    values = [f"m/{n}.png has values without a class: {n}: 5 px" for n in range(4)]
-    few = [f"m/{n}.png has no image" for n in range(3)]
-    assert list_problems([*empty, *lines, *values, *few]) == [
+    values = [f"m/{n}.png has values without a class: {n}: 5 px" for n in range(3)]
+    classes = [f"class {name!r} has no pixel in 12 masks" for name in ("cell", "nerve root")]
+    keys = [f"000{n} is in train-0.tar and in train-1.tar" for n in range(3)]
+    listed = [f"l.txt, line 1 lists {n}, which is not one of the images" for n in ("a b", "c")]
+    alone = ["m/1.png is damaged", "m/1.png has no image"]
+    assert list_problems(
+        [*empty, *lines, *values, *classes, *keys, *listed, *alone, "same", "same"]
+    ) == [
         "9 times: /my data/0.png is empty; repair it (also data/1.png, data/2.png, ...)",
         "4 times: l.txt, line 0: 0.png is listed twice (also 1 1.png, 2 2.png, ...)",
-        *values,
-        *few,
+        "3 times: m/0.png has values without a class: 0: 5 px (also m/1.png 1, m/2.png 2)",
+        "2 times: class 'cell' has no pixel in 12 masks (also 'nerve root')",
+        "3 times: 0000 is in train-0.tar and in train-1.tar (also 0001, 0002)",
+        "2 times: l.txt, line 1 lists a b, which is not one of the images (also c)",
+        *alone,
+        "2 times: same",
     ]
 
 
@@ -1026,7 +1036,34 @@ def test_absolute_paths_of_a_split_file_that_exist_are_found(tree, tmp_path):
     (tmp_path / "val.txt").write_text("images/x/b.png\n")
     rule = SplitRule(files=(tmp_path / "train.txt", tmp_path / "val.txt"))
     pairing = find_pairs(images, None, PLAIN)
-    assert rule.assign_splits(pairing.pairs)[0] == ["train", "val"]
+    notes: list[str] = []
+    assert rule.assign_splits(pairing.pairs, notes)[0] == ["train", "val"]
+    assert notes == []
+
+
+@pytest.mark.parametrize("dead", ["/SegNet/CamVid/", "CamVid/", "C:\\Users\\me\\", "x/y/"])
+def test_paths_of_another_machine_in_a_split_file_are_read_without_its_folders(tmp_path, dead):
+    names = ["train/a.png", "train/b.png", "val/a.png"]
+    listed = [dead + (name.replace("/", "\\") if "\\" in dead else name) for name in names]
+    train, val = tmp_path / "train.txt", tmp_path / "val.txt"
+    train.write_text("".join(f"{name}\n" for name in listed[:2]))
+    val.write_text(f"{listed[2]}\n")
+    table = tmp_path / "splits.csv"
+    rows = zip(listed, ("train", "train", "val"), strict=True)
+    table.write_text("path,split\n" + "".join(f"{name},{split}\n" for name, split in rows))
+    for files in ((train, val), (table,)):
+        notes: list[str] = []
+        splits, _ = SplitRule(files=files).assign_splits(pairs_named(*names), notes)
+        assert splits == ["train", "train", "val"]
+        assert len(notes) == len(files)
+        assert notes[0].startswith(f"{files[0]}: no listed path exists here; ")
+        assert notes[0].endswith(f"without their first folders: {listed[0]} is train/a.png")
+
+
+def test_a_wrong_path_among_right_ones_is_not_read_without_its_folders(tmp_path):
+    (tmp_path / "train.txt").write_text("a.png\nold/b.png\n")
+    with pytest.raises(DataError, match=r"line 2 lists old/b.png, which is not one of the images"):
+        SplitRule(files=(tmp_path / "train.txt",)).assign_splits(pairs_named("a.png", "b.png"))
 
 
 def test_lists_of_which_no_path_exists_are_one_line_with_the_folder(lists, tmp_path):

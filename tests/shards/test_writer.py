@@ -1,5 +1,6 @@
 """Writing shards: byte-identical and atomic."""
 
+import errno
 import hashlib
 import json
 import os
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -17,7 +19,7 @@ from shards.offsets import read_offsets
 from shards.order import Address
 from shards.reader import ShardReader
 from shards.sample import DataError, encode_key
-from shards.writer import ShardWriter, open_lock_file, write_atomically, write_json
+from shards.writer import HashingStream, ShardWriter, open_lock_file, write_atomically, write_json
 
 SAMPLES = {
     "b/x%2E0": {"png": b"image" * 300, "mask.png": b"mask", "json": b"{}"},
@@ -232,6 +234,35 @@ def test_write_atomically_replaces_a_file_or_leaves_it_unchanged(tmp_path, monke
     assert (names(tmp_path), path.read_bytes()) == (["f"], b"old")
     write_atomically(path, b"new", durable=False)
     assert (names(tmp_path), path.read_bytes()) == (["f"], b"new")
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace", "open"])
+def test_a_failed_write_names_the_final_path(call, tmp_path, monkeypatch):
+    """Not the temporary file, nor nothing: a full disk is reported without a name."""
+    name = f".{'0' * 16}.tmp" if call == "open" else None
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", name)
+
+    monkeypatch.setattr(*((Path, "open") if call == "open" else (os, call)), fail)
+    with pytest.raises(OSError, match="No space") as caught:
+        write_atomically(tmp_path / "a.json", b"x")
+    assert caught.value.filename == str(tmp_path / "a.json")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("step", ["add", "seal"])
+def test_a_shard_on_a_full_disk_is_named(step, tmp_path, monkeypatch):
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(HashingStream, "write" if step == "add" else "flush_to_disk", fail)
+    with (
+        pytest.raises(OSError, match="No space") as caught,
+        ShardWriter(tmp_path / "a.tar") as writer,
+    ):
+        writer.add("k", {"png": b"x"})
+    assert caught.value.filename == str(tmp_path / "a.tar")
 
 
 def test_equal_content_gives_equal_json_bytes(tmp_path):
