@@ -174,7 +174,7 @@ def predict_shards(
     Raises DataError with `fail_fast` for an input that cannot be read.
     """
     results, inputs = config.results, decode.inputs
-    encode = Encoder(results, store, loaded, figure=len(inputs) == 1)
+    encode = Encoder(results, store, loaded, len(inputs) == 1, config.fail_fast)
     workers = min(MAX_WORKERS, rank_cpus()) if config.workers is None else config.workers
     remote = store.local is None or inputs.remote
     decoded = decode_chunks(decode, cutting, shards, workers, remote=remote)

@@ -18,6 +18,7 @@ from typing import TypeVar
 import pipelines
 from pipelines.runtime.errors import RunError, UsageError
 from shards.images.memory import share_memory
+from shards.leftovers import name_socket_folder
 
 LAUNCHER_INTERVAL = 1.0
 """Seconds between checks that the launcher still runs."""
@@ -151,6 +152,8 @@ def open_executor(workers: int, scheduler: str | None, remote: bool) -> Iterator
     """Open a process pool, or connect to a Dask cluster. Raises UsageError if it cannot."""
     if scheduler is None:
         method = "fork" if sys.platform == "linux" and not remote else "forkserver"
+        if method == "forkserver":
+            name_socket_folder()
         context = multiprocessing.get_context(method)
         share_memory(workers)
         with ProcessPoolExecutor(workers, context, follow_parent) as pool:
