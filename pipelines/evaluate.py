@@ -45,6 +45,7 @@ from pipelines.runtime.errors import RunError, UsageError
 from pipelines.runtime.failures import out_of_memory, summary
 from pipelines.runtime.outputs import compare, read_previous, require_writable
 from pipelines.runtime.run_folder import SCORES
+from pipelines.runtime.terminal import print_lines
 from pipelines.runtime.yaml_flags import Flat, refuse_unused
 from shards.images.files import encode_png
 from shards.manifest import Manifest, read_manifest
@@ -158,7 +159,7 @@ def run(config: EvaluateConfig) -> int:
     require_writable("--out", out, "use --out to write the scores elsewhere")
     accelerator = start(rank_timeout=config.rank_timeout)
     if accelerator.is_main_process and differences:
-        print("\n".join(differences), file=sys.stderr)
+        print_lines(differences, sys.stderr)
     batch_size = choose_batch_size(config.tiles.batch_size, accelerator.device)
     config = replace(config, tiles=replace(config.tiles, batch_size=batch_size))
     in_use = split_bytes_in_use(manifest, config.split)
