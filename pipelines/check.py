@@ -27,6 +27,7 @@ from pipelines.runtime.errors import REFUSED, refuse_url
 from pipelines.runtime.outputs import require_writable, write_result
 from pipelines.runtime.processes import chunks, num_workers, refuse_negative_workers, run_all
 from pipelines.runtime.progress import progress
+from pipelines.runtime.terminal import print_lines
 from pipelines.runtime.yaml_flags import Flat, Positional, refuse_unused
 from shards.folders.pairs import Pair, Pairing
 from shards.folders.splits import SplitRule
@@ -126,7 +127,7 @@ def run(config: CheckConfig) -> int:
     done = write_result(config.out / REPORT_NAME, data)
     path = save_problems(problems, store)
     table = format_table(report, "pairs" if source.has_masks else "images")
-    print("\n".join([*table, *(f"  {note}" for note in notes)]))
+    print_lines([*table, *(f"  {note}" for note in notes)])
     print(f"report: {store.path(REPORT_NAME)}{done}")
     if rule is not None and draw_sheet(pairing, rule, form, pairs, report, config.out / SHEET_NAME):
         print(f"contact sheet: {store.path(SHEET_NAME)}")
@@ -145,8 +146,7 @@ def check_folder(folder: Path, config: CheckConfig) -> int:
     print(
         "\nproposed command:\n\n" + shlex.join(["unet", "pack", *words, "--out", "SHARDS"]) + "\n"
     )
-    for note in notes:
-        print(f"unsure: {note}")
+    print_lines(f"unsure: {note}" for note in notes)
     return code
 
 

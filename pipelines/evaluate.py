@@ -35,6 +35,7 @@ from pipelines.runtime.devices import choose_batch_size, refuse_rank_timeout, st
 from pipelines.runtime.errors import RunError, UsageError
 from pipelines.runtime.failures import out_of_memory, summary
 from pipelines.runtime.outputs import require_writable
+from pipelines.runtime.terminal import print_lines
 from pipelines.runtime.yaml_flags import Flat, refuse_unused
 from shards.manifest import Manifest, read_manifest
 from shards.sample import DataError
@@ -154,7 +155,7 @@ def run(config: EvaluateConfig) -> int:
     require_writable("--out", out, "use --out to write the scores elsewhere")
     accelerator = start(rank_timeout=config.rank_timeout)
     if accelerator.is_main_process and messages:
-        print("\n".join(messages), file=sys.stderr)
+        print_lines(messages, sys.stderr)
     batch_size = choose_batch_size(config.tiles.batch_size, accelerator.device)
     config = replace(config, tiles=replace(config.tiles, batch_size=batch_size))
     score_and_write(config, out, held_out, loaded, accelerator)

@@ -28,6 +28,7 @@ from pipelines.runtime.command import run_command
 from pipelines.runtime.outputs import require_writable
 from pipelines.runtime.processes import num_workers, refuse_negative_workers, run_all
 from pipelines.runtime.progress import progress
+from pipelines.runtime.terminal import print_lines
 from pipelines.runtime.yaml_flags import Flat, Positional
 from shards.folders.splits import SPLIT_NAMES, Split
 from shards.folders.walk import walk_files
@@ -172,7 +173,7 @@ def run(config: IndexConfig) -> int:
         *list_warnings(shards, manifest),
         *suggest_training(config.folder, manifest),
     ]
-    print("\n".join(lines))
+    print_lines(lines)
     return 0
 
 

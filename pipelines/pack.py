@@ -29,6 +29,7 @@ from pipelines.runtime.errors import INCOMPLETE, RunError, UsageError, parse_par
 from pipelines.runtime.outputs import require_writable
 from pipelines.runtime.processes import num_workers, refuse_negative_workers, run_all
 from pipelines.runtime.progress import progress
+from pipelines.runtime.terminal import print_lines
 from pipelines.runtime.yaml_flags import Flat, refuse_unused
 from shards.folders.pairs import Pairing
 from shards.manifest import MANIFEST, Manifest, ShardInfo, read_manifest, write_manifest
@@ -152,8 +153,7 @@ def pack_into(config: PackConfig, store: Store) -> int:
     """
     pairing, problems = find_valid_pairs(config)
     source = config.source
-    for note in (*source.describe_splits(), *source.describe_input(), *pairing.notes):
-        print(note)
+    print_lines([*source.describe_splits(), *source.describe_input(), *pairing.notes])
     rule = make_pack_rule(config, store, pairing)
     plan, left_out = plan_shards(config, pairing)
     with ExitStack() as held:
@@ -297,7 +297,7 @@ def finish_data_set(
     write_manifest(store, manifest, within=WORK_DIR)
     clear_work(store)
     lines = [*summarise(store, manifest, total), *(f"  {note}" for note in notes)]
-    print("\n".join([*lines, *suggest_next(config, manifest)]))
+    print_lines([*lines, *suggest_next(config, manifest)])
     if not problems:
         return 0
     print(f"{len(problems)} files were left out: {store.path(PROBLEMS)}")

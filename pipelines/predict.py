@@ -62,6 +62,7 @@ from pipelines.runtime.errors import INCOMPLETE, RunError, UsageError
 from pipelines.runtime.failures import out_of_memory, summary
 from pipelines.runtime.outputs import require_writable
 from pipelines.runtime.progress import progress
+from pipelines.runtime.terminal import print_lines
 from pipelines.runtime.verification import verify_shards
 from shards.manifest import MANIFEST
 from shards.masks.borders import has_scipy
@@ -101,7 +102,7 @@ def run(config: PredictConfig) -> int:
         require_writable("--out", store.local)
     accelerator = start()
     if accelerator.is_main_process and notes:
-        print("\n".join(notes), file=sys.stderr)
+        print_lines(notes, sys.stderr)
     if isinstance(inputs, ShardInputs) and config.verify_shards:
         rank, world = accelerator.process_index, accelerator.num_processes
         verify_shards(inputs.reader.store, inputs.reader.shards, rank=rank, world=world)
@@ -174,7 +175,7 @@ def predict_shards(
     Raises DataError with `fail_fast` for an input that cannot be read.
     """
     results, inputs = config.results, decode.inputs
-    encode = Encoder(results, store, loaded, figure=len(inputs) == 1)
+    encode = Encoder(results, store, loaded, len(inputs) == 1, config.fail_fast)
     workers = min(MAX_WORKERS, rank_cpus()) if config.workers is None else config.workers
     remote = store.local is None or inputs.remote
     decoded = decode_chunks(decode, cutting, shards, workers, remote=remote)

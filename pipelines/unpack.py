@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -11,13 +11,13 @@ from PIL import Image
 
 from pipelines.drawing.overlay import draw_overlay
 from pipelines.runtime.command import run_command
-from pipelines.runtime.errors import UsageError, refuse_changed_settings, refuse_url
-from pipelines.runtime.outputs import require_writable
+from pipelines.runtime.errors import INCOMPLETE, UsageError, refuse_changed_settings, refuse_url
+from pipelines.runtime.outputs import refuse_unusable_name, require_writable
 from pipelines.runtime.progress import progress
 from pipelines.runtime.verification import verify_shards
 from shards.images.files import IMAGE_EXTENSIONS, encode_png
 from shards.images.pixels import decode_image
-from shards.manifest import Manifest, read_manifest
+from shards.manifest import Manifest, SplitInfo, read_manifest
 from shards.masks.png import decode_mask
 from shards.order import EvalPlan
 from shards.raw import RawSample
@@ -61,7 +61,10 @@ class UnpackConfig:
 
 
 def run(config: UnpackConfig) -> int:
-    """Unpack all samples of the chosen splits; files that exist already are kept."""
+    """Unpack all samples of the chosen splits; files that exist already are kept.
+
+    Returns 3 if some samples could not be unpacked.
+    """
     require_writable("--out", config.out)
     manifest = read_manifest(config.data, "--data")
     names = list(manifest.splits) if config.split is None else [config.split]
@@ -72,30 +75,50 @@ def run(config: UnpackConfig) -> int:
     refuse_other_contents(config.out, settings)
     paint = make_painter(manifest)
     seen: set[str] = set()
-    num_written = 0
-    with progress(
-        total=sum(split.samples for split in splits), desc="unpack", unit="sample"
-    ) as bar:
-        for split in splits:
-            plan = EvalPlan(tuple(s.samples for s in split.shards), chunk=1, rank=0, world=1)
-            for (raw,) in SampleSource(ShardReader(config.data, split.shards), plan):
+    problems: list[str] = []
+    num_samples, num_written = sum(split.samples for split in splits), 0
+    with progress(total=num_samples, desc="unpack", unit="sample") as bar:
+        for raw in read_samples(config.data, splits):
+            try:
                 path = read_source_path(raw)
-                stem = str(path.with_suffix(""))
-                if stem in seen:
-                    raise DataError(
-                        f"{raw.where}: another sample is named {stem} too; "
-                        "unpack one split at a time with --split, or rename it"
-                    )
+                refuse_repeated_name(raw, path, seen)
                 if not seen:
                     # From here on OUT has contents; only a rerun may add to them.
                     config.out.mkdir(parents=True, exist_ok=True)
                     write_json(config.out / JOB, settings)
-                seen.add(stem)
+                seen.add(str(path.with_suffix("")))
                 num_written += unpack_sample(raw, path, config, manifest, paint)
-                bar.update()
+            except DataError as error:
+                problems.append(str(error))
+            bar.update()
+    return print_result(config.out, num_samples, problems, num_written)
+
+
+def read_samples(data: str, splits: Sequence[SplitInfo]) -> Iterator[RawSample]:
+    """Yield the samples of some splits. Raises DataError if a shard is missing or damaged."""
+    for split in splits:
+        plan = EvalPlan(tuple(s.samples for s in split.shards), chunk=1, rank=0, world=1)
+        for (raw,) in SampleSource(ShardReader(data, split.shards), plan):
+            yield raw
+
+
+def refuse_repeated_name(raw: RawSample, path: PurePosixPath, seen: Collection[str]) -> None:
+    """Raise DataError if another sample has the same name, apart from the extension."""
+    if (stem := str(path.with_suffix(""))) in seen:
+        raise DataError(
+            f"{raw.where}: another sample is named {stem} too; "
+            "unpack one split at a time with --split, or rename it"
+        )
+
+
+def print_result(out: Path, num_samples: int, problems: Sequence[str], num_written: int) -> int:
+    """Print what was unpacked and what was not; returns the exit code."""
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)
+    left = f", {len(problems)} could not be unpacked" if problems else ""
     done = "" if num_written else ", already unpacked with these settings; nothing was written"
-    print(f"{len(seen)} samples in {config.out}{done}")
-    return 0
+    print(f"{num_samples - len(problems)} samples in {out}{left}{'' if left else done}")
+    return INCOMPLETE if problems else 0
 
 
 def refuse_other_contents(out: Path, settings: dict[str, str | None]) -> None:
@@ -200,17 +223,18 @@ def unpack_image(raw: RawSample, folder: Path, path: PurePosixPath) -> bool:
 def write_file(path: Path, data: bytes) -> bool:
     """Write a file atomically, creating its parent folders; returns whether it did not exist.
 
-    Raises DataError if it exists with other contents.
+    Raises DataError if it exists with other contents, or if the file system refuses its name.
     """
-    if path.is_file():
-        if path.read_bytes() != data:
-            raise DataError(
-                f"{path} differs from the data set; move it away, or choose another --out"
-            )
-        return False
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, data, durable=False)
-    return True
+    with refuse_unusable_name(path):
+        if path.is_file():
+            if path.read_bytes() != data:
+                raise DataError(
+                    f"{path} differs from the data set; move it away, or choose another --out"
+                )
+            return False
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, data, durable=False)
+        return True
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -5,7 +5,6 @@ import os
 import re
 import secrets
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -14,6 +13,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 import fsspec
 
+from shards.leftovers import temporary_folder
 from shards.local_files import read_file
 from shards.requests import (
     UPLOAD_RATE,
@@ -209,7 +209,7 @@ class Store:
             aside = None if within is None else self.local / within
             write_atomically(self.local / name, data, within=aside)
             return
-        with tempfile.TemporaryDirectory() as folder:
+        with temporary_folder() as folder:
             file = Path(folder, "file")
             file.write_bytes(data)
             self.upload(file, name)
@@ -224,7 +224,7 @@ class Store:
             (self.local / within).mkdir(parents=True, exist_ok=True)
             yield self.local / within
             return
-        with tempfile.TemporaryDirectory() as folder:
+        with temporary_folder() as folder:
             yield Path(folder)
 
     def upload(self, file: Path, name: str) -> None:
@@ -290,7 +290,7 @@ class Store:
         """
         if self.exists(name):
             return False
-        with tempfile.TemporaryDirectory() as folder:
+        with temporary_folder() as folder:
             if self.local is None:
                 file = Path(folder, "file")
             else:

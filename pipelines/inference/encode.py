@@ -4,7 +4,7 @@ import io
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -23,9 +23,10 @@ from pipelines.inference.options import (
 )
 from pipelines.inference.specks import count_values, remove_specks
 from pipelines.model.load import LoadedModel
+from pipelines.runtime.outputs import refuse_unusable_name
 from shards.images.files import encode_png
 from shards.masks.png import encode_mask
-from shards.sample import IGNORE, INFO_EXTENSION, MASK_EXTENSION, Palette, Uint8
+from shards.sample import IGNORE, INFO_EXTENSION, MASK_EXTENSION, DataError, Palette, Uint8
 from shards.store import Store
 from shards.writer import write_atomically
 
@@ -86,6 +87,8 @@ class Encoder:
     loaded: LoadedModel
     figure: bool
     """Whether to draw OUT/NAME.figure.png: there is only one image."""
+    fail_fast: bool
+    """Whether an input whose files cannot be written ends the job."""
 
     @property
     def draws(self) -> bool:
@@ -95,7 +98,11 @@ class Encoder:
     def __call__(
         self, item: DecodedInput, output: ModelOutput | None
     ) -> EncodedPrediction | DecodedInput:
-        """Encode a result; an input that could not be read is returned unchanged."""
+        """Encode a result; an input that could not be read is returned unchanged.
+
+        One whose files cannot be written because of their names is returned with the error; with
+        `fail_fast` it raises DataError.
+        """
         if output is None:
             return item
         spec, options = self.loaded.spec, self.options
@@ -130,7 +137,13 @@ class Encoder:
         if item.file:
             members[item.extension] = item.file
         kept = {} if output.probabilities is None else encode_probabilities(output.probabilities)
-        self.write_files(item, mask, png)
+        try:
+            self.write_files(item, mask, png)
+        except DataError as error:
+            # At a URL, all names are allowed: the request failed.
+            if self.fail_fast or self.store.local is None:
+                raise
+            return replace(item, image=None, error=str(error))
         return EncodedPrediction(item.key, members, kept, width, height, tuple(counts))
 
     def write_files(self, item: DecodedInput, mask: Uint8, png: bytes) -> None:
@@ -150,13 +163,14 @@ class Encoder:
             self.write(f"{stem}{FIGURE}", encode_png(draw_figure(image, mask, palette)))
 
     def write(self, name: str, data: bytes) -> None:
-        """Write a file atomically."""
+        """Write a file atomically. Raises DataError if the file system refuses its name."""
         local = self.store.local
         if local is None:
             self.store.write(name, data)
             return
-        (local / name).parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(local / name, data, durable=False, within=local / WORK_DIR)
+        with refuse_unusable_name(local / name):
+            (local / name).parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(local / name, data, durable=False, within=local / WORK_DIR)
 
 
 def enlarge_result(output: ModelOutput, size: tuple[int, int]) -> ModelOutput:

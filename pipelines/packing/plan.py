@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pipelines.packing.duplicates import DuplicatePolicy, describe_moves, unite_duplicates
 from pipelines.runtime.progress import progress
+from pipelines.runtime.terminal import print_lines
 from shards.folders.pairs import Pair, Pairing
 from shards.folders.splits import SPLITS, SplitRule
 from shards.local_files import open_file
@@ -113,8 +114,7 @@ def make_plan(
     else:
         notes: list[str] = []
         names, groups = splits.assign_splits(pairs, notes)
-        for note in notes:
-            print(note)
+        print_lines(notes)
     by_split: dict[str, list[PlannedSample]] = defaultdict(list)
     folders = str(pairing.images), str(pairing.masks)
     with progress(total=len(pairs), desc="plan", unit="pair", delay=2) as bar:

@@ -13,6 +13,7 @@ from pipelines.packing.repair import repair_pairing
 from pipelines.runtime.errors import REFUSED, describe_read_error
 from pipelines.runtime.processes import chunks, num_workers, run_all
 from pipelines.runtime.progress import progress
+from pipelines.runtime.terminal import print_lines
 from pipelines.runtime.yaml_flags import settings_of
 from shards.folders.pairs import Pairing
 from shards.images.files import ImageRule
@@ -44,7 +45,8 @@ def propose_format(config: Any, verb: str) -> int:
         if annotations is None:
             raise
         print(f"{error}\n", file=sys.stderr)
-        print("\n".join([join_command(verb, annotations.words), *annotations.notes]))
+        print(join_command(verb, annotations.words))
+        print_lines(annotations.notes)
         return 0
     survey, problems = survey_pairing(config.source, pairing, config.workers)
     for line in list_problems(problems):
@@ -76,8 +78,7 @@ def find_proposed_pairs(config: Any) -> tuple[Any, Pairing]:
         print(f"{error}\n", file=sys.stderr)
     pairing = repaired.find_pairs()
     print(f"the command below pairs {len(pairing.pairs)} images", file=sys.stderr)
-    for note in pairing.notes:
-        print(note, file=sys.stderr)
+    print_lines(pairing.notes, sys.stderr)
     return replace(config, source=replace(config.source, pairing=repaired)), pairing
 
 

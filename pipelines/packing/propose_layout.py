@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 from pipelines.packing.propose_annotations import join_command, propose_annotations
+from pipelines.runtime.terminal import print_lines
 from shards.annotations.layouts import recognise_layout
 from shards.folders.walk import walk_files
 from shards.images.files import IMAGE_EXTENSIONS
@@ -30,6 +31,5 @@ def propose_layout(root: Path, verb: str) -> int:
             f"run unet check {root}"
         )
     print(join_command(verb, proposal.words))
-    for note in proposal.notes:
-        print(note)
+    print_lines(proposal.notes)
     return 0

@@ -27,6 +27,7 @@ from pipelines.runtime.help_text import format_help, format_usage
 from pipelines.runtime.processes import follow_launcher
 from pipelines.runtime.terminal import safe_streams
 from shards.images.memory import set_max_memory
+from shards.leftovers import name_semaphores, remove_leftovers
 from shards.requests import set_remote_timeout
 from shards.sample import AggregateDataError, DataError
 from shards.text import escape_line
@@ -54,6 +55,8 @@ def run_command(
     Bad input and failed runs end in one line on stderr.
     """
     require_utf8()
+    name_semaphores()
+    remove_leftovers()
     follow_launcher(f"unet {verb}{rank_name()}")
     argv = sys.argv[1:] if argv is None else argv
     with safe_streams():

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data._utils import signal_handling
 
 from pipelines.runtime.processes import follow_parent
+from shards.leftovers import name_socket_folder
 from shards.reader import ShardReader
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -39,6 +40,7 @@ def start_worker(number: int) -> None:
 
 def start_forkserver() -> None:
     """Start the server that remote workers are forked from; it ignores the stop signals too."""
+    name_socket_folder()
     get_context("forkserver").set_forkserver_preload(["pipelines.loading.batches"])
     before = {name: signal.signal(name, signal.SIG_IGN) for name in STOPPING}
     try:

@@ -1,13 +1,24 @@
 """Outputs of a verb: checked before its work starts, compared with those of the previous run."""
 
+import errno
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from pipelines.runtime.errors import RunError, UsageError
+from shards.sample import DataError
 from shards.writer import write_atomically
 
 ANOTHER = "choose another"
 """Remedy for an output that cannot be written."""
+NAME_ERRORS = frozenset(
+    {
+        *(errno.ENAMETOOLONG, errno.EILSEQ, errno.EINVAL, errno.ELOOP),
+        *(errno.EEXIST, errno.EISDIR, errno.ENOTDIR),
+    }
+)
+"""Errors of one name; with others, such as a full disk, the next file fails too."""
 UNCHANGED, REPLACED = " (unchanged)", " (replaced the previous one)"
 
 
@@ -43,6 +54,20 @@ def require_writable_file(flag: str, file: Path, remedy: str = ANOTHER) -> None:
     if file.is_dir():
         raise UsageError(f"{flag} {file} is a directory; {flag} takes the file to write")
     require_writable(flag, file.parent, remedy)
+
+
+@contextmanager
+def refuse_unusable_name(path: Path) -> Iterator[None]:
+    """Raise DataError if writing `path` in this block fails because of its name.
+
+    The name is too long for the file system, or another file has the name of one of its folders.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in NAME_ERRORS:
+            raise
+        raise DataError(f"{path} cannot be written ({error.strerror}); rename the image") from error
 
 
 def read_previous(file: Path) -> bytes | None:

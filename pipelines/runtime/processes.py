@@ -18,6 +18,7 @@ from typing import TypeVar
 import pipelines
 from pipelines.runtime.errors import RunError, UsageError
 from shards.images.memory import share_memory
+from shards.leftovers import name_socket_folder
 
 SHARED = "/dev/shm"  # noqa: S108 (not a temporary file: where Linux keeps shared memory)
 LAUNCHER_INTERVAL = 1.0
@@ -152,6 +153,8 @@ def open_executor(workers: int, scheduler: str | None, remote: bool) -> Iterator
     """Open a process pool, or connect to a Dask cluster. Raises UsageError if it cannot."""
     if scheduler is None:
         method = "fork" if sys.platform == "linux" and not remote else "forkserver"
+        if method == "forkserver":
+            name_socket_folder()
         context = multiprocessing.get_context(method)
         share_memory(workers)
         try:

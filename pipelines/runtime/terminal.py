@@ -2,11 +2,11 @@
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from shards.text import MAX_LINE, escape_text
+from shards.text import MAX_LINE, escape_line, escape_text
 
 MAX_OUTPUT = 100_000
 """Characters of a line on stdout, where commands are printed to be copied."""
@@ -39,6 +39,12 @@ class SafeStream:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
+
+
+def print_lines(lines: Iterable[str], file: Any = None) -> None:
+    """Print each of some lines as one line: a line feed in a file name makes no other."""
+    for line in lines:
+        print(escape_line(line, limit=None), file=file)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from torch import nn
 from pipelines.model.backbone import Backbone, choose_backbone
 from pipelines.model.load import load_config
 from pipelines.runtime.errors import UsageError
+from pipelines.runtime.terminal import print_lines
 from pipelines.training.options import TrainConfig
 from shards.manifest import Manifest
 from unet import UNet
@@ -33,8 +34,7 @@ def prepare_backbone(
     channels = len(manifest.image_format.channels)
     backbone = choose_backbone(model, channels, saved, accelerator)
     if accelerator.is_main_process:
-        for note in backbone.notes:
-            print(note, file=sys.stderr)
+        print_lines(backbone.notes, sys.stderr)
     return backbone
 
 

@@ -164,7 +164,7 @@ def test_unpack_mixes_neither_splits_nor_foreign_files(
     edited = next((out / "masks").rglob("*.png"))
     edited.write_bytes(b"edited")
     ended = call("unpack", *inputs["unpack"], "--split", "val", "--out", out)
-    assert ended.code == 1
+    assert ended.code == 3
     assert f"{edited} differs from the data set" in ended.err
     assert edited.read_bytes() == b"edited"
 

@@ -9,7 +9,7 @@ import pytest
 from tqdm import tqdm
 
 from pipelines.runtime.command import run_command
-from pipelines.runtime.terminal import SafeStream, safe_streams
+from pipelines.runtime.terminal import SafeStream, print_lines, safe_streams
 from shards.sample import AggregateDataError, DataError
 
 EVIL = "\x1b[31mred\r\u202e.png"
@@ -38,6 +38,15 @@ def test_prints_warnings_and_progress_are_escaped(capsys):
     assert (code, out) == (0, f"class {SHOWN}\n")
     assert err.endswith(f"skipped: {SHOWN}\n")
     assert "\x1b" not in err
+
+
+def test_a_line_feed_in_a_note_makes_no_other_line(capsys):
+    def verb():
+        print_lines(["a", f"{EVIL}\nunet verb: all is well"])
+        return 0
+
+    code, out, _ = run(verb, capsys)
+    assert (code, out) == (0, f"a\n{SHOWN}\\nunet verb: all is well\n")
 
 
 @pytest.mark.parametrize("error", [DataError, OSError])

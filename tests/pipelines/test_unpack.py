@@ -281,18 +281,22 @@ def test_a_source_that_leaves_the_folder_is_refused(
     info = json.dumps({"source": source}).encode()
     data = hostile(tmp_path, draw, call, "k", {"png": b"", "json": info})
     ended = call("unpack", "--data", data, "--out", tmp_path / "deep" / "er" / "out")
-    assert ended.code == 1
+    assert ended.code == 3
     assert "is not a relative path inside the folder" in ended.err
     assert not [*tmp_path.rglob("*escaped*")]
     assert not (tmp_path / "deep").exists()
 
 
-@pytest.mark.parametrize("extension", ["x/../../../escaped", "../escaped", "a b"])
-def test_an_extension_that_is_a_path_is_refused(extension: str, draw, call, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("extension", "code"), [("x/../../../escaped", 1), ("../escaped", 3), ("a b", 1)]
+)
+def test_an_extension_that_is_a_path_is_refused(
+    extension: str, code: int, draw, call, tmp_path: Path
+) -> None:
     members = {extension: b"", "json": b'{"source": "a.jpg"}'}
     data = hostile(tmp_path, draw, call, "k", members)
     ended = call("unpack", "--data", data, "--out", tmp_path / "deep" / "out")
-    assert ended.code == 1
+    assert ended.code == code
     assert len(ended.err.splitlines()) == 1
     assert not [*tmp_path.rglob("*escaped*")]
 
@@ -301,9 +305,77 @@ def test_an_extension_that_is_a_path_is_refused(extension: str, draw, call, tmp_
 def test_an_invalid_description_is_refused(info: bytes, draw, call, tmp_path: Path) -> None:
     data = hostile(tmp_path, draw, call, "k", {"png": b"", "json": info})
     ended = call("unpack", "--data", data, "--out", tmp_path / "out")
-    assert ended.code == 1
+    assert ended.code == 3
     assert "unlabelled-000000.tar" in ended.err
     assert len(ended.err.splitlines()) == 1
+
+
+UNUSABLE = ("x" * 300 + ".png", "p001.png/in_a_file.png", "../leaves.png")
+"""Sources that cannot be files beside p001.png."""
+
+
+@pytest.fixture(params=UNUSABLE)
+def partly_named(request: pytest.FixtureRequest, draw, call, tmp_path: Path) -> Path:
+    """A data set of four images, the third of which has a source that cannot be a file."""
+    folder, data = draw(tmp_path / "in", 4, size=(16, 16)), tmp_path / "data"
+    assert call("pack", "--images", folder / "images", "--out", data, "--workers", 1).code == 0
+    manifest = json.loads((data / "index.json").read_text())
+    with ShardWriter(data / "unlabelled-000000.tar") as writer:
+        for number in range(4):
+            image = (folder / "images" / f"p{number:03d}.png").read_bytes()
+            source = request.param if number == 2 else f"p{number:03d}.png"
+            info = json.dumps({"source": source}).encode()
+            writer.add(f"k{number}", {"png": image, "json": info})
+        file = writer.seal()
+    manifest["splits"]["unlabelled"]["shards"][0].update(
+        bytes=file.bytes, sha256=file.sha256, idx_sha256=file.idx_sha256
+    )
+    (data / "index.json").write_text(json.dumps(manifest))
+    return data
+
+
+def test_a_sample_whose_name_is_unusable_fails_alone(
+    partly_named: Path, call, content, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    ended = call("unpack", "--data", partly_named, "--out", out)
+    assert ended.code == 3
+    (line,) = ended.err.splitlines()
+    assert line.startswith("error: ")
+    assert ended.out == f"3 samples in {out}, 1 could not be unpacked\n"
+    expected = {f"p{number:03d}.png" for number in (0, 1, 3)}
+    assert set(content(out / "images")) == expected
+    assert not [*tmp_path.rglob("*leaves*")]
+    assert call("unpack", "--data", partly_named, "--out", out).out == ended.out
+
+
+@pytest.mark.parametrize("more", [(), ("--fail-fast",)])
+def test_an_input_whose_name_is_unusable_fails_alone_in_predict(
+    more: tuple[str, ...], partly_named: Path, make_checkpoint, call, content, tmp_path: Path
+) -> None:
+    out = tmp_path / "masks"
+    given = ("--checkpoint", make_checkpoint(), "--input", partly_named, "--workers", 0, "--png")
+    ended = call("predict", *given, "--out", out, *more)
+    assert len(ended.err.splitlines()) == 1
+    if more:
+        assert ended.code == 1
+        assert not (out / "index.json").exists()
+        return
+    assert ended.code == 3, ended.err
+    assert "1 inputs could not be read" in ended.err
+    # Whichever of a file and a folder of one name comes first is written.
+    assert len(content(out / "png")) == 3
+    assert len((out / "errors.jsonl").read_text().splitlines()) == 1
+    assert json.loads((out / "state.json").read_text())["images"] == 3
+
+
+def test_a_masked_image_with_a_name_of_255_bytes_is_packed_and_unpacked(
+    pair: Path, call, content, tmp_path: Path
+) -> None:
+    for part in ("images", "masks"):
+        (pair / part / "a.png").rename(pair / part / f"{'x' * 251}.png")
+    out = round_trip(pair, tmp_path / "new", call, "--mask-format", "binary")
+    assert {*content(out / "images"), *content(out / "masks")} == {f"{'x' * 251}.png"}
 
 
 def test_a_bucket_that_never_answers_is_one_line(call, monkeypatch) -> None:
