@@ -99,7 +99,7 @@ def run(config: UnpackConfig) -> int:
 
 
 def refuse_other_contents(out: Path, settings: dict[str, str | None]) -> None:
-    """Raise UsageError if `out` was started with other settings, or holds files of others."""
+    """Raise UsageError if `out` was created with other settings, or holds other files."""
     path, elsewhere = out / JOB, "choose another --out"
     if path.exists():
         try:

@@ -17,7 +17,13 @@ from pipelines.inference.decoding import DecodedInput
 from pipelines.inference.encode import EncodedPrediction
 from pipelines.inference.input_readers import Inputs
 from pipelines.inference.input_rules import JOB
-from pipelines.inference.options import WORK_DIR, PredictConfig, ResultOptions, check_settings
+from pipelines.inference.options import (
+    WORK_DIR,
+    PredictConfig,
+    ResultOptions,
+    check_settings,
+    name_fields,
+)
 from pipelines.model.load import LoadedModel
 from pipelines.runtime.errors import UsageError, refuse_changed_settings
 from shards.documents import Count, Name, Sha256, convert, decode, parse_json, parse_names
@@ -275,8 +281,8 @@ def start_job(
         # Absent if the images are read as the training images were.
         refuse_changed_settings(
             str(store),
-            {"reading": {}, **started},
-            {"reading": {}, **job},
+            {"reading": {}, **name_fields(started)},
+            {"reading": {}, **name_fields(job)},
             elsewhere=REMEDY,
         )
         return

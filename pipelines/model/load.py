@@ -121,8 +121,8 @@ def load_models(checkpoints: Sequence[str], *, on_host: bool = False) -> LoadedM
     """Load one model, as `load_model`, or several as an ensemble.
 
     Args:
-        checkpoints: as `load_model` takes them; a folder with the runs of `unet train --folds`
-            stands for all of them.
+        checkpoints: as `load_model` takes them; a folder of runs fold-1, fold-2, ... stands
+            for all of them.
         on_host: whether the members of an ensemble stay in host memory.
 
     Raises DataError naming what is missing or damaged, or the member that differs from the first.

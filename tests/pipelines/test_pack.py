@@ -1134,7 +1134,7 @@ def test_an_image_that_changed_since_the_plan_is_named(interrupted, call) -> Non
     ended = call("pack", *flags(folder, out, "--samples-per-shard", 1))
     assert ended.code == 1
     assert (
-        "started with another plan: 1 images or masks have changed, the first: p001.png"
+        "created from another plan: 1 images or masks have changed, the first: p001.png"
         in ended.err
     )
 
