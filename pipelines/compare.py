@@ -48,8 +48,8 @@ def run(config: CompareConfig) -> int:
     require_writable("--out", config.out)
     comparisons = [compare(first, other) for other in others]
     print("\n\n".join(format_comparison(comparison) for comparison in comparisons))
-    config.out.mkdir(parents=True, exist_ok=True)
     plain = {"comparisons": [comparison.to_plain() for comparison in comparisons]}
+    config.out.mkdir(parents=True, exist_ok=True)
     write_json(config.out / COMPARISON, plain)
     page = render_comparisons(comparisons)
     write_atomically(config.out / PAGE, page.encode("utf-8", "backslashreplace"))

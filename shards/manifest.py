@@ -24,7 +24,7 @@ MIN_SAMPLE_BYTES = 1024
 """Of a sample in a shard: the header and the content of its image, in blocks of 512 bytes."""
 MAX_SIDE = 2**31 - 1
 Level = Annotated[int, msgspec.Meta(ge=0, le=65535)]
-Mode = Annotated[str, msgspec.Meta(pattern="^[A-Za-z0-9;]{1,16}$")]
+Mode = Annotated[str, msgspec.Meta(pattern="^[A-Za-z0-9;-]{1,16}$")]
 """Mode of an image in Pillow."""
 READING_RULES = ("exif", "frame", "resize")
 """Fields of `image_format` that manifests had not at first."""

@@ -87,7 +87,8 @@ class InputSet:
 class JobOrigin:
     """What a job started from: the fields of job.json besides its settings."""
 
-    checkpoint: Name
+    checkpoint: Name | tuple[Name, ...]
+    """sha256 of the weights; of each member of an ensemble."""
     precision: Name
     inputs: InputSet
     reading: dict[str, Any]

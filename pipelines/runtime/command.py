@@ -71,7 +71,7 @@ def run_escaped(
     except UsageError as error:
         code = report_error(verb, error, USAGE)
     except (DataError, RunError) as error:
-        code = report_error(verb, original_message(error), REFUSED)
+        code = report_error(verb, error, REFUSED)
     except MemoryError as error:
         code = report_error(verb, failures.describe_host_memory(error, verb), REFUSED)
     except OSError as error:

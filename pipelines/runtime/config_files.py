@@ -51,9 +51,13 @@ def find_settings(
     by_key: Mapping[str, Flag], plain: Mapping[Any, Any], prefix: str
 ) -> Iterator[tuple[str, Any]]:
     """Yield (dotted key, value) of one level of a file. Raises UsageError for an unknown key."""
+    seen: set[str] = set()
     for written, value in plain.items():
         name = str(written).replace("-", "_")
         key, shown = prefix + name, f"{prefix}{written}"
+        if name in seen:
+            raise UsageError(f"duplicate key {shown}; remove one")
+        seen.add(name)
         if key in by_key and "." not in name:
             if isinstance(value, dict):
                 raise UsageError(f"{shown} must be a value, found a mapping")

@@ -138,8 +138,7 @@ def read_arguments(flags: Sequence[Flag], argv: Sequence[str]) -> dict[str, Any]
             if not positional:
                 raise UsageError(f"{shown_words([word])}: unexpected after {last}; remove it")
             flag = positional.pop(0)
-            words.insert(0, word)
-            values[flag.key] = flag.parse(take_values(flag, words))
+            values[flag.key] = flag.parse([word, *take_values(flag, words, 1)])
             continue
         last, equals, attached = word.partition("=")
         last = last.replace("_", "-")
@@ -170,16 +169,19 @@ def is_flag(word: str) -> bool:
     return word.startswith("--") or (len(word) == 2 and word[0] == "-" and word[1].isalpha())
 
 
-def take_values(flag: Flag, words: list[str]) -> list[str]:
-    """Remove from the rest of a command line the values of a flag, and return them."""
+def take_values(flag: Flag, words: list[str], taken: int = 0) -> list[str]:
+    """Remove from the rest of a command line the values of a flag, and return them.
+
+    `taken`: number of its values that were removed before.
+    """
     items = item_types(flag.kind)
     limit = 0 if is_switch(flag.kind) else 1
     if items is not None:
-        limit = len(words) if takes_many(flag.kind) else len(items)
-    taken: list[str] = []
-    while words and len(taken) < limit and not is_flag(words[0]):
-        taken.append(words.pop(0))
-    return taken
+        limit = taken + len(words) if takes_many(flag.kind) else len(items)
+    values: list[str] = []
+    while words and taken + len(values) < limit and not is_flag(words[0]):
+        values.append(words.pop(0))
+    return values
 
 
 def suggest(name: str, known: Iterable[str]) -> str:

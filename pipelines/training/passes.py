@@ -1,4 +1,4 @@
-"""Context of a forward and backward training pass on a device."""
+"""Training passes: their context on a device, and how a step divides into them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pipelines.runtime.errors import RunError
+from pipelines.runtime.errors import RunError, UsageError
 from pipelines.runtime.failures import out_of_memory, summary
 
 
@@ -56,4 +56,16 @@ class TrainingPass:
             f"step {step}: a pass over {self.batch_size} crops of {self.crop_size} x "
             f"{self.crop_size} pixels does not fit into the memory of the GPU{peak} ({reason}); "
             f"{', '.join(remedies[:-1])}{' or ' if remedies[1:] else ''}{remedies[-1]}"
+        )
+
+
+def refuse_uneven_batch(samples: int, world: int, passes: int) -> None:
+    """Raise UsageError if a step does not divide evenly among ranks and passes."""
+    parts = world * passes
+    if samples % parts:
+        below = samples // parts * parts
+        fitting = [str(number) for number in (below, below + parts) if number]
+        raise UsageError(
+            f"--global-batch-size {samples} does not divide among {world} ranks x {passes} "
+            f"accumulated passes; {' or '.join(fitting)} would"
         )

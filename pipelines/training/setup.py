@@ -48,7 +48,7 @@ from pipelines.training.memory_probe import Probe, describe_passes
 from pipelines.training.meter import Meter, Progress
 from pipelines.training.optim import Learner, build_learner
 from pipelines.training.options import GLOBAL_BATCH_SIZE, TrainConfig
-from pipelines.training.passes import TrainingPass
+from pipelines.training.passes import TrainingPass, refuse_uneven_batch
 from pipelines.training.tracking import Tracker
 from shards.folds import assign_folds
 from shards.manifest import Manifest
@@ -189,21 +189,9 @@ def start_accelerator(setup: TrainSetup) -> tuple[Accelerator, TrainSetup]:
     )
     rank, world = accelerator.process_index, accelerator.num_processes
     setup = replace(setup, config=config, rank=rank, world=world)
-    refuse_uneven_batch(setup)
+    refuse_uneven_batch(setup.global_batch_size, world, setup.passes)
     refuse_batch_norm(setup, device)
     return accelerator, setup
-
-
-def refuse_uneven_batch(setup: TrainSetup) -> None:
-    """Raise UsageError if a step does not divide evenly among ranks and passes."""
-    samples, parts = setup.global_batch_size, setup.world * setup.passes
-    if samples % parts:
-        below = samples // parts * parts
-        fitting = [str(number) for number in (below, below + parts) if number]
-        raise UsageError(
-            f"--global-batch-size {samples} does not divide among {setup.world} ranks x "
-            f"{setup.passes} accumulated passes; {' or '.join(fitting)} would"
-        )
 
 
 def refuse_batch_norm(setup: TrainSetup, device: torch.device) -> None:

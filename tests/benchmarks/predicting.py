@@ -303,10 +303,10 @@ def steady_rate(out: Path, count: int) -> float:
 def run_pointwise(argv: Sequence[str]) -> int:
     """Run `unet predict` with a 1 x 1 convolution as the network."""
     predict: Any = import_module("pipelines.predict")
-    load_model = predict.load_model
+    load_models = predict.load_models
 
-    def load_small(checkpoint: str) -> LoadedModel:
-        loaded = load_model(checkpoint)
+    def load_small(checkpoints: Sequence[str], **options: Any) -> LoadedModel:
+        loaded = load_models(checkpoints, **options)
         small = nn.Conv2d(3, 2, 1)
         with torch.no_grad():
             small.weight.zero_()[1, 0] = 1
@@ -315,7 +315,7 @@ def run_pointwise(argv: Sequence[str]) -> int:
         loaded.model.forward = small.forward
         return loaded
 
-    predict.load_model = load_small
+    predict.load_models = load_small
     return predict.main(argv)
 
 

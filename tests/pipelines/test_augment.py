@@ -500,7 +500,9 @@ def test_saturation_does_not_change_grey_images():
 def test_impossible_augmentation_is_refused(names, value, message):
     for name in names:
         fields: dict[str, Any] = {name: value}
-        with pytest.raises(ValueError, match=re.escape(f"augment.{name} {message} {value}")):
+        with pytest.raises(
+            ValueError, match=re.escape(f"{name.replace('_', '-')} {message} {value}")
+        ):
             AugmentConfig(**fields)
 
 

@@ -167,7 +167,7 @@ def test_an_invalid_file_is_refused_in_one_line(
         ("steps: 0", "--steps must be above 0, got 0"),
         ("values: [1, x]", "--values 1 x: not a whole number"),
         ("optim: {rate: fast}", "--optim.rate fast: not a number"),
-        ("optim: {rate: .nan}", "--optim.rate nan: not a finite number"),
+        ("optim: {rate: .nan}", "--optim.rate .nan: not a number"),
         ("pair: [1]", "--pair 1: takes 2 values (INT INT), got 1"),
         ("much: some", "--much some: not a whole number or auto"),
         ("out_dir: ''", "--out-dir '': is empty; give a path"),

@@ -338,7 +338,7 @@ def test_boundaries_without_scipy_are_refused_before_any_work(
         ),
         (
             ("--surface", "--surface-tolerance", "nan"),
-            "--surface-tolerance must be a number >= 0, got nan",
+            "--surface-tolerance nan: not a finite number",
         ),
         (("--empty", "two"), "--empty"),
         (("--worst", -1), "--worst must be >= 0, got -1"),

@@ -408,7 +408,7 @@ def test_a_json_is_indexed_if_its_source_fits_the_key(
     assert ("1 other members are ignored: .json (1)" in ended.out) == (not taken)
     assert (read_offsets(tmp_path / "data" / "a.tar")[0].info is not None) == taken
     assert call("unpack", "--data", tmp_path / "data", "--out", tmp_path / "out").code == 0
-    assert set(content(tmp_path / "out")) == {"images/d/a.png", "masks/d/a.png"}
+    assert set(content(tmp_path / "out")) == {"images/d/a.png", "masks/d/a.png", "unpack.json"}
 
 
 # ---- splits

@@ -18,7 +18,7 @@ WORK = {
     "train": "pipelines.train.open_training",
     "evaluate": "pipelines.evaluation.score.score",
     "predict": "pipelines.predict.predict_shards",
-    "export": "pipelines.export.load_model",
+    "export": "pipelines.export.load_models",
     "report": "pipelines.report.write_report",
     "demo": "pipelines.demo.draw_samples",
 }

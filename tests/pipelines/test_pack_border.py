@@ -219,7 +219,7 @@ def test_a_pack_resumes_only_with_the_same_map_settings(
         (("--border-sigma", 0), "--border-sigma must be a finite number of pixels > 0, got 0.0"),
         (
             ("--border-sigma", "nan"),
-            "--border-sigma must be a finite number of pixels > 0, got nan",
+            "--border-sigma nan: not a finite number",
         ),
         (("--border-classes", "cell"), "--border-classes needs --border-sigma"),
         (
@@ -312,7 +312,11 @@ def test_a_key_too_long_for_a_map_is_refused_by_name(call, dots: Path, tmp_path:
 
 def test_maps_are_not_unpacked(bordered: Path, dots: Path, call, tmp_path: Path) -> None:
     assert call("unpack", "--data", bordered, "--out", tmp_path / "out").code == 0
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"images", "masks"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "images",
+        "masks",
+        "unpack.json",
+    }
     for part in ("images", "masks"):
         names = {path.name for path in (tmp_path / "out" / part).iterdir()}
         assert names == {path.name for path in (dots / part).iterdir()}

@@ -1,6 +1,7 @@
 """`runtime.strict_yaml`: hostile and ambiguous configuration ends in one line, quickly."""
 
 import os
+import re
 import time
 from pathlib import Path
 
@@ -54,9 +55,9 @@ def load(content: bytes, folder: Path) -> TrainConfig:
         (b"seed: 1\0", "special characters"),
         (b"- seed", "expected `key: value` lines, found list"),
         (b"x" * (MAX_BYTES + 1), "more than 1,048,576 bytes"),
-        (b"minutes: nan", "--minutes nan: must be a finite number"),
-        (b"minutes: inf", "--minutes inf: must be a finite number"),
-        (b"optim: {lr: nan}", "--optim.lr nan: must be a finite number"),
+        (b"minutes: nan", "--minutes nan: not a finite number"),
+        (b"minutes: inf", "--minutes inf: not a finite number"),
+        (b"optim: {lr: nan}", "--optim.lr nan: not a finite number"),
     ],
 )
 def test_a_hostile_or_ambiguous_file_is_refused_in_one_line(
@@ -73,13 +74,9 @@ def test_a_hostile_or_ambiguous_file_is_refused_in_one_line(
 
 
 @pytest.mark.parametrize("text", ["seed: 1:30", "seed: 0x10", "seed: 1e3", "minutes: .nan"])
-def test_text_that_only_yaml_reads_as_a_number_is_refused(
-    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as refused:
+def test_text_that_only_yaml_reads_as_a_number_is_refused(text: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=re.escape(text.split(": ")[1])):
         load(text.encode(), tmp_path)
-    assert refused.value.code == 2
-    assert text.split(": ")[1] in capsys.readouterr().err
 
 
 def test_a_file_of_a_gigabyte_is_not_read(tmp_path: Path) -> None:

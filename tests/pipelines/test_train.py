@@ -139,7 +139,7 @@ def test_a_run_ends_with_the_scores_of_each_class_and_three_commands_that_are_ri
         assert verb == then
         module = import_module(f"pipelines.{verb}")
         config = parse(getattr(module, f"{verb.capitalize()}Config"), arguments, verb)
-        assert config.checkpoint == str(tmp_path)
+        assert config.checkpoint == (str(tmp_path),)
 
 
 def test_the_written_configuration_gives_the_same_run_again(

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from shards.outliers import Extremes
+from shards.documents import convert
+from shards.outliers import Extremes, StoredExtremes
 
 CLASSES = ("background", "cell")
 
@@ -17,7 +18,7 @@ def collect(files, order=1):
         counts = np.zeros(256, dtype=np.int64)
         counts[:2] = size[0] * size[1] - cell, cell
         part.add_mask(name, counts)
-        total.merge(Extremes.from_plain(part.to_plain()))
+        total.merge(Extremes.restore(convert(part.to_plain(), StoredExtremes)))
         for index in range(2):
             pixels[index] += int(counts[index])
             masks[index] += int(counts[index] > 0)

@@ -131,7 +131,7 @@ def test_counts_match_the_masks(forward, tile):
 @pytest.mark.parametrize("keep", [torch.float16, torch.uint16])
 def test_a_gpu_predicts_the_same_masks(forward, tile, keep):
     images, config = random_images(40, 50, batch=3), TileConfig(tile=tile, batch_size=2)
-    rule = MaskRule(count=True, min_confidence=0.6, keep=keep)
+    rule = MaskRule(count=True, min_confidence=0.6, stored_dtype=keep)
     expected = predict_masks(forward, images, config, PADDED, rule)
     found = predict_masks(forward, images.cuda(), config, PADDED, rule)
     assert found.classes.is_cuda

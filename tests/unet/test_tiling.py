@@ -146,7 +146,7 @@ def test_images_of_one_tile_are_yielded_in_batches_on_a_gpu(device, expected, mo
     blocks = [*predict_blocks(pointwise, images, config, PADDED)]
     assert [block.images.stop - block.images.start for block in blocks] == expected
     assert torch.equal(assemble(pointwise, images, config), pointwise(images).softmax(1))
-    rule = MaskRule(min_confidence=0.6, keep=torch.float16, count=True)
+    rule = MaskRule(min_confidence=0.6, stored_dtype=torch.float16, count=True)
     found = predict_masks(pointwise, images, config, PADDED, rule)
     monkeypatch.undo()
     alone = predict_masks(pointwise, images, config, PADDED, rule)
@@ -382,7 +382,9 @@ def peak_floats():
     gc.unfreeze()
 
 
-@pytest.mark.parametrize("rule", [MaskRule(), MaskRule(min_confidence=0.9, keep=torch.uint16)])
+@pytest.mark.parametrize(
+    "rule", [MaskRule(), MaskRule(min_confidence=0.9, stored_dtype=torch.uint16)]
+)
 def test_memory_does_not_grow_with_height(rule, peak_floats):
     config, low, high = TileConfig(tile=64, overlap=0.25), 64 + 4 * 48, 64 + 40 * 48
     grown = peak_floats(high, 640, config, rule=rule) - peak_floats(low, 640, config, rule=rule)
