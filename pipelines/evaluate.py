@@ -272,6 +272,7 @@ def score_model(
     measured: score.Metrics,
 ) -> ScoredSplit:
     """Predict and score every image of the split. Raises RunError if GPU memory runs out."""
+    loaded.refuse_unused_overlap(config.tiles)
     model = loaded.model
     try:
         place_model(model, accelerator.device)

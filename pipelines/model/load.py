@@ -13,12 +13,12 @@ from pipelines.model.checkpoint_files import (
     list_checkpoints,
     verify_model,
 )
-from pipelines.runtime.errors import describe_read_error
+from pipelines.runtime.errors import UsageError, describe_read_error
 from pipelines.runtime.run_folder import RunFolder
 from shards.images.files import ImageFormat
 from shards.local_files import refuse_special_files
 from shards.sample import DataError
-from unet import DataSpec, Ensemble, UNet, UNetConfig, members_of, weights
+from unet import DataSpec, Ensemble, TileConfig, UNet, UNetConfig, members_of, weights
 from unet.model import read_config
 
 EnsemblePlace = Literal["device", "host"]
@@ -62,6 +62,14 @@ class LoadedModel:
             frame=spec.frame,
             resize=spec.resize,
         )
+
+    def refuse_unused_overlap(self, tiles: TileConfig) -> None:
+        """Raise UsageError if an overlap was given for networks of valid convolutions."""
+        if self.model.config.margin and tiles.overlap != TileConfig().overlap:
+            raise UsageError(
+                f"--overlap {tiles.overlap:g}: has no effect on this network of valid "
+                "convolutions, whose tiles need none; remove it"
+            )
 
     def stored_format(self, packed: ImageFormat) -> ImageFormat:
         """Return how images of a data set are decoded for it: accepted as when they were packed.

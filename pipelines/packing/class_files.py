@@ -17,7 +17,7 @@ CLASS_FILES = frozenset(
 VOID_NAMES = frozenset(
     {"void", "ignore", "ignored", "unlabelled", "unlabeled", "unknown", "undefined", "unclassified"}
 )
-"""Names of classes that are no class: their pixels are ignored."""
+"""Names of classes that mark unlabelled pixels, which are ignored."""
 NAMED_COLOURS = re.compile(r"(\d{1,3})[\s,]+(\d{1,3})[\s,]+(\d{1,3})")
 HEADER = re.compile(r"(name|class|label|id|index|r|g|b|red|green|blue|colou?r|[\s,_#:;-])*", re.I)
 

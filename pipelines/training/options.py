@@ -184,7 +184,7 @@ class TrainConfig:
     """i/k: train on k - 1 of k folds of train and val, and validate on the i-th. Folds are about
     equal and keep groups together; test is not touched."""
     rank_timeout: float = 10
-    """Minutes that a rank waits for the others before it gives them up as lost: longer than the
+    """Minutes that a rank waits for the others before it exits: longer than the
     start, a checkpoint, or the uneven part of a validation takes."""
     length: Flat[LengthOptions] = field(default_factory=LengthOptions)
     batch: Flat[BatchOptions] = field(default_factory=BatchOptions)
@@ -201,6 +201,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         refuse_rank_timeout(self.rank_timeout)
+        if self.model.preset == "paper":
+            reason = "has no effect with --model.preset paper: valid convolutions need no overlap"
+            refuse_unused(self.tiles, reason, "overlap", prefix="tiles.")
         if self.fold is not None and parse_part("--fold", self.fold)[1] < 2:
             raise ValueError(f"--fold must be i/k with at least 2 folds, got {self.fold!r}")
         self.loading.refuse_local_cache(self.data)

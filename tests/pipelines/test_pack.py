@@ -1238,7 +1238,10 @@ def test_a_value_without_a_class_is_named_with_its_pixel_count(
     ("change", "message"),
     [
         (("--val-fraction", 1.5), "must be between 0 and 1"),
-        (("--val-fraction", 0.6, "--test-fraction", 0.4), "leave nothing to train on"),
+        (
+            ("--val-fraction", 0.6, "--test-fraction", 0.4),
+            "--test-fraction 0.4: with --val-fraction 0.6, nothing is left to train on; lower one",
+        ),
         (("--samples-per-shard", 0), "--samples-per-shard must be >= 1, got 0"),
         (("--workers", -1), "--workers must be >= 0, got -1"),
         (("--mask-format", "index"), "--mask-format index needs --classes"),

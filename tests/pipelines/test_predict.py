@@ -110,6 +110,13 @@ def test_tiles_join_without_a_seam(bright: Path, images: Path, call, tmp_path: P
         np.testing.assert_array_equal(mask, upright(images / source)[..., 0] > 127)
 
 
+def test_an_overlap_without_effect_is_refused(valid: Path, images: Path, call, tmp_path) -> None:
+    ended = call("predict", *argv(valid, images, tmp_path / "out", "--overlap", 0.5))
+    assert ended.code == 2
+    assert "--overlap 0.5: has no effect on this network of valid convolutions" in ended.err
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_network_of_valid_convolutions_gives_masks_that_lie_on_the_images(
     valid: Path, images: Path, call, tmp_path: Path
 ) -> None:

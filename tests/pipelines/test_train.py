@@ -686,6 +686,11 @@ def test_a_flipped_byte_is_found_by_verify_shards_alone(
         (("--bad-samples", "ignore"), "ignore"),
         (("--workers", -1), "--workers must be >= 0, got -1"),
         (("--cache-bytes", 0), "--cache-bytes must be >= 1, got 0"),
+        (("--cache-bytes", 9), "--cache-bytes has no effect without --cache-dir"),
+        (
+            ("--model.preset", "paper", "--tiles.overlap", 0.5),
+            "--tiles.overlap has no effect with --model.preset paper",
+        ),
         (("--cache-dir", "/tmp/c"), "--cache-dir applies to data at a URL; "),
         (
             ("--augment.foreground-share", 2),
