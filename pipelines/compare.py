@@ -20,31 +20,31 @@ PAGE = "comparison.html"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CompareConfig:
-    """Compare the scores of two or more folders on the same images, each with the first.
+    """Compare scores on the same images: each folder with the first, with p-values.
 
     The folders hold the output of unet evaluate: runs, checkpoints, predicted masks, or its --out.
     Prints the difference per class with its interval and p-value, and writes them as JSON and as
     one page with a scatter plot and the images that changed most.
     """
 
-    scored: Positional[tuple[Path, ...]]
+    folder: Positional[tuple[Path, ...]]
     """Folders that unet evaluate has scored, at least two: A B [C ...]."""
     out: Path = Path("comparison")
     """Folder for comparison.json and comparison.html."""
 
     def __post_init__(self) -> None:
-        for place in self.scored:
+        for place in self.folder:
             refuse_url("unet compare", place)
         refuse_url("--out", self.out)
-        if len(self.scored) < 2:
-            raise ValueError(f"give at least two folders, got {len(self.scored)}")
-        if twice := [str(place) for place in self.scored if self.scored.count(place) > 1]:
-            raise ValueError(f"{twice[0]} is given twice")
+        if len(self.folder) < 2:
+            raise ValueError(f"give at least two folders, got {len(self.folder)}")
+        if twice := [str(place) for place in self.folder if self.folder.count(place) > 1]:
+            raise ValueError(f"{twice[0]} is listed twice; name each folder once")
 
 
 def run(config: CompareConfig) -> int:
     """Compare each folder with the first; print the tables; write the JSON file and the page."""
-    first, *others = (read_stored_scores(place) for place in config.scored)
+    first, *others = (read_stored_scores(place) for place in config.folder)
     require_writable("--out", config.out)
     comparisons = [compare(first, other) for other in others]
     print("\n\n".join(format_comparison(comparison) for comparison in comparisons))

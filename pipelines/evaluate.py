@@ -83,13 +83,13 @@ class MetricOptions:
 class EvaluateConfig:
     """Score a checkpoint, or stored predictions, on every image of a split."""
 
-    USAGE: ClassVar[str] = "--checkpoint CHECKPOINT --data DATA"
+    USAGE: ClassVar[str] = "--checkpoint CHECKPOINT --data SHARDS"
     """Arguments of the usual call, which `--help` lists first."""
     data: str
     """Folder of shards, or a URL such as s3://bucket/folder."""
     checkpoint: tuple[str, ...] = ()
     """Run folder (its best, else last, checkpoint), checkpoint folder or hub id. Several, or the
-    folder of the runs of unet train --folds: an ensemble, which averages their probabilities."""
+    folder of runs fold-1, fold-2, ...: an ensemble, which averages their probabilities."""
     ensemble_on: EnsemblePlace = "device"
     """Memory that holds the models of an ensemble: all on the device, or all on the host, from
     where each is copied for every batch of tiles."""
@@ -255,6 +255,7 @@ def score_model(
     measured: score.Metrics,
 ) -> ScoredSplit:
     """Predict and score every image of the split. Raises RunError if GPU memory runs out."""
+    loaded.refuse_unused_overlap(config.tiles)
     model = loaded.model
     try:
         if config.split == CROSS_VALIDATED:

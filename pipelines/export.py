@@ -46,7 +46,7 @@ class ExportConfig:
 
     checkpoint: tuple[str, ...]
     """Run folder (its best, else last, checkpoint), checkpoint folder or hub id. Several, or the
-    folder of the runs of unet train --folds: an ensemble in one file,
+    folder of runs fold-1, fold-2, ...: an ensemble in one file,
     whose logits are the logarithms of the averaged probabilities."""
     out: Path
     """The file to write: .onnx, or .pt2 with `--format torch`."""

@@ -104,15 +104,19 @@ class IndexConfig:
         mask = self.mask_ext.lower().lstrip(".")
         # In an .idx file these extensions are reserved for json, mask and border map.
         reserved = {INFO_EXTENSION, MASK_EXTENSION, BORDER_EXTENSION}
-        if mask in ("", INFO_EXTENSION) or images & {"", *reserved}:
+        if wrong := sorted(images & {"", *reserved}):
             raise ValueError(
-                f"--image-ext must not contain {INFO_EXTENSION}, {MASK_EXTENSION} or "
-                f"{BORDER_EXTENSION}, --mask-ext must not be {INFO_EXTENSION}, and no extension "
-                "may be empty"
+                f"--image-ext {wrong[0] or repr('')}: not an extension of images in shards; "
+                f"{INFO_EXTENSION}, {MASK_EXTENSION} and {BORDER_EXTENSION} are reserved"
+            )
+        if mask in ("", INFO_EXTENSION):
+            raise ValueError(
+                f"--mask-ext {mask or repr('')}: not an extension of masks in shards; "
+                f"use for example {MASK_EXTENSION}"
             )
         if not images - {mask}:
             raise ValueError(
-                f"--mask-ext {self.mask_ext} leaves no extension for images; see --image-ext"
+                f"--mask-ext {self.mask_ext} is also the only --image-ext; use another"
             )
         roles: dict[str, Role] = dict.fromkeys(images, "image")
         if self.classes:

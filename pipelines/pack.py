@@ -50,7 +50,7 @@ class PackConfig:
     If `pack` is killed, rerun the same command: it resumes, and keeps the finished shards.
     """
 
-    USAGE: ClassVar[str] = "--images PATH --masks PATH --mask-format FORMAT --out OUT"
+    USAGE: ClassVar[str] = "--images PATH --masks PATH --mask-format FORMAT --out SHARDS"
     """Arguments of the usual call, which `--help` lists first."""
     out: str
     """Folder for the shards, or a URL such as s3://bucket/folder; created if missing."""

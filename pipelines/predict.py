@@ -6,7 +6,7 @@
 
 The inputs are sorted and cut into output shards; rank r of W makes the shards r, r + W, ... A shard
 that exists is finished, and that is the only state; whichever rank finds all shards present writes
-the manifest. Ranks that are done make the shards of one that stands still (`inference.leases`).
+the manifest. Ranks that are done take over the shards of a stalled one (`inference.leases`).
 Independent jobs each take a part, shared by the ranks of the job. OUT/job.json records the settings
 of the job before any shard.
 
@@ -79,6 +79,7 @@ def run(config: PredictConfig) -> int:
         raise UsageError(NEEDS_SCIPY)
     inputs = find_inputs(config.input, config.input_rule())
     trained = load_models(config.checkpoint, on_host=config.ensemble_on == "host")
+    trained.refuse_unused_overlap(config.tiles)
     loaded = config.reading.apply(trained)
     notes = [*inputs.notes, *describe_changes(loaded, trained)]
     image_format = loaded.image_format
@@ -140,12 +141,12 @@ def run(config: PredictConfig) -> int:
         # The last rank to finish prints the result.
         prints = finish_job(config.results, store, loaded.spec, cutting.num_shards)
         if still:
-            # The launcher ends the ranks that stand still only if another one fails.
+            # The launcher ends stalled ranks only if another one fails.
             raise RunError(
-                f"{still} stood still for --rank-timeout {config.rank_timeout:g} minutes; the "
-                f"other ranks made the shards, and {store} is complete"
+                f"{still} made no progress for --rank-timeout {config.rank_timeout:g} minutes; the "
+                f"other ranks took over the shards, and {store} is complete"
                 if prints
-                else f"{still} stood still; rerun the same command to make what is missing"
+                else f"{still} made no progress; rerun the same command to resume"
             )
     else:
         # Left over if the job was killed after writing the manifest.
@@ -219,7 +220,7 @@ def take_over(
     accelerator: Accelerator,
     make: Callable[[Sequence[int], str], None],
 ) -> str:
-    """Wait for the other ranks; `make` the shards of those that stand still.
+    """Wait for the other ranks; `make` the shards of stalled ones.
 
     Returns the names of these ranks, such as `rank 1, rank 3`; empty if there are none.
     """
@@ -234,7 +235,7 @@ def take_over(
     for other, missing in still.items():
         print(
             f"warning: rank {other} has made no progress for {config.rank_timeout:g} minutes; rank "
-            f"{rank} makes its {len(missing)} shards",
+            f"{rank} takes over its {len(missing)} shards",
             file=sys.stderr,
             flush=True,
         )

@@ -27,7 +27,7 @@ class SeparateConfig:
     Masks are recognised by a suffix (`cell_mask.png` for `cell.png`), a pattern, or an extension.
     """
 
-    USAGE: ClassVar[str] = "FOLDER --mask-suffix MASK_SUFFIX --out PATH"
+    USAGE: ClassVar[str] = "FOLDER --mask-suffix SUFFIX --out PATH"
     """Arguments of the usual call, which `--help` lists first."""
     folder: Positional[Path]
     """Folder that contains both."""

@@ -122,7 +122,7 @@ def print_result(out: Path, num_samples: int, problems: Sequence[str], num_writt
 
 
 def refuse_other_contents(out: Path, settings: dict[str, str | None]) -> None:
-    """Raise UsageError if `out` was started with other settings, or holds files of others."""
+    """Raise UsageError if `out` was created with other settings, or holds other files."""
     path, elsewhere = out / JOB, "choose another --out"
     if path.exists():
         try:

@@ -184,7 +184,7 @@ def read_manifest(place: Store | Path | str, flag: str = "") -> Manifest:
 
 @dataclass(frozen=True, slots=True)
 class StoredMaskFormat:
-    """What a manifest may say of the mask files; see `shards.masks.formats.MaskFormat`."""
+    """Fields of a manifest about the mask files; see `shards.masks.formats.MaskFormat`."""
 
     kind: Literal["binary", "index", "values", "palette", "rgb"] | None = None
     num_classes: Annotated[int, msgspec.Meta(ge=2, le=255)] | None = None

@@ -1,6 +1,8 @@
 """One stored sample: bytes and where they came from."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +11,21 @@ from shards.images.pixels import DecodedImage, decode_unconverted
 from shards.masks.borders import decode_border
 from shards.masks.png import decode_mask
 from shards.sample import BORDER_EXTENSION, DataError, Sample, Uint8
+
+
+@contextmanager
+def replace_remedy() -> Iterator[None]:
+    """Give errors about damaged members the remedy for shards.
+
+    A member of a shard can be neither repaired nor removed, as a file can.
+    """
+    try:
+        yield
+    except DataError as error:
+        problem = str(error).removesuffix("; repair or remove it")
+        if problem == str(error):
+            raise
+        raise DataError(f"{problem}; copy or pack the data set again") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,17 +70,11 @@ class RawSample:
         shard and key.
         """
         data = self.require_image()
-        try:
+        with replace_remedy():
             image = decode_unconverted(data, image_format, self.where)
-        except DataError as error:
-            # A member of a shard can be neither repaired nor removed.
-            problem = str(error).removesuffix("; repair or remove it")
-            if problem == str(error):
-                raise
-            raise DataError(f"{problem}; copy or pack the data set again") from error
-        if self.mask is None:
-            return image, None
-        mask = decode_mask(self.mask, num_classes, self.where)
+            if self.mask is None:
+                return image, None
+            mask = decode_mask(self.mask, num_classes, self.where)
         (width, height), (rows, columns) = image.size, mask.shape
         if (rows, columns) != (height, width):
             raise DataError(
@@ -79,7 +90,8 @@ class RawSample:
         """
         if self.border is None:
             return None
-        return decode_border(self.border, size, f"{self.where}.{BORDER_EXTENSION}")
+        with replace_remedy():
+            return decode_border(self.border, size, f"{self.where}.{BORDER_EXTENSION}")
 
     def parse_info(self) -> dict[str, Any]:
         """Parse `KEY.json`; without one, return the name of the image member as `source`.

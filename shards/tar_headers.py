@@ -25,7 +25,7 @@ OCTAL = re.compile(rb" *([0-7]*)[ \0]*")
 GNU_MAGIC = b"ustar  \0"
 FILE_TYPES, FOLDER_TYPE, SPARSE_TYPE = b"\x0007", b"5", b"S"
 WITHOUT_DATA = b"123456"
-"""Types of links, devices, folders and pipes: whatever their size says, the next header follows."""
+"""Types of links, devices, folders and pipes: whatever size they state, the next header follows."""
 RECORD_TYPES, GLOBAL_TYPE, LONG_NAME_TYPE, LONG_LINK_TYPE = b"xX", b"g", b"L", b"K"
 EXTENDED_TYPES = RECORD_TYPES + GLOBAL_TYPE + LONG_NAME_TYPE + LONG_LINK_TYPE
 

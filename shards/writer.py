@@ -130,7 +130,7 @@ def open_lock_file(path: Path) -> int:
     if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
         os.close(handle)
         kind = "has a second name" if stat.S_ISREG(status.st_mode) else "is not a file"
-        raise DataError(f"{path} {kind}, so it is no lock of ours; remove it")
+        raise DataError(f"{path} {kind}, so it is not a lock of unet; remove it")
     return handle
 
 

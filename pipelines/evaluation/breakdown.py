@@ -37,7 +37,7 @@ MAX_LINES = 40
 
 @dataclass(frozen=True, slots=True)
 class Labels:
-    """What the images of a split are divided by."""
+    """How the images of a split are grouped."""
 
     per: str
     """`group`, or the name of a column."""
@@ -80,7 +80,7 @@ def break_down(
     """Score the images of each label.
 
     Args:
-        labels: what the images are divided by.
+        labels: how the images are grouped.
         rows: counts per image, uint32 [N, 2 + 3 K].
         groups: group of each image [N].
         names: of the K classes.

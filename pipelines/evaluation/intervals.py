@@ -3,7 +3,7 @@
 A resample draws as many units as there are, with replacement; their integer counts are summed and
 divided once, as those of the split are (`unet.metrics`). The interval holds the central 95 % of the
 scores of 10,000 resamples (percentile method; Efron and Tibshirani, 1993, chapter 13). Units are
-sorted by their counts first, so that the order of the images changes no digit, and sums are exact:
+sorted by their counts first, so that the order of images has no influence, and sums are exact:
 integers below 2^53 in float64.
 
 More than 20,000 units are first pooled at random into 20,000 blocks of nearly equal size. The

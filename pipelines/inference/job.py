@@ -17,7 +17,13 @@ from pipelines.inference.decoding import DecodedInput
 from pipelines.inference.encode import EncodedPrediction
 from pipelines.inference.input_readers import Inputs
 from pipelines.inference.input_rules import JOB
-from pipelines.inference.options import WORK_DIR, PredictConfig, ResultOptions, check_settings
+from pipelines.inference.options import (
+    WORK_DIR,
+    PredictConfig,
+    ResultOptions,
+    check_settings,
+    name_fields,
+)
 from pipelines.model.load import LoadedModel
 from pipelines.model.trained_fold import TrainedFold
 from pipelines.runtime.errors import UsageError, refuse_changed_settings
@@ -287,8 +293,8 @@ def start_job(
         # Absent if the images are read as the training images were. The weights decide the folds.
         refuse_changed_settings(
             str(store),
-            {"reading": {}, **started, "folds": folds},
-            {"reading": {}, **job, "folds": folds},
+            {"reading": {}, **name_fields(started), "folds": folds},
+            {"reading": {}, **name_fields(job), "folds": folds},
             elsewhere=REMEDY,
         )
         return

@@ -1,4 +1,4 @@
-"""Leases of ranks on their shards: a rank that stands still loses its unfinished shards to others.
+"""Leases of ranks on their shards: others take over the unfinished shards of a stalled rank.
 
 While a rank makes progress it counts up in a small file of its own. The others read that file once
 they have nothing left to do, and measure with their own clock how long it stays the same, so that
@@ -56,16 +56,16 @@ def wait_for_ranks(
     *,
     sleep: Callable[[float], None] = time.sleep,
 ) -> dict[int, list[str]]:
-    """Wait until the other ranks have finished their shards, or stand still.
+    """Wait until the other ranks have finished their shards, or have stalled.
 
     Args:
         store: the output folder.
         shards: names of the shards of each other rank.
-        seconds: time after which a rank without progress stands still.
-        sleep: waits between two looks at the folder.
+        seconds: time without progress after which a rank has stalled.
+        sleep: waits between two checks of the folder.
 
     Returns:
-        The unfinished shards of the ranks that stand still; empty if all shards exist.
+        The unfinished shards of the stalled ranks; empty if all shards exist.
     """
     last: dict[int, object] = {}
     since: dict[int, float] = {}

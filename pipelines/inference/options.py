@@ -28,7 +28,7 @@ FLAGS = ("compile", "channels_last")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ResultOptions:
-    """Results for each image, which determine the bytes of the output."""
+    """Results for each image."""
 
     samples_per_shard: int = 256
     """Images per output shard."""
@@ -104,12 +104,12 @@ def probability_extension(class_index: int) -> str:
 class PredictConfig:
     """Predict masks for images and write them as shards.
 
-    If it was interrupted, rerun the same command, on any number of GPUs: it makes what is missing.
+    If it was interrupted, rerun the same command, on any number of GPUs: it resumes.
     """
 
     checkpoint: tuple[str, ...]
     """Run folder (its best, else last, checkpoint), checkpoint folder or hub id. Several, or the
-    folder of the runs of unet train --folds: an ensemble, which averages their probabilities."""
+    folder of runs fold-1, fold-2, ...: an ensemble, which averages their probabilities."""
     ensemble_on: EnsemblePlace = "device"
     """Memory that holds the models of an ensemble: all on the device, or all on the host, from
     where each is copied for every batch of tiles."""
@@ -139,7 +139,7 @@ class PredictConfig:
     remote_timeout: float = REMOTE_TIMEOUT
     """Seconds for a request to a bucket, retries included."""
     rank_timeout: float = 10.0
-    """Minutes without progress after which the other ranks make the shards of a rank."""
+    """Minutes without progress after which the other ranks take over the shards of a rank."""
     compile: bool = False
     """Compile the network with torch.compile: about a minute at the start, faster on GPUs. Only
     full batches of tiles of the size of the first image are compiled, so that masks depend on
@@ -196,9 +196,14 @@ class PredictConfig:
         )
 
 
+def name_fields(job: Mapping[str, Any]) -> dict[str, Any]:
+    """Name the settings in job.json as the fields of their groups."""
+    return {"out_split" if name == "split" else name: value for name, value in job.items()}
+
+
 def check_settings(job: Mapping[str, Any]) -> None:
     """Raise ValueError if a setting in job.json is of a wrong type or out of its range."""
-    named = {"out_split" if name == "split" else name: value for name, value in job.items()}
+    named = name_fields(job)
     kinds = setting_types(PredictConfig)
     for group in (TileConfig, ResultOptions):
         convert({name: named[name] for name in setting_types(group) if name in named}, group)

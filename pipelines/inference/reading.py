@@ -13,7 +13,7 @@ STORED = ("image_range", "max_pixels")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReadingOptions:
-    """Reading of image files; by default as when the training data was packed."""
+    """How image files are read; by default as the training data was."""
 
     exif: ExifPolicy | None = None
     """Images with an EXIF orientation: rotate them upright, or ignore the orientation. Default: as

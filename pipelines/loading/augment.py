@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipelines.runtime.errors import UsageError
 from pipelines.runtime.yaml_flags import refuse_unused
 from shards.sample import IGNORE
 
@@ -67,6 +68,13 @@ class AugmentConfig:
                 "has no effect: --augment.scale, --augment.rotation and --augment.elastic are off"
             )
             refuse_unused(self, reason, "warp_share", prefix="augment.")
+
+    def refuse_for_grey(self, channels: str) -> None:
+        """Raise UsageError for settings of colour if the images are grey."""
+        if channels == "L" and self.saturation not in (1, AugmentConfig().saturation):
+            raise UsageError(
+                f"--augment.saturation {self.saturation:g}: has no effect on grey images; remove it"
+            )
 
 
 class Purpose(IntEnum):

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from pipelines.loading.stages import require_mask
 from pipelines.runtime.processes import num_workers
 from pipelines.runtime.verification import verify_shards
+from pipelines.runtime.yaml_flags import refuse_unused
 from shards.cache import ShardCache
 from shards.manifest import Manifest
 from shards.order import Address, EvalPlan, Order
@@ -48,6 +49,8 @@ class LoadingOptions:
             raise ValueError(f"--workers must be >= 0, got {self.workers}")
         if self.cache_bytes < 1:
             raise ValueError(f"--cache-bytes must be >= 1, got {self.cache_bytes}")
+        if self.cache_dir is None:
+            refuse_unused(self, "has no effect without --cache-dir", "cache_bytes")
 
     def refuse_local_cache(self, data: str) -> None:
         """Raise ValueError if shards in a local folder are to be cached."""

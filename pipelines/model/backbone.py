@@ -313,7 +313,7 @@ def load_timm(backbone: Any, found: dict[str, Tensor]) -> tuple[dict[str, Tensor
 
 
 def silence_transformers() -> None:
-    """Turn off the progress bars and reports of transformers; what they say is in the notes."""
+    """Turn off the progress bars and reports of transformers; the notes hold what matters."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()

@@ -144,7 +144,7 @@ class HubRepository:
     def find(self, weights: str, own: tuple[Path, ...]) -> BackboneFiles:
         """Find or download the files. Raises UsageError if one is missing."""
         disable_progress_bars()
-        # It reports each of five retries; the error says what failed.
+        # It reports each of five retries; the error names what failed.
         logging.set_verbosity_error()
         config = self.download(CONFIG)
         if config is None:

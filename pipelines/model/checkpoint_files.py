@@ -82,7 +82,7 @@ def hash_plain(plain: dict[str, Any]) -> str:
 
 
 def list_checkpoints(run: RunFolder) -> list[Path]:
-    """List the checkpoint folders of a run, the newest first, however `last` and `best` are."""
+    """List the checkpoint folders of a run, the newest first, whatever `last` and `best` are."""
     return sorted(
         (path for path in run.checkpoints.glob("step-*") if path.is_dir()),
         key=lambda path: (len(path.name), path.name),

@@ -335,7 +335,7 @@ def compare_logits(loaded: LoadedModel, run_file: RunFile) -> float:
             expected = loaded.model.logits(image)
             try:
                 logits = run_file(image)
-            except Exception as error:  # runtimes raise whatever they like
+            except Exception as error:  # onnxruntime and torch raise errors of many classes
                 raise RunError(
                     f"the exported file fails at {size_name(size)}: {one_line(error)}; "
                     "no file is written"

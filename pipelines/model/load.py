@@ -14,12 +14,12 @@ from pipelines.model.checkpoint_files import (
     verify_model,
 )
 from pipelines.model.trained_fold import TrainedFold, read_trained_fold
-from pipelines.runtime.errors import describe_read_error
+from pipelines.runtime.errors import UsageError, describe_read_error
 from pipelines.runtime.run_folder import RunFolder
 from shards.images.files import ImageFormat
 from shards.local_files import refuse_special_files
 from shards.sample import DataError
-from unet import DataSpec, Ensemble, UNet, UNetConfig, members_of, weights
+from unet import DataSpec, Ensemble, TileConfig, UNet, UNetConfig, members_of, weights
 from unet.model import read_config
 
 EnsemblePlace = Literal["device", "host"]
@@ -65,6 +65,14 @@ class LoadedModel:
             frame=spec.frame,
             resize=spec.resize,
         )
+
+    def refuse_unused_overlap(self, tiles: TileConfig) -> None:
+        """Raise UsageError if an overlap was given for networks of valid convolutions."""
+        if self.model.config.margin and tiles.overlap != TileConfig().overlap:
+            raise UsageError(
+                f"--overlap {tiles.overlap:g}: has no effect on this network of valid "
+                "convolutions, whose tiles need none; remove it"
+            )
 
     def stored_format(self, packed: ImageFormat) -> ImageFormat:
         """Return how images of a data set are decoded for it: accepted as when they were packed.
@@ -125,8 +133,8 @@ def load_models(checkpoints: Sequence[str], *, on_host: bool = False) -> LoadedM
     """Load one model, as `load_model`, or several as an ensemble.
 
     Args:
-        checkpoints: as `load_model` takes them; a folder with the runs of `unet train --folds`
-            stands for all of them.
+        checkpoints: as `load_model` takes them; a folder of runs fold-1, fold-2, ... stands
+            for all of them.
         on_host: whether the members of an ensemble stay in host memory.
 
     Raises DataError naming what is missing or damaged, or the member that differs from the first.

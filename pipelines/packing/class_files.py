@@ -21,7 +21,7 @@ VOID_WORDS = frozenset(
         *("unclassified", "unannotated", "dontcare", "nolabel", "notlabelled", "notlabeled"),
     }
 )
-"""Names of what is no class: its pixels are ignored."""
+"""Names of what marks unlabelled pixels, which are ignored."""
 FILLERS = re.compile(r"(?<![a-z])(class|labels?|pixels?|regions?|areas?|value|index)(?![a-z])")
 NAMED_COLOURS = re.compile(r"(\d{1,3})[\s,]+(\d{1,3})[\s,]+(\d{1,3})")
 HEADER = re.compile(r"(name|class|label|id|index|r|g|b|red|green|blue|colou?r|[\s,_#:;-])*", re.I)

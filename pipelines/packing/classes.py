@@ -1,4 +1,4 @@
-"""What only the complete data set shows about its classes: masks that disagree, absent classes."""
+"""Checks of the complete data set: masks that disagree, absent classes."""
 
 from collections.abc import Sequence
 

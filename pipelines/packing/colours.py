@@ -93,7 +93,7 @@ def read_colour_table(path: Path) -> ColourTable:
 
 
 def unite_equal_colours(table: ClassTable) -> ColourTable:
-    """Make one class of those that share a colour, called `A or B`: no mask can tell them apart."""
+    """Make one class of those that share a colour, called `A or B`: masks cannot tell which."""
     names: dict[tuple[int, ...], list[str]] = {}
     for name, colour in zip(table.names, table.colours, strict=True):
         names.setdefault(colour, []).append(name)

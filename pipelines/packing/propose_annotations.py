@@ -22,9 +22,9 @@ from shards.sample import DataError
 
 EXTENSIONS = (".json", ".xml", ".txt")
 MAX_LOOKED_AT = 5
-"""Files of a folder whose content is looked at."""
+"""Files of a folder whose content is examined."""
 MAX_COMPARED = 1000
-"""Records whose image is looked for."""
+"""Records whose image is searched for."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ def propose_splits(
 ) -> tuple[list[str], list[str]]:
     """Propose the split flags that lists or folders suggest, and list what is unsure.
 
-    `names`: files below `root` that are no images.
+    `names`: files below `root` that are not images.
     """
     declared = {pair.split for pair in pairing.pairs if pair.split is not None}
     flags: list[str] = []

@@ -97,7 +97,7 @@ def fix_plan(
         if not list_shards(store):
             remedy = "another process is using that plan: use the same flags, or stop it first"
         change = describe_change(store, saved, rule, plan)
-        raise DataError(f"{store} was started with another plan: {change}; {remedy}")
+        raise DataError(f"{store} was created from another plan: {change}; {remedy}")
     return hashlib.sha256(header).hexdigest()
 
 
@@ -133,7 +133,7 @@ def describe_change(
     stored = decode(saved, PlanHeader, store.path(HEADER), REMEDY)
     lines = store.read(LINES)
     if hashlib.sha256(lines).hexdigest() != stored.lines:
-        raise DataError(f"{store.path(LINES)} is damaged (it is not that of {HEADER}); {REMEDY}")
+        raise DataError(f"{store.path(LINES)} is damaged (it does not match {HEADER}); {REMEDY}")
     was, now = stored.rule, json.loads(json.dumps(rule))
     if was != now:
         return f"other settings ({', '.join(changed_settings(was, now))})"

@@ -31,10 +31,37 @@ def changed_settings(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str
     return [name for name in {**new, **old} if old.get(name) != new.get(name)]
 
 
+NOT_FLAGS = {
+    "inputs": "--input",
+    "order_version": "order of the samples",
+    "precision": "--mixed_precision",
+    "reading": "reading of images",
+}
+"""Recorded settings whose names are not those of flags."""
+
+
+def name_flag(name: str) -> str:
+    """Return the flag of a recorded setting, or how a message calls it."""
+    return NOT_FLAGS.get(name, "--" + name.replace("_", "-"))
+
+
+def name_setting(name: str, value: Any) -> str:
+    """Return a setting as a user would write it: `--optim.lr 0.1`, `--no-compile`, `no --fold`."""
+    flag = name_flag(name)
+    if value is None:
+        return f"no {flag}"
+    if isinstance(value, bool):
+        prefix, dot, last = flag[2:].rpartition(".")
+        return flag if value else f"--{prefix}{dot}no-{last}"
+    if isinstance(value, Mapping):
+        value = f"({', '.join(f'{key} {item}' for key, item in value.items()) or 'as trained'})"
+    return f"{flag} {' '.join(map(str, value)) if isinstance(value, list | tuple) else value}"
+
+
 def refuse_changed_settings(
     place: str, old: Mapping[str, Any], new: Mapping[str, Any], *, elsewhere: str, hint: str = ""
 ) -> None:
-    """Raise UsageError if the output in `place` was started with other settings.
+    """Raise UsageError if the output in `place` was created with other settings.
 
     Args:
         place: run folder or output folder.
@@ -45,15 +72,15 @@ def refuse_changed_settings(
     """
     if unknown := [name for name in new if name not in old]:
         raise UsageError(
-            f"{place} was started by a version of this program without the setting {unknown[0]}; "
+            f"{place} was created by a version of this program without the setting {unknown[0]}; "
             f"{elsewhere}{hint}"
         )
     if changed := changed_settings(old, new):
         name, *others = changed
-        also = f" (also: {', '.join(others)})" if others else ""
+        also = f" (also different: {', '.join(map(name_flag, others))})" if others else ""
         raise UsageError(
-            f"{place} was started with {name} = {old[name]}, now it is {new.get(name)}; keep it, "
-            f"or {elsewhere}{also}"
+            f"{name_setting(name, new.get(name))}: {place} was created with "
+            f"{name_setting(name, old.get(name))}; keep that, or {elsewhere}{also}"
         )
 
 

@@ -86,7 +86,7 @@ def parse_words(kind: Any, words: Sequence[str]) -> Any:
 
 
 def parse_word(kind: Any, word: str) -> Any:
-    """Convert one word. Raises ValueError for a word that is no value of the type."""
+    """Convert one word. Raises ValueError for a word that is not a value of the type."""
     words = choices(kind)
     if word in words:
         return word

@@ -22,6 +22,23 @@ from pipelines.runtime.yaml_flags import is_flat, is_positional, plain_type
 
 T = TypeVar("T")
 
+PLACEHOLDERS = {
+    "annotator": "NAME",
+    "encoder": "ID|FOLDER",
+    "fold": "i/k",
+    "group_by": "REGEX",
+    "init_from": "CHECKPOINT",
+    "max_memory": "SIZE",
+    "out": "FOLDER|URL",
+    "data": "FOLDER|URL",
+    "input": "PATH|URL",
+    "part": "i/n",
+    "per": "COLUMN",
+    "predictions": "FOLDER|URL",
+    "scheduler": "ADDRESS",
+}
+"""What stands for a text in help; of other settings, the last word of their name."""
+
 
 @dataclass(frozen=True, slots=True)
 class Flag:
@@ -53,7 +70,8 @@ class Flag:
     @property
     def placeholder(self) -> str:
         """What stands for the value in help, empty for a switch."""
-        return placeholder(self.kind, self.key.rpartition(".")[2].upper())
+        name = self.key.rpartition(".")[2]
+        return placeholder(self.kind, PLACEHOLDERS.get(name, name.rpartition("_")[2].upper()))
 
     @property
     def required(self) -> bool:

@@ -10,7 +10,7 @@ from functools import cache
 from itertools import groupby
 from typing import Any
 
-from pipelines.runtime.flag_values import is_switch
+from pipelines.runtime.flag_values import is_switch, takes_many
 from pipelines.runtime.flags import Flag
 
 MAX_COLUMNS = 100
@@ -42,8 +42,8 @@ def format_help(config_class: type, flags: Sequence[Flag], verb: str) -> str:
 
 
 CONFIG_HELP = (
-    "Sets any of these, named without dashes in front (repeatable, later wins); flags override it. "
-    "Every switch --x has a --no-x."
+    "Flags from a file, written without the leading dashes (repeatable; later files win, and flags "
+    "on the command line win over files). Every switch --x has a --no-x."
 )
 
 
@@ -58,7 +58,7 @@ def format_usage(config_class: type, flags: Sequence[Flag], verb: str) -> str:
 def with_placeholder(flag: Flag) -> str:
     """Return `--flag PLACEHOLDER`; of a switch that is not off by default, both names."""
     if flag.positional:
-        return flag.name
+        return f"{flag.name} ..." if takes_many(flag.kind) else flag.name
     if not is_switch(flag.kind):
         return f"{flag.name} {flag.placeholder}"
     return flag.name if flag.default is False else f"{flag.name}, {flag.negative}"

@@ -37,7 +37,7 @@ def usable_workers(workers: int, num_bytes: int = 0) -> int:
     """Return the number of workers that shared memory allows: `workers`, or 0; prints why.
 
     Workers hand over batches and wait for semaphores in /dev/shm. Where it is missing, read-only or
-    full they would crash or stand still; this process then loads the batches itself.
+    full they would crash or hang; this process then loads the batches itself.
 
     Args:
         workers: worker processes that are wanted.

@@ -18,8 +18,8 @@ OCTAL = re.compile(r"[-+]?0[0-9_]+")
 class BoundedLoader(yaml.SafeLoader):
     """YAML without what makes a small file large or ambiguous.
 
-    Raises yaml.YAMLError for deep nesting, tags, aliases, and keys that are duplicate or no
-    scalars.
+    Raises yaml.YAMLError for deep nesting, tags, aliases, duplicate keys, and keys that
+    are not scalars.
     """
 
     depth = 0

@@ -1,4 +1,4 @@
-"""The streams of a command: nothing that others named reaches a terminal or a log unescaped."""
+"""The streams of a command: names from others are escaped before they reach a terminal or a log."""
 
 import re
 import sys

@@ -51,7 +51,7 @@ class NotFinite:
 class Budget:
     """Counts steps; about every second, ranks agree on the clock and on signals.
 
-    Between two agreements the clock stands still, so that all ranks set the same learning rate and
+    Between two agreements the clock is stopped, so that all ranks set the same learning rate and
     make the same number of steps.
     """
 

@@ -281,7 +281,9 @@ class Checkpoints:
             )
         if not self.run.best.is_dir() and (best := find_best(self.run)) is not None:
             replace_link(self.run.best, best.name)
-            print(f"{self.run.best} was missing; it is {best.name} again", file=sys.stderr)
+            print(
+                f"{self.run.best} was missing; restored as a link to {best.name}", file=sys.stderr
+            )
 
     def read(
         self, folder: Path, new: dict[str, Any], learner: Learner, data: str

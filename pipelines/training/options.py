@@ -187,7 +187,7 @@ class TrainConfig:
     """k: train all k folds one after the other, in RUN_DIR/fold-1, fold-2, ..., each as --fold i/k
     would, then score all of train and val, each image by the model that held it out."""
     rank_timeout: float = 10
-    """Minutes that a rank waits for the others before it gives them up as lost: longer than the
+    """Minutes that a rank waits for the others before it exits: longer than the
     start, a checkpoint, or the uneven part of a validation takes."""
     length: Flat[LengthOptions] = field(default_factory=LengthOptions)
     batch: Flat[BatchOptions] = field(default_factory=BatchOptions)
@@ -204,6 +204,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         refuse_rank_timeout(self.rank_timeout)
+        if self.model.preset == "paper":
+            reason = "has no effect with --model.preset paper: valid convolutions need no overlap"
+            refuse_unused(self.tiles, reason, "overlap", prefix="tiles.")
         if self.fold is not None and parse_part("--fold", self.fold)[1] < 2:
             raise ValueError(f"--fold must be i/k with at least 2 folds, got {self.fold!r}")
         if self.folds is not None and self.folds < 2:

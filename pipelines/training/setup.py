@@ -142,6 +142,7 @@ def resolve(config: TrainConfig, manifest: Manifest) -> TrainSetup:
     global_batch_size = batch.global_batch_size or GLOBAL_BATCH_SIZE[config.model.preset]
     crop_size = choose_crop_size(config.model, batch.crop_size, manifest)
     refuse_missing(config.loss, manifest, config.data)
+    config.augment.refuse_for_grey(manifest.image_format.channels)
     sizes = tuple(shard.samples for shard in train_split.shards)
     batch = replace(batch, global_batch_size=global_batch_size, crop_size=crop_size)
     return TrainSetup(

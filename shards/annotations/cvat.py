@@ -20,7 +20,7 @@ Attributes = dict[str, str]
 REGIONS = ("polygon", "box", "mask", "ellipse", "polyline")
 WITHOUT_AREA = ("points", "cuboid", "skeleton")
 MAX_BOX = 1_000_000_000
-"""Pixels of the box of a mask at most."""
+"""Maximum number of pixels in the box of a mask."""
 
 
 def parse_xml(data: bytes | Path, start: Callable[..., Any], end: Callable[..., Any], *,

@@ -94,7 +94,7 @@ class JsonReader:
                 continue
             except RecursionError as error:
                 raise DataError(f"{self.path} is nested too deeply; export it again") from error
-            # A number may go on beyond the window.
+            # A number may continue beyond the window.
             if stop == len(self.text) and self.fill():
                 continue
             text = self.text[self.at : stop]
@@ -164,7 +164,7 @@ def read_object(reader: JsonReader) -> Iterator[Element]:
 
 
 def read_array(reader: JsonReader, key: str) -> Iterator[Element]:
-    """Yield the elements of an array, or an empty list that is no element."""
+    """Yield the elements of an array, or an empty list for one without elements."""
     reader.take("[")
     if reader.peek() == "]":
         reader.take("]")

@@ -16,7 +16,7 @@ MAX_POINTS = 1_000_000
 MAX_COORDINATE = 1_000_000.0
 """Coordinates farther from the image are refused: drawing an outline takes time in its length."""
 MAX_OUTLINE = 20_000_000.0
-"""Pixels of an outline that are drawn at most."""
+"""Maximum number of pixels of an outline."""
 SCALE = 5
 """COCO draws outlines in five times the resolution."""
 

@@ -18,7 +18,7 @@ AnnotationFormat = Literal["coco", "labelme", "cvat", "label-studio", "yolo"]
 OverlapPolicy = Literal["order", "error"]
 UnknownPolicy = Literal["error", "ignore", "background"]
 MAX_SCALE = 64
-"""How many times the pixels of its image an annotation may be for."""
+"""Maximum size that an annotation may declare, as a multiple of its image's pixels."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -134,7 +134,7 @@ def decode_brush(data: Sequence[int], size: Size) -> Uint8:
 
     The encoding (`@thi.ng/rle-pack`): 32 bits with the number of values, 5 with the bits per value
     - 1, four times 4 with the bits of a length - 1; then packets of a bit (repeated or not), two
-    bits that choose the length's bits, the length - 1, and one value or as many as it says.
+    bits that choose the length's bits, the length - 1, and one value, or as many as the length.
 
     Raises DataError for a damaged encoding, and for one of another image size.
     """

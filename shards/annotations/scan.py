@@ -12,7 +12,7 @@ from shards.sample import DataError, is_safe_path
 Spans = tuple[int, ...]
 """Bytes of a file: start, stop, start, stop, ...; () for the complete file."""
 MAX_RECORD = 512 * 2**20
-"""Bytes of one image's annotations that are read at most."""
+"""Maximum number of bytes of the annotations of one image."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class Scan:
     names: dict[str, str] = field(default_factory=dict)
     """Class name of each label, where they differ."""
     notes: Counter[str] = field(default_factory=Counter)
-    """How often something is passed over, by what it is."""
+    """Number of skipped entries, by kind."""
     problems: list[str] = field(default_factory=list)
     """Records that are refused, one line each."""
 

@@ -17,7 +17,7 @@ YOLO_LINE = re.compile(rb"\s*[0-9]{1,6}(\.0*)?([ \t]+[-+.0-9eE]+){4,}\s*")
 
 
 def name_other_format(path: Path, expected: str) -> str:
-    """Return `; it looks like X: use --annotation-format X`, or what else may help."""
+    """Return `; it looks like X: use --annotation-format X`, or another remedy."""
     found = recognise_file(path)
     if found is None or found == expected:
         return "; export it again"
@@ -25,7 +25,7 @@ def name_other_format(path: Path, expected: str) -> str:
 
 
 def recognise_file(path: Path) -> AnnotationFormat | None:
-    """Return the annotation format of a file, None if it is none of ours."""
+    """Return the annotation format of a file, None if it has none of those."""
     with open_file(path) as file:
         if path.suffix.lower() == ".txt":
             return "yolo" if YOLO_LINE.fullmatch(file.readline(2**20)) else None
@@ -36,7 +36,7 @@ def recognise_file(path: Path) -> AnnotationFormat | None:
 
 
 def recognise_json(path: Path) -> AnnotationFormat | None:
-    """Return the annotation format of a JSON file, None if it is none of ours."""
+    """Return the annotation format of a JSON file, None if it has none of those."""
     keys: dict[str, Any] = {}
     try:
         for number, element in enumerate(read_elements(path)):

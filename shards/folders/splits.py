@@ -45,11 +45,16 @@ class SplitRule:
             if not 0 <= share <= 1:
                 raise ValueError(f"{flag} must be between 0 and 1, got {share}")
         if (val_fraction if self.fold is None else 0) + self.test_fraction >= 1:
-            raise ValueError("--val-fraction and --test-fraction leave nothing to train on")
+            raise ValueError(
+                f"--test-fraction {self.test_fraction:g}: with --val-fraction "
+                f"{0 if self.fold else val_fraction:g}, nothing is left to train on; lower one"
+            )
         if self.group_by is not None:
             validate_regex("--group-by", self.group_by)
         if self.fold is not None and not (1 <= self.fold[0] <= self.fold[1] >= 2):
-            raise ValueError("--fold must be i/k: fold i, from 1 to k, of k >= 2 folds")
+            raise ValueError(
+                "--fold must be i/k with i from 1 to k and at least 2 folds, such as 2/5"
+            )
         sources = {"--split-file": bool(self.files), "--split-folders": self.by_folder}
         flags = [flag for flag, used in sources.items() if used]
         if len(flags) > 1:

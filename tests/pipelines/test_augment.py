@@ -15,6 +15,7 @@ from PIL import Image
 
 from pipelines.loading.augment import Augment, AugmentConfig, Purpose, uniform
 from pipelines.loading.crop import Cropper, clip_box
+from pipelines.runtime.errors import UsageError
 from shards.images.files import ImageFormat
 from shards.images.pixels import DecodedImage
 
@@ -466,6 +467,14 @@ def test_where_a_displaced_image_is_of_one_class_so_is_its_mask():
     pure = ((turned[:, 0] % 100).minimum(100 - turned[:, 0] % 100) < 1e-3) & (warped != 255)
     assert pure.float().mean() > 0.5
     torch.testing.assert_close(turned[:, 0][pure], 100.0 * warped[pure], atol=1e-2, rtol=0)
+
+
+def test_saturation_of_grey_images_is_refused_unless_it_is_the_default_or_off():
+    with pytest.raises(UsageError, match=r"--augment\.saturation 2: has no effect on grey images"):
+        AugmentConfig(saturation=2).refuse_for_grey("L")
+    AugmentConfig(saturation=2).refuse_for_grey("RGB")
+    for saturation in (1, AugmentConfig().saturation):
+        AugmentConfig(saturation=saturation).refuse_for_grey("L")
 
 
 def test_saturation_does_not_change_grey_images():

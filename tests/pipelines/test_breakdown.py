@@ -100,7 +100,7 @@ def test_each_patient_is_scored(patients: Case, call) -> None:
         assert (row["group"], int(row["images"])) == (part["value"], len(own))
         assert float(row["dice/foreground"]) == float(row["dice"]) == dice_of(own)
         assert f"{part['value']}" in ended.out
-    # Of one image there is no interval.
+    # One image has no interval.
     assert groups["parts"][2]["intervals"]["macro"]["dice"] is None
     assert (row["dice_low"], row["dice_high/foreground"]) == ("", "")
     # Without --per, none of it stays.

@@ -663,11 +663,11 @@ BAD_RULES: dict[str, tuple[tuple[object, ...], str]] = {
         "--colours x needs --mask-format rgb, not binary",
     ),
     "no such table": (("rgb", "--colours", "{}/no.yaml"), "no.yaml: No such file or directory"),
-    "a pattern that is none": (
+    "an invalid pattern": (
         ("binary", "--pair-regex", "("),
         "--pair-regex '(' is not a regular expression: ",
     ),
-    "a group that is none": (
+    "an invalid group": (
         ("binary", "--group-by", "["),
         "--group-by '[' is not a regular expression: ",
     ),
@@ -676,12 +676,12 @@ BAD_RULES: dict[str, tuple[tuple[object, ...], str]] = {
         "--split-file and --split-folders both define the splits; use one of them",
     ),
     "fold 0": (("binary", "--fold", "0/5"), "--fold must be i/n with i from 1 to n, got '0/5'"),
-    "one fold": (("binary", "--fold", "1/1"), "--fold must be i/k: fold i, from 1 to k"),
+    "one fold": (("binary", "--fold", "1/1"), "--fold must be i/k with i from 1 to k"),
     "half a fold": (("binary", "--fold", "2"), "--fold must be i/n, such as 2/5, got '2'"),
     "shares": (("binary", "--val-fraction", 1.5), "must be between 0 and 1"),
     "no training": (
         ("binary", "--val-fraction", 0.6, "--test-fraction", 0.4),
-        "--val-fraction and --test-fraction leave nothing to train on",
+        "nothing is left to train on; lower one",
     ),
     "a share beside folds": (
         ("binary", "--fold", "1/2", "--val-fraction", 0.3),

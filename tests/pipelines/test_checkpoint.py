@@ -109,8 +109,8 @@ def test_everything_that_differs_is_named(learner: Learner, tmp_path: Path) -> N
     with pytest.raises(UsageError) as refused:
         checkpoints.resume({"seed": 1, "optim.lr": 0.2}, learner, None)
     message = str(refused.value)
-    assert "was started with seed = 0, now it is 1" in message
-    assert message.endswith("(also: optim.lr)")
+    assert "was created with --seed 0; keep that" in message
+    assert message.endswith("(also different: --optim.lr)")
 
 
 class Payload:

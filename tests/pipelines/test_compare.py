@@ -327,7 +327,7 @@ def test_scores_that_are_damaged_or_outdated_are_refused_in_one_line(
     ("given", "message"),
     [
         (("A",), "give at least two folders, got 1"),
-        (("A", "B", "A"), "A is given twice"),
+        (("A", "B", "A"), "A is listed twice; name each folder once"),
         (("A", "s3://bucket/B"), "bucket/B is a URL; use a local folder"),
     ],
 )

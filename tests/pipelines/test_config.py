@@ -15,7 +15,14 @@ from pipelines.pack import PackConfig
 from pipelines.runtime import command, errors
 from pipelines.runtime.command import parse, run_command
 from pipelines.runtime.errors import UsageError
-from pipelines.runtime.yaml_flags import Flat, refuse_unused, setting_types, settings_of, to_plain
+from pipelines.runtime.yaml_flags import (
+    Flat,
+    Positional,
+    refuse_unused,
+    setting_types,
+    settings_of,
+    to_plain,
+)
 from shards.sample import DataError
 
 
@@ -395,6 +402,34 @@ def test_help_lists_required_flags_then_titled_groups(capsys: pytest.CaptureFixt
     parts += ["--optim.rate FLOAT", "(default: 0.5)"]
     positions = [text.index(part) for part in parts]
     assert positions == sorted(positions)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Comparison:
+    """Compare folders."""
+
+    folder: Positional[tuple[Path, ...]]
+    """Folders."""
+    mask_suffix: str = ""
+    """The end of a name."""
+    fold: str | None = None
+    """One of several folds."""
+
+
+def test_an_argument_of_several_values_takes_all_words_before_the_next_flag() -> None:
+    found = parse(Comparison, ["a", "b", "c", "--fold", "1/2"], "verb")
+    assert (found.folder, found.fold) == ((Path("a"), Path("b"), Path("c")), "1/2")
+    with pytest.raises(UsageError, match="d: unexpected after --fold; remove it"):
+        parse(Comparison, ["a", "--fold", "1/2", "d"], "verb")
+
+
+def test_help_names_what_a_text_is(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run_command(Comparison, lambda _: 0, ["--help"], "verb")
+    text = capsys.readouterr().out
+    assert "usage: unet verb FOLDER ... [FLAGS]" in text
+    assert "--mask-suffix SUFFIX" in text
+    assert "--fold i/k" in text
 
 
 def test_settings_are_walked_with_their_values() -> None:

@@ -109,7 +109,7 @@ def test_a_job_with_other_members_is_refused(pair_of, images, call, tmp_path) ->
     argv = ("--input", images, "--out", tmp_path, "--workers", 0)
     for others in ((pair_of[0],), (*pair_of, pair_of[0]), pair_of[::-1]):
         ended = call("predict", "--checkpoint", *others, *argv)
-        assert (ended.code, "was started with checkpoint = " in ended.err) == (2, True)
+        assert (ended.code, "was created with --checkpoint " in ended.err) == (2, True)
     predict(call, images, tmp_path, *pair_of)
 
 

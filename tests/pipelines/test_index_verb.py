@@ -796,9 +796,15 @@ def test_a_folder_without_shards_is_refused(index, refused, tmp_path: Path) -> N
         (("--classes", "a", "a"), "--classes: duplicate name in a a"),
         (("--split", "val"), "--split needs --classes"),
         ((*CLASSES, "--split", "vall"), "vall"),
-        ((*CLASSES, "--image-ext", "json"), "--image-ext must not contain json, mask.png"),
-        ((*CLASSES, "--mask-ext", "json"), "--mask-ext must not be json"),
-        ((*CLASSES, "--image-ext", "png", "--mask-ext", "png"), "leaves no extension for images"),
+        (
+            (*CLASSES, "--image-ext", "json"),
+            "--image-ext json: not an extension of images in shards; json, mask.png",
+        ),
+        ((*CLASSES, "--mask-ext", "json"), "--mask-ext json: not an extension of masks in shards"),
+        (
+            (*CLASSES, "--image-ext", "png", "--mask-ext", "png"),
+            "--mask-ext png is also the only --image-ext",
+        ),
         ((*CLASSES, "--image-range", 9, 3), "--image-range 9 3: must be LOW HIGH within 0 65535"),
         (
             (*CLASSES, "--image-range", 0, 9, "--image-percentiles", 0, 9),

@@ -1,4 +1,4 @@
-"""`inference.leases`: a rank that stands still is reported, and the others make its shards."""
+"""`inference.leases`: a stalled rank is reported, and the others take over its shards."""
 
 import os
 import signal
@@ -71,8 +71,10 @@ def test_a_stopped_rank_does_not_hold_a_job(
     finally:
         kill(process)
     assert process.returncode == 1
-    assert "rank 1 has made no progress for 0.02 minutes; rank 0 makes its" in err
-    assert "rank 1 stood still for --rank-timeout 0.02 minutes; the other ranks made" in err
+    assert "rank 1 has made no progress for 0.02 minutes; rank 0 takes over its" in err
+    assert (
+        "rank 1 made no progress for --rank-timeout 0.02 minutes; the other ranks took over" in err
+    )
     assert "Traceback" not in err
     made = content(out)
     assert made == content(tmp_path / "alone")

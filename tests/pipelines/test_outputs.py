@@ -155,7 +155,7 @@ def test_unpack_mixes_neither_splits_nor_foreign_files(
     assert call("unpack", *inputs["unpack"], "--split", "val", "--out", out).code == 0
     other = call("unpack", *inputs["unpack"], "--split", "train", "--out", out)
     assert other.code == 2
-    assert "was started with split = val, now it is train" in other.err
+    assert "was created with --split val; keep that" in other.err
     (tmp_path / "own" / "images").mkdir(parents=True)
     (tmp_path / "own" / "images" / "mine.png").write_bytes(b"mine")
     ended = call("unpack", *inputs["unpack"], "--out", tmp_path / "own")

@@ -1136,7 +1136,7 @@ def test_an_image_that_changed_since_the_plan_is_named(interrupted, call) -> Non
     ended = call("pack", *flags(folder, out, "--samples-per-shard", 1))
     assert ended.code == 1
     assert (
-        "started with another plan: 1 images or masks have changed, the first: p001.png"
+        "created from another plan: 1 images or masks have changed, the first: p001.png"
         in ended.err
     )
 
@@ -1241,7 +1241,10 @@ def test_a_value_without_a_class_is_named_with_its_pixel_count(
     ("change", "message"),
     [
         (("--val-fraction", 1.5), "must be between 0 and 1"),
-        (("--val-fraction", 0.6, "--test-fraction", 0.4), "leave nothing to train on"),
+        (
+            ("--val-fraction", 0.6, "--test-fraction", 0.4),
+            "--test-fraction 0.4: with --val-fraction 0.6, nothing is left to train on; lower one",
+        ),
         (("--samples-per-shard", 0), "--samples-per-shard must be >= 1, got 0"),
         (("--workers", -1), "--workers must be >= 0, got -1"),
         (("--mask-format", "index"), "--mask-format index needs --classes"),

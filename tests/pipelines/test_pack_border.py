@@ -372,4 +372,4 @@ def test_without_masks_border_png_may_be_an_image_too(
 def test_border_png_is_not_an_image_extension(call, tmp_path: Path) -> None:
     ended = call("index", tmp_path, "--image-ext", "border.png")
     assert ended.code == 2
-    assert "--image-ext must not contain json, mask.png or border.png" in ended.message
+    assert "not an extension of images in shards; json, mask.png and border.png" in ended.message

@@ -56,7 +56,7 @@ def one_line(ended, verb: str, code: int = 1) -> str:
 
 
 def refused(ended) -> str:
-    """The message of a refused command, in one line or in tyro's box."""
+    """The message of a refused command, in one line where data are refused."""
     assert ended.code in (1, 2), (ended.out, ended.err)
     assert "Traceback" not in ended.err
     if ended.code == 1:

@@ -153,7 +153,7 @@ def test_a_part_with_other_flags_is_refused(
     for rest in (("--part", "2/3"), ("--finish",)):
         ended = call("pack", *flags(folder, out, *change, *rest))
         assert ended.code == 1
-        assert f"started with another plan: {message}" in ended.err
+        assert f"created from another plan: {message}" in ended.err
     assert content(out) == before
 
 

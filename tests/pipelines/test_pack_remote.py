@@ -96,7 +96,7 @@ def test_settings_that_differ_from_the_plan_are_refused(folder: Path, objects, c
     before = objects(url)
     ended = call("pack", *flags(folder, url, "--workers", 1, "--invert"))
     assert ended.code == 1
-    assert f"{url} was started with another plan: other settings (mask format)" in ended.err
+    assert f"{url} was created from another plan: other settings (mask format)" in ended.err
     assert objects(url) == before
 
 

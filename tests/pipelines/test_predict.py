@@ -110,6 +110,13 @@ def test_tiles_join_without_a_seam(bright: Path, images: Path, call, tmp_path: P
         np.testing.assert_array_equal(mask, upright(images / source)[..., 0] > 127)
 
 
+def test_an_overlap_without_effect_is_refused(valid: Path, images: Path, call, tmp_path) -> None:
+    ended = call("predict", *argv(valid, images, tmp_path / "out", "--overlap", 0.5))
+    assert ended.code == 2
+    assert "--overlap 0.5: has no effect on this network of valid convolutions" in ended.err
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_network_of_valid_convolutions_gives_masks_that_lie_on_the_images(
     valid: Path, images: Path, call, tmp_path: Path
 ) -> None:
@@ -333,19 +340,19 @@ def test_a_kill_at_any_rename_leaves_nothing_behind(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (("--samples-per-shard", 3), "samples_per_shard = 4, now it is 3"),
-        (("--tile", 512), "tile = 1024, now it is 512"),
-        (("--overlap", 0.5), "overlap = 0.25, now it is 0.5"),
-        (("--batch-size", 1), "batch_size = 4, now it is 1"),
-        (("--tta",), "tta = False, now it is True"),
-        (("--png",), "png = False, now it is True"),
-        (("--overlay",), "overlay = False, now it is True"),
-        (("--out-split", "train"), "split = predicted, now it is train"),
-        (("--threshold", 0.4), "threshold = None, now it is 0.4"),
-        (("--min-area", 9), "min_area = 0, now it is 9"),
-        (("--min-confidence", 0.9), "min_confidence = 0.0, now it is 0.9"),
-        (("--probabilities", "png"), "probabilities = none, now it is png"),
-        (("--include-image",), "include_image = False, now it is True"),
+        (("--samples-per-shard", 3), "--samples-per-shard 4"),
+        (("--tile", 512), "--tile 1024"),
+        (("--overlap", 0.5), "--overlap 0.25"),
+        (("--batch-size", 1), "--batch-size 4"),
+        (("--tta",), "--no-tta"),
+        (("--png",), "--no-png"),
+        (("--overlay",), "--no-overlay"),
+        (("--out-split", "train"), "--out-split predicted"),
+        (("--threshold", 0.4), "no --threshold"),
+        (("--min-area", 9), "--min-area 0"),
+        (("--min-confidence", 0.9), "--min-confidence 0.0"),
+        (("--probabilities", "png"), "--probabilities none"),
+        (("--include-image",), "--no-include-image"),
     ],
 )
 def test_another_job_in_the_same_folder_is_refused_by_name(
@@ -356,7 +363,8 @@ def test_another_job_in_the_same_folder_is_refused_by_name(
     before = content(tmp_path)
     ended = call("predict", *given, *change)
     assert ended.code == 2
-    assert f"was started with {message}" in ended.err
+    given_now = " ".join(map(str, change))
+    assert f"{given_now}: {tmp_path} was created with {message}; keep that" in ended.err
     assert content(tmp_path) == before
     ended = call("predict", *given)
     assert ended.code == 0
@@ -370,10 +378,10 @@ def test_another_checkpoint_or_other_inputs_are_refused(
     shutil.copytree(images / "a", mine)
     assert call("predict", *argv(bright, mine, tmp_path / "out")).code == 0
     ended = call("predict", *argv(trained, mine, tmp_path / "out"))
-    assert (ended.code, "was started with checkpoint = " in ended.err) == (2, True)
+    assert (ended.code, "was created with --checkpoint " in ended.err) == (2, True)
     shutil.copy(images / "grey.v2.png", mine / "more.png")
     ended = call("predict", *argv(bright, mine, tmp_path / "out"))
-    assert (ended.code, "was started with inputs = " in ended.err) == (2, True)
+    assert (ended.code, "was created with --input (count " in ended.err) == (2, True)
 
 
 def test_another_precision_is_refused(
@@ -383,7 +391,7 @@ def test_another_precision_is_refused(
     assert call("predict", *given).code == 0
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     ended = call("predict", *given)
-    assert (ended.code, "was started with precision = no, now it is bf16" in ended.err) == (2, True)
+    assert (ended.code, "--mixed_precision bf16: " in ended.err) == (2, True)
 
 
 def test_a_folder_with_other_shards_is_left_alone(

@@ -156,7 +156,7 @@ def test_a_part_with_other_settings_is_refused(argv, call, content, tmp_path: Pa
     before = content(tmp_path)
     ended = call("predict", *argv(tmp_path, "--part", "2/2", "--min-confidence", 0.7))
     assert ended.code == 2
-    assert "was started with min_confidence = 0.0, now it is 0.7" in ended.err
+    assert "was created with --min-confidence 0.0; keep that" in ended.err
     assert content(tmp_path) == before
 
 

@@ -107,7 +107,7 @@ def test_another_job_in_the_same_place_is_refused_by_name(
     before = objects(url)
     ended = call("predict", *argv(bright, images, url, "--min-confidence", 0.7))
     assert ended.code == 2
-    assert f"{url} was started with min_confidence = 0.0, now it is 0.7" in ended.err
+    assert f"{url} was created with --min-confidence 0.0; keep that" in ended.err
     assert objects(url) == before
 
 

@@ -33,7 +33,7 @@ def test_a_resumed_fold_equals_an_uninterrupted_one(shards, tiny, call, tmp_path
     assert json.loads(state.read_text())["fixed"]["fold"] == "2/3"
     for other in (("--fold", "1/3"), ()):
         ended = train(call, shards, tmp_path / "cut", tiny, *other, *fold[2:], "--steps", 6)
-        assert (ended.code, "was started with fold = 2/3" in ended.err) == (2, True)
+        assert (ended.code, "was created with --fold 2/3" in ended.err) == (2, True)
 
 
 @pytest.mark.parametrize(("fold", "message"), [("1/1", "at least 2 folds"), ("3", "must be i/n")])

@@ -285,10 +285,12 @@ def test_a_lock_is_never_a_link_to_the_file_of_another_program(tmp_path):
         open_lock_file(lock)
     lock.unlink()
     lock.hardlink_to(victim)
-    with pytest.raises(DataError, match="has a second name, so it is no lock of ours; remove it"):
+    with pytest.raises(
+        DataError, match="has a second name, so it is not a lock of unet; remove it"
+    ):
         open_lock_file(lock)
     lock.unlink()
     os.mkfifo(lock)
-    with pytest.raises(DataError, match="is not a file, so it is no lock of ours; remove it"):
+    with pytest.raises(DataError, match="is not a file, so it is not a lock of unet; remove it"):
         open_lock_file(lock)
     assert (victim.read_text(), (tmp_path / "new").exists()) == ("kept", False)
