@@ -1,10 +1,12 @@
 """Builds model and loss from the configuration and the data set."""
 
+import sys
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 from pipelines.model.channels import ChannelRule
 from pipelines.model.load import load_model, require_spec
+from pipelines.runtime.command import launched_rank
 from pipelines.runtime.errors import UsageError
 from pipelines.runtime.yaml_flags import refuse_unused
 from shards.manifest import Manifest, common_side
@@ -173,13 +175,23 @@ def build_model(
     return UNet(model.network(encoder, **data), spec)
 
 
-def load_initial_weights(model: UNet, checkpoint: str) -> None:
+def load_initial_weights(model: UNet, checkpoint: str, fold: str | None = None) -> None:
     """Load the weights of a checkpoint; those of the head only if the classes are the same.
+
+    `fold`: the fold that the run trains, i/k; prints a warning on rank 0 unless the checkpoint was
+    trained on the same one.
 
     Raises UsageError if the architectures differ, naming the flag that changes that, and DataError
     if the checkpoint cannot be loaded.
     """
     source = load_model(checkpoint, "--init-from")
+    own_fold = fold is None or [part and part.fold for part in source.folds] == [fold]
+    if not own_fold and launched_rank() == 0:
+        print(
+            f"warning: --init-from {checkpoint}: if it was trained on this data set, it has seen "
+            f"images that fold {fold} holds out, and their scores will be too high",
+            file=sys.stderr,
+        )
     refuse_other_encoder(model.config.encoder, source.model.config.encoder, checkpoint)
     for field in fields(model.config):
         name = field.name

@@ -245,7 +245,7 @@ def prepare_model(setup: TrainSetup, accelerator: Accelerator, resumed: Path | N
     if backbone is not None:
         initialise_encoder(model, backbone, frozen=config.model.freeze_encoder)
     if config.init_from is not None and resumed is None:
-        load_initial_weights(model, config.init_from)
+        load_initial_weights(model, config.init_from, config.fold)
     model = model.to(accelerator.device)
     if config.compute.channels_last:
         # torch's stubs lack this overload.

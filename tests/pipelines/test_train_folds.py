@@ -142,3 +142,14 @@ def test_a_folder_of_other_runs_is_refused(runs, trained, shards, tiny, call) ->
     assert (ended.code, "has fold-3, which is none of --folds 2" in ended.message) == (2, True)
     ended = train(call, shards, trained, tiny, "--folds", 2)
     assert (ended.code, "is a run itself" in ended.message) == (2, True)
+
+
+def test_weights_that_may_have_seen_the_held_out_images_are_warned_of(
+    runs, shards, tiny, call, tmp_path
+) -> None:
+    source = runs / "fold-1"
+    for fold, warned in (("2/3", True), ("1/3", False)):
+        argv = ("--fold", fold, "--steps", 1, "--init-from", source)
+        ended = train(call, shards, tmp_path / fold[0], tiny, *argv)
+        assert ended.code == 0, ended.err
+        assert (f"it has seen images that fold {fold} holds out" in ended.err) is warned

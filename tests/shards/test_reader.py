@@ -522,3 +522,12 @@ def test_an_error_in_a_worker_is_raised_unchanged(make_shards, opened):
     pipeline = build_pipeline(opened(folder, infos_of(manifest)), plan, KeepKeys())
     with pytest.raises(DataError, match=r"train-000000\.idx cannot be read"):
         list(DataLoader(pipeline, batch_size=None, num_workers=1))
+
+
+def test_a_damaged_mask_or_border_map_has_the_remedy_of_a_shard(make_shards, opened):
+    folder, manifest, _ = make_shards([2])
+    raw = opened(folder, infos_of(manifest)).read(Address(0, 0, 1))
+    with pytest.raises(DataError, match=r"folder/pic_0-1%2Ex.*; copy or pack the data set again$"):
+        replace(raw, mask=b"\x89PNG").decode(RGB, 2)
+    with pytest.raises(DataError, match=r"\.border\.png.*; copy or pack the data set again$"):
+        replace(raw, border=b"\x89PNG").decode_border((8, 6))
