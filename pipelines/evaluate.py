@@ -31,10 +31,12 @@ from pipelines.evaluation.per_image import SCORES_CSV, Floats, ImageCounts, lowe
 from pipelines.evaluation.score import count_split
 from pipelines.evaluation.stored_predictions import open_predictions
 from pipelines.loading.dataset import DataSet, LoadingOptions, open_data, split_bytes_in_use
+from pipelines.model.checkpoint_files import read_state
 from pipelines.model.forward import place_model
 from pipelines.model.load import (
     EnsemblePlace,
     LoadedModel,
+    expand_folds,
     find_checkpoint,
     list_folds,
     load_models,
@@ -44,7 +46,7 @@ from pipelines.runtime.devices import choose_batch_size, refuse_rank_timeout, st
 from pipelines.runtime.errors import RunError, UsageError
 from pipelines.runtime.failures import out_of_memory, summary
 from pipelines.runtime.outputs import compare, read_previous, require_writable
-from pipelines.runtime.run_folder import SCORES
+from pipelines.runtime.run_folder import CHECKPOINT_STATE, SCORES
 from pipelines.runtime.yaml_flags import Flat, refuse_unused
 from shards.images.files import encode_png
 from shards.manifest import Manifest, read_manifest
@@ -150,6 +152,7 @@ def run(config: EvaluateConfig) -> int:
     out = folder_of(config)
     loaded, differences = None, list[str]()
     if config.checkpoint:
+        refuse_trained_on(config)
         loaded = load_models(config.checkpoint, on_host=config.ensemble_on == "host")
         refuse_incompatible_checkpoint(config, loaded.spec, manifest)
         differences = loaded.describe_differences(manifest.image_format)
@@ -190,6 +193,22 @@ def run(config: EvaluateConfig) -> int:
         write_results(config, out, data, scored, surface_scores, rows, labels)
     accelerator.end_training()
     return 0
+
+
+def refuse_trained_on(config: EvaluateConfig) -> None:
+    """Raise UsageError if train or val would be scored by a model of a fold of both."""
+    if config.split not in ("train", "val"):
+        return
+    for path in (path for one in config.checkpoint for path in expand_folds(one)):
+        folder = find_checkpoint(path)
+        if not isinstance(folder, Path) or not (folder / CHECKPOINT_STATE).exists():
+            continue
+        fixed = read_state(folder, dict[str, Any])[0].get("fixed")
+        if isinstance(fixed, dict) and fixed.get("fold") is not None:
+            raise UsageError(
+                f"--split {config.split}: --checkpoint {path} was trained with --fold "
+                f"{fixed['fold']} on a part of these images; use --split test"
+            )
 
 
 def write_results(

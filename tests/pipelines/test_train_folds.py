@@ -33,3 +33,16 @@ def test_a_resumed_fold_equals_an_uninterrupted_one(shards, tiny, call, tmp_path
 def test_a_wrong_fold_is_refused(fold: str, message: str, shards, tiny, call, tmp_path) -> None:
     ended = train(call, shards, tmp_path, tiny, "--fold", fold)
     assert (ended.code, message in ended.message) == (2, True)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_images_that_a_fold_may_have_been_trained_on_are_not_scored(
+    split: str, shards, tiny, call, tmp_path
+) -> None:
+    run = tmp_path / "fold-2"
+    assert train(call, shards, run, tiny, "--fold", "2/3", "--steps", 1).code == 0
+    for checkpoint in (run, tmp_path):
+        argv = ("--checkpoint", checkpoint, "--data", shards, "--split", split)
+        ended = call("evaluate", *argv, "--out", tmp_path / "out")
+        assert (ended.code, "trained with --fold 2/3" in ended.err) == (2, True)
+    assert not (tmp_path / "out").exists()
