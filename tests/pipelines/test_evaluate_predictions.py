@@ -5,6 +5,7 @@
 
 import io
 import json
+import re
 import shutil
 import tarfile
 from collections.abc import Callable
@@ -195,8 +196,8 @@ def test_images_without_a_prediction_are_named_and_counted(
     assert (
         "2 problems (predict all of val; errors.jsonl lists inputs that could not be read):"
     ) in ended.err
-    for key in ("p001", "p003"):
-        assert f"{tmp_path / 'masks'} has no prediction of {key}\n" in ended.err
+    assert f"  2 times: {tmp_path / 'masks'} has no prediction of p00" in ended.err
+    assert {*re.findall(r"p00\d", ended.err)} == {"p001", "p003"}
     assert not (tmp_path / "out").exists()
 
 
@@ -228,8 +229,8 @@ def test_two_predictions_of_one_image_are_refused(predicted, shards, call, tmp_p
     ended = evaluate(call, shards, tmp_path / "out", "--predictions", masks)
     assert ended.code == 1
     assert "4 problems (remove one of each):" in ended.err
-    for number in range(4):
-        assert f"{masks} has two predictions of p{number:03d}\n" in f"{ended.err}\n"
+    assert f"  4 times: {masks} has two predictions of p00" in ended.err
+    assert ", ...)" in ended.err
 
 
 def test_other_classes_are_refused(make_checkpoint, shards, call, tmp_path: Path) -> None:

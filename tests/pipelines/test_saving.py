@@ -200,10 +200,10 @@ def test_a_second_save_waits_for_the_first(
 
 @pytest.fixture
 def in_the_way(tmp_path: Path) -> Callable[[int], Path]:
-    """Makes the checkpoint of a step impossible: a file lies where its folder would be made."""
+    """Makes the checkpoint of a step impossible: a file has the name of its folder."""
 
     def obstruct(step: int) -> Path:
-        path = tmp_path / "checkpoints" / f".step-{step:08d}.tmp"
+        path = tmp_path / "checkpoints" / f"step-{step:08d}"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
         return path
@@ -230,7 +230,7 @@ def test_a_failure_is_raised_by_whatever_is_called_next(
         checkpoints.wait,
         lambda: checkpoints.save(replace(STATE, step=2), learner, None, is_best=False),
     ):
-        with pytest.raises(RunError, match=r"step-00000001 cannot be written \(.*File exists"):
+        with pytest.raises(RunError, match=r"step-00000001 cannot be written \(.*Not a directory"):
             action()
     assert not checkpoints.exist
 
