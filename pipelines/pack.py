@@ -52,8 +52,9 @@ class PackConfig:
 
     USAGE: ClassVar[str] = "--images PATH --masks PATH --mask-format FORMAT --out SHARDS"
     """Arguments of the usual call, which `--help` lists first."""
-    out: str
-    """Folder for the shards, or a URL such as s3://bucket/folder; created if missing."""
+    out: str | None = None
+    """Folder for the shards, or a URL such as s3://bucket/folder; created if missing. Required,
+    except with `auto`, which writes nothing."""
     verify: Literal["full", "headers"] = "full"
     """full: decode every pixel. headers: trust the headers of ordinary images and of canonical
     masks; class shares are then unknown."""
@@ -71,7 +72,10 @@ class PackConfig:
     def __post_init__(self) -> None:
         self.source.require_input()
         refuse_negative_workers(self.workers)
-        if not is_url(self.out):
+        if self.out is None:
+            if not self.source.proposes:
+                raise ValueError("--out is missing: the folder or URL for the shards")
+        elif not is_url(self.out):
             refuse_url("--out", self.out)
         elif re.search(r"://$|[?*\[\]]", self.out):
             raise ValueError(
@@ -85,6 +89,12 @@ class PackConfig:
             # With `auto`, annotations and layouts, the class names are not known yet.
             self.border.make_rule(self.source.mask.class_names())
 
+    @property
+    def place(self) -> str:
+        """Folder or URL of the shards."""
+        assert self.out is not None
+        return self.out
+
 
 def run(config: PackConfig) -> int:
     """Plan, write the missing shards, then the manifest."""
@@ -92,7 +102,7 @@ def run(config: PackConfig) -> int:
         return propose_layout(layout[1], "pack")
     if config.source.mask.mask_format == "auto":
         return propose_format(config, "pack")
-    store = Store(config.out)
+    store = Store(config.place)
     store.create_folder()
     if store.exists(MANIFEST):
         return report_finished(config, store)
@@ -129,7 +139,7 @@ def report_finished(config: PackConfig, store: Store) -> int:
         )
     # Reports are left over by a kill right after the manifest was written.
     clear_work(store)
-    manifest = read_manifest(config.out)
+    manifest = read_manifest(config.place)
     samples = sum(split.samples for split in manifest.splits.values())
     print(f"{store} is already packed with these settings: {samples} samples; nothing to do")
     return INCOMPLETE if store.exists(PROBLEMS) else 0
@@ -339,8 +349,8 @@ def suggest_next(config: PackConfig, manifest: Manifest) -> Iterator[str]:
     if config.source.has_masks and "train" in manifest.splits:
         if "val" not in manifest.splits:
             yield "  warning: split val is empty; --val-fraction 0.1 cuts it out of train"
-        if not is_url(config.out):
-            yield f"next: unet train --data {config.out} --run-dir RUN"
+        if not is_url(config.place):
+            yield f"next: unet train --data {config.place} --run-dir RUN"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,5 +1,6 @@
 """Options of `check` and `pack` for annotations that are not mask images."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -12,7 +13,14 @@ from pipelines.runtime.strict_yaml import load_yaml, read_text
 from pipelines.runtime.yaml_flags import refuse_unused
 from shards.annotations.layouts import CityscapesIds, KnownLayout, LayoutName, read_layout
 from shards.annotations.regions import AnnotationFormat, OverlapPolicy
-from shards.annotations.source import Annotated, AnnotationSource, UnannotatedPolicy
+from shards.annotations.source import (
+    PER_IMAGE,
+    Annotated,
+    AnnotationSource,
+    UnannotatedPolicy,
+    find_annotated,
+)
+from shards.folders.split_names import Split, find_declared_splits
 from shards.sample import DataError
 
 YOLO_FILES = ("data.yaml", "data.yml", "dataset.yaml")
@@ -23,9 +31,11 @@ YOLO_FILES = ("data.yaml", "data.yml", "dataset.yaml")
 class AnnotationOptions:
     """Annotations instead of masks: their outlines are drawn while packing."""
 
-    annotations: Path | None = None
+    annotations: tuple[Path, ...] = ()
     """File of annotations (coco, cvat, label-studio), or folder with one for each image (labelme,
-    yolo). Class 0 is `background`; the other classes are those of the file, or --classes."""
+    yolo). Class 0 is `background`; the other classes are those of the file, or --classes. Several:
+    in the order of the folders of images, or (files) all for one folder; names that contain train,
+    val or test set the split."""
     annotation_format: AnnotationFormat | None = None
     """coco: instances or panoptic JSON. labelme: JSON files. cvat: `CVAT for images 1.1`.
     label-studio: JSON export. yolo: segmentation labels, with --classes, a data.yaml or a
@@ -43,10 +53,11 @@ class AnnotationOptions:
     email of the annotator; error: they are refused."""
 
     def __post_init__(self) -> None:
-        if self.annotations is None:
+        if not self.annotations:
             refuse_unused(self, "needs --annotations")
             return
-        refuse_url("--annotations", self.annotations)
+        for path in self.annotations:
+            refuse_url("--annotations", path)
         if self.annotation_format is None:
             raise ValueError(
                 "--annotations needs --annotation-format coco, labelme, cvat, label-studio or yolo"
@@ -59,20 +70,42 @@ class AnnotationOptions:
         if self.annotator != "error" and self.annotation_format != "label-studio":
             raise ValueError("--annotator applies to label-studio only")
 
-    def make_source(self, images: Path, classes: tuple[str, ...], unknown: Any) -> AnnotationSource:
+    def refuse_folders(self, images: Sequence[Path]) -> None:
+        """Raise ValueError unless there are annotations for each folder of images."""
+        count = len(self.annotations)
+        if len(images) == 1 and (count == 1 or self.annotation_format not in PER_IMAGE):
+            return
+        if len(images) != count:
+            raise ValueError(
+                f"--images has {len(images)} folders and --annotations {count}; list the "
+                "annotations of every folder of images, in the same order"
+            )
+
+    def declared_splits(self, images: Sequence[Path]) -> list[Split | None]:
+        """Return the split that the name of each folder of images, or of each file, declares."""
+        if len(images) > 1:
+            return find_declared_splits("--images", images)
+        return find_declared_splits("--annotations", self.annotations)
+
+    def make_sources(
+        self, images: Sequence[Path], classes: tuple[str, ...], unknown: Any
+    ) -> tuple[AnnotationSource, ...]:
         """Describe where annotations are; `unknown`: what labels without a class become."""
-        assert self.annotations is not None
         assert self.annotation_format is not None
-        return AnnotationSource(
-            path=self.annotations,
-            kind=self.annotation_format,
-            images=images,
-            classes=classes,
-            unannotated=self.unannotated,
-            unknown=unknown,
-            overlap=self.overlap,
-            line_width=self.line_width,
-            annotator=self.annotator,
+        folders = [*images] * (len(self.annotations) if len(images) == 1 else 1)
+        return tuple(
+            AnnotationSource(
+                path=path,
+                kind=self.annotation_format,
+                images=folder,
+                classes=classes,
+                unannotated=self.unannotated,
+                unknown=unknown,
+                overlap=self.overlap,
+                line_width=self.line_width,
+                annotator=self.annotator,
+            )
+            for folder, path in zip(folders, self.annotations, strict=True)
         )
 
 
@@ -118,11 +151,19 @@ find_layout = lru_cache(maxsize=1)(read_layout)
 
 
 @lru_cache(maxsize=1)
-def find_annotated(source: AnnotationSource) -> Annotated:
-    """Read annotations once in a run. Raises DataError as `AnnotationSource.find` does."""
-    if source.kind == "yolo" and not source.classes:
-        source = replace(source, classes=read_yolo_yaml(source.path))
-    return source.find()
+def read_annotated(
+    sources: tuple[AnnotationSource, ...], splits: tuple[Split | None, ...]
+) -> Annotated:
+    """Read annotations once in a run. Raises DataError as `find_annotated` does."""
+    return find_annotated(
+        [
+            replace(source, classes=read_yolo_yaml(source.path))
+            if source.kind == "yolo" and not source.classes
+            else source
+            for source in sources
+        ],
+        splits,
+    )
 
 
 def read_yolo_yaml(folder: Path) -> tuple[str, ...]:

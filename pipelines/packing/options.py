@@ -5,11 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from pipelines.packing.annotation_options import (
-    AnnotationOptions,
-    LayoutOptions,
-    find_annotated,
-)
+from pipelines.packing.annotation_options import AnnotationOptions, LayoutOptions, read_annotated
 from pipelines.packing.colours import ColourTable, read_colour_table, read_first_palette
 from pipelines.packing.image_options import GeometryOptions, ImageOptions
 from pipelines.packing.split_options import DuplicateOptions, SplitOptions
@@ -226,7 +222,7 @@ class SourceOptions:
     def __post_init__(self) -> None:
         if self.layout.layout is not None:
             self.refuse_folders()
-        elif self.annotation.annotations is not None:
+        elif self.annotation.annotations:
             self.refuse_masks()
         elif not self.pairing.has_masks:
             reason = "needs --masks"
@@ -244,12 +240,18 @@ class SourceOptions:
     @property
     def names_classes(self) -> bool:
         """Whether annotations or a layout name the classes, which are known once these are read."""
-        return self.annotation.annotations is not None or self.layout.layout is not None
+        return bool(self.annotation.annotations) or self.layout.layout is not None
 
     @property
     def has_masks(self) -> bool:
         """Whether the images have masks or annotations."""
         return self.pairing.has_masks or self.names_classes
+
+    @property
+    def proposes(self) -> bool:
+        """Whether flags are proposed, and nothing is written."""
+        layout = self.layout.layout
+        return self.mask.mask_format == "auto" or (layout is not None and layout[0] == "auto")
 
     def require_input(self) -> None:
         """Raise ValueError if no images are declared."""
@@ -258,8 +260,11 @@ class SourceOptions:
 
     def refuse_masks(self) -> None:
         """Raise ValueError for settings that have no effect with annotations."""
-        if self.pairing.has_masks or len(self.pairing.images) != 1:
-            raise ValueError("--annotations needs one --images FOLDER, without --masks and --pairs")
+        images = self.pairing.images
+        if self.pairing.has_masks or not images:
+            raise ValueError("--annotations needs --images FOLDER, without --masks and --pairs")
+        self.annotation.refuse_folders(images)
+        self.annotation.declared_splits(images)
         reason = "has no effect with --annotations, which name their images"
         refuse_unused(self.pairing, reason, "image_suffix", "image_ext", *MASK_NAMES[:-1])
         used = {"classes", "unknown", "resize_mask", "allow_absent_classes"}
@@ -277,14 +282,17 @@ class SourceOptions:
 
     def find_annotated(self) -> Annotated:
         """Read the annotations, once in a run. Raises DataError if they cannot be used."""
-        images, mask = self.pairing.images[0], self.mask
-        return find_annotated(self.annotation.make_source(images, mask.classes, mask.unknown))
+        images, mask = self.pairing.images, self.mask
+        return read_annotated(
+            self.annotation.make_sources(images, mask.classes, mask.unknown),
+            tuple(self.annotation.declared_splits(images)),
+        )
 
     def find_pairs(self) -> Pairing:
         """Find all pairs. Raises DataError if there are no images."""
         if (known := self.layout.find(self.mask.classes)) is not None:
             return known.pairing
-        if self.annotation.annotations is not None:
+        if self.annotation.annotations:
             return self.find_annotated().pairing
         return self.pairing.find_pairs()
 
@@ -292,7 +300,7 @@ class SourceOptions:
         """Class names by index, from the flags, the annotations or the layout."""
         if (known := self.layout.find(self.mask.classes)) is not None:
             return known.classes
-        if self.annotation.annotations is not None:
+        if self.annotation.annotations:
             return self.find_annotated().classes
         return self.mask.class_names()
 
@@ -312,7 +320,7 @@ class SourceOptions:
     def describe_input(self) -> list[str]:
         """Return what annotations or a layout leave out, one line each."""
         known = self.layout.find(self.mask.classes)
-        if known is None and self.annotation.annotations is None:
+        if known is None and not self.annotation.annotations:
             return []
         notes = list(known.notes if known is not None else self.find_annotated().notes)
         if self.pairing.skip_unpaired and (unpaired := self.find_pairs().unpaired):
@@ -323,13 +331,17 @@ class SourceOptions:
         """Return a line if several lists or folders do not decide the splits, else nothing."""
         pairing, split = self.pairing, self.split
         flag, paths = ("--pairs", pairing.pairs) if pairing.pairs else ("--images", pairing.images)
-        if len(paths) < 2 or not pairing.has_masks:
+        declared = pairing.declared_splits()
+        if (annotations := self.annotation.annotations) and len(paths) == 1:
+            flag, paths = "--annotations", annotations
+            declared = self.annotation.declared_splits(pairing.images)
+        if len(paths) < 2 or not self.has_masks:
             return []
         names = " ".join(map(str, paths))
         by_flag = "--split-file" if split.split_file else "--split-folders"
         if split.split_file or split.split_folders:
             return [f"{flag} {names}: {by_flag} defines the splits, not these names"]
-        if any(pairing.declared_splits()):
+        if any(declared):
             return []
         return [
             f"{flag} {names}: no name contains train, val or test, so all samples are split by hash"
@@ -363,7 +375,7 @@ class SourceOptions:
         masks, palette, annotations = None, default_palette(names), None
         if (known := self.layout.find(self.mask.classes)) is not None:
             masks, palette = known.masks, known.palette
-        elif self.annotation.annotations is not None:
+        elif self.annotation.annotations:
             annotations = self.find_annotated().rule
             masks = MaskFormat(kind="index", num_classes=len(names))
         elif self.mask.mask_format == "palette":

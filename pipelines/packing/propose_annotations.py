@@ -15,6 +15,7 @@ from shards.annotations.scan import Scan
 from shards.annotations.signatures import recognise_file
 from shards.annotations.source import PER_IMAGE, AnnotationSource, read_yolo_names
 from shards.annotations.yolo import scan_yolo
+from shards.folders.split_names import find_named_split
 from shards.folders.walk import relative_path, walk_files
 from shards.images.files import IMAGE_EXTENSIONS
 from shards.masks.proposal import RENAME_NOTE
@@ -56,6 +57,8 @@ def propose_annotations(
     chosen = sorted(name for name, other in kinds.items() if other == kind)
     places = list(dict.fromkeys(map(os.path.dirname, chosen))) if kind in PER_IMAGE else chosen
     common = os.path.commonpath(places) if kind in PER_IMAGE else places[0]
+    if kind not in PER_IMAGE and (both := propose_splits(root, kind, chosen, images)):
+        return both
     place, scan = common, scan_place(root / common, kind, root)
     folder = find_image_folder(kind, place, scan, images)
     if folder is None and common != places[0]:
@@ -68,6 +71,32 @@ def propose_annotations(
         *describe_flags(root, kind, folder, place, places, scan),
         any(record.segments for record in scan.records),
     )
+
+
+def propose_splits(
+    root: Path, kind: AnnotationFormat, files: Sequence[str], images: Sequence[str]
+) -> AnnotationProposal | None:
+    """Propose the flags for one file per split, such as COCO's; None if there are no such files.
+
+    Of several files of one split (COCO also has captions and keypoints), `instances` is read.
+    """
+    named = [name for name in files if os.path.basename(name).startswith("instances")]
+    splits = [find_named_split(Path(name).stem) for name in named or files]
+    if len(splits) < 2 or None in splits or len({*splits}) < len(splits):
+        return None
+    files = named or files
+    scans = [scan_place(root / name, kind, root) for name in files]
+    folders = [
+        find_image_folder(kind, os.path.dirname(name), scan, images)
+        for name, scan in zip(files, scans, strict=True)
+    ]
+    found = [str(root / folder) for folder in folders if folder is not None]
+    if len(found) < len(files) or len({*found}) not in (1, len(found)):
+        return None
+    words = ["--images", *dict.fromkeys(found), "--annotations", *(str(root / n) for n in files)]
+    words += ["--annotation-format", kind]
+    segments = any(record.segments for scan in scans for record in scan.records)
+    return AnnotationProposal(tuple(words), (), segments)
 
 
 def describe_flags(

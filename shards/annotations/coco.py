@@ -14,8 +14,8 @@ from shards.annotations.panoptic import list_segments, read_panoptic
 from shards.annotations.polygons import read_points
 from shards.annotations.regions import ImageRegions, Outline, Region, Stencil
 from shards.annotations.runs import Runs, Size, counts_to_runs, decode_counts
-from shards.annotations.scan import Scan, require_file
-from shards.annotations.signatures import name_other_format
+from shards.annotations.scan import Scan
+from shards.annotations.signatures import name_other_format, require_file
 from shards.sample import DataError, is_safe_path
 
 PNG_START = b"\x89PNG\r\n\x1a\n"

@@ -11,8 +11,8 @@ from shards.annotations.drawing import draw_ellipse, draw_with_pillow, read_numb
 from shards.annotations.polygons import OutlineFlaws, read_points
 from shards.annotations.regions import ImageRegions, Outline, Region, Stencil
 from shards.annotations.runs import decode_rows, find_mask_runs
-from shards.annotations.scan import Scan, require_file
-from shards.annotations.signatures import name_other_format
+from shards.annotations.scan import Scan
+from shards.annotations.signatures import name_other_format, require_file
 from shards.local_files import open_file
 from shards.sample import DataError
 

@@ -14,8 +14,8 @@ from shards.annotations.json_stream import read_elements
 from shards.annotations.polygons import OutlineFlaws, read_points
 from shards.annotations.regions import ImageRegions, Outline, Region, Stencil
 from shards.annotations.runs import Size, decode_brush, find_mask_runs
-from shards.annotations.scan import Scan, require_file
-from shards.annotations.signatures import name_other_format
+from shards.annotations.scan import Scan
+from shards.annotations.signatures import name_other_format, require_file
 from shards.sample import DataError
 
 BARE = ("polygon", "rectangle", "ellipse", "brush")

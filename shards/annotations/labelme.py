@@ -13,8 +13,8 @@ from shards.annotations.drawing import PillowShape, draw_with_pillow
 from shards.annotations.polygons import OutlineFlaws, Points, find_flaws, read_points
 from shards.annotations.regions import ImageRegions, Region, Stencil
 from shards.annotations.runs import Size, find_mask_runs
-from shards.annotations.scan import Scan, require_folder
-from shards.annotations.signatures import name_other_format
+from shards.annotations.scan import Scan
+from shards.annotations.signatures import name_other_format, require_folder
 from shards.folders.walk import walk_files
 from shards.images.files import ImageRule, load_pixels, open_image
 from shards.local_files import read_file

@@ -4,7 +4,6 @@ import os
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import BinaryIO
 
 from shards.sample import DataError, is_safe_path
@@ -83,23 +82,3 @@ def read_spans(file: BinaryIO, spans: Spans) -> bytes:
         )
     bounds = zip(spans[::2], spans[1::2], strict=True)
     return b",".join(os.pread(file.fileno(), stop - start, start) for start, stop in bounds)
-
-
-def require_file(path: Path, kind: str, suffix: str) -> None:
-    """Raise DataError unless `path` is a file."""
-    if path.is_dir():
-        raise DataError(
-            f"{path} is a directory; --annotation-format {kind} reads one file (*{suffix})"
-        )
-    if not path.is_file():
-        raise DataError(f"{path} does not exist; correct --annotations")
-
-
-def require_folder(path: Path, kind: str, contents: str) -> None:
-    """Raise DataError unless `path` is a folder."""
-    if path.is_file():
-        raise DataError(
-            f"{path} is a file; --annotation-format {kind} reads a folder with {contents}"
-        )
-    if not path.is_dir():
-        raise DataError(f"{path} does not exist; correct --annotations")

@@ -2,8 +2,8 @@
 
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -15,7 +15,14 @@ from shards.annotations.regions import AnnotationFormat, OverlapPolicy, PaintRul
 from shards.annotations.rule import AnnotationRule
 from shards.annotations.scan import Record, Scan
 from shards.annotations.yolo import NAMES_FILE, scan_yolo
-from shards.folders.pairs import Pair, Pairing, drop_key_collisions
+from shards.folders.pairs import (
+    Pair,
+    Pairing,
+    common_folder,
+    drop_key_collisions,
+    join_below,
+)
+from shards.folders.split_names import Split
 from shards.folders.walk import list_images, read_lines
 from shards.sample import IGNORE, DataError
 
@@ -49,7 +56,7 @@ class AnnotationSource:
         return self.path if self.kind in PER_IMAGE else self.path.parent
 
     def find(self) -> "Annotated":
-        """Read the annotations once and pair them with their images.
+        """Read the annotations once and pair them with their images, except unlisted ones.
 
         Raises DataError for annotations of another format, unknown classes and damaged files.
         """
@@ -57,7 +64,7 @@ class AnnotationSource:
         classes, rule = self.choose_classes(scan)
         refused: list[str] = []
         names = list_images(self.images, refused, flag="--images")
-        matched, unpaired = self.match(scan, names, refused)
+        matched, unpaired, unlisted = self.match(scan, names, refused)
         refused += [
             problem if "; " in problem else f"{problem}; correct it" for problem in scan.problems
         ]
@@ -71,7 +78,7 @@ class AnnotationSource:
         notes += [f"{count} {what}" for what, count in sorted(scan.notes.items())]
         pairs = drop_key_collisions(pairs, self.images, refused)
         pairing = Pairing(self.images, self.folder, pairs, unpaired, refused)
-        return Annotated(pairing, classes, rule, notes)
+        return Annotated(pairing, classes, rule, notes, unlisted)
 
     def scan(self) -> Scan:
         """Read the annotations once."""
@@ -139,8 +146,8 @@ class AnnotationSource:
 
     def match(
         self, scan: Scan, names: list[str], refused: list[str]
-    ) -> tuple[dict[str, Record | None], list[str]]:
-        """Return the record of each image, and the messages on those without a partner."""
+    ) -> tuple[dict[str, Record | None], list[str], list[str]]:
+        """Return the record of each image, messages on missing images, and unlisted images."""
         finder = ImageFinder(self.kind, names)
         matched: dict[str, Record | None] = {}
         unpaired = []
@@ -159,14 +166,11 @@ class AnnotationSource:
                 refused.append(f"{where}: the image {found[0]} is listed twice; remove one")
             else:
                 matched[found[0]] = record
-        for name in names:
-            if name in matched:
-                continue
-            if self.kind in PER_IMAGE:
-                matched[name] = None
-            else:
-                unpaired.append(f"{self.images / name} is not listed in {self.path}")
-        return matched, unpaired
+        unlisted = [name for name in names if name not in matched]
+        if self.kind in PER_IMAGE:
+            matched |= dict.fromkeys(unlisted)
+            unlisted = []
+        return matched, unpaired, unlisted
 
     def apply_unannotated(
         self, matched: dict[str, Record | None], refused: list[str]
@@ -208,6 +212,89 @@ class Annotated:
     rule: AnnotationRule
     notes: list[str]
     """What is unusual, for the report."""
+    unlisted: list[str]
+    """Paths of images that the annotations do not list, relative to the folder of images."""
+
+
+def find_annotated(
+    sources: Sequence[AnnotationSource], splits: Sequence[Split | None]
+) -> Annotated:
+    """Read one or several annotations, such as a COCO file for each split, as one data set.
+
+    Classes that only some of them have are classes of all. Paths become relative to the deepest
+    common folder. `splits`: split of the images of each source, None where none is declared.
+
+    Raises DataError as `AnnotationSource.find`, and for labels that mean different classes.
+    """
+    found = [source.find() for source in sources]
+    notes = [note for one in found for note in one.notes]
+    classes = tuple(dict.fromkeys(name for one in found for name in one.classes))
+    if any(one.classes != classes for one in found):
+        for source, one in zip(sources, found, strict=True):
+            if missing := [name for name in classes if name not in one.classes]:
+                notes.append(f"{source.path} does not have the classes {', '.join(missing)}")
+        found = [replace(source, classes=classes).find() for source in sources]
+    rule = merge_rules([one.rule for one in found], sources)
+    refused = [problem for one in found for problem in one.pairing.refused]
+    unpaired = [problem for one in found for problem in one.pairing.unpaired]
+    unpaired += describe_unlisted(sources, found)
+    if len(sources) == 1:
+        pairing = replace(found[0].pairing, unpaired=unpaired)
+        return Annotated(pairing, classes, rule, notes, [])
+    images = common_folder([source.images for source in sources])
+    files = common_folder([source.folder for source in sources])
+    pairs: dict[str, Pair] = {}
+    for source, one, split in zip(sources, found, splits, strict=True):
+        for pair in one.pairing.pairs:
+            name = join_below(images, source.images, pair.source)
+            if name in pairs:
+                refused.append(f"{images / name} is listed in two of the annotations; remove one")
+                continue
+            inside = [
+                path and join_below(files, source.folder, path)
+                for path in (pair.mask, pair.segments)
+            ]
+            pairs[name] = Pair(name, inside[0], split, pair.spans, inside[1])
+    kept = drop_key_collisions(pairs.values(), images, refused)
+    return Annotated(Pairing(images, files, kept, unpaired, refused), classes, rule, notes, [])
+
+
+def merge_rules(
+    rules: Sequence[AnnotationRule], sources: Sequence[AnnotationSource]
+) -> AnnotationRule:
+    """Return the rule that draws the annotations of all sources.
+
+    Raises DataError if a label (an id of COCO) is one class here and another there.
+    """
+    merged, names = dict(rules[0].paint.indices), dict(rules[0].paint.names)
+    for rule, source in zip(rules[1:], sources[1:], strict=True):
+        other = dict(rule.paint.names)
+        for label, index in rule.paint.indices:
+            if merged.setdefault(label, index) != index:
+                raise DataError(
+                    f"{source.path}: category {label} is {other.get(label, label)!r}, in "
+                    f"{sources[0].path} it is {names.get(label, label)!r}; export both with the "
+                    "same categories"
+                )
+        names = other | names
+    paint = replace(rules[0].paint, indices=tuple(merged.items()), names=tuple(names.items()))
+    return replace(rules[0], paint=paint)
+
+
+def describe_unlisted(sources: Sequence[AnnotationSource], found: Sequence[Annotated]) -> list[str]:
+    """Return a message on each image that is listed in none of the annotations of its folder."""
+    unlisted: dict[Path, list[str]] = {}
+    listing: dict[Path, list[str]] = defaultdict(list)
+    for source, one in zip(sources, found, strict=True):
+        others = {*one.unlisted}
+        known = unlisted.get(source.images, one.unlisted)
+        unlisted[source.images] = [name for name in known if name in others]
+        listing[source.images].append(str(source.path))
+    return [
+        f"{folder / name} is not listed in {' or '.join(listing[folder])}"
+        for folder, names in unlisted.items()
+        for name in names
+    ]
 
 
 class ImageFinder:

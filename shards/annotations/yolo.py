@@ -9,7 +9,8 @@ import numpy as np
 from shards.annotations.polygons import Points, read_points
 from shards.annotations.regions import ImageRegions, Outline, Region
 from shards.annotations.runs import Size
-from shards.annotations.scan import Scan, require_folder
+from shards.annotations.scan import Scan
+from shards.annotations.signatures import require_folder
 from shards.folders.walk import walk_files
 from shards.local_files import read_file
 from shards.sample import DataError

@@ -193,7 +193,7 @@ def test_formats_with_a_file_for_each_image_are_packed(kind, call, samples, tmp_
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--masks", "M"), "--annotations needs one --images FOLDER, without --masks and --pairs"),
+        (("--masks", "M"), "--annotations needs --images FOLDER, without --masks and --pairs"),
         (
             ("--mask-suffix", "_m"),
             "--mask-suffix has no effect with --annotations, which name their",
@@ -289,3 +289,106 @@ def test_a_panoptic_png_that_has_changed_or_is_missing_is_named(
         ended = call(verb, *flags(folder, tmp_path / verb, "--workers", 1))
         assert ended.code == 1
         assert f"{folder}/instances/3.png cannot be read: No such file or directory" in ended.err
+
+
+@pytest.fixture
+def halves(instances: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """The annotations of `instances` as one file per split; each file lacks the other's images."""
+    plain = json.loads((instances / "instances.json").read_text())
+    files = (tmp_path / "instances_train2017.json", tmp_path / "instances_val2017.json")
+    for number, file in enumerate(files):
+        images = [image for image in plain["images"] if image["id"] % 2 == number]
+        ids = {image["id"] for image in images}
+        own = [one for one in plain["annotations"] if one["image_id"] in ids]
+        file.write_text(json.dumps({**plain, "images": images, "annotations": own}))
+    return files
+
+
+def test_a_file_per_split_of_one_folder_gives_the_masks_of_one_file(
+    instances: Path, packed: Path, halves, call, content, tmp_path: Path
+) -> None:
+    images, out = ("--images", instances / "images"), tmp_path / "out"
+    kind = ("--annotation-format", "coco", "--workers", 1)
+    ended = call("pack", *images, "--annotations", *halves, *kind, "--out", out)
+    assert ended.code == 0, ended.err
+    splits = read_manifest(out).splits
+    assert {name: split.samples for name, split in splits.items()} == {"train": 20, "val": 20}
+    for data, place in ((out, "halves"), (packed, "whole")):
+        assert call("unpack", "--data", data, "--out", tmp_path / place).code == 0
+    assert content(tmp_path / "halves/masks") == content(tmp_path / "whole/masks")
+    (tmp_path / "data/images").mkdir(parents=True)
+    shutil.copytree(instances / "images", tmp_path / "data/images", dirs_exist_ok=True)
+    for half in halves:
+        shutil.copy(half, tmp_path / "data")
+    ended = call("pack", "--layout", "auto", tmp_path / "data")
+    assert f"--annotations {tmp_path}/data/instances_train2017.json {tmp_path}/data/" in ended.out
+
+
+def test_a_file_per_folder_keeps_the_paths_of_both(
+    instances: Path, halves, call, tmp_path: Path
+) -> None:
+    folders = []
+    for half, name in zip(halves, ("train2017", "val2017"), strict=True):
+        folders.append(tmp_path / name)
+        for image in json.loads(half.read_text())["images"]:
+            path = folders[-1] / image["file_name"]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(instances / "images" / image["file_name"], path)
+    argv = ("--images", *folders, "--annotations", *halves, "--annotation-format", "coco")
+    ended = call("pack", *argv, "--out", tmp_path / "out", "--workers", 1)
+    assert ended.code == 0, ended.err
+    assert read_manifest(tmp_path / "out").splits["val"].samples == 20
+    assert call("unpack", "--data", tmp_path / "out", "--out", tmp_path / "back").code == 0
+    assert (tmp_path / "back/masks/val2017/sub/ä 1.png").exists()
+
+
+def test_an_image_that_no_file_lists_or_two_files_list_is_named(
+    instances: Path, halves, call, tmp_path: Path
+) -> None:
+    images = tmp_path / "images"
+    shutil.copytree(instances / "images", images)
+    shutil.copy(images / "sub/ä 1.png", images / "other.png")
+    argv = ("--images", images, "--annotation-format", "coco", "--out", tmp_path / "out")
+    ended = call("pack", *argv, "--annotations", *halves)
+    assert ended.code == 1
+    assert f"{images}/other.png is not listed in {halves[0]} or {halves[1]}" in ended.err
+    (images / "other.png").unlink()
+    twice = tmp_path / "val.json"
+    shutil.copy(halves[0], twice)
+    ended = call("pack", *argv, "--annotations", halves[0], twice, "--skip-unpaired")
+    assert ended.code == 1
+    assert "is listed in two of the annotations; remove one" in ended.err
+
+
+def test_a_category_that_means_two_classes_is_refused(
+    instances: Path, halves, call, tmp_path: Path
+) -> None:
+    plain = json.loads(halves[1].read_text())
+    plain["categories"] = [{"id": 90, "name": "dog"}, {"id": 7, "name": "cat"}]
+    halves[1].write_text(json.dumps(plain))
+    argv = ("--images", instances / "images", "--annotation-format", "coco")
+    ended = call("pack", *argv, "--annotations", *halves, "--out", tmp_path / "out")
+    assert ended.code == 1
+    assert f"{halves[1]}: category 90 is 'dog', in {halves[0]} it is 'cat'" in ended.err
+
+
+def test_annotations_of_another_format_are_named(instances: Path, call, tmp_path: Path) -> None:
+    images = ("--images", instances / "images", "--out", tmp_path / "out")
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "labels/a.json").write_text('{"shapes": [], "imageData": null}')
+    (tmp_path / "a.xml").write_text("<annotations><version>1.1</version></annotations>")
+    for path, given, found in (
+        (tmp_path / "labels", "coco", "labelme"),
+        (tmp_path / "a.xml", "coco", "cvat"),
+        (tmp_path / "a.xml", "label-studio", "cvat"),
+        (instances / "instances.json", "labelme", "coco"),
+    ):
+        ended = call("pack", *images, "--annotations", path, "--annotation-format", given)
+        assert ended.code == 1
+        assert ended.err.endswith(f"use --annotation-format {found}\n"), ended.err
+
+
+def test_auto_needs_no_folder_for_shards(instances: Path, call) -> None:
+    assert call("pack", "--layout", "auto", instances).code == 0
+    ended = call("pack", "--images", instances / "images")
+    assert (ended.code, "--out is missing" in ended.err) == (2, True)

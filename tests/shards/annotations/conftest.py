@@ -9,7 +9,7 @@ from PIL import Image
 
 from shards.annotations.rule import AnnotationRule
 from shards.annotations.scan import read_spans
-from shards.annotations.source import Annotated, AnnotationSource
+from shards.annotations.source import Annotated, AnnotationSource, find_annotated
 
 WIDTH, HEIGHT = 12, 8
 
@@ -34,7 +34,8 @@ class Workplace:
         return path
 
     def find(self, path: Path, kind: str, **settings) -> Annotated:
-        return AnnotationSource(path=path, kind=kind, images=self.images, **settings).find()
+        source = AnnotationSource(path=path, kind=kind, images=self.images, **settings)
+        return find_annotated([source], [None])
 
     def draw(self, path: Path, kind: str, **settings) -> dict[str, np.ndarray]:
         """Return {source: mask [H, W]} of all pairs, as a packing worker draws them."""
