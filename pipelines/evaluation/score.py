@@ -7,6 +7,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from pipelines.evaluation.objects import ImageObjects
 from pipelines.evaluation.per_image import ImageCounts
 from pipelines.loading.batches import eval_batches
 from pipelines.loading.dataset import DataSet
@@ -16,16 +17,20 @@ from pipelines.model.load import require_spec
 from pipelines.runtime.progress import progress
 from shards.sample import DataError
 from unet import (
+    BlockCounts,
     Empty,
     Ensemble,
+    MaskRule,
     Scores,
     SegmentationScores,
     SurfaceScores,
     TileConfig,
     UNet,
     confusion_per_image,
+    observe_blocks,
     predict_mask,
 )
+from unet.masks import ARGMAX
 from unet.spec import counted_classes
 
 Predict = Callable[[Iterator[Batch]], Iterator[tuple[Batch, Tensor]]]
@@ -42,6 +47,10 @@ class Metrics:
     """Boundary scores, on the accelerator's device; the caller reduces them."""
     images: ImageCounts | None = None
     """Counts per image of this rank; the caller gathers them."""
+    objects: ImageObjects | None = None
+    """Counts of objects per image of this rank; the caller gathers them."""
+    probabilities: tuple[BlockCounts, ...] = ()
+    """Counts of the probabilities of a model, on the device; the caller reduces them."""
 
 
 MEANS_ONLY = Metrics()
@@ -56,10 +65,12 @@ def score(
     tiles: TileConfig,
     metrics: Metrics = MEANS_ONLY,
     num_images: int | None = None,
+    rule: MaskRule = ARGMAX,
 ) -> Scores:
     """Predict every image of a split with the unwrapped model and score it; see `count_split`.
 
-    `num_images`: predict only that many, evenly spread over the split.
+    `num_images`: predict only that many, evenly spread over the split; `rule`: how probabilities
+    become a mask.
     """
     spec, was_training = require_spec(model), model.training
     assert spec.classes == data.manifest.classes
@@ -67,7 +78,8 @@ def score(
 
     def predict(batches: Iterator[Batch]) -> Iterator[tuple[Batch, Tensor]]:
         for batch in batches:
-            prediction, _ = predict_mask(forward, batch.image, tiles, model.config)
+            observe = observe_blocks(metrics.probabilities, batch.mask)
+            prediction, _ = predict_mask(forward, batch.image, tiles, model.config, rule, observe)
             yield batch, prediction
 
     model.eval()
@@ -119,6 +131,8 @@ def count_split(
             if metrics.images is not None:
                 height, width = batch.mask.shape[1:]
                 metrics.images.update(confusion, batch.position, (height, width))
+            if metrics.objects is not None:
+                metrics.objects.update(prediction, batch.mask, batch.position)
             # An estimate that assumes equal progress on all ranks.
             estimate = len(batch.position) * accelerator.num_processes
             bar.update(min(estimate, num_samples - bar.n))
