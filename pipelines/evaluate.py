@@ -218,10 +218,7 @@ def score_and_write(
     labels = None
     if config.metrics.per is not None:
         labels = read_labels(config.metrics.per, config.metrics.columns, data, config.split)
-    surface = None
-    if config.metrics.surface:
-        counted, tolerance = counted_classes(manifest.classes), config.metrics.surface_tolerance
-        surface = SurfaceScores(manifest.classes, counted, tolerance).to(accelerator.device)
+    surface = open_surface(config.metrics, manifest, accelerator)
     images = open_counts(data, config.split, config.tiles, accelerator)
     evidence = Evidence(config.evidence, loaded, data, images, accelerator)
     measured = score.Metrics(
@@ -250,6 +247,17 @@ def score_and_write(
         if number := config.evidence.suspects:
             write_suspects(out, number, data, config.split, rows, scored.load_examples)
         evidence.store_temperature(config.checkpoint, config.tiles)
+
+
+def open_surface(
+    metrics: MetricOptions, manifest: Manifest, accelerator: Accelerator
+) -> SurfaceScores | None:
+    """Make the boundary scores on the device; None if they were not asked for."""
+    if not metrics.surface:
+        return None
+    counted = counted_classes(manifest.classes)
+    scores = SurfaceScores(manifest.classes, counted, metrics.surface_tolerance)
+    return scores.to(accelerator.device)
 
 
 def folder_of(config: EvaluateConfig) -> Path:

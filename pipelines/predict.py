@@ -201,9 +201,7 @@ def predict_shards(
     ):
         launched = delay_by_one(predict_chunks(cutting.chunks(shards), decoded, predict))
         for shard, group in groupby(launched, key=lambda item: item.shard):
-            writing = write_shard(
-                store, results.shard_name(shard), loaded.spec, within, objects=results.objects
-            )
+            writing = write_shard(results, store, shard, loaded.spec, within)
             # Closed after the threads have ended; an unfinished shard leaves nothing behind.
             stack.callback(writing.close)
             pending.add(writer.submit(next, writing))

@@ -9,7 +9,7 @@ from pipelines.drawing.overlay import choose_overlay_colours, find_outline
 from pipelines.drawing.panels import Example
 from shards.sample import IGNORE, Palette, Uint8
 
-OUTLINES: Palette = ((0, 255, 255), (255, 0, 255), (255, 255, 0))
+OUTLINES: Palette = ((0, 255, 255), (255, 0, 255), (0, 255, 0))
 """Colours of the outline of the mask, of the prediction, and of both."""
 LEGEND = ("mask", "prediction", "both")
 

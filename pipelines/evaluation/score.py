@@ -52,6 +52,22 @@ class Metrics:
     probabilities: tuple[BlockCounts, ...] = ()
     """Counts of the probabilities of a model, on the device; the caller reduces them."""
 
+    def update(self, prediction: Tensor, batch: Batch, confusion: Tensor) -> None:
+        """Add the images of a batch.
+
+        Args:
+            prediction: class indices uint8 [B, H, W].
+            batch: the images with their masks.
+            confusion: int64 [B, K, K], from `unet.confusion_per_image`.
+        """
+        if self.surface is not None:
+            self.surface.update(prediction, batch.mask)
+        if self.images is not None:
+            height, width = batch.mask.shape[1:]
+            self.images.update(confusion, batch.position, (height, width))
+        if self.objects is not None:
+            self.objects.update(prediction, batch.mask, batch.position)
+
 
 MEANS_ONLY = Metrics()
 
@@ -126,13 +142,7 @@ def count_split(
         for batch, prediction in predict(batch.to(device) for batch in batches):
             confusion = confusion_per_image(prediction, batch.mask, len(classes))
             confusions.add(confusion)
-            if metrics.surface is not None:
-                metrics.surface.update(prediction, batch.mask)
-            if metrics.images is not None:
-                height, width = batch.mask.shape[1:]
-                metrics.images.update(confusion, batch.position, (height, width))
-            if metrics.objects is not None:
-                metrics.objects.update(prediction, batch.mask, batch.position)
+            metrics.update(prediction, batch, confusion)
             # An estimate that assumes equal progress on all ranks.
             estimate = len(batch.position) * accelerator.num_processes
             bar.update(min(estimate, num_samples - bar.n))

@@ -101,15 +101,14 @@ class JobOrigin:
 
 
 def write_shard(
-    store: Store, name: str, spec: DataSpec, within: str = "", *, objects: bool = False
+    results: ResultOptions, store: Store, number: int, spec: DataSpec, within: str = ""
 ) -> Generator[None, EncodedPrediction | DecodedInput | None, None]:
-    """Write the results that are sent to one shard, in order, until None is sent.
+    """Write the results that are sent to shard `number`, in order, until None is sent.
 
     Errors and report are written before the shard. If the generator is closed early, no shard is
     written. `within`: subfolder in which it is written first, if another rank may be writing it.
-    `objects`: whether to write lines of objects.csv too.
     """
-    pixels = np.zeros(len(spec.classes) + 1, dtype=np.int64)
+    name, pixels = results.shard_name(number), np.zeros(len(spec.classes) + 1, dtype=np.int64)
     sizes: Counter[tuple[int, int]] = Counter()
     errors: list[str] = []
     rows: list[tuple[object, ...]] = []
@@ -122,7 +121,7 @@ def write_shard(
                     continue
                 writer.add(result.key, result.members, result.probabilities)
                 pixels += result.pixels
-                rows += [] if result.objects is None else [result.objects]
+                rows += [] if result.objects is None else [(result.key, *result.objects.row)]
                 sizes[result.width, result.height] += 1
             file = writer.seal()
             if errors:
@@ -130,7 +129,7 @@ def write_shard(
             info = ShardInfo(**asdict(file), pixels=tuple(pixels.tolist()))
             counts = [SizeCount(w, h, spec.channels, n) for (w, h), n in sorted(sizes.items())]
             report = ShardReport(info, tuple(counts), len(errors))
-            if objects:
+            if results.objects:
                 store.write(objects_name(name), format_rows(rows))
             store.write(report_name(name), to_json(asdict(report)))
         for part in (str(Path(name).with_suffix(".idx")), name):

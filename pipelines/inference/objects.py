@@ -9,6 +9,7 @@ from typing import Any
 
 from pipelines.inference.outlines import trace_objects
 from shards.sample import Uint8
+from unet import DataSpec
 from unet.objects import label_objects, measure_areas
 
 OBJECTS_CSV = "objects.csv"
@@ -33,13 +34,19 @@ class MaskObjects:
     """The objects of an image."""
 
     row: tuple[object, ...]
-    """Cells of objects.csv after key and source."""
+    """Cells of objects.csv after the key."""
     outlines: bytes
     """GeoJSON: a feature per object."""
 
 
-def describe_objects(mask: Uint8, name: str) -> MaskObjects:
-    """Count, measure and trace the objects of a mask uint8 [H, W]; `name`: of the second class."""
+def describe_objects(source: str, mask: Uint8, spec: DataSpec) -> MaskObjects:
+    """Count, measure and trace the objects of a mask.
+
+    Args:
+        source: path of the image.
+        mask: class indices uint8 [H, W].
+        spec: data spec of the model, of two classes.
+    """
     labels, number = label_objects(mask)
     areas = measure_areas(labels, number).tolist()
     height, width = mask.shape
@@ -49,14 +56,14 @@ def describe_objects(mask: Uint8, name: str) -> MaskObjects:
             "type": "Feature",
             "id": place,
             "geometry": make_geometry(polygons),
-            "properties": {"class": name, "area": area},
+            "properties": {"class": spec.classes[1], "area": area},
         }
         for place, (polygons, area) in enumerate(
             zip(trace_objects(labels, number), areas, strict=True), start=1
         )
     ]
     collection = {"type": "FeatureCollection", "features": features}
-    row = (width, height, number, sum(areas), *sizes)
+    row = (source, width, height, number, sum(areas), *sizes)
     return MaskObjects(row, (json.dumps(collection, separators=(",", ":")) + "\n").encode())
 
 

@@ -14,6 +14,20 @@ from PIL import Image
 from pipelines.evaluation.objects import score_objects
 from pipelines.inference.objects import describe_objects
 from shards.annotations.polygons import draw_polygon
+from unet import DataSpec
+
+SPEC = DataSpec(
+    classes=("background", "cell"),
+    palette=((0, 0, 0), (255, 0, 0)),
+    channels="L",
+    mean=(0.0,),
+    std=(1.0,),
+    crop_size=32,
+)
+
+
+def describe(mask: np.ndarray) -> bytes:
+    return describe_objects("a.png", mask, SPEC).outlines
 
 
 def draw_rings(rings: list, size: tuple[int, int]) -> np.ndarray:
@@ -51,8 +65,7 @@ def test_outlines_drawn_by_the_coco_rule_are_the_mask() -> None:
         rng = np.random.default_rng(seed)
         shape = tuple(rng.integers(1, 14, 2))
         mask = (rng.random(shape) < rng.uniform(0.2, 0.9)).astype(np.uint8)
-        np.testing.assert_array_equal(draw_collection(describe_objects(mask, "c").outlines, shape),
-                                      mask)  # fmt: skip
+        np.testing.assert_array_equal(draw_collection(describe(mask), shape), mask)
 
 
 def test_the_outline_of_a_hand_drawn_object() -> None:
@@ -60,7 +73,7 @@ def test_the_outline_of_a_hand_drawn_object() -> None:
     mask[1:5, 1:5] = 1
     mask[2:4, 2:4] = 0
     mask[0, 5] = 1
-    (feature,) = json.loads(describe_objects(mask, "cell").outlines)["features"]
+    (feature,) = json.loads(describe(mask))["features"]
     assert feature["properties"] == {"class": "cell", "area": 13}
     # The pixel that touches a corner only, then a square with a hole: x, y from the top left.
     pixel, square = feature["geometry"]["coordinates"]
@@ -84,7 +97,7 @@ def test_shapely_finds_every_outline_valid() -> None:
     for seed in range(100):
         rng = np.random.default_rng(seed)
         mask = (rng.random((11, 13)) < rng.uniform(0.2, 0.9)).astype(np.uint8)
-        for feature in json.loads(describe_objects(mask, "c").outlines)["features"]:
+        for feature in json.loads(describe(mask))["features"]:
             geometry = shapely.shape(feature["geometry"])
             assert geometry.is_valid
             assert geometry.area == feature["properties"]["area"]
