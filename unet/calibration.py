@@ -167,5 +167,6 @@ def apply_temperature(probability: Tensor, temperature: float) -> Tensor:
     Takes and returns `Block.probability`, float32 [N, K, h, w], or [N, 1, h, w] with two classes.
     """
     if probability.shape[1] == 1:
-        return (torch.logit(probability) / temperature).sigmoid_()
+        # Rounding can push sums of weighted tiles above 1.
+        return (torch.logit(probability.clamp(max=1)) / temperature).sigmoid_()
     return (probability.log() / temperature).softmax(dim=1)

@@ -100,6 +100,12 @@ def test_certain_pixels_stay_certain_at_any_temperature(shape: tuple[int, ...]) 
     torch.testing.assert_close(apply_temperature(probability, 2.5), probability)
 
 
+def test_blended_probabilities_above_1_are_certain_at_any_temperature() -> None:
+    above = torch.tensor([1.0, np.nextafter(np.float32(1), np.float32(2)), 1 + 1e-6])
+    found = apply_temperature(above.view(1, 1, 1, 3), 2.5)
+    assert found.flatten().tolist() == [1, 1, 1]
+
+
 def test_tiles_count_each_pixel_once_whatever_the_tile() -> None:
     torch.manual_seed(0)
     images = torch.randint(0, 256, (2, 1, 40, 50), dtype=torch.uint8)
