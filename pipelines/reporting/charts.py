@@ -276,9 +276,9 @@ def draw_plot(plot: Plot) -> Markup:
         Markup('<text class="up" x="{}" y="{}">{} \u2192</text>').format(
             SIDE - RIGHT, SIDE - 4, plot.across
         ),
-        Markup('<text class="side" x="{}" y="{}">\u2191 {}</text>').format(
-            LEFT + 6, TOP + 10, plot.up
-        ),
+        Markup(
+            '<text class="across" transform="translate(11 {:.1f}) rotate(-90)">{} \u2192</text>'
+        ).format(top(0.5), plot.up),
     ]
     head = Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">').format(
         SIDE, SIDE, plot.title
