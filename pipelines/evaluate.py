@@ -13,6 +13,12 @@ from accelerate import Accelerator
 
 from pipelines.evaluation import score
 from pipelines.evaluation.breakdown import read_labels
+from pipelines.evaluation.evidence import (
+    OF_MODEL,
+    Evidence,
+    EvidenceOptions,
+    refuse_impossible,
+)
 from pipelines.evaluation.examples import predict_examples
 from pipelines.evaluation.groups import GROUP
 from pipelines.evaluation.held_out import CROSS_VALIDATED, HeldOut, hold_out, score_folds
@@ -20,6 +26,7 @@ from pipelines.evaluation.per_image import open_counts
 from pipelines.evaluation.results import MAX_WORST, TILES, ScoredSplit, record_tiles, write_results
 from pipelines.evaluation.score import count_split
 from pipelines.evaluation.stored_predictions import open_predictions, read_folds
+from pipelines.evaluation.suspects import write_suspects
 from pipelines.loading.dataset import DataSet, LoadingOptions, open_data, split_bytes_in_use
 from pipelines.model.forward import place_model
 from pipelines.model.load import (
@@ -30,6 +37,7 @@ from pipelines.model.load import (
     list_folds,
     load_models,
 )
+from pipelines.model.temperature import apply_calibration
 from pipelines.runtime.command import run_command
 from pipelines.runtime.devices import choose_batch_size, refuse_rank_timeout, start
 from pipelines.runtime.errors import RunError, UsageError
@@ -40,7 +48,7 @@ from pipelines.runtime.yaml_flags import Flat, refuse_unused
 from shards.manifest import Manifest, read_manifest
 from shards.sample import DataError
 from shards.store import is_url
-from unet import DataSpec, Empty, SurfaceScores, TileConfig
+from unet import DataSpec, Empty, MaskRule, SurfaceScores, TileConfig
 from unet.spec import counted_classes
 
 SURFACE_TOLERANCE = 2.0
@@ -107,6 +115,7 @@ class EvaluateConfig:
     """Number of images with the lowest Dice to draw into OUT/worst: image, mask, prediction and
     difference, side by side."""
     metrics: Flat[MetricOptions] = field(default_factory=MetricOptions)
+    evidence: Flat[EvidenceOptions] = field(default_factory=EvidenceOptions)
     tiles: Flat[TileConfig] = field(default_factory=TileConfig)
     loading: Flat[LoadingOptions] = field(default_factory=LoadingOptions)
 
@@ -119,6 +128,10 @@ class EvaluateConfig:
             refuse_unused(
                 self.tiles, "requires --checkpoint; --predictions are already made", *TILES
             )
+            refuse_unused(
+                self.evidence, "requires --checkpoint; masks have no probabilities", *OF_MODEL
+            )
+        self.evidence.refuse_conflicts(self.split)
         if self.predictions is not None and self.ensemble_on == "host":
             raise ValueError("--ensemble-on host requires --checkpoint")
         if self.split == CROSS_VALIDATED and self.predictions is not None:
@@ -140,6 +153,7 @@ def run(config: EvaluateConfig) -> int:
     if config.metrics.surface and find_spec("scipy") is None:
         raise UsageError("--surface requires SciPy: pip install 'unet-shards[scipy]'")
     manifest = read_manifest(config.data, "--data")
+    refuse_impossible(config.evidence, config.checkpoint, manifest.classes)
     out = folder_of(config)
     loaded, messages = None, list[str]()
     if config.checkpoint:
@@ -147,6 +161,9 @@ def run(config: EvaluateConfig) -> int:
         loaded = load_models(config.checkpoint, on_host=on_host)
         refuse_incompatible_checkpoint(config, loaded.spec, manifest)
         messages = loaded.describe_differences(manifest.image_format)
+        if config.evidence.calibrated:
+            loaded, more = apply_calibration(loaded, config.checkpoint, config.tiles)
+            messages += more
         # The model was trained with its own range of 16-bit values.
         manifest = replace(manifest, image_format=loaded.stored_format(manifest.image_format))
     held_out = choose_images(config, manifest, loaded)
@@ -201,17 +218,18 @@ def score_and_write(
     labels = None
     if config.metrics.per is not None:
         labels = read_labels(config.metrics.per, config.metrics.columns, data, config.split)
-    surface = None
-    if config.metrics.surface:
-        counted, tolerance = counted_classes(manifest.classes), config.metrics.surface_tolerance
-        surface = SurfaceScores(manifest.classes, counted, tolerance).to(accelerator.device)
+    surface = open_surface(config.metrics, manifest, accelerator)
     images = open_counts(data, config.split, config.tiles, accelerator)
-    measured = score.Metrics(config.metrics.empty, surface, images)
+    evidence = Evidence(config.evidence, loaded, data, images, accelerator)
+    measured = score.Metrics(
+        config.metrics.empty, surface, images, evidence.objects, evidence.probabilities
+    )
     if loaded is not None:
         scored = score_model(config, loaded, held_out, accelerator, data, measured)
     else:
         scored = score_predictions(config, accelerator, data, measured)
     surface_scores = None if surface is None else surface.scores()
+    findings = evidence.find(config.split)
     rows = images.gather(accelerator)
     if rows is not None:
         write_results(
@@ -223,8 +241,23 @@ def score_and_write(
             empty=config.metrics.empty,
             surface=surface_scores,
             labels=labels,
+            findings=findings,
             max_worst=config.worst,
         )
+        if number := config.evidence.suspects:
+            write_suspects(out, number, data, config.split, rows, scored.load_examples)
+        evidence.store_temperature(config.checkpoint, config.tiles)
+
+
+def open_surface(
+    metrics: MetricOptions, manifest: Manifest, accelerator: Accelerator
+) -> SurfaceScores | None:
+    """Make the boundary scores on the device; None if they were not asked for."""
+    if not metrics.surface:
+        return None
+    counted = counted_classes(manifest.classes)
+    scores = SurfaceScores(manifest.classes, counted, metrics.surface_tolerance)
+    return scores.to(accelerator.device)
 
 
 def folder_of(config: EvaluateConfig) -> Path:
@@ -261,7 +294,10 @@ def score_model(
         if config.split == CROSS_VALIDATED:
             return score_folds(loaded, held_out, accelerator, data, config.tiles, measured)
         place_model(model, accelerator.device)
-        scores = score.score(model, accelerator, data, config.split, config.tiles, measured)
+        rule = MaskRule(temperature=loaded.temperature)
+        scores = score.score(
+            model, accelerator, data, config.split, config.tiles, measured, rule=rule
+        )
     except RuntimeError as error:
         if not out_of_memory(error):
             raise

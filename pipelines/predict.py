@@ -25,6 +25,7 @@ from itertools import groupby
 import torch
 from accelerate import Accelerator
 
+from pipelines.inference import objects
 from pipelines.inference.decoding import Cutting, DecodedInput, Decoder
 from pipelines.inference.encode import Encoder, ModelOutput
 from pipelines.inference.engine import (
@@ -56,6 +57,7 @@ from pipelines.inference.specks import NEEDS_SCIPY
 from pipelines.inference.tiles import predictor
 from pipelines.loading.dataset import MAX_WORKERS, rank_cpus
 from pipelines.model.load import LoadedModel, load_models
+from pipelines.model.temperature import apply_calibration
 from pipelines.runtime.command import run_command
 from pipelines.runtime.devices import start
 from pipelines.runtime.errors import INCOMPLETE, RunError, UsageError
@@ -77,11 +79,16 @@ def run(config: PredictConfig) -> int:
     """Make the missing shards; returns 3 if some of their inputs could not be read."""
     if config.results.min_area > 1 and not has_scipy():
         raise UsageError(NEEDS_SCIPY)
+    if config.results.objects and not has_scipy():
+        raise UsageError(objects.NEEDS_SCIPY)
     inputs = find_inputs(config.input, config.input_rule())
     trained = load_models(config.checkpoint, on_host=config.ensemble_on == "host")
     trained.refuse_unused_overlap(config.tiles)
     loaded = config.reading.apply(trained)
     notes = [*inputs.notes, *describe_changes(loaded, trained)]
+    if config.results.calibrated:
+        loaded, about = apply_calibration(loaded, config.checkpoint, config.tiles)
+        notes += about
     image_format = loaded.image_format
     if isinstance(inputs, ShardInputs):
         config.reading.refuse_for_data_set(config.input)
@@ -92,9 +99,11 @@ def run(config: PredictConfig) -> int:
             f"--verify-shards: --input {config.input} is not a data set (it has no {MANIFEST})"
         )
     classes = loaded.spec.classes
-    if config.results.threshold is not None and len(classes) != 2:
+    results = config.results
+    of_two = {"--threshold": results.threshold is not None, "--objects": results.objects}
+    if (flags := [flag for flag, used in of_two.items() if used]) and len(classes) != 2:
         raise UsageError(
-            f"--threshold is for models of two classes; {config.checkpoint[0]} has {len(classes)}: "
+            f"{flags[0]} is for models of two classes; {config.checkpoint[0]} has {len(classes)}: "
             f"{', '.join(classes)}"
         )
     store = Store(config.out)
@@ -192,7 +201,7 @@ def predict_shards(
     ):
         launched = delay_by_one(predict_chunks(cutting.chunks(shards), decoded, predict))
         for shard, group in groupby(launched, key=lambda item: item.shard):
-            writing = write_shard(store, results.shard_name(shard), loaded.spec, within)
+            writing = write_shard(results, store, shard, loaded.spec, within)
             # Closed after the threads have ended; an unfinished shard leaves nothing behind.
             stack.callback(writing.close)
             pending.add(writer.submit(next, writing))
@@ -301,7 +310,11 @@ def print_result(
     if STATE in present and prints:
         state = read_state(store)
         print(f"{state.images} masks in {store}")
-        for kind, wanted in (("png", config.results.png), ("overlay", config.results.overlay)):
+        results = config.results
+        for kind, wanted in (
+            *(("png", results.png), ("overlay", results.overlay)),
+            *((objects.FOLDER, results.objects), (objects.OBJECTS_CSV, results.objects)),
+        ):
             if wanted:
                 print(f"  {kind}: {store.path(kind)}")
         if state.errors:

@@ -3,6 +3,13 @@
 Nothing here knows shards or ranks, or opens files other than weights.
 """
 
+from unet.calibration import (
+    BlockCounts,
+    CalibrationCounts,
+    Histograms,
+    TemperatureCounts,
+    observe_blocks,
+)
 from unet.encoder import Encoder, EncoderConfig, find_stages
 from unet.ensemble import Ensemble, average_logits, members_of
 from unet.losses import LossConfig, SegmentationLoss, inverse_frequency
@@ -16,11 +23,14 @@ from unet.tiling import Block, NetworkGeometry, TileConfig, halve_tile, predict_
 __all__ = [
     "PRESETS",
     "Block",
+    "BlockCounts",
+    "CalibrationCounts",
     "DataSpec",
     "Empty",
     "Encoder",
     "EncoderConfig",
     "Ensemble",
+    "Histograms",
     "LossConfig",
     "MaskRule",
     "NetworkGeometry",
@@ -30,6 +40,7 @@ __all__ = [
     "SegmentationScores",
     "Surface",
     "SurfaceScores",
+    "TemperatureCounts",
     "TileConfig",
     "UNet",
     "UNetConfig",
@@ -39,6 +50,7 @@ __all__ = [
     "halve_tile",
     "inverse_frequency",
     "members_of",
+    "observe_blocks",
     "predict_blocks",
     "predict_mask",
     "predict_masks",

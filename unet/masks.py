@@ -5,14 +5,15 @@ CPUs memory traffic dominates, and PyTorch compares float32 without vector instr
 a third of the time.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from unet.tiling import Forward, NetworkGeometry, TileConfig, predict_blocks
+from unet.calibration import temper_blocks
+from unet.tiling import Block, Forward, NetworkGeometry, TileConfig, predict_blocks
 
 FEW_CLASSES = 12
 """Up to this number of classes, comparing a CPU mask with each is faster than a histogram."""
@@ -32,6 +33,15 @@ class MaskRule:
     round(65535 p). None: no probabilities."""
     count: bool = False
     """Count the pixels of each class."""
+    temperature: float = 1.0
+    """Probabilities are first replaced by `unet.calibration.apply_temperature`."""
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be > 0, got {self.temperature}")
+
+
+ARGMAX = MaskRule()
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +67,15 @@ def predict_mask(
     images: Tensor | Sequence[Tensor],
     config: TileConfig,
     network: NetworkGeometry,
+    rule: MaskRule = ARGMAX,
+    observe: Callable[[Block], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Predict the argmax class of every pixel; takes the arguments of `predict_masks`.
+    """Predict the class of every pixel, by default the argmax; as `predict_masks`.
 
     Returns:
         `PredictedMasks.classes` and `PredictedMasks.confidence`.
     """
-    predicted = predict_masks(forward, images, config, network, MaskRule())
+    predicted = predict_masks(forward, images, config, network, rule, observe)
     return predicted.classes, predicted.confidence
 
 
@@ -73,6 +85,7 @@ def predict_masks(
     config: TileConfig,
     network: NetworkGeometry,
     rule: MaskRule,
+    observe: Callable[[Block], None] | None = None,
 ) -> PredictedMasks:
     """Predict masks for images of equal size.
 
@@ -84,12 +97,14 @@ def predict_masks(
         config: tile size, overlap, batch size, test-time augmentation.
         network: geometry of the network behind `forward`; its `UNetConfig` will do.
         rule: how classes are chosen and what is returned with them.
+        observe: called with each block of probabilities, at the temperature of the rule.
     """
     height, width = images[0].shape[-2:]
     shape = (len(images), height, width)
     classes = total = unsure = kept = None
     num_classes = 0
-    for block in predict_blocks(forward, images, config, network):
+    blocks = predict_blocks(forward, images, config, network)
+    for block in temper_blocks(blocks, rule.temperature, observe):
         best, index = choose_classes(block.probability, rule.threshold)
         if classes is None or total is None:
             num_classes = max(2, block.probability.shape[1])

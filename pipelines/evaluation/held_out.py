@@ -25,7 +25,7 @@ from pipelines.runtime.errors import UsageError
 from shards.folds import CUT, assign_folds
 from shards.manifest import Manifest, read_manifest
 from shards.sample import DataError
-from unet import TileConfig, UNet, predict_mask
+from unet import BlockCounts, TileConfig, UNet, observe_blocks, predict_mask
 
 CROSS_VALIDATED = "cross-validated"
 """Split of all samples of train and val: those that fold 1 held out, then those of fold 2, ..."""
@@ -147,7 +147,10 @@ class FoldModels:
         held_out: HeldOut,
         accelerator: Accelerator,
         tiles: TileConfig,
+        probabilities: tuple[BlockCounts, ...] = (),
     ) -> None:
+        """`probabilities`: counts of the probabilities of the split."""
+        self.probabilities = probabilities
         self.models = [members[number] for number in held_out.models]
         self.ends = [*accumulate(held_out.sizes)]
         self.tiles, self.device = tiles, accelerator.device
@@ -166,10 +169,15 @@ class FoldModels:
     def attach(self, batches: Iterator[Batch]) -> Iterator[tuple[Batch, Tensor]]:
         """Yield each batch with its predictions, uint8 [B, H, W]."""
         for batch in batches:
-            yield batch, self.predict(batch.image, batch.position.tolist())
+            yield batch, self.predict(batch.image, batch.position.tolist(), batch.mask)
 
-    def predict(self, image: Tensor, positions: Sequence[int]) -> Tensor:
-        """Predict images uint8 [B, C, H, W] at positions of the split: uint8 [B, H, W]."""
+    def predict(
+        self, image: Tensor, positions: Sequence[int], mask: Tensor | None = None
+    ) -> Tensor:
+        """Predict images uint8 [B, C, H, W] at positions of the split: uint8 [B, H, W].
+
+        `mask`: of the images, uint8 [B, H, W], to count their probabilities.
+        """
         folds = np.searchsorted(self.ends, positions, side="right")
         prediction = torch.empty(
             (len(image), *image.shape[2:]), dtype=torch.uint8, device=self.device
@@ -177,7 +185,10 @@ class FoldModels:
         for fold in np.unique(folds).tolist():
             rows = np.flatnonzero(folds == fold).tolist()
             network = self.models[fold].config
-            prediction[rows], _ = predict_mask(self.place(fold), image[rows], self.tiles, network)
+            observe = None if mask is None else observe_blocks(self.probabilities, mask[rows])
+            prediction[rows], _ = predict_mask(
+                self.place(fold), image[rows], self.tiles, network, observe=observe
+            )
         return prediction
 
     @torch.inference_mode()
@@ -211,7 +222,7 @@ def score_folds(
         tiles: how images are predicted.
         measured: what to compute.
     """
-    models = FoldModels(loaded.members, held_out, accelerator, tiles)
+    models = FoldModels(loaded.members, held_out, accelerator, tiles, measured.probabilities)
     size = tiles.effective_batch_size
     scores = count_split(models.attach, accelerator, data, CROSS_VALIDATED, size, measured)
     about = {"checkpoint": loaded.digest, "folds": len(held_out.sizes), **record_tiles(tiles)}

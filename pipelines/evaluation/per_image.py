@@ -106,22 +106,36 @@ class ImageCounts:
 
         Every rank must call this. Rows are gathered in parts, as integers.
         """
-        columns, num_images = self.rows.shape[1], self.ranges[-1][1]
-        is_main = accelerator.is_main_process
-        whole = np.zeros((num_images, columns), np.uint32) if is_main else None
-        max_rows = max(last - first for first, last in self.ranges)
-        size = min(max_rows, MAX_GATHERED // columns)
-        for start in range(0, max_rows, size):
-            mine = self.rows[start : start + size].astype(np.int64)
-            padded = np.pad(mine, ((0, size - len(mine)), (0, 0)))
-            everyone = accelerator.gather(torch.from_numpy(padded).to(accelerator.device))
-            assert isinstance(everyone, Tensor)
-            if whole is None:
-                continue
-            for part, (first, last) in zip(everyone.split(size), self.ranges, strict=True):
-                here = whole[first + start : min(first + start + size, last)]
-                here[:] = part[: len(here)].cpu().numpy()
-        return whole
+        return gather_rows(self.rows, self.ranges, accelerator)
+
+
+def gather_rows(
+    rows: NDArray[np.uint32], ranges: Sequence[tuple[int, int]], accelerator: Accelerator
+) -> NDArray[np.uint32] | None:
+    """Gather rows of integers on the main process, in parts; returns None elsewhere.
+
+    Every rank must call this.
+
+    Args:
+        rows: of the images of this rank [N, C].
+        ranges: first image and end of each rank.
+        accelerator: ranks and device.
+    """
+    columns, num_images = rows.shape[1], ranges[-1][1]
+    whole = np.zeros((num_images, columns), np.uint32) if accelerator.is_main_process else None
+    max_rows = max(last - first for first, last in ranges)
+    size = min(max_rows, MAX_GATHERED // columns)
+    for start in range(0, max_rows, size):
+        mine = rows[start : start + size].astype(np.int64)
+        padded = np.pad(mine, ((0, size - len(mine)), (0, 0)))
+        everyone = accelerator.gather(torch.from_numpy(padded).to(accelerator.device))
+        assert isinstance(everyone, Tensor)
+        if whole is None:
+            continue
+        for part, (first, last) in zip(everyone.split(size), ranges, strict=True):
+            here = whole[first + start : min(first + start + size, last)]
+            here[:] = part[: len(here)].cpu().numpy()
+    return whole
 
 
 def open_counts(

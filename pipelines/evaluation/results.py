@@ -12,9 +12,11 @@ from numpy.typing import NDArray
 from pipelines.drawing.panels import Example, draw_panels, side_by_side
 from pipelines.evaluation import table
 from pipelines.evaluation.breakdown import PARTS_CSV, Labels, break_down, format_parts, write_parts
+from pipelines.evaluation.findings import Finding
 from pipelines.evaluation.groups import number_groups, read_groups
 from pipelines.evaluation.intervals import estimate_intervals
 from pipelines.evaluation.per_image import SCORES_CSV, Floats, lowest, write_scores
+from pipelines.evaluation.suspects import SUSPECTS_CSV, SUSPECTS_PNG
 from pipelines.loading.dataset import DataSet
 from pipelines.runtime.outputs import compare, read_previous
 from pipelines.runtime.run_folder import SCORES
@@ -26,6 +28,8 @@ from unet.spec import counted_classes
 
 TILES = ("tile", "overlap", "tta")
 """Settings of prediction that scores.json records."""
+FINDINGS = ("calibration.csv", "objects.csv", SUSPECTS_CSV, SUSPECTS_PNG)
+"""Files of what is measured on request; those of an earlier scoring are removed."""
 WORST = "worst"
 """Folder of the worst images, beside the scores."""
 MAX_WORST = 8
@@ -60,6 +64,7 @@ def write_results(
     empty: Empty = "skip",
     surface: Surface | None = None,
     labels: Labels | None = None,
+    findings: Sequence[Finding] = (),
     max_worst: int = MAX_WORST,
 ) -> None:
     """Print the tables; write scores.json, scores.csv, groups.csv and the worst images.
@@ -73,6 +78,7 @@ def write_results(
         empty: policy for empty masks.
         surface: boundary scores.
         labels: values of the images, for a table of each.
+        findings: what else was measured.
         max_worst: number of images to draw.
     """
     manifest = data.manifest
@@ -88,7 +94,8 @@ def write_results(
     previous = read_previous(out / SCORES)
     # Written last, so that the files beside it always belong to it.
     (out / SCORES).unlink(missing_ok=True)
-    (out / PARTS_CSV).unlink(missing_ok=True)
+    for name in (PARTS_CSV, *FINDINGS):
+        (out / name).unlink(missing_ok=True)
     dice = write_scores(
         out / SCORES_CSV, rows, data, split, manifest.classes, counted, empty, groups
     )
@@ -97,6 +104,10 @@ def write_results(
         print(format_parts(parts))
         write_parts(out / PARTS_CSV, parts)
         plain["groups"] = asdict(parts)
+    for finding in findings:
+        print(finding.table)
+        write_atomically(out / finding.file, finding.content)
+        plain[finding.name] = finding.plain
     about = {"split": split, "manifest": manifest.digest, **scored.about}
     write_json(out / SCORES, {**about, **plain})
     done = compare(previous, (out / SCORES).read_bytes())

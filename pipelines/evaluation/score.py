@@ -7,6 +7,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from pipelines.evaluation.objects import ImageObjects
 from pipelines.evaluation.per_image import ImageCounts
 from pipelines.loading.batches import eval_batches
 from pipelines.loading.dataset import DataSet
@@ -16,16 +17,20 @@ from pipelines.model.load import require_spec
 from pipelines.runtime.progress import progress
 from shards.sample import DataError
 from unet import (
+    BlockCounts,
     Empty,
     Ensemble,
+    MaskRule,
     Scores,
     SegmentationScores,
     SurfaceScores,
     TileConfig,
     UNet,
     confusion_per_image,
+    observe_blocks,
     predict_mask,
 )
+from unet.masks import ARGMAX
 from unet.spec import counted_classes
 
 Predict = Callable[[Iterator[Batch]], Iterator[tuple[Batch, Tensor]]]
@@ -42,6 +47,26 @@ class Metrics:
     """Boundary scores, on the accelerator's device; the caller reduces them."""
     images: ImageCounts | None = None
     """Counts per image of this rank; the caller gathers them."""
+    objects: ImageObjects | None = None
+    """Counts of objects per image of this rank; the caller gathers them."""
+    probabilities: tuple[BlockCounts, ...] = ()
+    """Counts of the probabilities of a model, on the device; the caller reduces them."""
+
+    def update(self, prediction: Tensor, batch: Batch, confusion: Tensor) -> None:
+        """Add the images of a batch.
+
+        Args:
+            prediction: class indices uint8 [B, H, W].
+            batch: the images with their masks.
+            confusion: int64 [B, K, K], from `unet.confusion_per_image`.
+        """
+        if self.surface is not None:
+            self.surface.update(prediction, batch.mask)
+        if self.images is not None:
+            height, width = batch.mask.shape[1:]
+            self.images.update(confusion, batch.position, (height, width))
+        if self.objects is not None:
+            self.objects.update(prediction, batch.mask, batch.position)
 
 
 MEANS_ONLY = Metrics()
@@ -56,10 +81,12 @@ def score(
     tiles: TileConfig,
     metrics: Metrics = MEANS_ONLY,
     num_images: int | None = None,
+    rule: MaskRule = ARGMAX,
 ) -> Scores:
     """Predict every image of a split with the unwrapped model and score it; see `count_split`.
 
-    `num_images`: predict only that many, evenly spread over the split.
+    `num_images`: predict only that many, evenly spread over the split; `rule`: how probabilities
+    become a mask.
     """
     spec, was_training = require_spec(model), model.training
     assert spec.classes == data.manifest.classes
@@ -67,7 +94,8 @@ def score(
 
     def predict(batches: Iterator[Batch]) -> Iterator[tuple[Batch, Tensor]]:
         for batch in batches:
-            prediction, _ = predict_mask(forward, batch.image, tiles, model.config)
+            observe = observe_blocks(metrics.probabilities, batch.mask)
+            prediction, _ = predict_mask(forward, batch.image, tiles, model.config, rule, observe)
             yield batch, prediction
 
     model.eval()
@@ -114,11 +142,7 @@ def count_split(
         for batch, prediction in predict(batch.to(device) for batch in batches):
             confusion = confusion_per_image(prediction, batch.mask, len(classes))
             confusions.add(confusion)
-            if metrics.surface is not None:
-                metrics.surface.update(prediction, batch.mask)
-            if metrics.images is not None:
-                height, width = batch.mask.shape[1:]
-                metrics.images.update(confusion, batch.position, (height, width))
+            metrics.update(prediction, batch, confusion)
             # An estimate that assumes equal progress on all ranks.
             estimate = len(batch.position) * accelerator.num_processes
             bar.update(min(estimate, num_samples - bar.n))

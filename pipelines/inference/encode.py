@@ -15,6 +15,7 @@ from PIL import Image
 from pipelines.drawing.overlay import draw_overlay
 from pipelines.drawing.panels import side_by_side
 from pipelines.inference.decoding import DecodedInput
+from pipelines.inference.objects import FOLDER, MaskObjects, describe_objects
 from pipelines.inference.options import (
     PROBABILITIES_EXTENSION,
     WORK_DIR,
@@ -71,6 +72,8 @@ class EncodedPrediction:
     height: int
     pixels: tuple[int, ...]
     """Pixels of each class, then of ignore."""
+    objects: MaskObjects | None = None
+    """With --objects."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,18 +140,23 @@ class Encoder:
         if item.file:
             members[item.extension] = item.file
         kept = {} if output.probabilities is None else encode_probabilities(output.probabilities)
+        objects = describe_objects(item.source, mask, spec) if options.objects else None
         try:
-            self.write_files(item, mask, png)
+            self.write_files(item, mask, png, objects)
         except DataError as error:
             # At a URL, all names are allowed: the request failed.
             if self.fail_fast or self.store.local is None:
                 raise
             return replace(item, image=None, error=str(error))
-        return EncodedPrediction(item.key, members, kept, width, height, tuple(counts))
+        return EncodedPrediction(item.key, members, kept, width, height, tuple(counts), objects)
 
-    def write_files(self, item: DecodedInput, mask: Uint8, png: bytes) -> None:
-        """Write the files beside the shards: PNG, overlay and figure, as requested."""
+    def write_files(
+        self, item: DecodedInput, mask: Uint8, png: bytes, objects: MaskObjects | None
+    ) -> None:
+        """Write the files beside the shards: PNG, outlines, overlay and figure, as requested."""
         name = PurePosixPath(item.source).with_suffix(".png")
+        if objects is not None:
+            self.write(f"{FOLDER}/{name.with_suffix('.geojson')}", objects.outlines)
         if self.options.png:
             self.write(f"png/{name}", png)
         if item.image is None:

@@ -17,6 +17,7 @@ from pipelines.inference.decoding import DecodedInput
 from pipelines.inference.encode import EncodedPrediction
 from pipelines.inference.input_readers import Inputs
 from pipelines.inference.input_rules import JOB
+from pipelines.inference.objects import COLUMNS, OBJECTS_CSV, format_rows
 from pipelines.inference.options import (
     WORK_DIR,
     PredictConfig,
@@ -95,19 +96,22 @@ class JobOrigin:
     reading: dict[str, Any]
     folds: tuple[TrainedFold | None, ...] = ()
     """Of each model, if one was trained on a fold."""
+    temperature: float = 1.0
+    """Of the probabilities, with --calibrated."""
 
 
 def write_shard(
-    store: Store, name: str, spec: DataSpec, within: str = ""
+    results: ResultOptions, store: Store, number: int, spec: DataSpec, within: str = ""
 ) -> Generator[None, EncodedPrediction | DecodedInput | None, None]:
-    """Write the results that are sent to one shard, in order, until None is sent.
+    """Write the results that are sent to shard `number`, in order, until None is sent.
 
     Errors and report are written before the shard. If the generator is closed early, no shard is
     written. `within`: subfolder in which it is written first, if another rank may be writing it.
     """
-    pixels = np.zeros(len(spec.classes) + 1, dtype=np.int64)
+    name, pixels = results.shard_name(number), np.zeros(len(spec.classes) + 1, dtype=np.int64)
     sizes: Counter[tuple[int, int]] = Counter()
     errors: list[str] = []
+    rows: list[tuple[object, ...]] = []
     with store.staging(within) as folder:
         with ShardWriter(folder / name) as writer:
             while (result := (yield)) is not None:
@@ -117,6 +121,7 @@ def write_shard(
                     continue
                 writer.add(result.key, result.members, result.probabilities)
                 pixels += result.pixels
+                rows += [] if result.objects is None else [(result.key, *result.objects.row)]
                 sizes[result.width, result.height] += 1
             file = writer.seal()
             if errors:
@@ -124,6 +129,8 @@ def write_shard(
             info = ShardInfo(**asdict(file), pixels=tuple(pixels.tolist()))
             counts = [SizeCount(w, h, spec.channels, n) for (w, h), n in sorted(sizes.items())]
             report = ShardReport(info, tuple(counts), len(errors))
+            if results.objects:
+                store.write(objects_name(name), format_rows(rows))
             store.write(report_name(name), to_json(asdict(report)))
         for part in (str(Path(name).with_suffix(".idx")), name):
             store.upload(folder / part, part)
@@ -132,6 +139,11 @@ def write_shard(
 def errors_name(shard: str) -> str:
     """Return the path of the errors of a shard, relative to the output folder."""
     return f"{shard.removesuffix('.tar')}.{ERRORS}"
+
+
+def objects_name(shard: str) -> str:
+    """Return the path of the lines of objects.csv of a shard, relative to the output folder."""
+    return f"{WORK_DIR}/{shard}.csv"
 
 
 def report_name(shard: str) -> str:
@@ -179,6 +191,9 @@ def finish_job(results: ResultOptions, store: Store, spec: DataSpec, num_shards:
         errors = b"".join(read_files(store, parts))
         if errors:
             store.write(ERRORS, errors, WORK_DIR)
+        if results.objects:
+            lines = [format_rows([COLUMNS]), *read_files(store, [*map(objects_name, names)])]
+            store.write(OBJECTS_CSV, b"".join(lines), WORK_DIR)
         samples = sum(report.shard.samples for report in reports)
         state = JobState(True, samples, sum(report.errors for report in reports))
         manifest = predicted_manifest(results.out_split, spec, reports)
@@ -286,15 +301,25 @@ def start_job(
     if loaded.reading_changes:
         # In the types that JSON restores.
         job["reading"] = json.loads(json.dumps(loaded.reading_changes))
+    if loaded.temperature != 1:
+        job["temperature"] = loaded.temperature
     folds = [None if fold is None else asdict(fold) for fold in loaded.folds]
     if any(folds):
         job["folds"] = folds
     if started is not None:
-        # Absent if the images are read as the training images were. The weights decide the folds.
+        before = started.get("temperature", 1.0)
+        if started.get("calibrated") and loaded.temperature not in (1.0, before):
+            raise UsageError(
+                f"--calibrated: the temperature is {loaded.temperature:g}, that of {store} "
+                f"{before:g}; {REMEDY}"
+            )
+        # Absent if the images are read as the training images were, and in jobs of earlier
+        # versions. The weights decide the folds.
+        absent = {"reading": {}, "calibrated": False, "objects": False, "temperature": before}
         refuse_changed_settings(
             str(store),
-            {"reading": {}, **name_fields(started), "folds": folds},
-            {"reading": {}, **name_fields(job), "folds": folds},
+            {**absent, **name_fields(started), "folds": folds},
+            {**absent, **name_fields(job), "folds": folds, "temperature": before},
             elsewhere=REMEDY,
         )
         return

@@ -37,6 +37,9 @@ class ResultOptions:
     threshold: float | None = None
     """Two classes only: probability from which a pixel is the second class. Default: the more
     probable class."""
+    calibrated: bool = False
+    """Apply the temperature that unet evaluate --fit-temperature has stored beside the checkpoint
+    to its probabilities, before --threshold, --min-confidence and --probabilities."""
     min_area: int = 0
     """Remove connected components (8 neighbours) with fewer pixels, assigning them to the most
     common surrounding class. Requires the extra `scipy`, and up to 40 bytes of memory per pixel of
@@ -53,6 +56,10 @@ class ResultOptions:
     joined them with validation shards."""
     png: bool = False
     """Also write OUT/png: one PNG of class indices per image, with the palette of the classes."""
+    objects: bool = False
+    """Two classes only: also write OUT/objects.csv, the number and areas of the connected
+    components (8 neighbours) of the second class in each image, and OUT/objects: their outlines,
+    one GeoJSON file per image. Requires the extra `scipy`."""
     overlay: bool = False
     """Also write OUT/overlay: each image with its mask drawn over it."""
 

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from accelerate import Accelerator
@@ -55,7 +56,8 @@ def make_predict(
 
     The function raises RunError if a tile does not fit into GPU memory.
     """
-    network, rule, tiles = loaded.model.config, config.results.mask_rule(), config.tiles
+    network, tiles = loaded.model.config, config.tiles
+    rule = replace(config.results.mask_rule(), temperature=loaded.temperature)
     reported = False
 
     def predict(images: Sequence[Tensor]) -> PredictedMasks:

@@ -46,6 +46,8 @@ class LoadedModel:
     """Fields of `spec` that flags have replaced."""
     folds: tuple[TrainedFold | None, ...] = (None,)
     """Fold that each member was trained on; None: the whole train split."""
+    temperature: float = 1.0
+    """At which its probabilities are taken, from temperature.json with --calibrated."""
 
     @property
     def members(self) -> Sequence[UNet]:

@@ -53,6 +53,18 @@ class Scatter:
 
 
 @dataclass(frozen=True, slots=True)
+class Plot:
+    """Curves in a square from 0 to 1, such as a reliability diagram."""
+
+    title: str
+    across: str
+    up: str
+    series: tuple[Series, ...]
+    """The first one is highlighted."""
+    diagonal: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Axis:
     """Maps values to positions on an axis."""
 
@@ -220,6 +232,58 @@ def draw_scatter(scatter: Scatter) -> Markup:
         SIDE, SIDE, scatter.title
     )
     return head + Markup("").join(parts) + Markup("</g></svg>")
+
+
+def draw_plot(plot: Plot) -> Markup:
+    """Draw the curves of a plot, with a tooltip at every point; the template adds title, legend."""
+
+    def left(x: float) -> float:
+        return LEFT + x * (SIDE - LEFT - RIGHT)
+
+    def top(y: float) -> float:
+        return SIDE - BOTTOM - y * (SIDE - BOTTOM - TOP)
+
+    parts = []
+    for tick in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0):
+        parts += [
+            Markup('<line class="grid" x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"/>').format(
+                LEFT, SIDE - RIGHT, top(tick), top(tick)
+            ),
+            Markup('<text class="up" x="{}" y="{:.1f}">{}</text>').format(
+                LEFT - 6, top(tick) + 3.5, label(tick)
+            ),
+            Markup('<text class="across" x="{:.1f}" y="{}">{}</text>').format(
+                left(tick), SIDE - BOTTOM + 15, label(tick)
+            ),
+        ]
+    if plot.diagonal:
+        parts.append(
+            Markup('<line class="same" x1="{:.1f}" y1="{:.1f}" x2="{:.1f}" y2="{:.1f}"/>').format(
+                left(0), top(0), left(1), top(1)
+            )
+        )
+    for number, series in reversed([*enumerate(plot.series)]):
+        points = [(left(x), top(y)) for x, y in zip(series.x, series.y, strict=True)]
+        parts.append(Markup('<path class="s{}" d="{}"/>').format(number, path(points)))
+        parts += [
+            Markup(
+                '<circle class="s{}" cx="{:.1f}" cy="{:.1f}" r="1.8"><title>'
+                "{}: {:.4f}, {:.4f}</title></circle>"
+            ).format(number, *point, series.name, x, y)
+            for point, x, y in zip(points, series.x, series.y, strict=True)
+        ]
+    parts += [
+        Markup('<text class="up" x="{}" y="{}">{} \u2192</text>').format(
+            SIDE - RIGHT, SIDE - 4, plot.across
+        ),
+        Markup(
+            '<text class="across" transform="translate(11 {:.1f}) rotate(-90)">{} \u2192</text>'
+        ).format(top(0.5), plot.up),
+    ]
+    head = Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">').format(
+        SIDE, SIDE, plot.title
+    )
+    return head + Markup("").join(parts) + Markup("</svg>")
 
 
 def shorten(name: str) -> str:

@@ -14,9 +14,11 @@ from PIL import Image
 
 from pipelines.drawing.panels import draw_panels
 from pipelines.evaluation.breakdown import read_breakdown
+from pipelines.evaluation.calibration import read_calibration
 from pipelines.evaluation.examples import predict_examples
 from pipelines.evaluation.groups import number_groups, read_groups
 from pipelines.evaluation.intervals import estimate_intervals, read_intervals
+from pipelines.evaluation.objects import read_objects
 from pipelines.evaluation.per_image import SCORES_CSV, Floats, ImageCounts, image_scores, lowest
 from pipelines.evaluation.table import to_plain
 from pipelines.loading.dataset import DataSet
@@ -142,8 +144,10 @@ def is_scores(plain: dict[str, Any], classes: tuple[str, ...]) -> bool:
 
 
 def has_valid_details(plain: dict[str, Any]) -> bool:
-    """Return whether intervals and scores per group, if there are any, are not damaged."""
+    """Return whether what was measured on request, if anything, is not damaged."""
     try:
+        read_calibration(plain)
+        read_objects(plain)
         read_intervals(plain)
         read_breakdown(plain)
     except ValueError:

@@ -12,6 +12,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from pipelines.drawing.panels import IGNORED, WRONG
+from pipelines.reporting.calibration_plots import describe_plots, make_plots
 from pipelines.reporting.charts import Chart, Series
 from pipelines.reporting.checkpoint_results import CheckpointResults, load_results
 from pipelines.reporting.page import MAX_CLASSES, Report, Swatch, render
@@ -91,6 +92,8 @@ def compose(record: RunRecord, results: CheckpointResults) -> Report:
         charts=tuple(charts(record)),
         table=make_table(record, results),
         parts=make_parts_table(results.scores),
+        plots=make_plots(results.scores),
+        plots_note=describe_plots(results.scores),
         classes=spec.classes if spec else (),
         confusion=tuple(tuple(row) for row in confusion),
         galleries=results.galleries,

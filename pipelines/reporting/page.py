@@ -10,9 +10,11 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 
 from pipelines.reporting.charts import (
     Chart,
+    Plot,
     Series,
     draw_chart,
     draw_confusion,
+    draw_plot,
     draw_scatter,
     draw_spark,
 )
@@ -89,6 +91,9 @@ class Report:
     table: Table | None = None
     parts: Table | None = None
     """Scores of groups of images."""
+    plots: tuple[Plot, ...] = ()
+    """Calibration and thresholds."""
+    plots_note: str = ""
     classes: tuple[str, ...] = ()
     confusion: tuple[tuple[int, ...], ...] = ()
     """Pixels, [true class][predicted class]."""
@@ -125,6 +130,7 @@ def render_template(name: str, **content: object) -> str:
     )
     environment.globals |= {
         "draw_chart": draw_chart,
+        "draw_plot": draw_plot,
         "draw_spark": draw_spark,
         "draw_confusion": draw_confusion,
         "draw_scatter": draw_scatter,

@@ -202,3 +202,32 @@ def test_flags_without_effect_are_refused(runs, shards, call) -> None:
     argv = ("--checkpoint", runs, *CROSS_VALIDATED, "--ensemble-on", "host")
     ended = evaluate(call, shards, *argv)
     assert (ended.code, "--ensemble-on host has no effect" in ended.message) == (2, True)
+
+
+def test_probabilities_of_all_folds_are_counted_once(runs, shards, call, tmp_path) -> None:
+    ended = evaluate(
+        call, shards, "--checkpoint", runs, *CROSS_VALIDATED, "--calibration", "--out", tmp_path
+    )
+    assert ended.code == 0, ended.err
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    calibration, own = scores["calibration"], scores["classes"]["foreground"]
+    assert calibration["num_pixels"] == sum(map(sum, scores["confusion"])) == 12 * 48 * 48
+    half = calibration["sweep"]["half"]
+    assert [half[name] for name in ("dice", "precision", "recall")] == pytest.approx(
+        [own[name] for name in ("dice", "precision", "recall")]
+    )
+
+
+def test_a_temperature_is_that_of_one_fold_fitted_on_what_it_held_out(
+    runs, shards, call, tmp_path
+) -> None:
+    fold = shutil.copytree(runs / "fold-1", tmp_path / "fold-1", symlinks=True)
+    argv = ("--checkpoint", fold, "--fit-temperature", "--out", tmp_path / "out")
+    ended = evaluate(call, shards, *argv)
+    assert ended.code == 0, ended.err
+    stored = json.loads((fold / "checkpoints" / "best" / "temperature.json").read_text())
+    assert stored["num_pixels"] == 4 * 48 * 48
+    ended = evaluate(call, shards, "--checkpoint", runs, "--out", tmp_path, "--fit-temperature")
+    assert (ended.code, "a temperature belongs to one checkpoint, got 3" in ended.err) == (2, True)
+    ended = evaluate(call, shards, "--checkpoint", runs, *CROSS_VALIDATED, "--fit-temperature")
+    assert (ended.code, "requires --split val" in ended.err) == (2, True)

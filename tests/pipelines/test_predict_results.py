@@ -20,6 +20,7 @@ from PIL import Image
 from pipelines import predict
 from pipelines.inference import encode, engine, job, specks
 from pipelines.inference.decoding import Chunk, DecodedInput
+from pipelines.inference.options import ResultOptions
 from pipelines.model.load import load_model
 from pipelines.runtime import progress
 from shards.manifest import read_manifest
@@ -397,7 +398,7 @@ def test_images_of_one_size_that_follow_each_other_go_together(bright: Path) -> 
 
 
 def test_a_shard_that_is_given_up_leaves_nothing(bright: Path, tmp_path: Path) -> None:
-    writing = job.write_shard(Store(tmp_path), "a.tar", load_model(str(bright)).spec)
+    writing = job.write_shard(ResultOptions(), Store(tmp_path), 0, load_model(str(bright)).spec)
     next(writing)
     member = {"mask.png": b"m", "json": b"{}"}
     writing.send(encode.EncodedPrediction("k", member, {}, 1, 1, (1, 0, 0)))
