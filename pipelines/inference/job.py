@@ -97,6 +97,10 @@ class JobOrigin:
     """Of each model, if one was trained on a fold."""
 
 
+class ShardExistsError(Exception):
+    """Another rank has made the shard that this rank was making."""
+
+
 def write_shard(
     store: Store, name: str, spec: DataSpec, within: str = ""
 ) -> Generator[None, EncodedPrediction | DecodedInput | None, None]:
@@ -104,6 +108,8 @@ def write_shard(
 
     Errors and report are written before the shard. If the generator is closed early, no shard is
     written. `within`: subfolder in which it is written first, if another rank may be writing it.
+
+    Raises ShardExistsError, and writes nothing, if another rank has made the shard meanwhile.
     """
     pixels = np.zeros(len(spec.classes) + 1, dtype=np.int64)
     sizes: Counter[tuple[int, int]] = Counter()
@@ -118,6 +124,9 @@ def write_shard(
                 writer.add(result.key, result.members, result.probabilities)
                 pixels += result.pixels
                 sizes[result.width, result.height] += 1
+            if store.exists(name):
+                # The job may be complete and its reports removed, after this rank was stopped.
+                raise ShardExistsError(name)
             file = writer.seal()
             if errors:
                 store.write(errors_name(name), "".join(errors).encode(), WORK_DIR)
