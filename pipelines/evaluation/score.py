@@ -47,6 +47,10 @@ class Metrics:
 MEANS_ONLY = Metrics()
 
 
+class IncompleteScoresError(DataError):
+    """Not every image was scored."""
+
+
 @torch.inference_mode()
 def score(
     model: UNet | Ensemble,
@@ -56,10 +60,12 @@ def score(
     tiles: TileConfig,
     metrics: Metrics = MEANS_ONLY,
     num_images: int | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> Scores:
     """Predict every image of a split with the unwrapped model and score it; see `count_split`.
 
-    `num_images`: predict only that many, evenly spread over the split.
+    `num_images`: predict only that many, evenly spread over the split. `stop`: asked before each
+    batch whether this rank leaves out the rest.
     """
     spec, was_training = require_spec(model), model.training
     assert spec.classes == data.manifest.classes
@@ -67,6 +73,8 @@ def score(
 
     def predict(batches: Iterator[Batch]) -> Iterator[tuple[Batch, Tensor]]:
         for batch in batches:
+            if stop is not None and stop():
+                return
             prediction, _ = predict_mask(forward, batch.image, tiles, model.config)
             yield batch, prediction
 
@@ -90,7 +98,7 @@ def count_split(
     """Compare predictions with the masks of every image of a split, at its own size.
 
     The only communication is the reduction of the counts at the end. Every rank must call this and
-    gets the scores. Raises DataError if not every sample was counted.
+    gets the scores. Raises IncompleteScoresError, on every rank, if not every sample was counted.
     """
     num_samples = num_images or data.manifest.split(split, data.store).samples
     classes, device = data.manifest.classes, accelerator.device
@@ -124,7 +132,7 @@ def count_split(
             bar.update(min(estimate, num_samples - bar.n))
     scores = confusions.scores()
     if scores.num_images != num_samples:
-        raise DataError(
+        raise IncompleteScoresError(
             f"{scores.num_images} samples of {split} were scored, but it has {num_samples}"
         )
     return scores
