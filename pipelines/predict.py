@@ -16,8 +16,8 @@ overlap; a GPU computes one batch while the results of the previous one are copi
 
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
@@ -42,6 +42,7 @@ from pipelines.inference.inputs import find_inputs
 from pipelines.inference.job import (
     ERRORS,
     STATE,
+    ShardExistsError,
     describe_errors,
     errors_name,
     finish_job,
@@ -123,20 +124,17 @@ def run(config: PredictConfig) -> int:
         len(inputs), config.results.samples_per_shard, config.tiles.effective_batch_size
     )
     prints = accelerator.is_main_process
-    present = {*store.names()}
-    if MANIFEST not in present:
+    if not store.exists(MANIFEST):
         rank, world = accelerator.process_index, accelerator.num_processes
-        mine = [
-            number
+        mine = {
+            config.results.shard_name(number): number
             for number in config.shards_of(cutting.num_shards, rank, world)
-            if config.results.shard_name(number) not in present
-        ]
+        }
         longest_key = config.results.longest_key(len(classes))
         decode = Decoder(inputs, image_format, config.results.include_image, longest_key)
         make = partial(predict_shards, config, store, decode, loaded, cutting, accelerator)
         try:
-            if mine:
-                make(mine, "")
+            make_missing(store, mine, make)
             still = take_over(config, store, cutting.num_shards, accelerator, make)
         except RuntimeError as error:
             if not out_of_memory(error):
@@ -222,6 +220,18 @@ def predict_shards(
         pending.finish()
 
 
+def make_missing(
+    store: Store, shards: Mapping[str, int], make: Callable[[Sequence[int], str], None]
+) -> None:
+    """Make those of some shards, name -> number, that do not exist.
+
+    After a shard that another rank has made meanwhile, it starts again with those still missing.
+    """
+    while missing := [shards[name] for name in shards.keys() - {*store.names()}]:
+        with suppress(ShardExistsError):
+            make(sorted(missing), "")
+
+
 def take_over(
     config: PredictConfig,
     store: Store,
@@ -251,7 +261,8 @@ def take_over(
         # Each rank starts with another shard.
         for name in missing[rank % len(missing) :] + missing[: rank % len(missing)]:
             if not store.exists(name):
-                make([numbers[name]], f"{WORK_DIR}/rank-{rank}")
+                with suppress(ShardExistsError):
+                    make([numbers[name]], f"{WORK_DIR}/rank-{rank}")
                 # Of a rank that may be stopped or killed.
                 store.remove(f".{name}.tmp")
     return left

@@ -8,8 +8,7 @@ The launcher decides devices, process count and precision; everything else is a 
 
 import signal
 import sys
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
@@ -26,12 +25,13 @@ from pipelines.reporting.compose import write_report_safely
 from pipelines.runtime.command import launched_rank, run_command
 from pipelines.runtime.errors import INTERRUPTED, RunError
 from pipelines.runtime.run_folder import RunFolder, RunLock
-from pipelines.training.budget import STOPPING
+from pipelines.training.budget import STOPPING, ignore_repeated_signal
 from pipelines.training.checkpoints import Checkpoints, TrainState
 from pipelines.training.encoders import drop_gradients, freeze_encoder
 from pipelines.training.fold_runs import plan_folds
 from pipelines.training.optim import clip_gradients, learning_rate, set_learning_rate
 from pipelines.training.options import TrainConfig
+from pipelines.training.passes import uncompiled
 from pipelines.training.setup import (
     Training,
     TrainSetup,
@@ -45,6 +45,7 @@ from pipelines.training.setup import (
 from pipelines.training.step_failures import describe_not_finite, refuse_many_skips
 from pipelines.training.validation import (
     choose_validation,
+    has_ended,
     is_finished,
     out_of_patience,
     update_best,
@@ -87,7 +88,7 @@ def run_one(config: TrainConfig, *, more: bool) -> EndedRun:
         state = choose_validation(setup, state)
         setup = resolve_passes(setup, accelerator, learner)
         data = open_splits(setup, accelerator)
-        if is_finished(setup, state):
+        if is_finished(setup, state) and has_ended(folder, state.step):
             if not more:
                 accelerator.end_training()
             code = finish_run(setup, accelerator, state, None, "already finished", more=more)
@@ -96,9 +97,9 @@ def run_one(config: TrainConfig, *, more: bool) -> EndedRun:
         state = replace(state, tracking_id=training.tracker.run_id)
         state, scores = train(training, state, checkpoints)
         finish_saving(checkpoints, accelerator)
+        if schedule.val and (state.val_images or scores is None):
+            scores = score_all(training)
         end = "interrupted" if training.budget.interrupted else "finished"
-        if state.val_images and scores is not None and end == "finished":
-            scores = score_validation(training, None)
         training.progress.close()
         training.tracker.finish(folder.best)
         if not more:
@@ -292,8 +293,23 @@ def validate(
     return state, scores
 
 
-def score_validation(training: Training, num_images: int | None) -> Scores:
-    """Score `num_images` of the validation split, evenly spread; None: all."""
+def score_all(training: Training) -> Scores | None:
+    """Score all of the validation split for the table at the end; None if a signal interrupts."""
+    budget = training.budget
+    try:
+        if not budget.interrupted:
+            return score_validation(training, None, stop=lambda: budget.stop_requested)
+    except score.IncompleteScoresError:
+        budget.agree()
+        if not budget.interrupted:
+            raise
+    return None
+
+
+def score_validation(
+    training: Training, num_images: int | None, stop: Callable[[], bool] | None = None
+) -> Scores:
+    """Score `num_images` of the validation split, evenly spread; None: all. `stop`: see `score`."""
     config = training.setup.config
     with uncompiled(config.compute.compile):
         return score.score(
@@ -303,12 +319,8 @@ def score_validation(training: Training, num_images: int | None) -> Scores:
             "val",
             config.tiles,
             num_images=num_images,
+            stop=stop,
         )
-
-
-def uncompiled(compiled: bool) -> AbstractContextManager[None]:
-    """Run a compiled network eagerly: each size of image would be compiled separately."""
-    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 
 def save(training: Training, state: TrainState, checkpoints: Checkpoints, *, is_best: bool) -> None:
@@ -365,11 +377,6 @@ def finish_run(
         if not interrupted and not more:
             print_next_commands(config)
     return INTERRUPTED if interrupted and accelerator.num_processes == 1 else 0
-
-
-def ignore_repeated_signal() -> None:
-    """Ignore SIGUSR1, which schedulers may repeat: at exit, Python restores that it kills."""
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 def print_next_commands(config: TrainConfig) -> None:

@@ -72,6 +72,10 @@ class Metrics:
 MEANS_ONLY = Metrics()
 
 
+class IncompleteScoresError(DataError):
+    """Not every image was scored."""
+
+
 @torch.inference_mode()
 def score(
     model: UNet | Ensemble,
@@ -82,11 +86,12 @@ def score(
     metrics: Metrics = MEANS_ONLY,
     num_images: int | None = None,
     rule: MaskRule = ARGMAX,
+    stop: Callable[[], bool] | None = None,
 ) -> Scores:
     """Predict every image of a split with the unwrapped model and score it; see `count_split`.
 
     `num_images`: predict only that many, evenly spread over the split; `rule`: how probabilities
-    become a mask.
+    become a mask. `stop`: asked before each batch whether this rank leaves out the rest.
     """
     spec, was_training = require_spec(model), model.training
     assert spec.classes == data.manifest.classes
@@ -94,6 +99,8 @@ def score(
 
     def predict(batches: Iterator[Batch]) -> Iterator[tuple[Batch, Tensor]]:
         for batch in batches:
+            if stop is not None and stop():
+                return
             observe = observe_blocks(metrics.probabilities, batch.mask)
             prediction, _ = predict_mask(forward, batch.image, tiles, model.config, rule, observe)
             yield batch, prediction
@@ -118,7 +125,7 @@ def count_split(
     """Compare predictions with the masks of every image of a split, at its own size.
 
     The only communication is the reduction of the counts at the end. Every rank must call this and
-    gets the scores. Raises DataError if not every sample was counted.
+    gets the scores. Raises IncompleteScoresError, on every rank, if not every sample was counted.
     """
     num_samples = num_images or data.manifest.split(split, data.store).samples
     classes, device = data.manifest.classes, accelerator.device
@@ -148,7 +155,7 @@ def count_split(
             bar.update(min(estimate, num_samples - bar.n))
     scores = confusions.scores()
     if scores.num_images != num_samples:
-        raise DataError(
+        raise IncompleteScoresError(
             f"{scores.num_images} samples of {split} were scored, but it has {num_samples}"
         )
     return scores

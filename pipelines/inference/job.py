@@ -100,6 +100,10 @@ class JobOrigin:
     """Of the probabilities, with --calibrated."""
 
 
+class ShardExistsError(Exception):
+    """Another rank has made the shard that this rank was making."""
+
+
 def write_shard(
     results: ResultOptions, store: Store, number: int, spec: DataSpec, within: str = ""
 ) -> Generator[None, EncodedPrediction | DecodedInput | None, None]:
@@ -107,6 +111,8 @@ def write_shard(
 
     Errors and report are written before the shard. If the generator is closed early, no shard is
     written. `within`: subfolder in which it is written first, if another rank may be writing it.
+
+    Raises ShardExistsError, and writes nothing, if another rank has made the shard meanwhile.
     """
     name, pixels = results.shard_name(number), np.zeros(len(spec.classes) + 1, dtype=np.int64)
     sizes: Counter[tuple[int, int]] = Counter()
@@ -123,6 +129,9 @@ def write_shard(
                 pixels += result.pixels
                 rows += [] if result.objects is None else [(result.key, *result.objects.row)]
                 sizes[result.width, result.height] += 1
+            if store.exists(name):
+                # The job may be complete and its reports removed, after this rank was stopped.
+                raise ShardExistsError(name)
             file = writer.seal()
             if errors:
                 store.write(errors_name(name), "".join(errors).encode(), WORK_DIR)

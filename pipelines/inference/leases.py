@@ -2,8 +2,8 @@
 
 While a rank makes progress it counts up in a small file of its own. The others read that file once
 they have nothing left to do, and measure with their own clock how long it stays the same, so that
-neither clocks nor process ids are compared over hosts. Two ranks may make one shard: its bytes are
-equal and it is renamed into place, so that the later one changes nothing.
+neither clocks nor process ids are compared over hosts. Two ranks may make one shard: the later one
+discards it and looks for what is missing.
 """
 
 import time
@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from pipelines.inference.options import WORK_DIR
+from shards.manifest import MANIFEST
 from shards.store import Store
 
 RENEWALS = 4
@@ -29,11 +30,15 @@ class Lease:
     count: int = field(default=0, init=False)
 
     def renew(self) -> None:
-        """Count up in the file of this rank, at most `RENEWALS` times in the timeout."""
+        """Count up in the file of this rank, at most `RENEWALS` times in the timeout.
+
+        Writes nothing if the others have completed the job, which has removed these files.
+        """
         now = time.monotonic()
         if now - self.renewed >= self.seconds / RENEWALS:
             self.renewed, self.count = now, self.count + 1
-            self.store.write(lease_name(self.rank), str(self.count).encode(), WORK_DIR)
+            if not self.store.exists(MANIFEST):
+                self.store.write(lease_name(self.rank), str(self.count).encode(), WORK_DIR)
 
 
 def lease_name(rank: int) -> str:

@@ -152,6 +152,11 @@ class Budget:
         return NotFinite(int(step), tuple(compress(self.watched, found)))
 
 
+def ignore_repeated_signal() -> None:
+    """Ignore SIGUSR1, which schedulers may repeat: at exit, Python restores that it kills."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
+
 def end_at_once(_number: int, _frame: FrameType | None) -> None:
     """End this process without cleanup, as SIGKILL would, with the exit code of Ctrl-C."""
     write_line("Ctrl-C again: ended at once; rerun the same command to resume from its checkpoints")

@@ -1,7 +1,7 @@
 """Training passes: their context on a device, and how a step divides into them."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -57,6 +57,11 @@ class TrainingPass:
             f"{self.crop_size} pixels does not fit into the memory of the GPU{peak} ({reason}); "
             f"{', '.join(remedies[:-1])}{' or ' if remedies[1:] else ''}{remedies[-1]}"
         )
+
+
+def uncompiled(compiled: bool) -> AbstractContextManager[None]:
+    """Run a compiled network eagerly: each size of image would be compiled separately."""
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 
 def refuse_uneven_batch(samples: int, world: int, passes: int) -> None:

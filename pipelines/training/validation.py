@@ -4,9 +4,11 @@ import sys
 from dataclasses import replace
 
 from pipelines.loading.sample_size import choose_num_images
+from pipelines.runtime.run_folder import RunFolder
 from pipelines.training.checkpoints import TrainState
 from pipelines.training.options import TrainConfig
 from pipelines.training.setup import TrainSetup
+from shards.documents import parse_json
 
 MIN_IMAGES = 32
 """Images that are scored in any case, so that scores of checkpoints can be compared."""
@@ -51,8 +53,17 @@ def out_of_patience(config: TrainConfig, state: TrainState) -> bool:
     return patience is not None and state.stale >= patience
 
 
+def has_ended(folder: RunFolder, step: int) -> bool:
+    """Whether the run wrote its table and report at a step, and then its state.json."""
+    try:
+        plain = parse_json(folder.state.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return False
+    return plain.get("finished") is True and plain.get("step") == step
+
+
 def is_finished(setup: TrainSetup, state: TrainState) -> bool:
-    """Whether the last checkpoint is the end of the run."""
+    """Whether the last checkpoint is that of the end of the run."""
     spent = setup.limits.progress(state.step, state.seconds) >= 1
     validated = state.validated == state.step or not setup.config.schedule.val
     return (spent and validated) or out_of_patience(setup.config, state)

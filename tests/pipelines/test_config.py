@@ -171,6 +171,7 @@ def test_an_invalid_file_is_refused_in_one_line(
         ("pair: [1]", "--pair 1: takes 2 values (INT INT), got 1"),
         ("much: some", "--much some: not a whole number or auto"),
         ("out_dir: ''", "--out-dir '': is empty; give a path"),
+        ("out_dir: s3://b/out", "--out-dir s3://b/out: is a URL; give a local path"),
     ],
 )
 def test_a_value_of_the_wrong_type_is_refused(
@@ -230,6 +231,7 @@ def test_a_missing_file_is_reported(
         (["--out-dir", "o", "--pair", "1"], "--pair 1: takes 2 values (INT INT), got 1"),
         (["--out-dir", "o", "--values", "1", "2 3"], "--values 1 '2 3': not a whole number"),
         (["--out-dir="], "--out-dir '': is empty; give a path"),
+        (["--out-dir", "s3://b/out"], "--out-dir s3://b/out: is a URL; give a local path"),
     ],
 )
 def test_a_wrong_flag_or_value_is_refused_in_one_line(

@@ -1,14 +1,19 @@
 """`inference.leases`: a stalled rank is reported, and the others take over its shards."""
 
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
+from pipelines import predict
+from pipelines.inference.job import write_shard
 from pipelines.inference.leases import Lease, lease_name, read_lease, wait_for_ranks
+from pipelines.inference.options import WORK_DIR
 from shards.store import Store
 
 
@@ -45,9 +50,51 @@ def test_a_lease_is_written_rarely(tmp_path: Path) -> None:
     assert (tmp_path / lease_name(0)).read_bytes() == b"1"
 
 
+def test_a_lease_is_not_written_into_a_complete_job(tmp_path: Path) -> None:
+    (tmp_path / "index.json").touch()
+    Lease(Store(tmp_path), 0, 100.0).renew()
+    assert os.listdir(tmp_path) == ["index.json"]
+
+
+@pytest.mark.parametrize("part", [(), ("--part", "1/3")], ids=["all shards", "one shard"])
+def test_shards_that_others_made_while_a_rank_was_stopped_stay_as_they_are(
+    part: tuple[str, ...], draw, make_checkpoint, call, content, monkeypatch, tmp_path: Path
+) -> None:
+    images = draw(tmp_path / "in", 6, size=(20, 20)) / "images"
+    flags = ["--checkpoint", make_checkpoint(), "--input", images, "--workers", 0]
+    flags += ["--samples-per-shard", 2]
+    (images / "broken.png").write_bytes(b"")
+    alone, others, out = tmp_path / "alone", tmp_path / "others", tmp_path / "out"
+    assert call("predict", *flags, "--out", alone).code == 3
+    assert call("predict", *flags, *part, "--out", others).code == 3
+    made: list[str] = []
+
+    def stop_at_the_first(store: Store, name: str, *more: Any) -> Any:
+        if not made:
+            shutil.copytree(others, out, dirs_exist_ok=True, ignore=lambda *_: ["job.json"])
+            # As the rank that completes the job does.
+            shutil.rmtree(out / WORK_DIR if not part else out / "none", ignore_errors=True)
+        made.append(name)
+        return write_shard(store, name, *more)
+
+    monkeypatch.setattr(predict, "write_shard", stop_at_the_first)
+    assert call("predict", *flags, "--out", out).code == 3
+    assert content(out) == content(alone)
+    assert made.count("predicted-000000.tar") == 1
+
+
 @pytest.mark.ranks
-def test_a_stopped_rank_does_not_hold_a_job(
-    draw, make_checkpoint, call, spawn_ranks, wait_for, kill, content, tmp_path: Path
+@pytest.mark.parametrize("last", [signal.SIGKILL, signal.SIGCONT], ids=["killed", "continued"])
+def test_a_stopped_rank_neither_holds_a_job_nor_changes_it_later(
+    last: signal.Signals,
+    draw,
+    make_checkpoint,
+    call,
+    spawn_ranks,
+    wait_for,
+    kill,
+    content,
+    tmp_path: Path,
 ) -> None:
     images = draw(tmp_path / "in", 24, size=(40, 40)) / "images"
     flags = ["--checkpoint", make_checkpoint(), "--input", images, "--workers", 0]
@@ -65,8 +112,9 @@ def test_a_stopped_rank_does_not_hold_a_job(
         wait_for((out / "index.json").exists, "the manifest", 60)
         # What torch's launcher does 30 s after its SIGTERM.
         wait_for(lambda: not (out / ".predict").exists(), "the end of rank 0", 60)
-        time.sleep(0.2)
-        os.kill(stopped.pid, signal.SIGKILL)
+        if last == signal.SIGKILL:
+            time.sleep(0.2)
+        os.kill(stopped.pid, last)
         _, err = process.communicate(timeout=60)
     finally:
         kill(process)

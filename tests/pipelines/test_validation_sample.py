@@ -4,10 +4,13 @@ It scores the same images on any number of ranks and after a resume; the last ta
 """
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
 
+from pipelines import train
 from pipelines.evaluation import score
 from pipelines.loading.sample_size import choose_num_images
 from pipelines.training import validation
@@ -87,6 +90,45 @@ def test_a_run_validates_on_a_sample_and_ends_with_the_table_of_all(
     assert scored == [1, 1, total, 1, total, 1, total]
 
 
+@pytest.mark.parametrize("share", ["1e9", "0"])
+def test_a_signal_ends_the_table_at_the_end_and_a_rerun_makes_it(
+    share: str, shards: Path, tiny, call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(validation, "MIN_IMAGES", 1)
+    flags = ["--data", shards, "--run-dir", tmp_path, *tiny, "--workers", 0, "--steps", 1]
+    flags += ["--tiles.batch-size", 1, "--val-share", share]
+    predicted: list[int] = []
+    predict_mask, finish = score.predict_mask, train.finish_saving
+
+    def count(*arguments, **named):
+        predicted.append(1)
+        if len(predicted) == 2 and share == "0":
+            # The second image of four, of the table at the end.
+            os.kill(os.getpid(), signal.SIGTERM)
+        return predict_mask(*arguments, **named)
+
+    def end(*arguments):
+        finish(*arguments)
+        if share == "1e9":
+            raise KeyboardInterrupt  # as if killed before state.json
+
+    monkeypatch.setattr(score, "predict_mask", count)
+    monkeypatch.setattr(train, "finish_saving", end)
+    stopped = call("train", *flags)
+    assert stopped.code == (75 if share == "0" else 130)
+    assert "finished at step" not in stopped.out
+    assert len(predicted) == (2 if share == "0" else 4)
+    monkeypatch.undo()
+    rerun = call("train", *flags)
+    assert rerun.code == 0, rerun.err
+    assert "finished at step 1" in rerun.out
+    assert "macro" in rerun.out
+    assert (tmp_path / "report.html").exists()
+    again = call("train", *flags)
+    assert again.code == 0
+    assert "had already finished at step 1" in again.out
+
+
 def test_all_images_are_scored_where_the_share_allows_it(
     shards: Path, tiny, call, tmp_path: Path
 ) -> None:
@@ -97,3 +139,34 @@ def test_all_images_are_scored_where_the_share_allows_it(
     wrong = call("train", *flags, "--val-share", -1)
     assert wrong.code == 2
     assert "--val-share must be >= 0, got -1.0" in wrong.message
+
+
+@pytest.mark.ranks
+def test_the_sample_has_equal_scores_on_two_ranks_and_after_a_resume(
+    draw, tiny, call, launch, metrics, tmp_path: Path
+) -> None:
+    images, data = draw(tmp_path / "in", 50, size=(24, 24)), tmp_path / "data"
+    pairs = ("--images", images / "images", "--masks", images / "masks", "--mask-format", "binary")
+    pack = call("pack", *pairs, "--val-fraction", 0.9, "--workers", 1, "--out", data)
+    assert pack.code == 0, pack.err
+    flags = ["--data", data, *tiny, "--workers", 0, "--eval-every", 1, "--val-share", 0]
+    # So small a rate leaves the weights as they are: ranks add gradients in another order.
+    flags += ["--optim.lr", "1e-30"]
+    whole, parts, ranks = tmp_path / "whole", tmp_path / "parts", tmp_path / "ranks"
+    ended = [
+        call("train", *flags, "--run-dir", whole, "--steps", 2),
+        call("train", *flags, "--run-dir", parts, "--steps", 1),
+        call("train", *flags, "--run-dir", parts, "--steps", 2),
+        launch(2, "train", *flags, "--run-dir", ranks, "--steps", 2),
+    ]
+    for end in ended:
+        assert end.code == 0, end.err
+        assert end.err.count("validation during training: 32 of 4") == 1
+
+    def scores(run: Path) -> list[dict[str, float]]:
+        lines = [line for line in metrics(run) if "val/dice" in line]
+        return [{k: v for k, v in line.items() if not k.startswith("train/")} for line in lines]
+
+    assert [line["step"] for line in scores(whole)] == [1, 2]
+    assert 0 < scores(whole)[-1]["val/dice"] < 1
+    assert scores(parts) == scores(whole) == scores(ranks)
