@@ -11,7 +11,7 @@ from shards.local_files import open_file
 from shards.sample import DataError
 
 MAX_PEEKED = 2000
-"""Elements that are looked at."""
+"""Number of elements that are examined."""
 YOLO_LINE = re.compile(rb"\s*[0-9]{1,6}(\.0*)?([ \t]+[-+.0-9eE]+){4,}\s*")
 """A line of YOLO: a class and at least four numbers."""
 
