@@ -159,7 +159,7 @@ class ShardCache:
             try:
                 stats = [path.stat() for path in paths]
             except FileNotFoundError:
-                # One of them was renamed in the meantime.
+                # One of them has been renamed.
                 continue
             return [
                 (stat.st_mtime, stat.st_size, path) for stat, path in zip(stats, paths, strict=True)

@@ -1,4 +1,4 @@
-"""What a killed process leaves in /dev/shm and in the temporary folder; the next start removes it.
+"""Leftovers of killed processes in /dev/shm and the temporary folder, removed by the next start.
 
 Its name holds the machine (or container) and the process that owns it. Semaphores of worker
 processes that are not forked have names until their process ends: eleven per killed command.

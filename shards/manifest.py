@@ -21,13 +21,13 @@ MANIFEST = "index.json"
 FORMAT = "unet-shards"
 VERSION = 2
 MIN_SAMPLE_BYTES = 1024
-"""Of a sample in a shard: the header and the content of its image, in blocks of 512 bytes."""
+"""Minimum size of a sample in a shard: header and content of its image, in blocks of 512 bytes."""
 MAX_SIDE = 2**31 - 1
 Level = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 Mode = Annotated[str, msgspec.Meta(pattern="^[A-Za-z0-9;-]{1,16}$")]
-"""Mode of an image in Pillow."""
+"""Pillow's mode of an image."""
 READING_RULES = ("exif", "frame", "resize")
-"""Fields of `image_format` that manifests had not at first."""
+"""Fields of `image_format` that the first manifests lack."""
 MAX_SIZES = 4096
 """Distinct image sizes that a manifest lists; if there are more, they are rounded down."""
 
@@ -247,7 +247,7 @@ def find_contradictions(manifest: Manifest, counts: dict[str, Any]) -> Iterator[
 
 
 def find_shard_contradictions(split: str, info: SplitInfo, num_classes: int) -> Iterator[str]:
-    """Describe shards of a split that no file can be like, and sizes that do not add up."""
+    """Describe entries of a split that no shard can have, and sizes that do not add up."""
     for shard in info.shards:
         if not is_safe_path(shard.name) or "::" in shard.name or not shard.name.endswith(".tar"):
             yield f"shard {shard.name!r} is not the path of a tar within the folder"

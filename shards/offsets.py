@@ -138,7 +138,7 @@ def find_contradiction(image: MemberRange, members: list[MemberRange]) -> str | 
         if not named and member.extension != MASK_EXTENSION:
             return f"{member.name} is listed as .{member.extension}"
     if len(members) > 1:
-        # Without an image, a mask of another program names the key no more.
+        # Without an image, the mask of another program no longer gives the key.
         by_name = image.extension != MASK_EXTENSION
         key = posixpath.normpath(image.name[: -len(image.extension) - 1]) + "."
         for member in members:

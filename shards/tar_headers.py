@@ -1,7 +1,7 @@
 """The headers of a tar (USTAR, PAX, GNU), walked in bounded time and memory.
 
 `tarfile` reads headers of any claimed size into memory, goes back for negative sizes, takes
-quadratic time for some PAX records and keeps every member: too much trust in files from others.
+quadratic time for some PAX records and keeps every member: it trusts its input too much.
 """
 
 import io
@@ -37,7 +37,7 @@ class TarMember(NamedTuple):
 
     name: str
     offset: int
-    """Of its first byte of data."""
+    """Offset of its first byte of data."""
     size: int
     kind: Kind
     """`other` is a link, a device, a pipe or of a type that is not known."""
@@ -52,7 +52,7 @@ class Extension:
     sparse: bool = False
 
     def merge(self, other: "Extension") -> None:
-        """Take what only the other one states."""
+        """Fill in what only the other one states."""
         self.name = other.name if self.name is None else self.name
         self.size = other.size if self.size is None else self.size
         self.sparse |= other.sparse
@@ -66,9 +66,9 @@ class TarWalk:
     path: Path | str
     """Path or URL, for messages."""
     length: int
-    """Bytes of the file."""
+    """Size of the file in bytes."""
     place: int = 0
-    """Of the next header."""
+    """Offset of the next header."""
     num_members: int = 0
     common: Extension = field(default_factory=Extension)
     """From global headers."""

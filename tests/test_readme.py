@@ -126,16 +126,17 @@ def test_no_page_has_a_placeholder_or_an_empty_section() -> None:
 def test_the_front_page_is_short_and_every_link_leads_somewhere() -> None:
     assert len((REPO / "README.md").read_text().splitlines()) <= 150
     for page in PAGES:
-        text = (REPO / page).read_text()
-        anchors = {
-            re.sub(r"[^a-z0-9 -]", "", heading.lower()).replace(" ", "-")
-            for heading in re.findall(r"^#+ (.*)$", FENCE.sub("", text), re.MULTILINE)
-        }
-        for target in re.findall(r"\]\(([^)]+)\)", text):
-            if target.startswith("#"):
-                assert target[1:] in anchors, f"{page}: {target}"
-            else:
-                assert ((REPO / page).parent / target).exists(), f"{page}: {target}"
+        for target in re.findall(r"\]\(([^)]+)\)", (REPO / page).read_text()):
+            path, _, anchor = target.partition("#")
+            linked = (REPO / page).parent / path if path else REPO / page
+            assert linked.exists(), f"{page}: {target}"
+            assert not anchor or anchor in anchors(linked), f"{page}: {target}"
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the anchors that GitHub gives the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", FENCE.sub("", page.read_text()), re.MULTILINE)
+    return {re.sub(r"[^a-z0-9 -]", "", text.lower()).replace(" ", "-") for text in headings}
 
 
 def test_the_python_example_runs(trained: Path) -> None:

@@ -19,12 +19,12 @@ from shards.annotations.signatures import name_other_format, require_file
 from shards.sample import DataError, is_safe_path
 
 PNG_START = b"\x89PNG\r\n\x1a\n"
-"""Where the JSON of a panoptic record ends: JSON cannot contain these bytes."""
+"""Separates the JSON of a panoptic record from its PNG: JSON cannot contain these bytes."""
 KEYS = ("images", "annotations", "categories")
 
 
 class CocoIndex:
-    """Where the images and annotations of a file are, and which belong together."""
+    """Byte positions of the images and annotations of a file, and how they are linked."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -106,7 +106,7 @@ class CocoIndex:
         if len(own) > 1:
             raise DataError(f"{where} has {len(own)} annotations, one panoptic; keep that one")
         name, labels = self.segments[own[0]]
-        # Beside the JSON there is a folder of its name, as in the archives of COCO.
+        # As in COCO's archives, a folder named like the JSON lies beside it.
         return f"{self.path.stem}/{name}", list(labels)
 
     def finish(self) -> Scan:

@@ -1,4 +1,4 @@
-"""JSON files larger than memory: the elements of the arrays at their top, with their bytes."""
+"""JSON files larger than memory: the elements of their top-level arrays, with their bytes."""
 
 import json
 from collections.abc import Iterator
@@ -10,18 +10,18 @@ from shards.local_files import open_file
 from shards.sample import DataError
 
 WINDOW = 8 * 2**20
-"""Bytes that are read at once."""
+"""Number of bytes per read."""
 MAX_ELEMENT = 512 * 2**20
-"""Elements of more bytes are refused: an element has to fit into memory several times."""
+"""Larger elements are refused: an element has to fit into memory several times."""
 SPACE = " \t\r\n"
 
 
 @dataclass(frozen=True, slots=True)
 class Element:
-    """An element of an array at the top of a JSON file, or a value there: no array, or empty."""
+    """An element of a top-level array of a JSON file, or a top-level value without elements."""
 
     key: str
-    """Key at the top; empty if the file is an array."""
+    """Top-level key; empty if the file is an array."""
     value: Any
     start: int
     stop: int

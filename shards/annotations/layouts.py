@@ -40,7 +40,7 @@ class KnownLayout:
     group_by: str | None = None
     """Regular expression of what stays in one split."""
     notes: tuple[str, ...] = ()
-    """Files that the layout leaves out, with their number."""
+    """Files that the layout omits, with their number."""
 
 
 def read_layout(name: LayoutName, root: Path, cityscapes_ids: CityscapesIds) -> KnownLayout:

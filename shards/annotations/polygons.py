@@ -23,10 +23,10 @@ SCALE = 5
 
 @dataclass(frozen=True, slots=True)
 class OutlineFlaws:
-    """What is unusual about an outline, for the report."""
+    """Flaws of an outline, for the report."""
 
     clipped: bool = False
-    """It leaves the image."""
+    """Whether it extends beyond the image."""
     degenerate: str = ""
     """Why it has no area; empty if it has one."""
 
@@ -61,7 +61,7 @@ def read_points(values: object) -> Points:
 
 
 def find_flaws(points: Points, size: Size | None) -> OutlineFlaws:
-    """Find out whether a polygon leaves the image of (width, height), and whether it has an area.
+    """Check whether a polygon extends beyond the image of (width, height), and has an area.
 
     `size` None: the size of the image is not known.
     """

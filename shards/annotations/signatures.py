@@ -15,7 +15,7 @@ from shards.sample import DataError
 MAX_FILES = 5
 """Files of a folder that are looked at."""
 MAX_PEEKED = 2000
-"""Elements that are looked at."""
+"""Number of elements that are examined."""
 YOLO_LINE = re.compile(rb"\s*[0-9]{1,6}(\.0*)?([ \t]+[-+.0-9eE]+){4,}\s*")
 """A line of YOLO: a class and at least four numbers."""
 
