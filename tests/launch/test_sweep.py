@@ -87,6 +87,7 @@ def test_the_agent_starts_runs_of_its_own_id_with_its_settings(
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0, ended.stderr
     run_dir = tmp_path / "sweeps" / "abcd1234" / "run5678"
+    monkeypatch.undo()  # what the agent set is not for the reader
     (run,) = (run_dir / "wandb").glob("offline-run-*-run5678")
     records = inspect(run)
     settings: dict[str, Any] = {}

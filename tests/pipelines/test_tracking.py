@@ -47,7 +47,7 @@ def test_without_a_key_wandb_writes_the_same_numbers_offline_and_a_resume_resume
     history: dict[int, dict[str, Any]] = {}
     for run in runs:
         records = inspect(run)
-        (config,) = (r["config"]["update"] for r in records if "steps" in str(r.get("config")))
+        config, *_ = (r["config"]["update"] for r in records if "steps" in str(r.get("config")))
         assert (config["global_batch_size"], config["optim.schedule"]) == (4, "cosine")
         for record in (r["history"] for r in records if r["type"] == "history"):
             values = record["values"] if "values" in record else record["item"]

@@ -65,7 +65,7 @@ def test_a_fold_is_in_the_group_of_its_folder_with_tags_and_notes(
 
 
 def test_the_settings_have_the_names_of_their_flags(train_fold: tuple[Path, Stored]) -> None:
-    (config,) = (
+    config, *_ = (
         record["config"]["update"]
         for record in train_fold[1].records
         if "optim.lr" in str(record.get("config"))
