@@ -8,7 +8,7 @@ The launcher decides devices, process count and precision; everything else is a 
 
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
@@ -17,9 +17,16 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from pipelines.evaluation import score, table
-from pipelines.evaluation.examples import draw_batch, draw_validation
+from pipelines.evaluation import table
+from pipelines.evaluation.examples import draw_batch
 from pipelines.evaluation.held_out import cross_validate
+from pipelines.evaluation.validation import (
+    Validation,
+    predict_validation,
+    score_all,
+    score_validation,
+    track_images,
+)
 from pipelines.loading.stages import Batch
 from pipelines.reporting.compose import write_report_safely
 from pipelines.runtime.command import launched_rank, run_command
@@ -31,7 +38,6 @@ from pipelines.training.encoders import drop_gradients, freeze_encoder
 from pipelines.training.fold_runs import plan_folds
 from pipelines.training.optim import clip_gradients, learning_rate, set_learning_rate
 from pipelines.training.options import TrainConfig
-from pipelines.training.passes import uncompiled
 from pipelines.training.setup import (
     Training,
     TrainSetup,
@@ -95,15 +101,18 @@ def run_one(config: TrainConfig, *, more: bool) -> EndedRun:
             return EndedRun(accelerator, state, code, interrupted=False)
         training = open_training(setup, accelerator, data, learner, state)
         state = replace(state, tracking_id=training.tracker.run_id)
-        state, scores = train(training, state, checkpoints)
+        state, validation = train(training, state, checkpoints)
         finish_saving(checkpoints, accelerator)
-        if schedule.val and (state.val_images or scores is None):
-            scores = score_all(training)
+        if schedule.val and (state.val_images or validation is None):
+            validation = score_all(training)
         end = "interrupted" if training.budget.interrupted else "finished"
+        if validation is not None and validation.images is not None and end == "finished":
+            track_images(training, validation.images)
         training.progress.close()
-        training.tracker.finish(folder.best)
+        training.tracker.finish()
         if not more:
             accelerator.end_training()
+        scores = None if validation is None else validation.scores
         code = finish_run(setup, accelerator, state, scores, end, more=more)
         if more:
             # A signal since the last step, for example during the validation at the end.
@@ -149,10 +158,10 @@ def run_folds(config: TrainConfig, count: int) -> int:
 
 def train(
     training: Training, state: TrainState, checkpoints: Checkpoints
-) -> tuple[TrainState, Scores | None]:
+) -> tuple[TrainState, Validation | None]:
     """Train until a limit is reached, patience runs out or a signal interrupts the run.
 
-    Returns the state at the end, and the scores of the last validation if there was one.
+    Returns the state at the end, and the last validation if there was one.
     """
     config, passes, accelerator, budget = (
         training.setup.config,
@@ -160,15 +169,15 @@ def train(
         training.accelerator,
         training.budget,
     )
-    scores = None
+    validation = None
     while not budget.interrupted:
         checkpoints.raise_failure()
         if validation_due(training, state):
-            state, scores = validate(training, state, checkpoints)
+            state, validation = validate(training, state, checkpoints)
         elif budget.step > training.first_step and checkpoint_due(training):
             save(training, state, checkpoints, is_best=False)
         if budget.spent or out_of_patience(config, state):
-            return state, scores
+            return state, validation
 
         lr = learning_rate(config.optim, budget.progress)
         set_learning_rate(training.optimizer, lr)
@@ -195,7 +204,7 @@ def train(
             log_step(training, lr)
     # A signal interrupted the run: every other end returns above.
     save(training, state, checkpoints, is_best=False)
-    return state, scores
+    return state, validation
 
 
 def next_batch(training: Training) -> Batch:
@@ -268,59 +277,20 @@ def checkpoint_due(training: Training) -> bool:
 
 def validate(
     training: Training, state: TrainState, checkpoints: Checkpoints
-) -> tuple[TrainState, Scores]:
+) -> tuple[TrainState, Validation]:
     """Score the validation split, save a checkpoint, and report both."""
-    config, step = training.setup.config, training.budget.step
-    scores = score_validation(training, state.val_images or None)
+    step = training.budget.step
+    validation = score_validation(training, state.val_images or None)
+    scores = validation.scores
     training.tracker.log(step, table.named(scores, "val"))
     training.progress.print_line(f"step {step}: {table.headline(scores, 'val')}")
-    state = update_best(state, metrics.mean_of(scores, config.schedule.best_by) or 0.0)
+    best_by = training.setup.config.schedule.best_by
+    state = update_best(state, metrics.mean_of(scores, best_by) or 0.0)
     save(training, state, checkpoints, is_best=state.stale == 0)
-    draw = partial(
-        draw_validation,
-        *(
-            training.learner.scored,
-            training.accelerator,
-            training.data,
-            config.tiles,
-            config.tracking.pictures,
-        ),
-    )
-    with uncompiled(config.compute.compile):
-        training.tracker.show(step, "val/pictures", draw)
+    training.tracker.show_examples(step, "val/pictures", partial(predict_validation, training))
     training.progress.dice = scores.macro.dice
     training.meter.reset()
-    return state, scores
-
-
-def score_all(training: Training) -> Scores | None:
-    """Score all of the validation split for the table at the end; None if a signal interrupts."""
-    budget = training.budget
-    try:
-        if not budget.interrupted:
-            return score_validation(training, None, stop=lambda: budget.stop_requested)
-    except score.IncompleteScoresError:
-        budget.agree()
-        if not budget.interrupted:
-            raise
-    return None
-
-
-def score_validation(
-    training: Training, num_images: int | None, stop: Callable[[], bool] | None = None
-) -> Scores:
-    """Score `num_images` of the validation split, evenly spread; None: all. `stop`: see `score`."""
-    config = training.setup.config
-    with uncompiled(config.compute.compile):
-        return score.score(
-            training.learner.scored,
-            training.accelerator,
-            training.data,
-            "val",
-            config.tiles,
-            num_images=num_images,
-            stop=stop,
-        )
+    return state, validation
 
 
 def save(training: Training, state: TrainState, checkpoints: Checkpoints, *, is_best: bool) -> None:

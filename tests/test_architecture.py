@@ -26,9 +26,9 @@ STAGES: dict[str, set[str]] = {
     "packing": {"runtime"},
     "loading": {"runtime"},
     "model": {"runtime"},
-    "training": {"runtime", "loading", "model"},
+    "training": {"runtime", "drawing", "loading", "model"},
     "inference": {"runtime", "drawing", "model"},
-    "evaluation": {"runtime", "drawing", "loading", "model", "inference"},
+    "evaluation": {"runtime", "drawing", "loading", "model", "training", "inference"},
     "reporting": {"runtime", "drawing", "loading", "model", "evaluation"},
 }
 """The sub-packages of pipelines and those that each may import: a DAG, listed bottom up."""

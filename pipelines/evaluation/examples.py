@@ -8,13 +8,10 @@ from PIL import Image
 from torch import Tensor
 
 from pipelines.drawing.overlay import draw_overlay
-from pipelines.drawing.panels import Example, draw_panels, side_by_side
+from pipelines.drawing.panels import Example
 from pipelines.loading.dataset import DataSet
 from pipelines.model.forward import make_forward
 from unet import DataSpec, Ensemble, TileConfig, UNet, predict_mask
-
-MAX_SIDE = 512
-"""Longest side of a drawn validation image, in pixels."""
 
 
 @torch.inference_mode()
@@ -54,20 +51,3 @@ def draw_batch(spec: DataSpec, image: Tensor, mask: Tensor, max_images: int) -> 
         draw_overlay(one, classes, spec.palette)
         for one, classes in zip(pixels, mask[:max_images].cpu().numpy(), strict=True)
     ]
-
-
-def draw_validation(
-    model: UNet, accelerator: Accelerator, data: DataSet, tiles: TileConfig, max_images: int
-) -> list[Image.Image]:
-    """Draw a fixed selection of validation images: image, mask, prediction and difference.
-
-    Runs in this process alone. The model keeps its training mode.
-    """
-    num_images = data.manifest.splits["val"].samples
-    positions = sorted({i * num_images // max_images for i in range(max_images)})
-    was_training = model.training
-    examples = predict_examples(model, accelerator, data, "val", positions, tiles)
-    palette = data.manifest.palette
-    drawn = [side_by_side(draw_panels(example, palette, MAX_SIDE)) for example in examples]
-    model.train(was_training)
-    return drawn

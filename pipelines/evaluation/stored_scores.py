@@ -24,6 +24,10 @@ MAX_PIXELS = 2**32
 """Pixels of an image, exclusive."""
 
 
+class MissingScoresError(DataError):
+    """A folder has no scores, or those of other weights or masks; the message has no remedy."""
+
+
 @dataclass(frozen=True, slots=True)
 class StoredClass:
     """Pixels of a class over the split."""
@@ -90,7 +94,7 @@ def read_stored_scores(place: Path) -> StoredScores:
 
 
 def refuse_stale(place: Path, header: Header) -> None:
-    """Raise DataError if a folder has other weights or masks than those that were scored."""
+    """Raise MissingScoresError if a folder has other weights or masks than those scored."""
     scored, now = header.predictions or header.checkpoint, None
     if folds := list_folds(place):
         digests = [hash_weights(fold) for fold in folds]
@@ -100,9 +104,8 @@ def refuse_stale(place: Path, header: Header) -> None:
     elif (place / MANIFEST).is_file():
         now = read_manifest(place).digest
     if now is not None and now != scored:
-        raise DataError(
-            f"{place / SCORES} belongs to another checkpoint or other masks than {place} has now; "
-            "run unet evaluate again"
+        raise MissingScoresError(
+            f"{place / SCORES} belongs to another checkpoint or other masks than {place} has now"
         )
 
 
@@ -112,7 +115,10 @@ def hash_weights(place: Path) -> str:
 
 
 def read_header(place: Path) -> Header:
-    """Read the entries of scores.json that a comparison needs."""
+    """Read the entries of scores.json that a comparison needs.
+
+    Raises MissingScoresError if there is none, DataError if it is damaged.
+    """
     path = place / SCORES
     try:
         plain = parse_json(path.read_bytes())
@@ -127,10 +133,7 @@ def read_header(place: Path) -> Header:
         if not header.classes or not {*header.counted} <= {*header.classes}:
             raise ValueError("classes that are counted are missing")
     except FileNotFoundError as error:
-        raise DataError(
-            f"{place} has no {SCORES}; run unet evaluate --checkpoint {place} (or --predictions) "
-            "--data SHARDS first"
-        ) from error
+        raise MissingScoresError(f"{place} has no {SCORES}") from error
     except OSError as error:
         raise DataError(describe_read_error(error, path)) from error
     except (ValueError, TypeError, KeyError) as error:

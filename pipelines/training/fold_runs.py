@@ -1,5 +1,6 @@
 """The runs of `unet train --folds`: one folder each, in the order of the folds."""
 
+import os
 from dataclasses import replace
 
 from pipelines.model.load import list_folds
@@ -9,7 +10,15 @@ from pipelines.training.options import TrainConfig
 
 
 def plan_folds(config: TrainConfig, count: int) -> list[TrainConfig]:
-    """Return the configuration of each fold. Raises UsageError if the folder holds other runs."""
+    """Return the configuration of each fold.
+
+    Raises UsageError if the folder holds other runs, or in a sweep.
+    """
+    if config.tracking.backend == "wandb" and "WANDB_SWEEP_ID" in os.environ:
+        raise UsageError(
+            f"--folds {count}: a wandb agent starts one run per process, not {count}; sweep with "
+            f"--fold 1/{count}"
+        )
     if RunFolder(config.run_dir).checkpoints.is_dir():
         raise UsageError(
             f"--run-dir {config.run_dir}: is a run itself; --folds takes the folder of the runs "

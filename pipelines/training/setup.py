@@ -358,7 +358,9 @@ def open_training(
         optimizer=optimizer,
         criterion=criterion,
         augment=Augment(config.augment, config.order.seed),
-        tracker=Tracker(accelerator, config.tracking, setup.folder, to_plain(config), state),
+        tracker=Tracker(
+            accelerator, config.tracking, setup.folder, to_plain(config), manifest, state
+        ),
         batches=open_batches(setup, data, device, state.position),
         training_pass=TrainingPass(
             *(device, setup.batch_size, setup.crop_size, config.compute.gradient_checkpointing),

@@ -7,7 +7,7 @@ import os
 import shlex
 import sys
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,19 +19,32 @@ import yaml
 from accelerate import Accelerator
 from PIL import Image
 
+from pipelines.drawing.panels import Example, draw_panels, side_by_side
 from pipelines.runtime.errors import RunError, suggest_write_remedy
 from pipelines.runtime.run_folder import RunFolder
 from pipelines.runtime.yaml_flags import refuse_unused
 from pipelines.training.checkpoints import TrainState
+from pipelines.training.wandb_run import (
+    describe_run,
+    draw_masks,
+    keep_maxima,
+    record_data,
+    record_model,
+)
 from shards.documents import Count
 from shards.images.files import encode_png
 from shards.local_files import read_file
+from shards.manifest import Manifest
 from shards.writer import write_atomically
 
 logger = logging.getLogger(__name__)
 
 INIT_TIMEOUT = 10
 """Seconds for the server of wandb to start a run; otherwise the run is kept offline."""
+MAX_SIDE = 512
+"""Longest side of a drawn validation image, in pixels."""
+MAX_ROWS = 1000
+"""Images in the table of scores."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,11 +56,18 @@ class TrackingConfig:
     tensorboard: in the run folder; needs unet-shards[tensorboard]."""
     project: str = "unet"
     """Project that the run appears under."""
+    group: str | None = None
+    """Group of the run (wandb). Default: of a fold, the name of the folder of its run folder."""
+    tags: tuple[str, ...] = ()
+    """Tags of the run (wandb)."""
+    notes: str | None = None
+    """Notes on the run (wandb)."""
     pictures: int = 4
     """Number of images to draw of the first batch, as the network sees it, and of each validation,
     with mask and prediction; also written to RUN/pictures. 0: none."""
     artifact: bool = False
-    """Upload the best checkpoint at the end (wandb)."""
+    """Upload the best checkpoint at the end (wandb). Otherwise only its path and sha256 are
+    logged."""
 
     def __post_init__(self) -> None:
         if self.pictures < 0:
@@ -55,8 +75,9 @@ class TrackingConfig:
         if self.backend == "none":
             reason = "has no effect with --tracking.backend none; remove one of the two"
             refuse_unused(self, reason, "project", prefix="tracking.")
-        if self.artifact and self.backend != "wandb":
-            raise ValueError("--tracking.artifact needs --tracking.backend wandb")
+        if self.backend != "wandb":
+            names = ("group", "tags", "notes", "artifact")
+            refuse_unused(self, "needs --tracking.backend wandb", *names, prefix="tracking.")
         if self.backend == "tensorboard" and find_spec("tensorboard") is None:
             raise ValueError(
                 "--tracking.backend tensorboard needs tensorboard: pip install "
@@ -77,14 +98,16 @@ class Tracker:
         config: TrackingConfig,
         folder: RunFolder,
         resolved: dict[str, Any],
+        manifest: Manifest,
         state: TrainState,
     ) -> None:
         """Write RUN/config.yaml, truncate RUN/metrics.jsonl to the step of `state`, start tracking.
 
-        `resolved`: the resolved configuration.
+        `resolved`: the resolved configuration. `manifest`: of the data.
         """
         self.accelerator, self.config, self.folder = accelerator, config, folder
-        self.run_id = state.tracking_id or uuid.uuid4().hex[:8]
+        self.manifest = manifest
+        self.run_id = state.tracking_id or os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:8]
         if accelerator.is_main_process:
             write_atomically(folder.config, yaml.safe_dump(resolved, sort_keys=False).encode())
             drop_lines_after(folder.metrics, state.step)
@@ -98,8 +121,12 @@ class Tracker:
         A wandb run that cannot be online is kept offline; prints how to upload it.
         """
         if self.config.backend != "wandb":
-            # tensorboard uses the project as a folder, and takes no nested settings.
-            self.accelerator.init_trackers("tensorboard", config=flatten(resolved))
+            # tensorboard uses the project as a folder, and takes no lists.
+            flat = {
+                name: value if isinstance(value, str | int | float | bool) else str(value)
+                for name, value in flatten(resolved).items()
+            }
+            self.accelerator.init_trackers("tensorboard", config=flat)
             return
         mode, reason = os.environ.get("WANDB_MODE"), ""
         if mode == "online" and not has_wandb_key():
@@ -115,27 +142,38 @@ class Tracker:
             self.accelerator.trackers.clear()
             sys.modules["wandb"].teardown()
             self.start_wandb(resolved, "offline")
-        if reason and self.accelerator.is_main_process:
-            run: Any = self.accelerator.get_tracker("wandb", unwrap=True)
+        if not self.accelerator.is_main_process:
+            return
+        if reason:
             print(
                 f"tracking: {reason}; the run is kept offline, to upload it: "
-                f"wandb sync {shlex.quote(str(Path(run.dir).parent))}",
+                f"wandb sync {shlex.quote(str(Path(self.wandb_run.dir).parent))}",
                 file=sys.stderr,
             )
+        keep_maxima(self.wandb_run, ("val/dice", "val/iou"))
+        record_data(self.wandb_run, str(resolved["data"]), self.manifest)
+
+    @property
+    def wandb_run(self) -> Any:
+        """The wandb run, on the main process."""
+        return self.accelerator.get_tracker("wandb", unwrap=True)
 
     def start_wandb(self, resolved: dict[str, Any], mode: str) -> None:
         """Start a wandb run, or continue that of this id."""
         settings: dict[str, Any] = {"quiet": True, "init_timeout": INIT_TIMEOUT}
+        about = describe_run(self.folder.path.resolve(), resolved["fold"], self.config.group)
         arguments = {
+            **about,
+            "tags": [*self.config.tags],
+            "notes": self.config.notes,
             "dir": str(self.folder.path),
             "id": self.run_id,
-            "name": self.folder.path.resolve().name,
             "resume": "allow",
             "mode": mode,
             "settings": settings,
         }
         self.accelerator.init_trackers(
-            self.config.project, config=resolved, init_kwargs={"wandb": arguments}
+            self.config.project, config=flatten(resolved), init_kwargs={"wandb": arguments}
         )
 
     def log(self, step: int, values: dict[str, float | None]) -> None:
@@ -159,9 +197,30 @@ class Tracker:
         They are logged to the tracker and written to RUN/pictures, replacing those of the previous
         step.
         """
+        if self.accelerator.is_main_process and self.config.pictures:
+            drawn = [*draw()]
+            self.log_drawn(step, name, drawn, lambda: self.log_images({name: drawn}, step))
+
+    def show_examples(self, step: int, name: str, predict: Callable[[], Iterable[Example]]) -> None:
+        """Draw image, mask, prediction and difference of a step, as `show`.
+
+        In wandb the masks are layers over the image, with class names.
+        """
         if not (self.accelerator.is_main_process and self.config.pictures):
             return
-        drawn = [*draw()]
+        examples, palette = [*predict()], self.manifest.palette
+        drawn = [side_by_side(draw_panels(one, palette, MAX_SIDE)) for one in examples]
+
+        def log_masks() -> None:
+            images = [draw_masks(one, self.manifest, MAX_SIDE) for one in examples]
+            self.accelerator.log({name: images}, step=step)
+
+        self.log_drawn(step, name, drawn, log_masks)
+
+    def log_drawn(
+        self, step: int, name: str, drawn: Sequence[Image.Image], log_wandb: Callable[[], None]
+    ) -> None:
+        """Write images of a step into one file of RUN/pictures, and log them to the tracker."""
         sheet = stack_images(drawn)
         path = self.folder.images / f"{name.replace('/', '-')}.png"
         try:
@@ -170,7 +229,7 @@ class Tracker:
         except OSError as error:
             logger.warning("%s was not written, training continues: %s", path, error)
         if self.config.backend == "wandb":
-            self.attempt(lambda: self.log_images({name: drawn}, step))
+            self.attempt(log_wandb)
         elif self.alive:
             pixels = np.asarray(sheet)[None]
             self.attempt(lambda: self.log_images({name: pixels}, step, dataformats="NHWC"))
@@ -180,10 +239,40 @@ class Tracker:
         for tracker in self.accelerator.trackers:
             tracker.log_images(values, step=step, **named)
 
-    def finish(self, best: Path) -> None:
-        """Close the tracker; `best`: the best checkpoint, uploaded with --tracking.artifact."""
-        if self.config.artifact and self.accelerator.is_main_process:
-            self.attempt(lambda: upload(self.accelerator, best.resolve(), f"{self.run_id}-best"))
+    @property
+    def takes_tables(self) -> bool:
+        """Whether the tracker shows tables; the same on all ranks."""
+        return self.config.backend == "wandb"
+
+    def show_table(
+        self, step: int, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]
+    ) -> None:
+        """Log the first 1,000 rows of a table on the main process; prints how many are left out."""
+        if not self.accelerator.is_main_process:
+            return
+        if self.alive and len(rows) > MAX_ROWS:
+            print(
+                f"tracking: {name} has the {MAX_ROWS:,} images of lowest Dice, and leaves out "
+                f"{len(rows) - MAX_ROWS:,}; unet evaluate writes all to scores.csv",
+                file=sys.stderr,
+            )
+        kept = [[*row] for row in rows[:MAX_ROWS]]
+        self.attempt(lambda: self.log_table(name, [*columns], kept, step))
+
+    def log_table(self, name: str, columns: list[str], rows: list[list[Any]], step: int) -> None:
+        """Log a table with wandb."""
+        tracker: Any = self.accelerator.get_tracker("wandb")
+        tracker.log_table(name, columns=columns, data=rows, step=step)
+
+    def finish(self) -> None:
+        """Close the tracker after logging the best checkpoint, or the last without validation."""
+        if self.config.backend == "wandb" and self.accelerator.is_main_process:
+            best = self.folder.best if self.folder.best.is_dir() else self.folder.last
+            self.attempt(
+                lambda: record_model(
+                    self.wandb_run, best.resolve(), self.run_id, upload=self.config.artifact
+                )
+            )
         try:
             for tracker in self.accelerator.trackers:
                 tracker.finish()
@@ -202,12 +291,6 @@ class Tracker:
             logger.warning("tracking stopped, training continues: %s", error)
 
 
-def upload(accelerator: Accelerator, folder: Path, name: str) -> None:
-    """Upload a checkpoint to wandb as an artifact of the run."""
-    run: Any = accelerator.get_tracker("wandb", unwrap=True)
-    run.log_artifact(str(folder), name=name, type="model")
-
-
 def stack_images(images: Sequence[Image.Image]) -> Image.Image:
     """Stack images vertically on a white background."""
     width, height = max(i.width for i in images), sum(i.height for i in images)
@@ -218,14 +301,14 @@ def stack_images(images: Sequence[Image.Image]) -> Image.Image:
     return sheet
 
 
-def flatten(plain: dict[str, Any]) -> dict[str, str | int | float | bool]:
+def flatten(plain: dict[str, Any]) -> dict[str, Any]:
     """Flatten nested settings to dotted names such as `optim.lr`."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for name, value in plain.items():
         if isinstance(value, dict):
             flat |= {f"{name}.{key}": part for key, part in flatten(value).items()}
         else:
-            flat[name] = value if isinstance(value, str | int | float | bool) else str(value)
+            flat[name] = value
     return flat
 
 

@@ -1,4 +1,5 @@
-"""`compare`, `evaluation.comparison`, `evaluation.stored_scores`, `reporting.comparison_page`.
+"""`compare`, `evaluation.comparison`, `evaluation.stored_scores`, `evaluation.unscored`,
+`reporting.comparison_page`.
 
 `unet compare`: differences, intervals and p-values against SciPy and by hand, and what is refused.
 """
@@ -6,6 +7,7 @@
 import csv
 import json
 import re
+import shlex
 import shutil
 from collections.abc import Callable
 from itertools import product
@@ -256,6 +258,88 @@ def test_predictions_and_outputs_of_evaluate_are_compared_with_the_first(
     assert [c["macro"]["dice"]["difference"] for c in made] == [0, 0]
 
 
+def test_what_has_no_scores_is_scored_as_unet_evaluate_does(
+    scored, trained, shards: Path, call, tmp_path: Path
+) -> None:
+    masks = tmp_path / "masks"
+    argv = ("--checkpoint", trained, "--input", shards, "--out", masks, "--workers", 0)
+    assert call("predict", *argv).code == 0
+    expected = [(place / "scores.json").read_bytes() for place in scored]
+    untouched = (scored[0] / "scores.csv").stat().st_mtime_ns
+    (scored[1] / "scores.json").unlink()
+    out = tmp_path / "result"
+    ended = call("compare", *scored, masks, "--data", shards, "--out", out)
+    assert ended.code == 0, ended.err
+    assert f"\nunet evaluate --predictions {masks} --data {shards} --split val\n" in ended.out
+    assert ended.out.startswith(f"unet evaluate --checkpoint {scored[1]} --data {shards} --split")
+    assert f"unet evaluate --checkpoint {scored[0]}" not in ended.out
+    assert [(place / "scores.json").read_bytes() for place in scored] == expected
+    assert (scored[0] / "scores.csv").stat().st_mtime_ns == untouched
+    made = json.loads((out / "comparison.json").read_text())["comparisons"]
+    assert [c["macro"]["dice"]["difference"] for c in made][1] == 0
+    # Everything has scores now.
+    assert "unet evaluate" not in call("compare", *scored, masks, "--out", out).out
+
+
+def test_outdated_scores_are_replaced_with_data(scored, shards: Path, call, tmp_path: Path) -> None:
+    shutil.copy(scored[0] / "scores.json", scored[1] / "scores.json")
+    ended = call("compare", *scored, "--data", shards, "--out", tmp_path / "out")
+    assert ended.code == 0, ended.err
+    header = json.loads((scored[1] / "scores.json").read_text())
+    assert header["checkpoint"] != json.loads((scored[0] / "scores.json").read_text())["checkpoint"]
+
+
+def test_without_data_the_commands_that_score_are_printed(
+    scored, trained, shards: Path, call, tmp_path: Path
+) -> None:
+    for place in scored:
+        (place / "scores.json").unlink()
+    ended = call("compare", *scored, "--split", "train", "--out", tmp_path / "out")
+    assert ended.code == 1
+    # A run knows its data, a checkpoint does not.
+    one, other = (shlex.quote(str(place)) for place in scored)
+    assert ended.err == (
+        f"unet compare: {scored[0]} has no scores.json, {scored[1]} has no scores.json; add --data "
+        f"SHARDS, or run: unet evaluate --checkpoint {one} --data {shards} --split train && "
+        f"unet evaluate --checkpoint {other} --data SHARDS --split train\n"
+    )
+
+
+def test_a_failed_scoring_ends_the_comparison(scored, call, tmp_path: Path) -> None:
+    (scored[1] / "scores.json").unlink()
+    nowhere = tmp_path / "nowhere"
+    ended = call("compare", *scored, "--data", nowhere, "--out", tmp_path / "out")
+    assert ended.code == 1
+    assert len(ended.err.splitlines()) == 1
+    assert ended.err.startswith("unet evaluate: ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_splits_are_refused_before_anything_is_scored(
+    scored, shards: Path, call, tmp_path: Path
+) -> None:
+    flags = ("--data", shards, "--out", tmp_path / "out")
+    ended = call("compare", *scored, *flags, "--split", "train")
+    assert (ended.code, ended.out) == (1, "")
+    assert f"--split train, {scored[0]} has scores of val; run unet evaluate on" in ended.err
+    argv = ("--checkpoint", scored[1], "--data", shards, "--workers", 0, "--worst", 0)
+    assert call("evaluate", *argv, "--split", "train").code == 0
+    ended = call("compare", *scored, *flags)
+    assert (ended.code, ended.out) == (1, "")
+    assert f"{scored[0]} has scores of val, {scored[1]} has scores of train; run" in ended.err
+    # The split of what has scores is that of the others.
+    (scored[0] / "scores.json").unlink()
+    ended = call("compare", *scored, *flags)
+    assert ended.code == 0, ended.err
+    assert json.loads((scored[0] / "scores.json").read_text())["split"] == "train"
+
+
+def test_other_folders_are_refused(scored, shards: Path, call, tmp_path: Path) -> None:
+    ended = call("compare", scored[0], tmp_path, "--data", shards, "--out", tmp_path / "out")
+    assert ended.code == 1
+    assert f"{tmp_path} is neither a run, a checkpoint, the output of unet predict" in ended.err
+
+
 def test_hostile_names_stay_text_on_the_page() -> None:
     one, two = draw_pair(2)
     first = store("<script>A</script>", one)
@@ -288,7 +372,10 @@ def set_cell(lines: list[list[str]], column: str, value: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda p: (p / "scores.json").unlink(), " has no scores.json; run unet evaluate --checkp"),
+        (
+            lambda p: (p / "scores.json").unlink(),
+            " has no scores.json; add --data SHARDS, or run: ",
+        ),
         (lambda p: (p / "scores.json").write_text("{"), "scores.json is damaged ("),
         (lambda p: (p / "scores.json").write_text('{"split": 3}'), "scores.json is damaged ("),
         (lambda p: (p / "scores.csv").unlink(), "scores.csv cannot be read: No such file"),

@@ -368,9 +368,9 @@ def test_what_comes_after_training_finds_the_checkpoints_complete(
         time.sleep(0.5)
         publish(self, *given, **named)
 
-    def noting(self: Tracker, best: Path) -> None:
-        found.append((best.resolve().name, saved(best)))
-        finish(self, best)
+    def noting(self: Tracker) -> None:
+        found.append((self.folder.best.resolve().name, saved(self.folder.best)))
+        finish(self)
 
     monkeypatch.setattr(Checkpoints, "publish", slow)
     monkeypatch.setattr(Tracker, "finish", noting)

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 from accelerate import Accelerator
@@ -46,8 +47,8 @@ def test_without_a_key_wandb_writes_the_same_numbers_offline_and_a_resume_resume
     history: dict[int, dict[str, Any]] = {}
     for run in runs:
         records = inspect(run)
-        (config,) = (r["config"]["update"] for r in records if "steps" in str(r.get("config")))
-        assert config["global_batch_size"] == 4
+        config, *_ = (r["config"]["update"] for r in records if "steps" in str(r.get("config")))
+        assert (config["global_batch_size"], config["optim.schedule"]) == (4, "cosine")
         for record in (r["history"] for r in records if r["type"] == "history"):
             values = record["values"] if "values" in record else record["item"]
             history.setdefault(values["_step"], {}).update(values)
@@ -118,13 +119,14 @@ def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_made(
     assert not (tmp_path / "run").exists()
 
 
-def test_the_best_checkpoint_is_an_artifact_if_that_is_asked_for(
+def test_the_best_checkpoint_is_uploaded_if_that_is_asked_for(
     shards: Path, tiny, call, tmp_path: Path
 ) -> None:
     ended = call("train", *argv(shards, tmp_path, tiny, "--steps", 1, "--tracking.artifact"))
     assert ended.code == 0, ended.err
     (run,) = (tmp_path / "wandb").glob("offline-run-*")
-    (artifact,) = (r["artifact"] for r in inspect(run) if r["type"] == "artifact")
+    artifacts = [record["artifact"] for record in inspect(run) if record["type"] == "artifact"]
+    (artifact,) = (one for one in artifacts if one["type"] == "model")
     assert artifact["name"].endswith("-best")
     saved = {entry["path"] for entry in artifact["manifest"]["contents"]}
     assert saved >= {"model.safetensors", "config.json", "state.json", "training.pt"}
@@ -143,11 +145,16 @@ class Broken:
         def start(accelerator: Any, *_: Any, **__: Any) -> None:
             accelerator.trackers.append(
                 SimpleNamespace(
+                    name="wandb",
+                    tracker=MagicMock(),
                     log_images=lambda *_, **__: None,
+                    log_table=lambda *_, **__: None,
                     finish=fail if "finish" in self.fails else lambda: None,
                 )
             )
 
+        for name in ("record_data", "record_model", "draw_masks"):
+            monkeypatch.setattr(tracking, name, lambda *_, **__: None)
         for name, works in (("init_trackers", start), ("log", lambda *_, **__: None)):
             monkeypatch.setattr(Accelerator, name, fail if name in self.fails else works)
 

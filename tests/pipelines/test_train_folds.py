@@ -153,3 +153,14 @@ def test_weights_that_may_have_seen_the_held_out_images_are_warned_of(
         ended = train(call, shards, tmp_path / fold[0], tiny, *argv)
         assert ended.code == 0, ended.err
         assert (f"it has seen images that fold {fold} holds out" in ended.err) is warned
+
+
+def test_folds_are_refused_in_a_sweep(
+    shards, tiny, call, tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_SWEEP_ID", "s")
+    flags = ("--folds", 2, "--tracking.backend", "wandb")
+    ended = train(call, shards, tmp_path / "runs", tiny, *flags)
+    assert ended.code == 2
+    assert "--folds 2: a wandb agent starts one run per process, not 2; sweep with" in ended.message
+    assert not (tmp_path / "runs").exists()
