@@ -23,7 +23,7 @@ from pipelines.packing.problems import save_problems
 from pipelines.packing.propose import propose_format
 from pipelines.packing.propose_layout import propose_layout
 from pipelines.runtime.command import parse, run_command
-from pipelines.runtime.errors import REFUSED, refuse_url
+from pipelines.runtime.errors import REFUSED
 from pipelines.runtime.outputs import require_writable, write_result
 from pipelines.runtime.processes import chunks, num_workers, refuse_negative_workers, run_all
 from pipelines.runtime.progress import progress
@@ -67,10 +67,8 @@ class CheckConfig:
         if self.folder is None:
             self.source.require_input()
         else:
-            refuse_url("FOLDER", self.folder)
             refuse_unused(self.source, "has no effect with FOLDER; use --images and --masks")
         refuse_negative_workers(self.workers)
-        refuse_url("--out", self.out)
         for folder in (
             *((self.folder,) if self.folder else ()),
             *self.source.pairing.images,

@@ -13,7 +13,6 @@ from pipelines.evaluation.stored_scores import read_stored_scores
 from pipelines.evaluation.unscored import find_unscored
 from pipelines.reporting.comparison_page import render_comparisons
 from pipelines.runtime.command import run_command
-from pipelines.runtime.errors import refuse_url
 from pipelines.runtime.outputs import require_writable
 from pipelines.runtime.yaml_flags import Positional
 from shards.sample import DataError
@@ -43,11 +42,11 @@ class CompareConfig:
     """Folder for comparison.json and comparison.html."""
 
     def __post_init__(self) -> None:
-        for place in self.folder:
-            refuse_url("unet compare", place)
-        refuse_url("--out", self.out)
         if len(self.folder) < 2:
-            raise ValueError(f"give at least two folders, got {len(self.folder)}")
+            raise ValueError(
+                f"give at least two folders, got {len(self.folder)}; for example: "
+                "unet compare RUN1 RUN2"
+            )
         if twice := [str(place) for place in self.folder if self.folder.count(place) > 1]:
             raise ValueError(f"{twice[0]} is listed twice; name each folder once")
 

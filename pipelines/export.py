@@ -27,7 +27,7 @@ from pipelines.model.export_file import (
 )
 from pipelines.model.load import LoadedModel, load_models, refuse_no_checkpoint
 from pipelines.runtime.command import run_command
-from pipelines.runtime.errors import RunError, UsageError, refuse_url
+from pipelines.runtime.errors import RunError, UsageError
 from pipelines.runtime.outputs import compare, read_previous, require_writable_file
 from shards.writer import flush_to_disk, name_path
 
@@ -55,7 +55,6 @@ class ExportConfig:
 
     def __post_init__(self) -> None:
         refuse_no_checkpoint(self.checkpoint)
-        refuse_url("--out", self.out)
         suffix = SUFFIX[self.format]
         if self.out.suffix != suffix:
             raise ValueError(f"--out {self.out} must end in {suffix} with --format {self.format}")

@@ -11,7 +11,7 @@ from PIL import Image
 
 from pipelines.drawing.overlay import draw_overlay
 from pipelines.runtime.command import run_command
-from pipelines.runtime.errors import INCOMPLETE, UsageError, refuse_changed_settings, refuse_url
+from pipelines.runtime.errors import INCOMPLETE, UsageError, refuse_changed_settings
 from pipelines.runtime.outputs import refuse_unusable_name, require_writable
 from pipelines.runtime.progress import progress
 from pipelines.runtime.verification import verify_shards
@@ -55,9 +55,6 @@ class UnpackConfig:
     """First read every shard and compare its sha256 with the manifest."""
     remote_timeout: float = REMOTE_TIMEOUT
     """Seconds for a request to a bucket, retries included."""
-
-    def __post_init__(self) -> None:
-        refuse_url("--out", self.out)
 
 
 def run(config: UnpackConfig) -> int:

@@ -1,11 +1,12 @@
 """Every flag that an error names exists on the verbs that print the error."""
 
 import ast
+import io
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
+from contextlib import redirect_stdout, suppress
 from functools import cache
+from importlib import import_module
 
 import pytest
 
@@ -40,9 +41,9 @@ PRINTED_BY = {
 
 @cache
 def verb_flags(verb: str) -> frozenset[str]:
-    command = [sys.executable, "-m", f"pipelines.{verb}", "--help"]
-    ended = subprocess.run(command, capture_output=True, text=True, check=True)
-    return frozenset(FLAG.findall(ended.stdout))
+    with redirect_stdout(io.StringIO()) as printed, suppress(SystemExit):
+        import_module(f"pipelines.{verb}").main(["--help"])
+    return frozenset(FLAG.findall(printed.getvalue()))
 
 
 def raised_texts(module: str) -> Iterator[str]:

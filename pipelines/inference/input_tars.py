@@ -63,7 +63,8 @@ def tar_inputs(tars: Sequence[str], rule: InputRule) -> TarInputs:
         notes=describe_ignored(sum((tar.ignored for tar in found), Counter[str]())),
     )
     if not len(inputs):
-        raise DataError(f"{tars[0]}{' and the others' * (len(tars) > 1)}: contains no images")
+        which = f"{tars[0]}{' and the others' * (len(tars) > 1)}"
+        raise DataError(f"{which}: contains no images; name their extension with --image-ext")
     return inputs
 
 

@@ -166,9 +166,12 @@ def listed_inputs(search: Search, base: str, lines: TextIO) -> Inputs:
         stripped = map(str.strip, lines)
         names = [absolute(line, base) for line in stripped if line and line[0] != "#"]
     except UnicodeDecodeError as error:
-        raise DataError(f"--input {given} is not a list of paths: it is not UTF-8 text") from error
+        raise DataError(
+            f"--input {given} is not a list of paths: it is not UTF-8 text; save it as UTF-8, with "
+            "one path per line"
+        ) from error
     if not names:
-        raise DataError(f"--input {given} lists no images")
+        raise DataError(f"--input {given} lists no images; write one path or URL per line")
     names.sort()
     # Sorted: a common prefix of the first and the last is common to all.
     common = os.path.commonprefix([names[0], names[-1]])  # noqa: RUF071 (cut at a slash below)

@@ -66,7 +66,7 @@ def find_backbone(encoder: str, weights: str, revision: str | None = None) -> Ba
     if Path(encoder).is_dir():
         return find_local(Path(encoder), weights, own)
     if encoder.count("/") > 1 or encoder.startswith((".", "/", "~")) or not encoder:
-        raise UsageError(f"--model.encoder {encoder}: the folder does not exist")
+        raise UsageError(f"--model.encoder {encoder}: the folder does not exist; check the path")
     return HubRepository(encoder, revision).find(weights, own)
 
 
@@ -78,7 +78,9 @@ def find_weights_file(weights: str) -> Path:
             f"--model.encoder-weights {weights}: use pretrained, none, or a .safetensors file"
         )
     if not path.is_file():
-        raise UsageError(f"--model.encoder-weights {weights}: the file does not exist")
+        raise UsageError(
+            f"--model.encoder-weights {weights}: the file does not exist; check the path"
+        )
     return path
 
 
@@ -90,7 +92,10 @@ def find_local(folder: Path, weights: str, own: tuple[Path, ...]) -> BackboneFil
 
     config = optional(CONFIG)
     if config is None:
-        raise UsageError(f"--model.encoder {folder}: it has no {CONFIG}")
+        raise UsageError(
+            f"--model.encoder {folder}: it has no {CONFIG}; give a folder that save_pretrained "
+            "wrote"
+        )
     if weights == "pretrained":
         index = optional(INDEX)
         if (folder / WEIGHTS).is_file():
@@ -98,7 +103,10 @@ def find_local(folder: Path, weights: str, own: tuple[Path, ...]) -> BackboneFil
         elif index is not None:
             own = tuple(folder / name for name in read_shards(index))
             if lacking := [path.name for path in own if not path.is_file()]:
-                raise UsageError(f"--model.encoder {folder}: it has no {', '.join(lacking)}")
+                raise UsageError(
+                    f"--model.encoder {folder}: it has no {', '.join(lacking)}; copy the complete "
+                    "folder"
+                )
         else:
             pickles = [name for name in PICKLES if (folder / name).exists()]
             raise UsageError(no_safetensors(str(folder), pickles))

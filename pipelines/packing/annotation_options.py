@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import yaml
 
-from pipelines.runtime.errors import UsageError, refuse_url
+from pipelines.runtime.errors import UsageError
 from pipelines.runtime.strict_yaml import load_yaml, read_text
 from pipelines.runtime.yaml_flags import refuse_unused
 from shards.annotations.layouts import CityscapesIds, KnownLayout, LayoutName, read_layout
@@ -56,8 +56,6 @@ class AnnotationOptions:
         if not self.annotations:
             refuse_unused(self, "needs --annotations")
             return
-        for path in self.annotations:
-            refuse_url("--annotations", path)
         if self.annotation_format is None:
             raise ValueError(
                 "--annotations needs --annotation-format coco, labelme, cvat, label-studio or yolo"
@@ -122,8 +120,6 @@ class LayoutOptions:
     """Classes of Cityscapes: the 19 training classes, others ignored, or all 34 labels."""
 
     def __post_init__(self) -> None:
-        if self.layout is not None:
-            refuse_url("--layout", self.layout[1])
         if self.cityscapes_ids != "train" and (self.layout or ("",))[0] != "cityscapes":
             raise ValueError("--cityscapes-ids applies to --layout cityscapes only")
 

@@ -9,7 +9,7 @@ from pipelines.packing.annotation_options import AnnotationOptions, LayoutOption
 from pipelines.packing.colours import ColourTable, read_colour_table, read_first_palette
 from pipelines.packing.image_options import GeometryOptions, ImageOptions
 from pipelines.packing.split_options import DuplicateOptions, SplitOptions
-from pipelines.runtime.errors import UsageError, refuse_url
+from pipelines.runtime.errors import UsageError
 from pipelines.runtime.yaml_flags import Flat, refuse_unused, settings_of
 from shards.annotations.source import Annotated
 from shards.folders.pair_lists import read_pair_lists
@@ -54,9 +54,6 @@ class PairingOptions:
     """Skip images without a mask and masks without an image instead of refusing them."""
 
     def __post_init__(self) -> None:
-        for flag in ("images", "masks", "pairs"):
-            for path in getattr(self, flag):
-                refuse_url(f"--{flag}", path)
         if self.masks and not self.pairs and not self.images:
             raise ValueError(
                 "--masks needs --images: the folder of the images, which may be the same folder"

@@ -3,7 +3,6 @@
 import errno
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 REFUSED = 1
@@ -84,10 +83,18 @@ def refuse_changed_settings(
         )
 
 
-def refuse_url(flag: str, path: Path | str) -> None:
-    """Raise ValueError if `path` is a URL."""
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):
-        raise ValueError(f"{flag} {path} is a URL; use a local folder")
+def refuse_url(flag: str, path: str) -> None:
+    """Raise ValueError if a path is a URL of a protocol that is not supported."""
+    if looks_like_url(path):
+        raise ValueError(
+            f"{flag} {path} is a URL of another protocol; use a local folder, or a URL such as "
+            "s3://bucket/folder"
+        )
+
+
+def looks_like_url(path: str) -> bool:
+    """Return whether a path begins like a URL, supported or not, perhaps with a slash too few."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", path) is not None
 
 
 WRITE_REMEDIES = {

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-from shards.store import is_url
+from pipelines.runtime.errors import looks_like_url
 
 NAMES: dict[Any, str] = {int: "INT", float: "FLOAT", str: "TEXT", Path: "PATH"}
 """Types of a single value and their placeholders in help."""
@@ -97,7 +97,7 @@ def parse_word(kind: Any, word: str) -> Any:
         raise ValueError(f"unknown; use {join_choices(words)}")
     if plain is Path and not word:
         raise ValueError("is empty; give a path")
-    if plain is Path and is_url(word):
+    if plain is Path and looks_like_url(word):
         # A Path would make it a local folder of the name of the protocol.
         raise ValueError("is a URL; give a local path")
     try:

@@ -57,7 +57,8 @@ class MaskFormat:
             raise ValueError(f"--classes: binary masks have 2, got {self.num_classes} names")
         if self.kind in ("palette", "rgb") and len(self.colours) != self.num_classes:
             raise ValueError(
-                f"{len(self.colours)} colours for {self.num_classes} classes; give one per class"
+                f"{'--colours: ' * (self.kind == 'rgb')}{len(self.colours)} colours for "
+                f"{self.num_classes} classes; give one per class"
             )
         if self.kind == "values" and len(self.values) != self.num_classes:
             raise ValueError(
@@ -66,12 +67,20 @@ class MaskFormat:
             )
         if len(set(self.values)) != len(self.values):
             raise ValueError(f"--mask-values: a class needs its own value, got {self.values}")
-        for value in (*self.values, self.threshold, self.ignore_value):
-            if value is not None and not 0 <= value <= 65535:
-                raise ValueError(f"mask values must be 0 to 65535, got {value}")
+        given = {
+            "--mask-values": self.values,
+            "--mask-threshold": (self.threshold,),
+            "--ignore-value": (self.ignore_value,),
+        }
+        for flag, values in given.items():
+            for value in values:
+                if value is not None and not 0 <= value <= 65535:
+                    raise ValueError(f"{flag}: mask values must be 0 to 65535, got {value}")
         class_values = range(self.num_classes) if self.kind in ("index", "palette") else self.values
         if self.ignore_value in class_values:
-            raise ValueError(f"--ignore-value {self.ignore_value} is also the value of a class")
+            raise ValueError(
+                f"--ignore-value {self.ignore_value} is also the value of a class; choose another"
+            )
         self.refuse_inapplicable_settings()
         self.refuse_overlapping_classes()
 
@@ -114,11 +123,12 @@ class MaskFormat:
         for one, other in combinations(entries, 2):
             distance = max(abs(a - b) for a, b in zip(one, other, strict=True))
             if distance <= 2 * self.tolerance:
+                flag = "--colours: " if self.kind == "rgb" else ""
                 raise ValueError(
                     f"{format_colour(one)} and {format_colour(other)} differ by {distance}, too "
-                    f"little for --tolerance {self.tolerance}"
+                    f"little for --tolerance {self.tolerance}; lower it"
                     if distance
-                    else f"{format_colour(one)} is listed twice"
+                    else f"{flag}{format_colour(one)} is listed twice; remove one"
                 )
 
     def map_classes(self, mask: StoredMask, where: str) -> "ClassMap":

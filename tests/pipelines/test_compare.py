@@ -413,9 +413,9 @@ def test_scores_that_are_damaged_or_outdated_are_refused_in_one_line(
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (("A",), "give at least two folders, got 1"),
+        (("A",), "give at least two folders, got 1; for example: unet compare RUN1 RUN2"),
         (("A", "B", "A"), "A is listed twice; name each folder once"),
-        (("A", "s3://bucket/B"), "bucket/B is a URL; use a local folder"),
+        (("A", "s3://bucket/B"), "FOLDER A s3://bucket/B: is a URL; give a local path"),
     ],
 )
 def test_what_cannot_be_compared_is_a_usage_error(given: tuple, message: str, call) -> None:

@@ -198,7 +198,9 @@ def test_folders_named_like_images_are_searched_and_not_read(tree):
 
 def test_a_list_that_is_no_text_is_refused(tree):
     (tree / "list.txt").write_bytes(b"\xff\xfe\x00b")
-    with pytest.raises(DataError, match=r"list\.txt is not a list of paths: it is not UTF-8 text"):
+    with pytest.raises(
+        DataError, match=r"list\.txt is not a list of paths: it is not UTF-8 text; save it"
+    ):
         find_inputs(str(tree / "list.txt"))
 
 
@@ -215,7 +217,7 @@ def test_a_list_of_several_kinds_of_place_is_refused(tree):
 def test_an_empty_list_is_refused(tree):
     path = tree / "list.txt"
     path.write_text("# nothing\n\n")
-    with pytest.raises(DataError, match=f"{path} lists no images"):
+    with pytest.raises(DataError, match=f"{path} lists no images; write one path"):
         find_inputs(str(path))
 
 

@@ -204,7 +204,7 @@ def test_a_truncated_or_removed_tar_is_an_error_for_each_image(place):
 
 def test_tars_without_images_are_refused(place):
     put(place, "none.tar", tar({"a.txt": b"", "b.mask.png": b""}))
-    with pytest.raises(DataError, match=f"{place}/none.tar: contains no images"):
+    with pytest.raises(DataError, match=f"{place}/none.tar: contains no images; name"):
         find_inputs(f"{place}/none.tar")
 
 

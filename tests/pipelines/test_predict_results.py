@@ -414,7 +414,7 @@ def test_a_shard_that_is_given_up_leaves_nothing(bright: Path, tmp_path: Path) -
         ("job.json", {"batch_size": -1}, "batch_size must be at least 1, got -1"),
         ("job.json", {"tta": 1}, "`$.tta`"),
         ("job.json", {"channels_last": "x"}, "`$.channels_last`"),
-        ("job.json", {"checkpoint": [1]}, "`$.checkpoint`"),
+        ("job.json", {"checkpoint": [1]}, "`$.checkpoint[0]`"),
         ("state.json", {"images": 1.5}, "`$.images`"),
         ("state.json", {"other": 1}, "`$.other`"),
     ],

@@ -715,11 +715,11 @@ def test_a_mask_is_resized_by_nearest_neighbour():
         ),
         (
             {"kind": "index", "num_classes": 2, "ignore_value": 65536},
-            "must be 0 to 65535, got 65536",
+            "--ignore-value: mask values must be 0 to 65535, got 65536",
         ),
         (
             {"kind": "values", "num_classes": 2, "values": (0, -1)},
-            "mask values must be 0 to 65535, got -1",
+            "--mask-values: mask values must be 0 to 65535, got -1",
         ),
         (
             {"kind": "index", "num_classes": 3, "ignore_value": 2},
@@ -729,7 +729,7 @@ def test_a_mask_is_resized_by_nearest_neighbour():
             {"kind": "values", "num_classes": 2, "values": (0, 9), "ignore_value": 9},
             "--ignore-value 9 is also the value of a class",
         ),
-        ({"kind": "rgb", "num_classes": 2}, "0 colours for 2 classes; give one per class"),
+        ({"kind": "rgb", "num_classes": 2}, "--colours: 0 colours for 2 classes; give one"),
         (
             {"kind": "palette", "num_classes": 3, "colours": COLOURS[:2]},
             "2 colours for 3 classes; give one per class",
@@ -771,11 +771,11 @@ def test_a_mask_is_resized_by_nearest_neighbour():
         ),
         (
             {"kind": "rgb", "num_classes": 2, "colours": ((0, 0, 0), (0, 9, 9)), "tolerance": 5},
-            "(0, 0, 0) and (0, 9, 9) differ by 9, too little for --tolerance 5",
+            "(0, 0, 0) and (0, 9, 9) differ by 9, too little for --tolerance 5; lower it",
         ),
         (
             {"kind": "rgb", "num_classes": 2, "colours": ((1, 2, 3), (1, 2, 3))},
-            "(1, 2, 3) is listed twice",
+            "--colours: (1, 2, 3) is listed twice; remove one",
         ),
         (
             {
@@ -784,7 +784,7 @@ def test_a_mask_is_resized_by_nearest_neighbour():
                 "colours": ((0, 0, 0), (1, 2, 3)),
                 "ignore_colours": ((1, 2, 3),),
             },
-            "(1, 2, 3) is listed twice",
+            "--colours: (1, 2, 3) is listed twice; remove one",
         ),
         (
             {"kind": "rgb", "num_classes": 2, "colours": ((0, 0, 0), (1, 2, 3, 4))},
