@@ -136,8 +136,11 @@ def run(config: PredictConfig) -> int:
         try:
             make_missing(store, mine, make)
             still = take_over(config, store, cutting.num_shards, accelerator, make)
-        except RuntimeError as error:
-            if not out_of_memory(error):
+        except BaseException as error:
+            if store.exists(MANIFEST):
+                # The others completed the job, while this rank was stopped: nothing reads its work.
+                store.remove(WORK_DIR)
+            if not isinstance(error, RuntimeError) or not out_of_memory(error):
                 raise
             raise RunError(
                 f"the GPU ({accelerator.device}) is out of memory ({summary(error)}); lower "
@@ -264,7 +267,8 @@ def take_over(
                 with suppress(ShardExistsError):
                     make([numbers[name]], f"{WORK_DIR}/rank-{rank}")
                 # Of a rank that may be stopped or killed.
-                store.remove(f".{name}.tmp")
+                for part in (name, f"{name.removesuffix('.tar')}.idx"):
+                    store.remove(f".{part}.tmp")
     return left
 
 

@@ -6,7 +6,8 @@ shard, atomically; the manifest last.
 
 import json
 from collections import Counter
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -119,7 +120,7 @@ def write_shard(
     errors: list[str] = []
     rows: list[tuple[object, ...]] = []
     with store.staging(within) as folder:
-        with ShardWriter(folder / name) as writer:
+        with yield_to_others(store, name), ShardWriter(folder / name) as writer:
             while (result := (yield)) is not None:
                 if isinstance(result, DecodedInput):
                     line = InputError(result.source, result.error or "")
@@ -143,6 +144,17 @@ def write_shard(
             store.write(report_name(name), to_json(asdict(report)))
         for part in (str(Path(name).with_suffix(".idx")), name):
             store.upload(folder / part, part)
+
+
+@contextmanager
+def yield_to_others(store: Store, name: str) -> Iterator[None]:
+    """Raise ShardExistsError if another rank made the shard and removed our temporary files."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        if store.exists(name):
+            raise ShardExistsError(name) from error
+        raise
 
 
 def errors_name(shard: str) -> str:

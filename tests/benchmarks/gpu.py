@@ -97,6 +97,7 @@ TESTS = (
     "tests/pipelines/test_memory_probe.py",
     "tests/pipelines/test_predict_speed.py",
     "tests/pipelines/test_saving.py",
+    "tests/unet/test_calibration.py",
     "tests/unet/test_masks.py",
     "tests/unet/test_metrics.py",
 )

@@ -13,7 +13,7 @@ import pytest
 from pipelines import predict
 from pipelines.inference.job import write_shard
 from pipelines.inference.leases import Lease, lease_name, read_lease, wait_for_ranks
-from pipelines.inference.options import WORK_DIR
+from pipelines.inference.options import WORK_DIR, ResultOptions
 from shards.store import Store
 
 
@@ -69,13 +69,13 @@ def test_shards_that_others_made_while_a_rank_was_stopped_stay_as_they_are(
     assert call("predict", *flags, *part, "--out", others).code == 3
     made: list[str] = []
 
-    def stop_at_the_first(store: Store, name: str, *more: Any) -> Any:
+    def stop_at_the_first(results: ResultOptions, store: Store, number: int, *more: Any) -> Any:
         if not made:
             shutil.copytree(others, out, dirs_exist_ok=True, ignore=lambda *_: ["job.json"])
             # As the rank that completes the job does.
             shutil.rmtree(out / WORK_DIR if not part else out / "none", ignore_errors=True)
-        made.append(name)
-        return write_shard(store, name, *more)
+        made.append(results.shard_name(number))
+        return write_shard(results, store, number, *more)
 
     monkeypatch.setattr(predict, "write_shard", stop_at_the_first)
     assert call("predict", *flags, "--out", out).code == 3
