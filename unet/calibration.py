@@ -97,7 +97,7 @@ class CalibrationCounts(Metric):
 
     def count(self, row: int, values: Tensor, hits: Tensor, valid: Tensor) -> None:
         """Add values float32 [N, h, w] to a row; `hits` and `valid` are bool [N, h, w]."""
-        level = torch.bucketize(values, self.bounds, right=True)
+        level = torch.bucketize(values.contiguous(), self.bounds, right=True)
         # Ignored pixels go into an extra level, which is dropped.
         level = torch.where(valid, level, LEVELS).flatten(1)
         # Images apart: on a GPU, fewer pixels then wait for the same cell.
