@@ -35,7 +35,7 @@ class Temperature:
     nll_before: Loss
     """Mean negative log-likelihood of a pixel at the temperature 1."""
     nll: Loss
-    """The same at this temperature."""
+    """Mean negative log-likelihood of a pixel at `temperature`."""
     tile: Positive
     overlap: Annotated[float, msgspec.Meta(ge=0, le=1)]
     tta: bool

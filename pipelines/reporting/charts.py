@@ -1,6 +1,6 @@
 """SVG charts of the report."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import ceil, floor, log10
 from statistics import median
@@ -197,19 +197,7 @@ def draw_scatter(scatter: Scatter) -> Markup:
     def top(score: float) -> float:
         return bottom - axis.share(score) * (bottom - TOP)
 
-    parts = []
-    for tick in ticks:
-        parts += [
-            Markup('<line class="grid" x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"/>').format(
-                LEFT, SIDE - RIGHT, top(tick), top(tick)
-            ),
-            Markup('<text class="up" x="{}" y="{:.1f}">{}</text>').format(
-                LEFT - 6, top(tick) + 3.5, label(tick)
-            ),
-            Markup('<text class="across" x="{:.1f}" y="{}">{}</text>').format(
-                left(tick), bottom + 15, label(tick)
-            ),
-        ]
+    parts = draw_grid(ticks, left, top, bottom)
     low, high = axis.low, axis.high
     parts += [
         Markup('<line class="same" x1="{:.1f}" y1="{:.1f}" x2="{:.1f}" y2="{:.1f}"/>').format(
@@ -234,6 +222,29 @@ def draw_scatter(scatter: Scatter) -> Markup:
     return head + Markup("").join(parts) + Markup("</g></svg>")
 
 
+def draw_grid(
+    ticks: Sequence[float],
+    left: Callable[[float], float],
+    top: Callable[[float], float],
+    bottom: float,
+) -> list[Markup]:
+    """Draw horizontal lines and the labels of both axes of a square chart with equal axes."""
+    parts = []
+    for tick in ticks:
+        parts += [
+            Markup('<line class="grid" x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"/>').format(
+                LEFT, SIDE - RIGHT, top(tick), top(tick)
+            ),
+            Markup('<text class="up" x="{}" y="{:.1f}">{}</text>').format(
+                LEFT - 6, top(tick) + 3.5, label(tick)
+            ),
+            Markup('<text class="across" x="{:.1f}" y="{}">{}</text>').format(
+                left(tick), bottom + 15, label(tick)
+            ),
+        ]
+    return parts
+
+
 def draw_plot(plot: Plot) -> Markup:
     """Draw the curves of a plot, with a tooltip at every point; the template adds title, legend."""
 
@@ -243,19 +254,7 @@ def draw_plot(plot: Plot) -> Markup:
     def top(y: float) -> float:
         return SIDE - BOTTOM - y * (SIDE - BOTTOM - TOP)
 
-    parts = []
-    for tick in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0):
-        parts += [
-            Markup('<line class="grid" x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"/>').format(
-                LEFT, SIDE - RIGHT, top(tick), top(tick)
-            ),
-            Markup('<text class="up" x="{}" y="{:.1f}">{}</text>').format(
-                LEFT - 6, top(tick) + 3.5, label(tick)
-            ),
-            Markup('<text class="across" x="{:.1f}" y="{}">{}</text>').format(
-                left(tick), SIDE - BOTTOM + 15, label(tick)
-            ),
-        ]
+    parts = draw_grid((0.0, 0.2, 0.4, 0.6, 0.8, 1.0), left, top, SIDE - BOTTOM)
     if plot.diagonal:
         parts.append(
             Markup('<line class="same" x1="{:.1f}" y1="{:.1f}" x2="{:.1f}" y2="{:.1f}"/>').format(
