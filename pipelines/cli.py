@@ -12,6 +12,7 @@ VERBS = {
     "pack": "images and masks -> WebDataset shards with a manifest",
     "index": "shards from other tools -> a data set, without rewriting them",
     "unpack": "shards -> folders of images and masks",
+    "plan": "settings of a run for a data set, this device and a number of minutes",
     "train": "train a U-Net on shards, or resume",
     "evaluate": "exact scores of a checkpoint on a split",
     "compare": "whether two scorings of the same images differ, with p-values",

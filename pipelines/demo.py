@@ -127,6 +127,8 @@ def make_launch_command(module: str) -> tuple[list[str], dict[str, str], list[st
     """
     import torch
 
+    from pipelines.runtime.devices import native_precision
+
     num_gpus = torch.cuda.device_count()
     ranks = num_gpus or CPU_RANKS
     flags = [
@@ -138,7 +140,7 @@ def make_launch_command(module: str) -> tuple[list[str], dict[str, str], list[st
         "--num_processes",
         str(ranks),
     ]
-    flags += ["--mixed_precision", "bf16" if num_gpus and torch.cuda.is_bf16_supported() else "no"]
+    flags += ["--mixed_precision", native_precision()]
     if ranks > 1:
         flags.append("--multi_gpu")
     # Without it, each CPU process under --multi_gpu would train on its own.

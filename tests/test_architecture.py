@@ -27,6 +27,7 @@ STAGES: dict[str, set[str]] = {
     "loading": {"runtime"},
     "model": {"runtime"},
     "training": {"runtime", "drawing", "loading", "model"},
+    "planning": {"runtime", "loading", "model", "training"},
     "inference": {"runtime", "drawing", "model"},
     "evaluation": {"runtime", "drawing", "loading", "model", "training", "inference"},
     "reporting": {"runtime", "drawing", "loading", "model", "evaluation"},

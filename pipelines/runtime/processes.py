@@ -61,7 +61,8 @@ def follow_launcher(name: str) -> None:
     Nothing else ends it: signals and failures of other ranks reach it through the launcher, and it
     would keep its devices and the lock of its run folder. No effect without a launcher.
     """
-    if not {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"} & {*os.environ}:
+    # Not ACCELERATE_MIXED_PRECISION, which users set without a launcher too.
+    if not {"TORCHELASTIC_RUN_ID", "ACCELERATE_DYNAMO_BACKEND"} & {*os.environ}:
         return
     process, parent = pipelines.IMPORTED_BY
     if process != os.getpid():

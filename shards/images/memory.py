@@ -16,12 +16,15 @@ FREE_SHARE = 0.4
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
-def parse_memory(text: str) -> int:
-    """Parse a number of bytes such as `8GiB`, `500M` or `1000000`. Raises ValueError."""
+def parse_memory(text: str, flag: str = "--max-memory") -> int:
+    """Parse a number of bytes such as `8GiB`, `500M` or `1000000`.
+
+    Raises ValueError, which names the `flag`.
+    """
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)(?:i?B)?", text, re.IGNORECASE)
     size = int(float(match[1]) * UNITS[match[2].upper()]) if match and len(text) < 32 else 0
     if size < 1:
-        raise ValueError(f"--max-memory must be a size such as 8GiB, got {text!r}")
+        raise ValueError(f"{flag} must be a size such as 8GiB, got {text!r}")
     return size
 
 

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from gpu_bench import TUNED, Bench, NotApplicableError
 from gpu_observe import counted_syncs
-from learning_isbi2012 import dice_loss
+from learning_loops import dice_loss
 from milesial import Milesial
 from network import matrix_rate, seconds, synchronise
 from torch import Tensor, nn

@@ -16,6 +16,7 @@ import torch
 from gpu_bench import REPO, TUNED, Bench, NotApplicableError
 from gpu_outcomes import VARIABLE as OUTCOMES
 from gpu_process import LAUNCH, Process, observe_verb, run, verb
+from learning import SETS, export_arrays, score_confusion
 from packing import prepare
 from PIL import Image
 
@@ -307,15 +308,19 @@ def isbi(bench: Bench) -> Path:
     return folder
 
 
+def isbi_shards(bench: Bench) -> Path:
+    """Return the folder of the packed data set; packs it once."""
+    folder, data = isbi(bench), bench.work / "isbi-shards"
+    if not (data / MANIFEST).exists():
+        flags = [flag.replace("FOLDER", str(folder)) for flag in SETS["isbi2012"].pack]
+        with Process(bench, [*verb("pack"), *flags, "--out", data]) as process:
+            process.wait()
+    return data
+
+
 def learn(bench: Bench) -> None:
     """Report the membrane Dice after training with default settings for `learn_seconds`."""
-    folder, data, run_dir = isbi(bench), bench.work / "isbi-shards", bench.work / "isbi-run"
-    packing = (
-        *("--images", folder / "images", "--masks", folder / "masks", "--mask-format", "binary"),
-        *("--invert", "--classes", "cell", "membrane", "--split-file", folder / "split.csv"),
-    )
-    with Process(bench, [*verb("pack"), *packing, "--out", data]) as process:
-        process.wait()
+    data, run_dir = isbi_shards(bench), bench.work / "isbi-run"
     tiny = [f"--model.{name.replace('_', '-')}={n}" for name, n in bench.sizes.network.items()]
     tiny += ["--crop-size", "32"] if bench.rehearse else []
     limits = ("--minutes", bench.sizes.learn_seconds / 60, "--model.preset", "modern", *tiny)
@@ -330,16 +335,15 @@ def learn(bench: Bench) -> None:
 
 def learn_public(bench: Bench) -> None:
     """Report the membrane Dice of the settings of public single-file repositories, same time."""
-    folder = isbi(bench)
-    script = Path(__file__).with_name("learning_isbi2012.py")
+    arrays = bench.work / "isbi.npz"
+    export_arrays(isbi_shards(bench), arrays)
+    script = Path(__file__).with_name("learning_loops.py")
     flags = (
-        *("--images", folder / "images", "--masks", folder / "masks"),
-        *("--split-file", folder / "split.csv", "--recipe", "common"),
-        *("--width", bench.sizes.width, "--minutes", bench.sizes.learn_seconds / 60),
-        *("--device", bench.device.type),
+        *("--arrays", arrays, "--recipe", "common", "--width", bench.sizes.width),
+        *("--minutes", bench.sizes.learn_seconds / 60, "--device", bench.device.type),
     )
     with Process(bench, [sys.executable, script, *flags]) as process:
         process.wait()
         found = json.loads(process.output.strip().splitlines()[-1])
     bench.report("steps", found["steps"])
-    bench.report("membrane Dice", found["dice"])
+    bench.report("membrane Dice", score_confusion(found["confusion"])[1]["dice"])

@@ -49,7 +49,7 @@ def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) 
         ("trian", "unknown command 'trian'; did you mean train?"),
         ("predcit", "did you mean predict?"),
         ("pac", "did you mean pack?"),
-        ("xyzzy", "commands: separate, check, pack, index, unpack, train, evaluate"),
+        ("xyzzy", "commands: separate, check, pack, index, unpack, plan, train"),
     ],
 )
 def test_an_unknown_verb_suggests_the_nearest(

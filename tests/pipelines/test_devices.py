@@ -151,9 +151,19 @@ def test_a_bare_start_takes_bf16_where_the_gpu_does_not_emulate_it(
     assert devices.native_precision() == expected
 
 
-def test_a_bare_start_without_a_gpu_takes_float32(pretend) -> None:
-    pretend(0)
-    assert devices.native_precision() == "no"
+@pytest.mark.parametrize(("native", "expected"), [(True, "bf16"), (False, "no")])
+@pytest.mark.parametrize(("gpus", "environment"), [(0, {}), (1, {"ACCELERATE_USE_CPU": "true"})])
+def test_a_bare_start_on_a_cpu_takes_bf16_where_it_is_native(
+    gpus: int,
+    environment: dict[str, str],
+    native: bool,
+    expected: str,
+    pretend,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pretend(gpus, **environment)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
+    assert devices.native_precision() == expected
 
 
 # ---- determinism

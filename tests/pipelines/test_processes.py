@@ -54,7 +54,7 @@ subprocess.run([sys.executable, "-c", sys.argv[1]])
 """
 
 
-@pytest.mark.parametrize("variable", ["TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"])
+@pytest.mark.parametrize("variable", ["TORCHELASTIC_RUN_ID", "ACCELERATE_DYNAMO_BACKEND"])
 def test_a_rank_exits_when_its_launcher_is_killed(variable: str) -> None:
     launcher = subprocess.Popen(
         [sys.executable, "-c", LAUNCHER, RANK],
