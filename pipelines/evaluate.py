@@ -288,7 +288,7 @@ def score_model(
     measured: score.Metrics,
 ) -> ScoredSplit:
     """Predict and score every image of the split. Raises RunError if GPU memory runs out."""
-    loaded.refuse_unused_overlap(config.tiles)
+    loaded.refuse_unused(config.tiles)
     model = loaded.model
     try:
         if config.split == CROSS_VALIDATED:

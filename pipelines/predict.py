@@ -84,7 +84,7 @@ def run(config: PredictConfig) -> int:
         raise UsageError(objects.NEEDS_SCIPY)
     inputs = find_inputs(config.input, config.input_rule())
     trained = load_models(config.checkpoint, on_host=config.ensemble_on == "host")
-    trained.refuse_unused_overlap(config.tiles)
+    trained.refuse_unused(config.tiles)
     loaded = config.reading.apply(trained)
     notes = [*inputs.notes, *describe_changes(loaded, trained)]
     if config.results.calibrated:

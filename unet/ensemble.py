@@ -43,6 +43,21 @@ class Ensemble(nn.Module):
         return self.members[0].config
 
     @property
+    def margin(self) -> int:
+        """Pixels that the logits of every member lack on each side of the image."""
+        return self.config.margin
+
+    @property
+    def multiple(self) -> int:
+        """Factor by which the contracting path of the first member downsamples."""
+        return self.config.multiple
+
+    @property
+    def mirrors(self) -> tuple[tuple[int, ...], ...]:
+        """Dimensions to flip for each mirror image that all members were trained with."""
+        return min((member.mirrors for member in self.members), key=len)
+
+    @property
     def spec(self) -> DataSpec:
         """Data spec of the first member; the normalisation of the others may differ."""
         return self.members[0].require_spec()

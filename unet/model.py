@@ -17,7 +17,7 @@ from unet.blocks import Activation, ConvConfig, DoubleConv, Down, Norm, Padding,
 from unet.encoder import Encoder, EncoderConfig
 from unet.masks import predict_mask
 from unet.pixels import AnyImage, to_pixels
-from unet.spec import DataSpec
+from unet.spec import MIRRORS, DataSpec
 from unet.tiling import TileConfig
 
 MAX_CHANNELS = 16_384
@@ -108,6 +108,11 @@ class UNetConfig:
     def multiple(self) -> int:
         """Factor by which the contracting path downsamples: 2^depth."""
         return 2**self.depth
+
+    @property
+    def mirrors(self) -> tuple[tuple[int, ...], ...]:
+        """All flips: those that a model was trained with are in its data spec."""
+        return MIRRORS["any"]
 
     def require_side(self, side: int) -> None:
         """Raise ValueError with the nearest valid sizes if the network cannot take this side."""
@@ -219,6 +224,21 @@ class UNet(nn.Module, ModelHubMixin):
             x = self.run(up, x, skips.pop())
         logits = self.head(x)
         return logits[..., :height, :width] if self.config.padding == "same" else logits
+
+    @property
+    def margin(self) -> int:
+        """Pixels that the logits lack on each side of the image."""
+        return self.config.margin
+
+    @property
+    def multiple(self) -> int:
+        """Factor by which the contracting path downsamples: 2^depth."""
+        return self.config.multiple
+
+    @property
+    def mirrors(self) -> tuple[tuple[int, ...], ...]:
+        """Dimensions to flip for each mirror image of test-time augmentation."""
+        return self.config.mirrors if self.spec is None else self.spec.mirrors
 
     def logits(self, pixels: Tensor) -> Tensor:
         """Compute the logits of images uint8 [B, in_channels, H, W], normalised as `spec` states.
@@ -347,18 +367,20 @@ class UNet(nn.Module, ModelHubMixin):
         pixels = to_pixels(image, spec).to(device)
         self.eval()
         try:
-            mask, _ = predict_mask(self.logits, [pixels], tiles, self.config)
+            mask, _ = predict_mask(self.logits, [pixels], tiles, self)
         finally:
             self.train(was_training)
         return mask[0].cpu().numpy()
 
     def header(self) -> dict[str, Any]:
         """Return the content of `config.json`: model config and data description."""
-        model = asdict(self.config)
+        model, data = asdict(self.config), asdict(self.spec) if self.spec else None
+        # Versions without encoders or orientations read such a file.
         if self.config.encoder is None:
-            # Versions without encoders read such a file.
             del model["encoder"]
-        return {"model": model, "data": asdict(self.spec) if self.spec else None}
+        if data is not None and data["orientation"] == "any":
+            del data["orientation"]
+        return {"model": model, "data": data}
 
 
 def read_config(header: dict[str, Any], folder: Path) -> UNetConfig:

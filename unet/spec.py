@@ -8,6 +8,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+Orientation = Literal["any", "upright", "fixed"]
+"""any: images have no upper side (microscopy, aerial). upright: they have one (street scenes).
+fixed: mirrored images do not occur either."""
+MIRRORS: dict[Orientation, tuple[tuple[int, ...], ...]] = {
+    "any": ((-1,), (-2,), (-2, -1)),
+    "upright": ((-1,),),
+    "fixed": (),
+}
+"""Dimensions of [..., H, W] to flip for each mirror image that test-time augmentation adds."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataSpec:
@@ -37,6 +47,9 @@ class DataSpec:
     """Index of the frame of files with several; None: they are refused."""
     resize: int | None = None
     """Pixels that the longer side of a file is scaled down to; None: it keeps its size."""
+    orientation: Orientation = "any"
+    """Flips that the training images were augmented with: all and quarter turns, horizontal only,
+    or none. Test-time augmentation uses the same."""
 
     def __post_init__(self) -> None:
         channels = {"L": 1, "RGB": 3}[self.channels]
@@ -49,10 +62,18 @@ class DataSpec:
             if len(values) != channels or not fits:
                 expected = f"{channels} numbers from {lowest:g} to 1"
                 raise ValueError(f"{name} {list(values)}; expected {expected}")
+        if self.orientation not in MIRRORS:
+            known = ", ".join(MIRRORS)
+            raise ValueError(f"orientation must be one of {known}, got {self.orientation!r}")
         if self.crop_size < 1:
             raise ValueError(f"crop_size must be at least 1, got {self.crop_size}")
         if self.image_range is not None and not 0 <= self.image_range[0] < self.image_range[1]:
             raise ValueError(f"image_range {list(self.image_range)}; expected 0 <= low < high")
+
+    @property
+    def mirrors(self) -> tuple[tuple[int, ...], ...]:
+        """Dimensions to flip for each mirror image of test-time augmentation."""
+        return MIRRORS[self.orientation]
 
     @property
     def counted(self) -> tuple[int, ...]:

@@ -29,12 +29,9 @@ Forward = Callable[[Tensor], Tensor]
 BATCH_SIZE = 4
 """Default number of images or tiles per forward pass."""
 
-MIRRORS = ([-1], [-2], [-2, -1])
-"""Dimensions to flip for test-time augmentation."""
-
 
 class NetworkGeometry(Protocol):
-    """The properties of a network that tiling depends on; `UNetConfig` has them."""
+    """What tiling depends on; `UNet` and `Ensemble` have it, and `UNetConfig` with all flips."""
 
     @property
     def margin(self) -> int:
@@ -44,6 +41,11 @@ class NetworkGeometry(Protocol):
     @property
     def multiple(self) -> int:
         """Tiles with a margin start at multiples of this: 2^depth."""
+        ...
+
+    @property
+    def mirrors(self) -> tuple[tuple[int, ...], ...]:
+        """Dimensions to flip for each mirror image of test-time augmentation."""
         ...
 
 
@@ -60,8 +62,9 @@ class TileConfig:
     """Images of equal size, or tiles, per forward pass; default: 16 on CUDA GPUs, else 4. On a
     CPU, 1 is as fast as any other number and needs the least memory."""
     tta: bool = False
-    """Test-time augmentation: average the probabilities over each tile and its horizontal, vertical
-    and double flip, at four times the cost."""
+    """Test-time augmentation: average the probabilities over each tile and its flips: horizontal,
+    vertical and both, at four times the cost, or those that the model was trained with
+    (--augment.orientation)."""
 
     def __post_init__(self) -> None:
         if self.tile < 16:
@@ -125,7 +128,7 @@ def predict_blocks(
     for first in range(0, len(places), config.effective_batch_size):
         some = places[first : first + config.effective_batch_size]
         tiles = stack_tiles([read_tile(images[n], rows, columns, i, j) for n, i, j in some])
-        probability = predict_tiles(forward, tiles, config.tta)
+        probability = predict_tiles(forward, tiles, network.mirrors if config.tta else ())
         count = len(some) if one_tile_each and takes_batches(probability.device) else 1
         for place, (n, i, j) in enumerate(some[:1] if count > 1 else some):
             if blend is not None:
@@ -167,15 +170,18 @@ def stack_tiles(tiles: Sequence[Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def predict_tiles(forward: Forward, tiles: Tensor, tta: bool) -> Tensor:
-    """Predict class probabilities of tiles uint8 [B, C, h, w]; returns `Block.probability`."""
+def predict_tiles(forward: Forward, tiles: Tensor, mirrors: Sequence[tuple[int, ...]]) -> Tensor:
+    """Predict class probabilities of tiles uint8 [B, C, h, w]; returns `Block.probability`.
+
+    `mirrors`: dimensions to flip for each mirror image that is averaged with the tile itself.
+    """
     probability = to_probability(forward(tiles))
-    if tta:
-        for dims in MIRRORS:
-            mirrored = to_probability(forward(tiles.flip(dims)))
-            probability += mirrored.flip(dims)
-            del mirrored
-        probability /= 1 + len(MIRRORS)
+    for dims in mirrors:
+        mirrored = to_probability(forward(tiles.flip(dims)))
+        probability += mirrored.flip(dims)
+        del mirrored
+    if mirrors:
+        probability /= 1 + len(mirrors)
     return probability
 
 

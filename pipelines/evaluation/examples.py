@@ -27,11 +27,11 @@ def predict_examples(
 
     Raises DataError if a sample cannot be read or has no mask.
     """
-    forward, network = make_forward(model, accelerator), model.config
+    forward = make_forward(model, accelerator)
     model.eval()
     for sample, mask in data.samples(split, positions):
         image = torch.tensor(sample.image).permute(2, 0, 1)[None].to(accelerator.device)
-        prediction, _ = predict_mask(forward, image, tiles, network)
+        prediction, _ = predict_mask(forward, image, tiles, model)
         yield Example(sample.key, sample.image, mask, prediction[0].cpu().numpy())
 
 

@@ -184,7 +184,7 @@ class FoldModels:
         )
         for fold in np.unique(folds).tolist():
             rows = np.flatnonzero(folds == fold).tolist()
-            network = self.models[fold].config
+            network = self.models[fold]
             observe = None if mask is None else observe_blocks(self.probabilities, mask[rows])
             prediction[rows], _ = predict_mask(
                 self.place(fold), image[rows], self.tiles, network, observe=observe

@@ -102,7 +102,7 @@ def score(
             if stop is not None and stop():
                 return
             observe = observe_blocks(metrics.probabilities, batch.mask)
-            prediction, _ = predict_mask(forward, batch.image, tiles, model.config, rule, observe)
+            prediction, _ = predict_mask(forward, batch.image, tiles, model, rule, observe)
             yield batch, prediction
 
     model.eval()

@@ -32,7 +32,7 @@ def first_tile(
     for number in range(len(decode.inputs)):
         if (image := decode(number).image) is not None:
             height, width = image.shape[-2:]
-            rows, columns = lay_out_tiles(height, width, tiles, model.config)
+            rows, columns = lay_out_tiles(height, width, tiles, model)
             return rows.side, columns.side
     return None
 

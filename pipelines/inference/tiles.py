@@ -56,7 +56,7 @@ def make_predict(
 
     The function raises RunError if a tile does not fit into GPU memory.
     """
-    network, tiles = loaded.model.config, config.tiles
+    network, tiles = loaded.model, config.tiles
     rule = replace(config.results.mask_rule(), temperature=loaded.temperature)
     reported = False
 

@@ -9,7 +9,7 @@ import hashlib
 from dataclasses import dataclass
 from enum import IntEnum
 from math import cos, exp, log, pi, sin, sqrt
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 from pipelines.runtime.errors import UsageError
 from pipelines.runtime.yaml_flags import refuse_unused
 from shards.sample import IGNORE
+from unet.spec import Orientation
 
 NODES = 3
 """Nodes per side of the grid of elastic displacements, as in the U-Net paper (section 3.1)."""
@@ -34,7 +35,7 @@ class AugmentConfig:
     the image are equally likely."""
     scale: float = 1.25
     """Maximum factor by which crops are scaled up or down; 1: off."""
-    orientation: Literal["any", "upright", "fixed"] = "any"
+    orientation: Orientation = "any"
     """any: flips and quarter turns, for images without an upright orientation (microscopy, aerial).
     upright: horizontal flips only (street scenes). fixed: neither."""
     rotation: float = 15.0

@@ -22,7 +22,7 @@ from unet import (
     valid_input,
 )
 from unet.blocks import Activation, Norm, Upsampling
-from unet.spec import counted_classes
+from unet.spec import Orientation, counted_classes
 
 CROP_SIZE = {"modern": 512, "paper": 572, "small": 256}
 """Largest default crop of each preset, in pixels."""
@@ -149,9 +149,15 @@ def default_crop_size(network: UNetConfig, max_side: int) -> int:
 
 
 def build_model(
-    model: ModelConfig, manifest: Manifest, crop_size: int, encoder: EncoderConfig | None = None
+    model: ModelConfig,
+    manifest: Manifest,
+    crop_size: int,
+    encoder: EncoderConfig | None = None,
+    orientation: Orientation = "any",
 ) -> UNet:
     """Build an untrained model with the data spec of a data set.
+
+    `orientation`: flips that it will be trained with.
 
     Mean and deviation are those that the weights of `encoder` were trained with, if it has some.
     """
@@ -170,6 +176,7 @@ def build_model(
         exif=form.exif,
         frame=form.frame,
         resize=form.resize,
+        orientation=orientation,
     )
     data = {"in_channels": len(form.channels), "num_classes": len(manifest.classes)}
     return UNet(model.network(encoder, **data), spec)

@@ -68,8 +68,13 @@ class LoadedModel:
             resize=spec.resize,
         )
 
-    def refuse_unused_overlap(self, tiles: TileConfig) -> None:
-        """Raise UsageError if an overlap was given for networks of valid convolutions."""
+    def refuse_unused(self, tiles: TileConfig) -> None:
+        """Raise UsageError for an overlap or flips that have no effect on these networks."""
+        if tiles.tta and not self.model.mirrors:
+            raise UsageError(
+                "--tta: the model was trained with --augment.orientation fixed, without flips; "
+                "remove it"
+            )
         if self.model.config.margin and tiles.overlap != TileConfig().overlap:
             raise UsageError(
                 f"--overlap {tiles.overlap:g}: has no effect on this network of valid "

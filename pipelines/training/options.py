@@ -207,6 +207,10 @@ class TrainConfig:
         if self.model.preset == "paper":
             reason = "has no effect with --model.preset paper: valid convolutions need no overlap"
             refuse_unused(self.tiles, reason, "overlap", prefix="tiles.")
+        if self.tiles.tta and self.augment.orientation == "fixed":
+            raise ValueError(
+                "--tiles.tta has no effect with --augment.orientation fixed, which flips nothing"
+            )
         if self.fold is not None and parse_part("--fold", self.fold)[1] < 2:
             raise ValueError(f"--fold must be i/k with at least 2 folds, got {self.fold!r}")
         if self.folds is not None and self.folds < 2:

@@ -241,7 +241,9 @@ def prepare_model(setup: TrainSetup, accelerator: Accelerator, resumed: Path | N
     config = setup.config
     backbone = prepare_backbone(config, setup.manifest, accelerator, resumed)
     encoder = None if backbone is None else backbone.config
-    model = build_model(config.model, setup.manifest, setup.crop_size, encoder)
+    model = build_model(
+        *(config.model, setup.manifest, setup.crop_size, encoder, config.augment.orientation)
+    )
     if backbone is not None:
         initialise_encoder(model, backbone, frozen=config.model.freeze_encoder)
     if config.init_from is not None and resumed is None:

@@ -93,7 +93,7 @@ def main() -> None:
     plans, dataset = (
         json.loads((planned / name).read_text()) for name in ("nnUNetPlans.json", "dataset.json")
     )
-    trainer = TimedTrainer(plans, "2d", "all", dataset, device)
+    trainer = TimedTrainer({**plans, "continue_training": False}, "2d", "all", dataset, device)
     trainer.initialize()
     trainer.run_training()
 

@@ -19,6 +19,7 @@ from pipelines import predict
 from shards.manifest import read_manifest
 from shards.order import Address
 from shards.reader import ShardReader
+from tests.conftest import TINY_TRAINING
 from unet import UNet
 
 
@@ -165,6 +166,49 @@ def test_mirrors_are_averaged(trained: Path, images: Path, call, tmp_path: Path)
     assert any(
         info["confidence"] != plain[source][1]["confidence"] for source, (_, info) in tta.items()
     )
+
+
+@pytest.mark.parametrize(
+    ("orientation", "flip", "equal"),
+    [
+        ("any", Image.Transpose.FLIP_TOP_BOTTOM, True),
+        ("upright", Image.Transpose.FLIP_LEFT_RIGHT, True),
+        ("upright", Image.Transpose.FLIP_TOP_BOTTOM, False),
+    ],
+)
+def test_mirrors_are_those_of_the_training(
+    trained: Path, images: Path, call, tmp_path: Path, orientation: str, flip, equal: bool
+) -> None:
+    checkpoint, folders = tmp_path / "checkpoint", (tmp_path / "plain", tmp_path / "turned")
+    UNet.from_pretrained(trained / "checkpoints" / "best").save_pretrained(checkpoint)
+    plain = json.loads((checkpoint / "config.json").read_text())
+    plain["data"]["orientation"] = orientation
+    (checkpoint / "config.json").write_text(json.dumps(plain))
+    image = Image.open(next(images.rglob("p7.png")))
+    for folder, pixels in zip(folders, (image, image.transpose(flip)), strict=True):
+        folder.mkdir()
+        pixels.save(folder / "p.png")
+        flags = argv(checkpoint, folder, folder / "out", "--tta")
+        assert call("predict", *flags).code == 0
+    first, second = (results(folder / "out")["p.png"][1]["confidence"] for folder in folders)
+    assert (first == pytest.approx(second, abs=1e-5)) is equal
+
+
+def test_mirrors_that_no_image_of_the_training_had_are_refused(
+    shards: Path, images: Path, call, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    flags = ("--data", shards, "--run-dir", run, "--steps", 1, *TINY_TRAINING)
+    ended = call("train", *flags, "--augment.orientation", "fixed")
+    assert ended.code == 0, ended.err
+    stored = json.loads((run / "checkpoints" / "best" / "config.json").read_text())
+    assert stored["data"]["orientation"] == "fixed"
+    ended = call("predict", *argv(run, images, tmp_path / "out", "--tta"))
+    assert (ended.code, ended.err.count("\n")) == (2, 1)
+    line = "--tta: the model was trained with --augment.orientation fixed, without flips; remove it"
+    assert line in ended.err
+    ended = call("train", *flags, "--augment.orientation", "fixed", "--tiles.tta")
+    assert "--tiles.tta has no effect with --augment.orientation fixed" in ended.err
 
 
 def test_the_manifest_counts_what_was_predicted(

@@ -11,6 +11,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from unet import (
+    DataSpec,
+    Ensemble,
     MaskRule,
     TileConfig,
     UNet,
@@ -499,6 +501,32 @@ def test_tta_is_the_average_over_four_mirror_images(shape, padded, valid):
     expected_classes = expected.argmax(1).to(torch.uint8)
     assert torch.equal(predict_mask(padded, images, config, PADDED)[0], expected_classes)
     assert not torch.allclose(assemble(padded, images, replace(config, tta=False)), expected)
+
+
+@pytest.mark.parametrize(
+    ("orientation", "flips"), [("any", ([-1], [-2], [-2, -1])), ("upright", ([-1],)), ("fixed", ())]
+)
+@torch.inference_mode()
+def test_tta_flips_as_the_training_did(orientation, flips, padded):
+    spec = DataSpec(
+        classes=("a", "b", "c"),
+        palette=((0, 0, 0),) * 3,
+        channels="L",
+        mean=(0.5,),
+        std=(0.2,),
+        crop_size=32,
+        orientation=orientation,
+    )
+    model = UNet(UNetConfig(in_channels=1, num_classes=3, base_channels=2, depth=1), spec).eval()
+    other = UNet(model.config, replace(spec, orientation="any")).eval()
+    images = random_images(24, 20, batch=2)
+    config = TileConfig(tile=32, tta=True)
+    for geometry in (model, Ensemble([other, model])):
+        total = padded(images).softmax(1)
+        for dims in flips:
+            total += padded(images.flip(dims)).softmax(1).flip(dims)
+        found = assemble(padded, images, config, geometry)
+        torch.testing.assert_close(found, total / (1 + len(flips)))
 
 
 @settings(max_examples=40)
