@@ -297,10 +297,11 @@ def test_colour_images_go_into_a_grey_model(make_checkpoint, images: Path, call,
     np.testing.assert_array_equal(mask, grey > 127)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize(("workers", "precision"), [(1, "no"), (2, "no"), (2, "bf16")])
 def test_the_bytes_do_not_depend_on_the_number_of_workers(
-    workers: int, trained: Path, images: Path, call, content, tmp_path: Path
+    workers: int, precision: str, trained, images: Path, call, content, tmp_path: Path, monkeypatch
 ) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
     more = ("--samples-per-shard", 4, "--tile", 64)
     assert call("predict", *argv(trained, images, tmp_path / "0", *more)).code == 0
     given = argv(trained, images, tmp_path / "n", *more)

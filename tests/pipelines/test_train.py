@@ -237,9 +237,11 @@ def test_minutes_end_a_run_with_a_learning_rate_of_almost_nothing(
 # ---- interrupted and resumed
 
 
+@pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_an_interrupted_run_resumes_identically(
-    shards: Path, tiny, call, interrupt, metrics, tmp_path: Path
+    precision: str, shards: Path, tiny, call, interrupt, metrics, tmp_path: Path, monkeypatch
 ) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     more = ("--steps", 8, "--log-every", 1, "--eval-every", 3)
     assert call("train", *argv(shards, whole, tiny, *more)).code == 0
@@ -260,6 +262,7 @@ def test_an_interrupted_run_resumes_identically(
         return [{k: v for k, v in line.items() if k not in timed} for line in metrics(run_dir)]
 
     assert losses(parts) == losses(whole)
+    assert json.loads((whole / "environment.json").read_text())["precision"] == precision
 
 
 @pytest.mark.parametrize("step", [3, 5])
