@@ -116,18 +116,32 @@ class SegmentationLoss(nn.Module):
         self.register_buffer("class_weights", table, persistent=False)
 
     def forward(
-        self, logits: Tensor, mask: Tensor, border: Tensor | None = None
+        self, logits: Tensor | Sequence[Tensor], mask: Tensor, border: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Compute the loss.
+        """Compute the loss; with deep supervision, the average over levels, weighted 1, 1/2, 1/4...
 
         Args:
-            logits: [B, K, H, W].
+            logits: [B, K, H, W]; with deep supervision, followed by those of coarser levels,
+                [B, K, >= H / 2, >= W / 2], ..., as `UNet` returns them.
             mask: uint8 [B, H, W], or larger: the logits are for its centre.
             border: uint8, the size of the mask: 255 where two cells touch; None: all 0.
 
         Returns:
-            The loss [], and its terms [len(names)], unweighted and detached, for logging.
+            The loss [], and its terms [len(names)] at full size, unweighted and detached, for
+            logging.
         """
+        finest, *coarser = [logits] if isinstance(logits, Tensor) else logits
+        loss, terms = self.compute(finest, mask, border)
+        for level, coarse in enumerate(coarser, start=1):
+            sampled = subsample(mask, level)
+            height, width = sampled.shape[-2:]
+            sampled_border = None if border is None else subsample(border, level)
+            part, _ = self.compute(coarse[..., :height, :width], sampled, sampled_border)
+            loss = loss + part * 0.5**level
+        return loss / sum(0.5**level for level in range(1 + len(coarser))), terms
+
+    def compute(self, logits: Tensor, mask: Tensor, border: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Compute the loss of the logits of one level, and its terms."""
         size = logits.shape[-2:]
         mask = centre_crop(mask, size)
         border = None if border is None else centre_crop(border, size)
@@ -170,6 +184,12 @@ class SegmentationLoss(nn.Module):
             extra = border.float() * (self.config.border_weight / 255)
             weight = 1 + extra if weight is None else weight + extra
         return weight
+
+
+def subsample(x: Tensor, level: int) -> Tensor:
+    """Return the pixel in the middle of each square of 2^level x 2^level pixels: [..., h, w]."""
+    step = 2**level
+    return x[..., step // 2 :: step, step // 2 :: step]
 
 
 def inverse_frequency(pixels: Sequence[int], power: float = 1.0) -> tuple[float, ...]:

@@ -48,6 +48,9 @@ class UNetConfig:
     with a 1x1 convolution."""
     dropout: float = 0.0
     """Dropout probability in the last two levels of the contracting path, in training."""
+    deep_supervision: bool = False
+    """In training, also predict from each coarser level of the expanding path, so that the loss
+    reaches the deep levels directly (Lee et al. 2015, "Deeply-Supervised Nets")."""
     encoder: EncoderConfig | None = None
     """Backbone that replaces the contracting path from its first feature map on; `depth` is then
     its own. Above it, double convolutions on the image keep borders sharp."""
@@ -83,6 +86,8 @@ class UNetConfig:
             )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+        if self.deep_supervision and self.padding == "valid":
+            raise ValueError("deep_supervision must be off with padding valid")
         if self.encoder is not None:
             self.require_encoder(self.encoder)
 
@@ -190,6 +195,11 @@ class UNet(nn.Module, ModelHubMixin):
             )
         )
         self.head = nn.Conv2d(channels[0], config.num_classes, 1)
+        # Level 1 first.
+        self.level_heads = nn.ModuleList(
+            nn.Conv2d(width, config.num_classes, 1)
+            for width in (channels[1:-1] if config.deep_supervision else [])
+        )
         self.apply(he_init)
         # After `he_init`: a backbone initialises itself.
         self.encoder = None if encoder is None else Encoder(encoder)
@@ -210,20 +220,29 @@ class UNet(nn.Module, ModelHubMixin):
         config = replace(PRESETS[name], in_channels=in_channels, num_classes=num_classes, **changes)
         return cls(config, spec)
 
-    def forward(self, image: Tensor) -> Tensor:
+    def forward(self, image: Tensor) -> Tensor | tuple[Tensor, ...]:
         """Compute logits [B, num_classes, H', W'] of normalised images [B, in_channels, H, W].
 
         H', W' are H, W with padding `same`, and 12 * 2^depth - 8 less with `valid` (572 -> 388).
+        In training mode with deep supervision, returns them first in a tuple, followed by those of
+        level 1, 2, ... for the padded image: [B, num_classes, >= H / 2, >= W / 2], ...
         """
         height, width = image.shape[-2:]
         for side in (height, width):
             self.config.require_side(side)
         x = self.pad(image) if self.config.padding == "same" else image
         *skips, x = self.contract(x)
+        maps: list[Tensor] = []
         for up in self.ups:
             x = self.run(up, x, skips.pop())
+            maps.append(x)
         logits = self.head(x)
-        return logits[..., :height, :width] if self.config.padding == "same" else logits
+        if self.config.padding == "same":
+            logits = logits[..., :height, :width]
+        if not (self.training and self.level_heads):
+            return logits
+        coarser = reversed(maps[:-1])
+        return logits, *(head(x) for head, x in zip(self.level_heads, coarser, strict=True))
 
     @property
     def margin(self) -> int:
@@ -375,9 +394,11 @@ class UNet(nn.Module, ModelHubMixin):
     def header(self) -> dict[str, Any]:
         """Return the content of `config.json`: model config and data description."""
         model, data = asdict(self.config), asdict(self.spec) if self.spec else None
-        # Versions without encoders or orientations read such a file.
+        # Versions that lack one of these read such a file.
         if self.config.encoder is None:
             del model["encoder"]
+        if not self.config.deep_supervision:
+            del model["deep_supervision"]
         if data is not None and data["orientation"] == "any":
             del data["orientation"]
         return {"model": model, "data": data}

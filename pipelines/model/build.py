@@ -53,6 +53,9 @@ class ModelConfig:
     """Upsampling in the expanding path; default: transpose."""
     dropout: float | None = None
     """Dropout probability at the end of the contracting path; default: 0 (paper: 0.5)."""
+    deep_supervision: bool | None = None
+    """In training, also predict from the coarser levels of the expanding path; default: yes, except
+    with preset paper."""
     encoder: str | None = None
     """Pretrained backbone as the contracting path: hub id, or local folder with config.json,
     model.safetensors and preprocessor_config.json (ResNet, ConvNeXt, Swin and other hierarchical
@@ -120,7 +123,8 @@ class ModelConfig:
             depth = ENCODER_DEPTH if encoder is None else encoder.depth
             width = ENCODER_BASE_CHANNELS[self.preset]
             changes = {"base_channels": width, **changes, "depth": depth, "encoder": encoder}
-        return replace(PRESETS[self.preset], **changes, **data)
+        deep = self.preset != "paper" if self.deep_supervision is None else self.deep_supervision
+        return replace(PRESETS[self.preset], **changes, deep_supervision=deep, **data)
 
 
 def choose_crop_size(model: ModelConfig, wanted: int | None, manifest: Manifest) -> int:
@@ -183,7 +187,7 @@ def build_model(
 
 
 def load_initial_weights(model: UNet, checkpoint: str, fold: str | None = None) -> None:
-    """Load the weights of a checkpoint; those of the head only if the classes are the same.
+    """Load the weights of a checkpoint; those of the heads only if the classes are the same.
 
     `fold`: the fold that the run trains, i/k; prints a warning on rank 0 unless the checkpoint was
     trained on the same one.
@@ -205,7 +209,7 @@ def load_initial_weights(model: UNet, checkpoint: str, fold: str | None = None) 
         if name == "encoder":
             continue
         value, own = getattr(source.model.config, name), getattr(model.config, name)
-        if value != own and name not in ("num_classes", "dropout"):
+        if value != own and name not in ("num_classes", "dropout", "deep_supervision"):
             can_change = name not in ("in_channels", "padding")
             remedy = (
                 f"set --model.{name.replace('_', '-')} {value}" if can_change else "use another"
@@ -213,10 +217,12 @@ def load_initial_weights(model: UNet, checkpoint: str, fold: str | None = None) 
             raise UsageError(
                 f"--init-from {checkpoint} has {name} = {value}, this run has {own}; {remedy}"
             )
-    tensors = source.model.state_dict()
-    if source.spec.classes != require_spec(model).classes:
-        own_head = {name: t for name, t in model.state_dict().items() if name.startswith("head.")}
-        tensors |= own_head
+    tensors, given = model.state_dict(), source.model.state_dict()
+    same_classes = source.spec.classes == require_spec(model).classes
+    for name in tensors:
+        is_head = name.startswith(("head.", "level_heads."))
+        if not is_head or (same_classes and name in given):
+            tensors[name] = given[name]
     model.load_state_dict(tensors)
 
 

@@ -51,6 +51,9 @@ logger = logging.getLogger(__name__)
 NICENESS = 10
 """Of the thread that writes; 0 is that of training."""
 
+ABSENT = {"fold": None, "model.deep_supervision": False}
+"""What settings are that the recorded ones of a run lack."""
+
 
 @dataclass(frozen=True, slots=True)
 class TrainState:
@@ -313,8 +316,8 @@ class Checkpoints:
             )
         refuse_changed_settings(
             str(self.run.path),
-            old={"fold": None, **state.fixed},
-            new={"fold": None, **new},
+            old={**ABSENT, **state.fixed},
+            new={**ABSENT, **new},
             elsewhere="start in another --run-dir",
             hint=" (--init-from takes its weights)",
         )

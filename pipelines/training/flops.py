@@ -3,6 +3,7 @@
 import re
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from unet import UNet, UNetConfig
@@ -44,7 +45,9 @@ def count_flops(
             model.encoder.requires_grad_(not frozen_encoder)
         image = torch.empty(batch_size, config.in_channels, crop_size, crop_size)
     with FlopCounterMode(display=False) as counter:
-        model(image).sum().backward()
+        logits = model(image)
+        parts = [logits] if isinstance(logits, Tensor) else logits
+        sum(part.sum() for part in parts).backward()
     return counter.get_total_flops()
 
 

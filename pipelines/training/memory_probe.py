@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import convert_to_fp32
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
@@ -118,7 +119,7 @@ class Probe:
         with self.accelerator.autocast():
             logits = self.learner.model(image)
         # As Accelerate does before the loss.
-        loss, _ = self.criterion(logits.float(), mask, border)
+        loss, _ = self.criterion(convert_to_fp32(logits), mask, border)
         loss.backward()
 
 

@@ -145,8 +145,9 @@ def resolve(config: TrainConfig, manifest: Manifest) -> TrainSetup:
     config.augment.refuse_for_grey(manifest.image_format.channels)
     sizes = tuple(shard.samples for shard in train_split.shards)
     batch = replace(batch, global_batch_size=global_batch_size, crop_size=crop_size)
+    model = replace(config.model, deep_supervision=config.model.network().deep_supervision)
     return TrainSetup(
-        config=replace(config, batch=batch),
+        config=replace(config, batch=batch, model=model),
         manifest=manifest,
         order=Order(sizes, order.seed, order.lanes, order.window),
         crop_size=crop_size,
@@ -271,6 +272,9 @@ def fixed_settings(setup: TrainSetup) -> dict[str, Any]:
     if setup.config.model.encoder is None:
         # Runs of versions without encoders are resumed.
         flat = {name: value for name, value in flat.items() if name not in OF_ENCODERS}
+    if not setup.config.model.deep_supervision:
+        # Nor did they have this.
+        del flat["model.deep_supervision"]
     if setup.config.fold is not None:
         flat["fold"] = setup.config.fold
     return {**flat, "order_version": ORDER_VERSION, "manifest": setup.manifest.digest}

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from pipelines.model.build import build_loss, class_pixels
@@ -125,6 +126,44 @@ def test_the_network_is_what_was_asked_for(
     ended = call("train", *argv(shards, tmp_path / "run", tiny, *flags))
     assert ended.code == 0, ended.err
     assert getattr(config_of(tmp_path / "run"), field) == value
+
+
+def test_coarser_levels_are_supervised_except_in_the_network_of_2015(
+    shards: Path, tiny, call, tmp_path: Path
+) -> None:
+    for name, flags, expected in (
+        ("default", (), True),
+        ("off", ("--model.no-deep-supervision",), False),
+        ("paper", PAPER, False),
+    ):
+        run = tmp_path / name
+        ended = call("train", *argv(shards, run, PAPER if name == "paper" else tiny, *flags))
+        assert ended.code == 0, ended.err
+        assert config_of(run).deep_supervision is expected
+        recorded = yaml.safe_load((run / "config.yaml").read_text())["model"]
+        assert recorded["deep_supervision"] is expected
+    # One of them may start from the other.
+    for name, source, more in (
+        ("1", "off", ()),
+        ("2", "default", ("--model.no-deep-supervision",)),
+    ):
+        flags = ("--init-from", tmp_path / source, *more)
+        ended = call("train", *argv(shards, tmp_path / name, tiny, *flags))
+        assert ended.code == 0, ended.err
+
+
+def test_a_run_of_before_deep_supervision_is_resumed_without_it(
+    shards: Path, tiny, call, tmp_path: Path
+) -> None:
+    run, off = tmp_path / "run", "--model.no-deep-supervision"
+    assert call("train", *argv(shards, run, tiny, "--steps", 1, off)).code == 0
+    state = json.loads((run / "checkpoints" / "last" / "state.json").read_text())
+    assert not [name for name in state["fixed"] if "deep_supervision" in name]
+    ended = call("train", *argv(shards, run, tiny, "--steps", 2))
+    assert (ended.code, ended.err.count("\n")) == (2, 1)
+    assert off in ended.err
+    ended = call("train", *argv(shards, run, tiny, "--steps", 2, off))
+    assert ended.code == 0, ended.err
 
 
 @pytest.mark.parametrize("switch", ["--channels-last", "--gradient-checkpointing", "--compile"])

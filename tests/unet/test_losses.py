@@ -204,6 +204,35 @@ def test_invalid_loss_configs_are_refused(fields, message):
         LossConfig(**fields)
 
 
+def test_with_deep_supervision_levels_are_averaged_with_halving_weights():
+    finest, mask = draw(side=12)
+    coarse, coarser = (draw(side=side, seed=side)[0] for side in (8, 4))
+    border = torch.randint(0, 256, mask.shape, dtype=torch.uint8)
+    loss = every_loss()
+    total, terms = loss((finest, coarse, coarser), mask, border)
+    # Logits beyond the image, of the padding, do not count.
+    halves, quarters = (slice(1, None, 2), slice(2, None, 4))
+    levels = [
+        (finest, mask, border),
+        (coarse[..., :6, :6], mask[:, halves, halves], border[:, halves, halves]),
+        (coarser[..., :3, :3], mask[:, quarters, quarters], border[:, quarters, quarters]),
+    ]
+    values = [loss(*level)[0] for level in levels]
+    expected = (values[0] + values[1] / 2 + values[2] / 4) / 1.75
+    torch.testing.assert_close(total, expected)
+    torch.testing.assert_close(terms, loss(*levels[0])[1])
+
+
+def test_a_coarse_level_without_a_pixel_of_the_mask_adds_nothing():
+    logits, mask = draw(side=1)
+    deep = draw(side=2)[0].requires_grad_()
+    loss = every_loss()
+    total, _ = loss((logits, deep), mask)
+    torch.testing.assert_close(total, loss(logits, mask)[0] / 1.5)
+    total.backward()
+    assert not deep.grad.any()
+
+
 def every_loss():
     return SegmentationLoss(ALL, (1, 2), (0.5, 2.0, 3.0))
 

@@ -290,6 +290,10 @@ def test_a_preset_takes_fields_of_the_config_only():
         ({"in_channels": 10**12}, "in_channels must be at most"),
         ({"in_channels": True}, "in_channels must be an integer, got True"),
         ({"up": "nearest"}, "up must be one of transpose, bilinear"),
+        (
+            {"deep_supervision": True, "padding": "valid"},
+            "deep_supervision must be off with padding",
+        ),
         ({"activation": "gelu"}, "activation must be one of relu, leaky_relu, silu"),
     ],
 )
@@ -374,6 +378,39 @@ def test_normalising_is_bit_identical_to_the_formula_and_can_be_traced(cached):
     # Tracing leaves nothing in the cache; constants cached in inference mode work in training.
     assert torch.equal(SPEC.normalise(image), expected)
     assert not SPEC.normalise(image).is_inference()
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 48), (33, 40)])
+def test_deep_supervision_adds_logits_of_coarser_levels_in_training_only(height, width):
+    torch.manual_seed(0)
+    model = tiny(depth=3, num_classes=4, deep_supervision=True)
+    plain = tiny(depth=3, num_classes=4)
+    plain.load_state_dict(
+        {k: v for k, v in model.state_dict().items() if not k.startswith("level_heads.")}
+    )
+    image = torch.randn(2, 3, height, width)
+    assert torch.equal(model(image), plain(image))
+    model.train()
+    finest, *coarser = model(image)
+    assert torch.equal(finest, plain(image))
+    padded = [model.padded_side(side) for side in (height, width)]
+    assert [part.shape for part in coarser] == [
+        (2, 4, padded[0] // 2, padded[1] // 2),
+        (2, 4, padded[0] // 4, padded[1] // 4),
+    ]
+    sum(part.sum() for part in (finest, *coarser)).backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.level_heads.parameters())
+    assert not tiny(depth=1, deep_supervision=True).level_heads
+
+
+def test_a_model_with_deep_supervision_is_saved_and_loaded(tmp_path):
+    model = tiny(depth=3, deep_supervision=True)
+    model.save_pretrained(tmp_path)
+    loaded = UNet.from_pretrained(tmp_path)
+    assert loaded.config == model.config
+    assert all(torch.equal(t, loaded.state_dict()[n]) for n, t in model.state_dict().items())
+    # Versions without it read the others.
+    assert "deep_supervision" not in tiny().header()["model"]
 
 
 @pytest.mark.parametrize("norm", ["group", "batch"])
