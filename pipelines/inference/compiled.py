@@ -11,6 +11,7 @@ depend on the free memory.
 
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,7 +46,7 @@ class CompiledForward:
         shape: (B, H, W) to compile, on first use.
     """
 
-    def __init__(self, forward: Callable[[Tensor], Tensor], shape: tuple[int, int, int]) -> None:
+    def __init__(self, forward: Callable[[Tensor], Any], shape: tuple[int, int, int]) -> None:
         self.forward, self.shape = forward, shape
         self.compiled = torch.compile(forward, dynamic=False)
         self.total = self.uncompiled = 0

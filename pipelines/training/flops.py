@@ -47,7 +47,7 @@ def count_flops(
     with FlopCounterMode(display=False) as counter:
         logits = model(image)
         parts = [logits] if isinstance(logits, Tensor) else logits
-        sum(part.sum() for part in parts).backward()
+        torch.stack([part.sum() for part in parts]).sum().backward()
     return counter.get_total_flops()
 
 

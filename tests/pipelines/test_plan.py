@@ -69,8 +69,8 @@ def test_an_absent_class_a_rare_background_and_uncounted_pixels_do_not_count_as_
 def test_a_data_set_without_val_is_trained_without_validation() -> None:
     assert settings(replace(FACTS, val=0))["val"] is False
     assert "val" not in settings()
-    # 800 steps.
-    assert settings()["eval_every"] == 80
+    # 2,200 steps.
+    assert settings(minutes=11)["eval_every"] == 200
 
 
 def test_a_class_that_lies_above_the_middle_makes_images_upright() -> None:
