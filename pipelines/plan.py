@@ -1,5 +1,6 @@
 """`unet plan`: choose the settings of a run for a data set, this device and a number of minutes."""
 
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -78,14 +79,14 @@ def run(config: PlanConfig) -> int:
         *choose_settings(facts, trial.timings, config.minutes),
     ]
     header = [
-        f"unet plan --data {config.data} --minutes {config.minutes:g}",
-        f"Train by it: unet train --config {config.out}",
+        shlex.join(["unet", "plan", "--data", config.data, "--minutes", f"{config.minutes:g}"]),
+        shlex.join(["unet", "train", "--config", str(config.out)]),
     ]
     plan, record = format_plan(header, settings, trial), config.out.with_suffix(".json")
     print(plan.decode(), end="")
     changed = write_result(config.out, plan)
     print(f"{config.out}{changed}, {record}{write_result(record, format_trial(trial))}")
-    print(f"next: unet train --config {config.out}")
+    print(f"next: {shlex.join(['unet', 'train', '--config', str(config.out)])}")
     return 0
 
 

@@ -22,6 +22,7 @@ def main() -> int:
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=port,
         ACCELERATE_MIXED_PRECISION="no",
+        ACCELERATE_DYNAMO_BACKEND="no",
         ACCELERATE_USE_CPU="true",
     )
     verb_main = import_module(f"pipelines.{verb}").main

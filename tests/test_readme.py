@@ -67,7 +67,8 @@ def test_every_command_parses(
     page: str, verb: str, arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("run.yaml").write_text("data: SHARDS\nrun_dir: RUN\n")
+    for name in ("run.yaml", "plan.yaml"):
+        Path(name).write_text("data: SHARDS\nrun_dir: RUN\n")
     Path("table.yaml").write_text("road: [9, 9, 9]\nsky: [0, 0, 255]\n")
     config = getattr(import_module(f"pipelines.{verb}"), f"{verb.capitalize()}Config")
     if arguments[-1:] == ["..."]:

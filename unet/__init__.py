@@ -10,12 +10,13 @@ from unet.calibration import (
     TemperatureCounts,
     observe_blocks,
 )
+from unet.config import PRESETS, UNetConfig, valid_input
 from unet.encoder import Encoder, EncoderConfig, find_stages
 from unet.ensemble import Ensemble, average_logits, members_of
 from unet.losses import LossConfig, SegmentationLoss, inverse_frequency
 from unet.masks import MaskRule, PredictedMasks, predict_mask, predict_masks
 from unet.metrics import Empty, Scores, SegmentationScores, confusion_per_image
-from unet.model import PRESETS, UNet, UNetConfig, valid_input
+from unet.model import UNet
 from unet.spec import DataSpec
 from unet.surface import Surface, SurfaceScores
 from unet.tiling import Block, NetworkGeometry, TileConfig, halve_tile, predict_blocks

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from unet.model import UNet, UNetConfig
+from unet.config import UNetConfig
+from unet.model import UNet
 from unet.spec import DataSpec
 
 

@@ -127,31 +127,30 @@ class SegmentationLoss(nn.Module):
             border: uint8, the size of the mask: 255 where two cells touch; None: all 0.
 
         Returns:
-            The loss [], and its terms [len(names)] at full size, unweighted and detached, for
-            logging.
+            The loss [], and its terms [len(names)], unweighted and detached, for logging.
         """
         finest, *coarser = [logits] if isinstance(logits, Tensor) else logits
-        loss, terms = self.compute(finest, mask, border)
+        terms = self.compute_terms(finest, mask, border)
         for level, coarse in enumerate(coarser, start=1):
             sampled = subsample(mask, level)
             height, width = sampled.shape[-2:]
             sampled_border = None if border is None else subsample(border, level)
-            part, _ = self.compute(coarse[..., :height, :width], sampled, sampled_border)
-            loss = loss + part * 0.5**level
-        return loss / sum(0.5**level for level in range(1 + len(coarser))), terms
+            inside = coarse[..., :height, :width]
+            terms = terms + self.compute_terms(inside, sampled, sampled_border) * 0.5**level
+        terms = terms / sum(0.5**level for level in range(1 + len(coarser)))
+        return (terms * self.weights).sum(), terms.detach()
 
-    def compute(self, logits: Tensor, mask: Tensor, border: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Compute the loss of the logits of one level, and its terms."""
+    def compute_terms(self, logits: Tensor, mask: Tensor, border: Tensor | None) -> Tensor:
+        """Compute the losses of the logits of one level, float32 [len(names)]."""
         size = logits.shape[-2:]
         mask = centre_crop(mask, size)
         border = None if border is None else centre_crop(border, size)
         with torch.autocast(logits.device.type, enabled=False):
             logits = logits.float()
             weight = self.weigh_pixels(mask, border)
-            terms = torch.stack(
+            return torch.stack(
                 [self.compute_term(name, logits, mask, weight) for name in self.names]
             )
-            return (terms * self.weights).sum(), terms.detach()
 
     def compute_term(
         self, name: str, logits: Tensor, mask: Tensor, weight: Tensor | None

@@ -21,7 +21,7 @@ from pipelines.model.load import LoadedModel, require_spec
 from pipelines.runtime.errors import RunError
 from shards.writer import name_path
 from unet import UNet, average_logits
-from unet.model import valid_input
+from unet.config import valid_input
 
 METADATA = "metadata.json"
 """The extra file of a .pt2 with what an .onnx stores as metadata."""

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipelines.planning.facts import DataFacts
-from pipelines.planning.trial import WIDTHS, Timing
+from pipelines.planning.trial import WIDTHS, Timing, choose_depth
+from pipelines.training.options import GLOBAL_BATCH_SIZE
 from unet.spec import counted_classes
 
 MIN_STEPS = 2000
@@ -63,7 +64,7 @@ def count_steps(timing: Timing, minutes: float) -> int:
 
 def choose_network(timings: Sequence[Timing], chosen: Timing, minutes: float) -> Iterator[Setting]:
     """Explain the preset and the width."""
-    preset = "modern" if chosen.crop_size > 256 else "small"
+    preset = "small" if chosen.global_batch_size == GLOBAL_BATCH_SIZE["small"] else "modern"
     yield Setting("model.preset", preset, "decides the defaults of all that is not listed here")
     counts = [f"{t.base_channels}: {count_steps(t, minutes):,}" for t in timings]
     if count_steps(chosen, minutes) < MIN_STEPS:
@@ -73,6 +74,9 @@ def choose_network(timings: Sequence[Timing], chosen: Timing, minutes: float) ->
     else:
         rule = f"the widest that makes {MIN_STEPS:,} steps"
     yield Setting("model.base_channels", chosen.base_channels, f"{rule} ({', '.join(counts)})")
+    depth = choose_depth(chosen.crop_size)
+    side = chosen.crop_size // 2**depth
+    yield Setting("model.depth", depth, f"the coarsest map of a crop has {side} x {side} pixels")
 
 
 def explain_passes(chosen: Timing) -> str:

@@ -1,6 +1,7 @@
 """The timed trial of a plan: how long a training step of each width takes, and in what memory."""
 
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ TIMED_STEPS = 5
 """Steps that are timed, of which the median counts, after one that is not."""
 MAX_SECONDS = 10.0
 """After this time a width is not timed further: the steps so far count."""
+MAX_DEPTH, BOTTOM_SIDE = 4, 4
+"""Depth of the presets; smaller crops get less, so that their coarsest map has a side of 4."""
 COPIES = 5
 """Weights, gradients, two moments of AdamW and the average of the weights, in float32."""
 
@@ -75,7 +78,8 @@ class Stopwatch:
     def time_widths(self, slowest: float) -> Iterator[Timing]:
         """Time each width until a step takes more than `slowest` seconds or memory runs out.
 
-        Raises RunError if one sample does not fit into the memory even in the narrowest network.
+        Prints each timing. Raises RunError if one sample does not fit into the memory even in the
+        narrowest network.
         """
         for width in WIDTHS:
             try:
@@ -84,6 +88,7 @@ class Stopwatch:
                 if width == WIDTHS[0]:
                     raise
                 return
+            print(f"{width} channels: {timing.seconds:.3g} s a step", file=sys.stderr)
             yield timing
             if timing.seconds > slowest:
                 return
@@ -91,7 +96,8 @@ class Stopwatch:
     def time_width(self, width: int) -> Timing:
         """Time one width. Raises RunError if a single sample does not fit into the memory."""
         device = self.accelerator.device
-        model = build_model(ModelConfig(base_channels=width), self.manifest, self.crop_size)
+        network = ModelConfig(base_channels=width, depth=choose_depth(self.crop_size))
+        model = build_model(network, self.manifest, self.crop_size)
         learner = build_learner(model.to(device), OptimConfig())
         learner.model.train()
         probe = Probe(
@@ -124,6 +130,11 @@ class Stopwatch:
             f"--memory: one sample of {self.crop_size} x {self.crop_size} pixels does not fit; "
             "raise it"
         )
+
+
+def choose_depth(crop_size: int) -> int:
+    """Return how often crops of this side are downsampled by 2."""
+    return max(1, min(MAX_DEPTH, (crop_size // BOTTOM_SIDE).bit_length() - 1))
 
 
 def time_steps(probe: Probe, passes: int, batch_size: int) -> float:

@@ -40,12 +40,12 @@ class Limit:
         self.samples, self.tried = samples, list[int]()
         forward = SegmentationLoss.forward
 
-        def limited(loss: SegmentationLoss, logits: Tensor, *more: Any) -> Any:
-            self.tried.append(len(logits))
-            if len(logits) > self.samples:
+        def limited(loss: SegmentationLoss, logits: Any, mask: Tensor, *more: Any) -> Any:
+            self.tried.append(len(mask))
+            if len(mask) > self.samples:
                 # Not twice the same, which would keep the frames of a run, and its lock, alive.
                 raise type(error)(*error.args)
-            return forward(loss, logits, *more)
+            return forward(loss, logits, mask, *more)
 
         patch.setattr(SegmentationLoss, "forward", limited)
         patch.setattr(memory_probe, "has_memory_limit", lambda device: True)
@@ -281,10 +281,10 @@ from unet import SegmentationLoss
 
 limit, forward = (4, 2)[int(os.environ["RANK"])], SegmentationLoss.forward
 
-def limited(loss, logits, *more):
-    if len(logits) > limit:
+def limited(loss, logits, mask, *more):
+    if len(mask) > limit:
         raise torch.OutOfMemoryError("CUDA out of memory")
-    return forward(loss, logits, *more)
+    return forward(loss, logits, mask, *more)
 
 SegmentationLoss.forward = limited
 memory_probe.has_memory_limit = lambda device: True

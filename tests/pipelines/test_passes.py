@@ -85,7 +85,7 @@ def test_training_that_does_not_fit_ends_with_1_and_one_line(
             if when == "forward":
                 fail()
             if when == "backward":
-                logits.register_hook(fail)
+                logits[0].register_hook(fail)
         return logits
 
     def copied(batch: Batch, device: torch.device) -> Batch:

@@ -55,6 +55,14 @@ def test_the_widest_network_with_enough_steps_is_planned() -> None:
     assert (long["model.base_channels"], long["accumulate"]) == (32, 2)
 
 
+@pytest.mark.parametrize(
+    ("crop_size", "depth"), [(512, 4), (64, 4), (48, 3), (32, 3), (16, 2), (8, 1)]
+)
+def test_small_crops_are_downsampled_less(crop_size: int, depth: int) -> None:
+    timings = [replace(WIDTHS[0], crop_size=crop_size)]
+    assert settings(timings=timings)["model.depth"] == depth
+
+
 @pytest.mark.parametrize(("share", "value"), [(0.019, "inverse_sqrt"), (0.021, "none")])
 def test_classes_are_weighted_if_one_is_rare(share: float, value: str) -> None:
     facts = replace(FACTS, shares=(0.5, 0.5 - share, share))
@@ -120,7 +128,7 @@ def test_every_line_of_a_plan_has_a_reason(planned: tuple[Path, str]) -> None:
     text = planned[0].read_text()
     lines = [line for line in text.splitlines() if not line.startswith("#")]
     values = [line for line in lines if not re.fullmatch(r"\w+:", line)]
-    assert len(values) == 11
+    assert len(values) == 12
     assert all(re.fullmatch(r" *\w+: \S+ +# \S.*", line) for line in values), text
     assert text in planned[1]
 

@@ -489,10 +489,13 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_keys(
     criterion = SegmentationLoss.forward
     calls = 0
 
-    def spoiled(self: Any, logits: torch.Tensor, mask: torch.Tensor, border: Any) -> Any:
+    def spoiled(self: Any, logits: Any, mask: torch.Tensor, border: Any) -> Any:
         nonlocal calls
         calls += 1
-        return criterion(self, logits * (float("nan") if calls == 3 else 1), mask, border)
+        finest, *coarser = logits
+        return criterion(
+            self, (finest * (float("nan") if calls == 3 else 1), *coarser), mask, border
+        )
 
     monkeypatch.setattr(SegmentationLoss, "forward", spoiled)
     positions: list[tuple[int, str]] = []

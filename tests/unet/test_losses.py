@@ -217,10 +217,9 @@ def test_with_deep_supervision_levels_are_averaged_with_halving_weights():
         (coarse[..., :6, :6], mask[:, halves, halves], border[:, halves, halves]),
         (coarser[..., :3, :3], mask[:, quarters, quarters], border[:, quarters, quarters]),
     ]
-    values = [loss(*level)[0] for level in levels]
-    expected = (values[0] + values[1] / 2 + values[2] / 4) / 1.75
-    torch.testing.assert_close(total, expected)
-    torch.testing.assert_close(terms, loss(*levels[0])[1])
+    alone = [loss(*level) for level in levels]
+    for found, values in zip((total, terms), zip(*alone, strict=True), strict=True):
+        torch.testing.assert_close(found, (values[0] + values[1] / 2 + values[2] / 4) / 1.75)
 
 
 def test_a_coarse_level_without_a_pixel_of_the_mask_adds_nothing():

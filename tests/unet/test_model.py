@@ -1,4 +1,4 @@
-"""`model`, `spec`, `blocks`, `weights`.
+"""`model`, `config`, `spec`, `blocks`, `weights`.
 
 The U-Net: presets, input sizes, independence of the batch, and weights on disk.
 """
