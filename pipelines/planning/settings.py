@@ -15,6 +15,7 @@ gained more than width (tests/benchmarks)."""
 RARE_SHARE = 0.02
 """Share of pixels below which a class is learned late or never without class weights."""
 VALIDATIONS = 10
+"""Validations of a run, at least; a round number of steps apart."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +83,8 @@ def choose_network(timings: Sequence[Timing], chosen: Timing, minutes: float) ->
 def explain_passes(chosen: Timing) -> str:
     """Explain the number of passes of a step."""
     size = chosen.global_batch_size // chosen.accumulate
-    return f"{size} samples at a time take about {chosen.memory / 2**30:.1f} GiB"
+    what = "1 sample" if size == 1 else f"{size} samples"
+    return f"weights and the maps of {what} take about {chosen.memory / 2**30:.1f} GiB"
 
 
 def choose_class_weights(facts: DataFacts) -> Setting:
@@ -116,16 +118,17 @@ def choose_orientation(facts: DataFacts) -> Setting:
 
 
 def choose_validation(facts: DataFacts, steps: int) -> Iterator[Setting]:
-    """Validate about ten times; not at all without a validation split."""
+    """Validate ten times or somewhat more; not at all without a validation split."""
     if not facts.val:
         yield Setting("val", False, "the data set has no split val")
         return
     every = max(1, steps // VALIDATIONS)
     step = 10 ** (len(str(every)) - 1)
+    every = every // step * step
     yield Setting(
         "eval_every",
-        every // step * step,
-        f"about {VALIDATIONS} validations of {facts.val:,} images",
+        every,
+        f"about {steps // every:,} validations of {facts.val:,} images",
     )
 
 
