@@ -20,7 +20,7 @@ MIN_MASKS = 8
 MIN_OFFSET = 0.1
 """Share of the height by which a class must lie above or below the middle, on average."""
 MIN_ERRORS = 5.0
-"""The same in standard errors of the mean over masks."""
+"""Minimum of that mean offset, in standard errors over the masks."""
 
 
 @dataclass(frozen=True, slots=True)

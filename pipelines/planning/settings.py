@@ -10,8 +10,8 @@ from pipelines.training.options import GLOBAL_BATCH_SIZE
 from unet.spec import counted_classes
 
 MIN_STEPS = 2000
-"""Steps that a network should get; of those that do, the widest is planned. With fewer, more steps
-gained more than width (tests/benchmarks)."""
+"""Steps that a network should get; of those that do, the widest is planned. A rule
+of thumb: widths have hardly been compared in equal time yet."""
 RARE_SHARE = 0.02
 """Share of pixels below which a class is learned late or never without class weights."""
 VALIDATIONS = 10
@@ -34,7 +34,9 @@ def choose_settings(
     chosen = choose_timing(timings, minutes)
     steps = count_steps(chosen, minutes)
     passes = steps * chosen.global_batch_size / facts.train
-    yield Setting("minutes", minutes, f"the budget: about {steps:,} steps of {show(chosen)}")
+    yield Setting(
+        "minutes", minutes, f"the budget: about {steps:,} steps of {chosen.seconds:.3g} s"
+    )
     yield from choose_network(timings, chosen, minutes)
     yield Setting(
         "crop_size",
@@ -130,8 +132,3 @@ def choose_validation(facts: DataFacts, steps: int) -> Iterator[Setting]:
         every,
         f"about {steps // every:,} validations of {facts.val:,} images",
     )
-
-
-def show(timing: Timing) -> str:
-    """Format the time of a step."""
-    return f"{timing.seconds:.3g} s"

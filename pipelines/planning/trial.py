@@ -111,21 +111,28 @@ class Stopwatch:
         )
         if has_memory_limit(device):
             passes = probe.choose_passes(self.global_batch_size)
+            seconds = time_steps(probe, passes, self.global_batch_size // passes)
+            memory = torch.cuda.max_memory_allocated(device)
         else:
-            passes = self.fit_passes(probe)
-        seconds = time_steps(probe, passes, self.global_batch_size // passes)
-        if has_memory_limit(device):
-            memory = torch.cuda.max_memory_reserved(device)
-        else:
-            memory = estimate_memory(probe, self.global_batch_size // passes)
+            passes, memory = self.fit_passes(probe)
+            seconds = time_steps(probe, passes, self.global_batch_size // passes)
         return Timing(width, self.crop_size, self.global_batch_size, passes, seconds, memory)
 
-    def fit_passes(self, probe: Probe) -> int:
-        """Return the fewest passes of a step that fit into the memory of a CPU process."""
+    def fit_passes(self, probe: Probe) -> tuple[int, int]:
+        """Return the fewest passes of a step that fit into memory on a CPU, and their bytes.
+
+        The bytes are estimated from what one sample keeps for its gradient. Raises RunError if a
+        single sample does not fit.
+        """
+        model = probe.learner.model
+        weights = sum(p.numel() * p.element_size() for p in model.parameters())
+        maps = count_saved_bytes(model, lambda: probe.make_pass(1))
+        model.zero_grad(set_to_none=True)
         for passes in range(1, self.global_batch_size + 1):
             samples, rest = divmod(self.global_batch_size, passes)
-            if not rest and estimate_memory(probe, samples) <= self.memory:
-                return passes
+            memory = COPIES * weights + samples * maps
+            if not rest and memory <= self.memory:
+                return passes, memory
         raise RunError(
             f"--memory: one sample of {self.crop_size} x {self.crop_size} pixels does not fit; "
             "raise it"
@@ -152,15 +159,6 @@ def time_steps(probe: Probe, passes: int, batch_size: int) -> float:
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - start)
     return round(statistics.median(times[1:]), 6)
-
-
-def estimate_memory(probe: Probe, samples: int) -> int:
-    """Estimate the bytes of a step on a CPU from what one sample keeps for its gradient."""
-    model = probe.learner.model
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    maps = count_saved_bytes(model, lambda: probe.make_pass(1))
-    model.zero_grad(set_to_none=True)
-    return COPIES * weights + samples * maps
 
 
 def count_saved_bytes(model: nn.Module, run: Callable[[], None]) -> int:

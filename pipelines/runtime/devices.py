@@ -81,8 +81,8 @@ def refuse_rank_timeout(minutes: float) -> None:
 def native_precision() -> Literal["bf16", "no"]:
     """Return bf16 if the device computes in it natively, else no (float32).
 
-    V100 and T4 only emulate it, without tensor cores. CPUs with AVX512_BF16 or AMX train and
-    predict 1.2 to 1.9 times as fast in it (tests/benchmarks). It depends on what the device can do
+    V100 and T4 only emulate it, without tensor cores. CPUs with AVX512_BF16 and AMX make
+    1.6 times the steps in it (tests/benchmarks). It depends on what the device can do
     and not on a timing, so that a resumed run continues in the same precision.
     """
     if torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU"):

@@ -11,9 +11,8 @@ imports, and what is read before the first step, do not count. All are scored on
 the size of the images, by counts that are pooled over its images. A rerun continues after the runs
 that DIR/results.jsonl holds.
 
-    unet      `unet train --model.preset small` with the defaults, `unet evaluate`
-    tta       the same run, `unet evaluate --tta`
-    plan      `unet plan` for the minutes, `unet train --config plan.yaml`, `unet evaluate --tta`
+    unet      `unet train --model.preset small` with the defaults; `unet evaluate`, also with --tta
+    plan      `unet plan` for the minutes, `unet train --config plan.yaml`; scored as `unet`
     common, careful, smp    the loops of learning_loops.py; smp requires --smp-python, the Python of
               an environment with segmentation_models_pytorch
     nnunet    nnU-Net 2-D with its own plan and trainer, cut to the minutes (learning_nnunet.py);
