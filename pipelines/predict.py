@@ -56,6 +56,7 @@ from pipelines.inference.options import WORK_DIR, PredictConfig
 from pipelines.inference.reading import describe_changes
 from pipelines.inference.specks import NEEDS_SCIPY
 from pipelines.inference.tiles import predictor
+from pipelines.inference.wandb_job import record_job
 from pipelines.loading.dataset import MAX_WORKERS, rank_cpus
 from pipelines.model.load import LoadedModel, load_models
 from pipelines.model.temperature import apply_calibration
@@ -111,7 +112,7 @@ def run(config: PredictConfig) -> int:
     store.create_folder()
     if store.local is not None and not store.exists(MANIFEST):
         require_writable("--out", store.local)
-    accelerator = start()
+    accelerator = start(trackers=["wandb"] if config.wandb_project else ())
     if accelerator.is_main_process and notes:
         print_lines(notes, sys.stderr)
     if isinstance(inputs, ShardInputs) and config.verify_shards:
@@ -163,6 +164,8 @@ def run(config: PredictConfig) -> int:
         store.remove(WORK_DIR)
         if prints:
             print(f"{store} is already predicted with these settings; nothing to do")
+    if config.wandb_project and accelerator.is_main_process and store.exists(MANIFEST):
+        record_job(config.wandb_project, config, store, inputs, loaded, accelerator)
     accelerator.end_training()
     part = [
         config.results.shard_name(number) for number in config.shards_of(cutting.num_shards, 0, 1)

@@ -145,6 +145,9 @@ class PredictConfig:
     """Decoding processes per rank. Default: its share of the CPUs, at most 8."""
     remote_timeout: float = REMOTE_TIMEOUT
     """Seconds for a request to a bucket, retries included."""
+    wandb_project: str | None = None
+    """Record the finished job in this project of wandb: model, data set and masks by URL and
+    sha256, without uploading them. Default: do not."""
     rank_timeout: float = 10.0
     """Minutes without progress after which the other ranks take over the shards of a rank."""
     compile: bool = False

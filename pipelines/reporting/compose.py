@@ -17,7 +17,7 @@ from pipelines.reporting.charts import Chart, Series
 from pipelines.reporting.checkpoint_results import CheckpointResults, load_results
 from pipelines.reporting.page import MAX_CLASSES, Report, Swatch, render
 from pipelines.reporting.run_record import RunRecord, number, read_record
-from pipelines.reporting.score_tables import make_parts_table, make_table
+from pipelines.reporting.score_tables import describe_objects, make_parts_table, make_table
 from pipelines.runtime.outputs import write_result
 from pipelines.runtime.run_folder import RunFolder
 from unet import EncoderConfig, UNet
@@ -92,6 +92,7 @@ def compose(record: RunRecord, results: CheckpointResults) -> Report:
         charts=tuple(charts(record)),
         table=make_table(record, results),
         parts=make_parts_table(results.scores),
+        objects=tuple(describe_objects(results.scores)),
         plots=make_plots(results.scores),
         plots_note=describe_plots(results.scores),
         classes=spec.classes if spec else (),

@@ -91,6 +91,8 @@ class Report:
     table: Table | None = None
     parts: Table | None = None
     """Scores of groups of images."""
+    objects: tuple[tuple[str, str], ...] = ()
+    """(name, value) of the scores of connected components."""
     plots: tuple[Plot, ...] = ()
     """Calibration and thresholds."""
     plots_note: str = ""

@@ -1,5 +1,6 @@
 """Tables of scores on the page: per class, with intervals, and per group."""
 
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -10,6 +11,7 @@ from pipelines.evaluation.intervals import (
     describe_intervals,
     read_intervals,
 )
+from pipelines.evaluation.objects import read_objects
 from pipelines.reporting.charts import Series
 from pipelines.reporting.checkpoint_results import CheckpointResults
 from pipelines.reporting.page import Row, Table
@@ -72,6 +74,26 @@ def make_parts_table(scores: dict[str, Any] | None) -> Table | None:
     caption = "Macro scores." + (f" {more:,} more are in {PARTS_CSV}." if more else "")
     columns = ("Images", "Dice", INTERVAL, "IoU", INTERVAL)
     return Table(caption, columns, tuple(rows), breakdown.per)
+
+
+def describe_objects(scores: dict[str, Any] | None) -> Iterator[tuple[str, str]]:
+    """Yield (name, value) of the scores of connected components, if they were measured."""
+    objects = read_objects(scores) if scores else None
+    if objects is None:
+        return
+    yield "Class", objects.of
+    counts = f"{objects.true:,} true, {objects.predicted:,} predicted"
+    yield "Matched", f"{objects.matched:,} of {counts}, at IoU > {objects.iou:g}"
+    names = ("precision", "recall", "f1")
+    for name, shown in zip(names, cells(asdict(objects), *names), strict=True):
+        yield name.capitalize(), shown
+    if objects.count_error is not None and objects.count_bias is not None:
+        error, bias = objects.count_error, objects.count_bias
+        yield "Count error", f"{error:.2f} per image, bias {bias:+.2f}"
+    areas = (("true", objects.true_area), ("predicted", objects.predicted_area))
+    pixels = [f"{area:,.1f} pixels {of}" for of, area in areas if area is not None]
+    if pixels:
+        yield "Mean area", ", ".join(pixels)
 
 
 def score_cells(scores: dict[str, Any], intervals: ClassIntervals | None) -> tuple[str, ...]:

@@ -2,9 +2,7 @@
 
 import json
 import logging
-import netrc
 import os
-import shlex
 import sys
 import uuid
 from collections.abc import Callable, Iterable, Sequence
@@ -20,17 +18,13 @@ from accelerate import Accelerator
 from PIL import Image
 
 from pipelines.drawing.panels import Example, draw_panels, side_by_side
+from pipelines.model.lineage import record_data, record_model
 from pipelines.runtime.errors import RunError, suggest_write_remedy
 from pipelines.runtime.run_folder import RunFolder
+from pipelines.runtime.wandb_run import find_wandb_run, start_wandb
 from pipelines.runtime.yaml_flags import refuse_unused
 from pipelines.training.checkpoints import TrainState
-from pipelines.training.wandb_run import (
-    describe_run,
-    draw_masks,
-    keep_maxima,
-    record_data,
-    record_model,
-)
+from pipelines.training.wandb_run import describe_run, draw_masks, keep_maxima
 from shards.documents import Count
 from shards.images.files import encode_png
 from shards.local_files import read_file
@@ -39,8 +33,6 @@ from shards.writer import write_atomically
 
 logger = logging.getLogger(__name__)
 
-INIT_TIMEOUT = 10
-"""Seconds for the server of wandb to start a run; otherwise the run is kept offline."""
 MAX_SIDE = 512
 """Longest side of a drawn validation image, in pixels."""
 MAX_ROWS = 1000
@@ -116,10 +108,7 @@ class Tracker:
             self.attempt(lambda: self.start(resolved))
 
     def start(self, resolved: dict[str, Any]) -> None:
-        """Start the tracker with the resolved configuration.
-
-        A wandb run that cannot be online is kept offline; prints how to upload it.
-        """
+        """Start the tracker with the resolved configuration."""
         if self.config.backend != "wandb":
             # tensorboard uses the project as a folder, and takes no lists.
             flat = {
@@ -128,53 +117,27 @@ class Tracker:
             }
             self.accelerator.init_trackers("tensorboard", config=flat)
             return
-        mode, reason = os.environ.get("WANDB_MODE"), ""
-        if mode == "online" and not has_wandb_key():
-            mode, reason = "offline", "wandb has no key (WANDB_API_KEY or wandb login)"
-        mode = mode or ("online" if has_wandb_key() else "offline")
-        try:
-            self.start_wandb(resolved, mode)
-        except Exception as error:  # whatever the server or its answers provoke
-            if mode != "online":
-                raise
-            reason = f"wandb cannot start online ({' '.join(str(error).split())[:200]})"
-            # Both hold the run that could not start. Accelerate has imported wandb.
-            self.accelerator.trackers.clear()
-            sys.modules["wandb"].teardown()
-            self.start_wandb(resolved, "offline")
+        run_dir = self.folder.path
+        about = describe_run(run_dir.resolve(), resolved["fold"], self.config.group)
+        start_wandb(
+            self.accelerator,
+            self.config.project,
+            flatten(resolved),
+            **about,
+            id=self.run_id,
+            dir=str(run_dir),
+            tags=[*self.config.tags],
+            notes=self.config.notes,
+        )
         if not self.accelerator.is_main_process:
             return
-        if reason:
-            print(
-                f"tracking: {reason}; the run is kept offline, to upload it: "
-                f"wandb sync {shlex.quote(str(Path(self.wandb_run.dir).parent))}",
-                file=sys.stderr,
-            )
         keep_maxima(self.wandb_run, ("val/dice", "val/iou"))
         record_data(self.wandb_run, str(resolved["data"]), self.manifest)
 
     @property
     def wandb_run(self) -> Any:
         """The wandb run, on the main process."""
-        return self.accelerator.get_tracker("wandb", unwrap=True)
-
-    def start_wandb(self, resolved: dict[str, Any], mode: str) -> None:
-        """Start a wandb run, or continue that of this id."""
-        settings: dict[str, Any] = {"quiet": True, "init_timeout": INIT_TIMEOUT}
-        about = describe_run(self.folder.path.resolve(), resolved["fold"], self.config.group)
-        arguments = {
-            **about,
-            "tags": [*self.config.tags],
-            "notes": self.config.notes,
-            "dir": str(self.folder.path),
-            "id": self.run_id,
-            "resume": "allow",
-            "mode": mode,
-            "settings": settings,
-        }
-        self.accelerator.init_trackers(
-            self.config.project, config=flatten(resolved), init_kwargs={"wandb": arguments}
-        )
+        return find_wandb_run(self.accelerator)
 
     def log(self, step: int, values: dict[str, float | None]) -> None:
         """Log the metrics of a step to metrics.jsonl and the tracker."""
@@ -347,14 +310,3 @@ def parse_step(line: bytes) -> int:
     step = msgspec.convert(plain.pop("step", None), Count, strict=True)
     msgspec.convert(plain, dict[str, float | None], strict=True)
     return step
-
-
-def has_wandb_key() -> bool:
-    """Whether wandb can log in without a prompt."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    try:
-        known = netrc.netrc().hosts
-    except (OSError, netrc.NetrcParseError):
-        return False
-    return any("wandb" in host for host in known)

@@ -1,9 +1,5 @@
-"""What a wandb run holds besides metrics: its place, masks, summaries and the lineage of artifacts.
+"""What the wandb run of a training holds besides metrics: its place, masks and summaries."""
 
-wandb is only reached through the run that Accelerate started, which has imported it.
-"""
-
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,14 +8,8 @@ import numpy as np
 from PIL import Image
 
 from pipelines.drawing.panels import Example
-from pipelines.model.checkpoint_files import hash_file
-from shards.manifest import MANIFEST, Manifest
+from shards.manifest import Manifest
 from shards.sample import IGNORE, Uint8
-from shards.store import is_url
-from unet.weights import WEIGHTS
-
-MAX_NAME = 128
-"""Characters in the name of an artifact."""
 
 
 def describe_run(run_dir: Path, fold: str | None, group: str | None) -> dict[str, str | None]:
@@ -61,42 +51,3 @@ def draw_masks(example: Example, manifest: Manifest, max_side: int) -> Any:
     image = np.broadcast_to(example.image, (height, width, 3))
     drawn = shrink(image, Image.Resampling.BOX)
     return sys.modules["wandb"].Image(drawn, masks=layers, caption=example.key)
-
-
-def record_data(run: Any, data: str, manifest: Manifest) -> None:
-    """Declare the data set as an input of a run: its URL and the sha256 of its manifest."""
-    place = data.rstrip("/") if is_url(data) else Path(data).resolve().as_uri()
-    name = name_artifact("data", place.rsplit("/", 1)[-1])
-    counts = {name: split.samples for name, split in manifest.splits.items()}
-    about = {"classes": [*manifest.classes], "samples": counts}
-    artifact = refer(name, "dataset", MANIFEST, f"{place}/{MANIFEST}", manifest.digest, about)
-    # run.use_artifact is this, but waits for the server, and refuses offline runs.
-    run._log_artifact(artifact, is_user_created=True, use_after_commit=True)
-
-
-def record_model(run: Any, checkpoint: Path, run_id: str, *, upload: bool) -> None:
-    """Declare a checkpoint as an output of a run: its path and the sha256 of its weights.
-
-    `upload`: upload its files.
-    """
-    name = name_artifact(run_id, "best")
-    if upload:
-        run.log_artifact(str(checkpoint), name=name, type="model")
-        return
-    weights = checkpoint / WEIGHTS
-    run.log_artifact(refer(name, "model", WEIGHTS, weights.as_uri(), hash_file(weights), {}))
-
-
-def refer(name: str, kind: str, file: str, url: str, sha256: str, metadata: dict[str, Any]) -> Any:
-    """Return an artifact that refers to a file by URL and sha256: neither is read or uploaded."""
-    wandb = sys.modules["wandb"]
-    artifact = wandb.Artifact(name, type=kind, metadata={**metadata, "sha256": sha256})
-    # add_reference would read local files, need boto3 for S3, and take no other digest.
-    entry = wandb.sdk.artifacts.artifact_manifest_entry.ArtifactManifestEntry
-    artifact.manifest.add_entry(entry(path=file, ref=url, digest=sha256))
-    return artifact
-
-
-def name_artifact(*parts: str) -> str:
-    """Join parts to a name that wandb accepts."""
-    return re.sub(r"[^A-Za-z0-9._-]", "_", "-".join(parts))[:MAX_NAME]

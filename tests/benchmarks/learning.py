@@ -9,9 +9,12 @@ Packs the data set into DIR once and trains every contender on its training spli
 other, seed by seed, each in a process of its own with all cores. Minutes are those of training:
 imports, and what is read before the first step, do not count. All are scored on the same split at
 the size of the images, by counts that are pooled over its images. A rerun continues after the runs
-that DIR/results.jsonl holds.
+that DIR/results.jsonl holds. Where other work disturbs the machine, --steps gives one arm of `unet
+train` the steps that these minutes make on a quiet one.
 
     unet      `unet train --model.preset small` with the defaults; `unet evaluate`, also with --tta
+    encoder   the same with --model.encoder and the folder of --encoder
+    random    the same network with --model.encoder-weights none
     plan      `unet plan` for the minutes, `unet train --config plan.yaml`; scored as `unet`
     common, careful, smp    the loops of learning_loops.py; smp requires --smp-python, the Python of
               an environment with segmentation_models_pytorch
@@ -92,7 +95,8 @@ SETS = {
         crop=96,
     ),
 }
-ARMS = ("unet", "plan", "common", "careful", "smp", "nnunet")
+OURS = ("unet", "encoder", "random", "plan")
+ARMS = (*OURS, "common", "careful", "smp", "nnunet")
 
 
 def run(command: Sequence[object], log: Path) -> str:
@@ -148,7 +152,10 @@ def train_unet(arm: str, options: argparse.Namespace, data: Path, seed: int) -> 
             run(unet("plan", *flags_of_plan), plan.with_suffix(".log"))
         flags += ["--config", plan]
     else:
-        flags += ["--model.preset", "small", "--minutes", options.minutes]
+        flags += ["--model.preset", "small"]
+        flags += ["--steps", options.steps] if options.steps else ["--minutes", options.minutes]
+        flags += ["--model.encoder", options.encoder] if arm in ("encoder", "random") else []
+        flags += ["--model.encoder-weights", "none"] if arm == "random" else []
         flags += ["--augment.orientation", "upright"] if test.upright else []
     run(unet("train", *flags), place.with_suffix(".log"))
     found: dict[str, Any] = {"steps": json.loads((place / "state.json").read_text())["step"]}
@@ -206,9 +213,13 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=8)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
+    parser.add_argument("--steps", type=int, help="of one arm of `unet train`, not of plan")
+    parser.add_argument("--encoder", type=Path, help="folder of a pretrained encoder")
     parser.add_argument("--smp-python", type=Path)
     parser.add_argument("--nnunet-python", type=Path)
     options = parser.parse_args()
+    if options.steps and (len(options.arms) != 1 or options.arms[0] not in OURS[:3]):
+        parser.error("--steps requires --arms with one of unet, encoder, random")
     options.work.mkdir(parents=True, exist_ok=True)
     data, arrays = options.work / options.set, options.work / f"{options.set}.npz"
     if not (data / MANIFEST).exists():
@@ -220,12 +231,13 @@ def main() -> None:
     rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     rows = [r for r in rows if (r["set"], r["minutes"]) == (options.set, options.minutes)]
     done = {(row["arm"], row["seed"]) for row in rows}
-    pythons = {"smp": options.smp_python, "nnunet": options.nnunet_python}
+    required = {"smp": options.smp_python, "nnunet": options.nnunet_python}
+    required |= dict.fromkeys(("encoder", "random"), options.encoder)
     for seed in range(options.seeds):
         for arm in options.arms:
-            if (arm, seed) in done or (arm in pythons and pythons[arm] is None):
+            if (arm, seed) in done or (arm in required and required[arm] is None):
                 continue
-            if arm in ("unet", "plan"):
+            if arm in OURS:
                 found = train_unet(arm, options, data, seed)
             else:
                 found = train_peer(arm, options, arrays, seed)

@@ -301,6 +301,23 @@ def test_scores_per_site_are_a_table_of_their_own(
     assert "b" not in {tag for tag, _ in made.tags}
 
 
+def test_scores_of_objects_are_a_section_of_their_own(
+    report, call, run_dir: Path, shards: Path
+) -> None:
+    assert "Objects" not in report("--no-pictures").text
+    options = ("--checkpoint", run_dir, "--data", shards, "--workers", 0)
+    assert call("evaluate", *options, "--objects").code == 0
+    stored = json.loads((run_dir / "scores.json").read_text())["objects"]
+    text = report("--no-pictures").text
+    assert f"Objects Class foreground Matched {stored['matched']} of {stored['true']} true" in text
+    for name in ("precision", "recall", "f1"):
+        shown = "n/a" if stored[name] is None else f"{stored[name]:.4f}"
+        assert f"{name.capitalize()} {shown}" in text
+    bias = f"bias {stored['count_bias']:+.2f}"
+    assert f"Count error {stored['count_error']:.2f} per image, {bias}" in text
+    assert f"Mean area {stored['true_area']:,.1f} pixels true" in text
+
+
 def test_scores_of_a_subset_of_the_images_are_labelled(
     report, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,8 +17,9 @@ from accelerate import Accelerator
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from pipelines.runtime.wandb_run import has_wandb_key
 from pipelines.training import tracking
-from pipelines.training.tracking import drop_lines_after, has_wandb_key
+from pipelines.training.tracking import drop_lines_after
 
 WANDB = Path(sys.executable).parent / "wandb"
 

@@ -1,4 +1,4 @@
-"""`training.tracking`: without a server that answers, a run is kept offline within seconds."""
+"""`runtime.wandb_run`: without a server that answers, a run is kept offline within seconds."""
 
 import re
 import socket
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.training import tracking
+from pipelines.runtime import wandb_run
 
 
 @contextmanager
@@ -69,7 +69,7 @@ def key(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_a_run_without_a_server_is_kept_offline_with_the_command_to_upload_it(
     server, key, shards: Path, tiny, call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tracking, "INIT_TIMEOUT", 2)
+    monkeypatch.setattr(wandb_run, "INIT_TIMEOUT", 2)
     run_dir = tmp_path / "run"
     flags = ["--data", shards, "--run-dir", run_dir, *tiny, "--workers", 0, "--steps", 1]
     with server() as url:

@@ -1,8 +1,12 @@
-"""`training.wandb_run`, `evaluation.validation`: what a wandb run holds, as wandb reads it back."""
+"""`training.wandb_run`, `evaluation.validation`, `model.lineage`, `inference.wandb_job`.
+
+What a wandb run holds, as wandb reads it back.
+"""
 
 import csv
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +16,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipelines.inference import wandb_job
+from pipelines.model.lineage import name_artifact, name_checkpoint
 from pipelines.training import tracking
-from pipelines.training.wandb_run import describe_run, name_artifact
+from pipelines.training.wandb_run import describe_run
 from tests.pipelines.test_tracking import inspect
 
 
@@ -142,6 +148,78 @@ def test_data_is_an_input_and_the_model_an_output_by_reference_and_digest(
     assert found["dataset"].get("use_after_commit") is True
     assert not found["model"].get("use_after_commit")
     assert found["dataset"]["name"] == f"data-{shards.name}"
+
+
+def refer(artifact: dict[str, Any]) -> tuple[str, str, str, bool]:
+    """Name, URL and sha256 of what an artifact refers to, and whether it is an input."""
+    (entry,) = artifact["manifest"]["contents"]
+    assert "local_path" not in entry
+    assert json.loads(artifact["metadata"])["sha256"] == entry["digest"]
+    used = bool(artifact.get("use_after_commit"))
+    return artifact["name"], entry["ref"], entry["digest"], used
+
+
+def reference(name: str, file: Path, *, used: bool) -> tuple[str, str, str, bool]:
+    file = file.resolve()
+    return name, file.as_uri(), hashlib.sha256(file.read_bytes()).hexdigest(), used
+
+
+def test_a_prediction_job_leads_from_model_and_data_to_masks(
+    train_fold: tuple[Path, Stored], call: Callable[..., Any], shards: Path, tmp_path: Path
+) -> None:
+    run_dir, trained = train_fold
+    (model,) = (refer(one) for one in trained.all("artifact") if one["type"] == "model")
+    masks = tmp_path / "MASKS"
+    flags = ("--input", shards, "--split", "val", "--out", masks, "--workers", 0)
+    command = ("predict", "--checkpoint", run_dir, *flags, "--wandb-project", "cells")
+    ended = call(*command)
+    assert ended.code == 0, ended.err
+    run = read_run(masks)
+    found = {refer(one) for one in run.all("artifact")}
+    assert found == {
+        (*model[:3], True),
+        reference(f"data-{shards.name}", shards / "index.json", used=True),
+        reference("data-MASKS", masks / "index.json", used=False),
+    }
+    started = run.all("run")[0]
+    assert (started["project"], started["job_type"]) == ("cells", "predict")
+    summary = {k: v for record in run.all("summary") for k, v in record["update"].items()}
+    assert (summary["images"], summary["errors"]) == (4, 0)
+    # A rerun of the finished job continues the same run.
+    assert call(*command).code == 0
+    runs = (masks / "wandb").glob("offline-run-*")
+    assert {path.name.split("-", 3)[3].removesuffix("-1") for path in runs} == {started["run_id"]}
+
+
+def test_a_checkpoint_that_is_not_the_best_has_a_name_of_its_own(
+    train_fold: tuple[Path, Stored], tmp_path: Path
+) -> None:
+    best = (train_fold[0] / "checkpoints" / "best").resolve()
+    run_id = train_fold[1].all("run")[0]["run_id"]
+    assert name_checkpoint(best) == f"{run_id}-best"
+    other = tmp_path / "checkpoints" / "step-00000001"
+    shutil.copytree(best, other)
+    assert name_checkpoint(other) == f"{run_id}-step-00000001"
+    (other / "state.json").unlink()
+    assert name_checkpoint(other) == "model-step-00000001"
+
+
+def test_masks_are_complete_if_wandb_fails(
+    trained: Path,
+    shards: Path,
+    call: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("no space")
+
+    monkeypatch.setattr(wandb_job, "start_wandb", fail)
+    flags = ("--input", shards, "--split", "val", "--out", tmp_path, "--workers", 0)
+    ended = call("predict", "--checkpoint", trained, *flags, "--wandb-project", "cells")
+    assert ended.code == 0
+    assert "warning: the job was not recorded in wandb (no space); the masks in" in ended.err
+    assert (tmp_path / "index.json").exists()
 
 
 def test_long_tables_are_cut_with_a_count(
