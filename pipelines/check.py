@@ -105,16 +105,13 @@ def run(config: CheckConfig) -> int:
             source.make_split_rule(), pairing, pairs, source.duplicate.duplicates, notes
         )
         pairs.problems += list_leaks(pairs, splits)
+    masks = None if rule is None else rule.masks
+    absent = source.allow_absent_classes
     found, class_notes = find_class_problems(
-        source.class_names(),
-        None if rule is None else rule.masks,
-        pairs.tally,
-        allow_absent=source.allow_absent_classes,
-        remedy=IGNORED_REMEDY,
+        source.class_names(), masks, pairs.tally, allow_absent=absent, remedy=IGNORED_REMEDY
     )
-    pairs.problems += found
     notes += class_notes
-    problems = sorted(pairs.problems)
+    problems = sorted([*pairs.problems, *found])
     store = Store(str(config.out))
     store.create_folder()
     form = source.make_image_format(pairs.tally)

@@ -9,17 +9,17 @@ from importlib.metadata import version
 VERBS = {
     "separate": "split a folder that mixes images and masks",
     "check": "check a data set before packing: problems, class shares, a contact sheet",
-    "pack": "images and masks -> WebDataset shards with a manifest",
-    "index": "shards from other tools -> a data set, without rewriting them",
-    "unpack": "shards -> folders of images and masks",
-    "plan": "settings of a run for a data set, this device and a number of minutes",
+    "pack": "pack images and masks into WebDataset shards with a manifest",
+    "index": "make a data set of shards from other tools, without rewriting them",
+    "unpack": "restore the folders of images and masks from shards",
+    "plan": "choose settings for a data set, this device and a number of minutes",
     "train": "train a U-Net on shards, or resume",
-    "evaluate": "exact scores of a checkpoint on a split",
-    "compare": "whether two scorings of the same images differ, with p-values",
-    "predict": "masks for an image, a folder, a list or shards, as shards",
-    "export": "a checkpoint -> ONNX or torch.export, verified against the model",
-    "report": "one page about a run: curves, scores, best and worst images",
-    "demo": "the full workflow on generated sample images",
+    "evaluate": "score a checkpoint on a split, exactly",
+    "compare": "compare scores on the same images, with p-values",
+    "predict": "predict masks for an image, a folder, a list or shards, as shards",
+    "export": "export a checkpoint to ONNX or torch.export, verified against the model",
+    "report": "make one page about a run: curves, scores, best and worst images",
+    "demo": "run the full workflow on generated sample images",
 }
 
 

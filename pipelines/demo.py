@@ -26,6 +26,8 @@ from shards.manifest import MANIFEST
 from shards.writer import write_atomically
 
 CPU_RANKS = 2
+MADE = {"pictures", "shards", "run", "masks"}
+"""Names in the folder of a demo."""
 LABELLED, UNSEEN = 60, 12
 
 
@@ -57,6 +59,7 @@ def run(config: DemoConfig) -> int:
     """Run all steps and print where the results are."""
     out = config.out
     require_writable("--out", out)
+    refuse_other_files(out)
     refuse_other_size(out / "pictures" / "images", config.size)
     samples, shards, run_dir, masks = out / "pictures", out / "shards", out / "run", out / "masks"
     folder = RunFolder(run_dir)
@@ -83,6 +86,12 @@ def run(config: DemoConfig) -> int:
     print(f"overlays:  {masks / 'overlay'}")
     print(f"shards:    {masks}")
     return 0
+
+
+def refuse_other_files(out: Path) -> None:
+    """Raise UsageError if a folder holds anything that the demo does not make."""
+    if out.is_dir() and {path.name for path in out.iterdir()} - MADE:
+        raise UsageError(f"--out {out}: holds other files; choose another --out")
 
 
 def refuse_other_size(images: Path, size: int) -> None:

@@ -4,7 +4,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from importlib.util import find_spec
 from math import isfinite
 from pathlib import Path
 from typing import ClassVar
@@ -41,11 +40,12 @@ from pipelines.model.temperature import apply_calibration
 from pipelines.runtime.command import run_command
 from pipelines.runtime.devices import choose_batch_size, refuse_rank_timeout, start
 from pipelines.runtime.errors import RunError, UsageError
-from pipelines.runtime.failures import out_of_memory, summary
+from pipelines.runtime.failures import is_out_of_memory, summarise_error
 from pipelines.runtime.outputs import require_writable
 from pipelines.runtime.terminal import print_lines
 from pipelines.runtime.yaml_flags import Flat, refuse_unused
 from shards.manifest import Manifest, read_manifest
+from shards.masks.borders import has_scipy, needs_scipy
 from shards.sample import DataError
 from shards.store import is_url
 from unet import DataSpec, Empty, MaskRule, SurfaceScores, TileConfig
@@ -150,8 +150,8 @@ class EvaluateConfig:
 
 def run(config: EvaluateConfig) -> int:
     """Score the split; print the table; write scores.json, scores.csv and the worst images."""
-    if config.metrics.surface and find_spec("scipy") is None:
-        raise UsageError("--surface requires SciPy: pip install 'unet-shards[scipy]'")
+    if config.metrics.surface and not has_scipy():
+        raise UsageError(needs_scipy("--surface"))
     manifest = read_manifest(config.data, "--data")
     refuse_impossible(config.evidence, config.checkpoint, manifest.classes)
     out = folder_of(config)
@@ -299,10 +299,10 @@ def score_model(
             model, accelerator, data, config.split, config.tiles, measured, rule=rule
         )
     except RuntimeError as error:
-        if not out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         raise RunError(
-            f"the GPU ({accelerator.device}) is out of memory ({summary(error)}); "
+            f"the GPU ({accelerator.device}) is out of memory ({summarise_error(error)}); "
             "lower --batch-size or --tile"
             + ", or use --ensemble-on host"
             * (len(loaded.members) > 1 and config.split != CROSS_VALIDATED)

@@ -32,7 +32,7 @@ from pipelines.runtime.terminal import print_lines
 from pipelines.runtime.yaml_flags import Flat, Positional
 from shards.folders.splits import SPLIT_NAMES, Split
 from shards.folders.walk import walk_files
-from shards.foreign import DECOMPRESS_REMEDY, Role
+from shards.foreign import COMPRESSED, DECOMPRESS_REMEDY, Role
 from shards.images.files import IMAGE_EXTENSIONS, NOTES
 from shards.manifest import MANIFEST, Manifest, ShardInfo, read_manifest, write_manifest
 from shards.masks.formats import MaskFormat
@@ -48,7 +48,6 @@ from shards.sample import (
 from shards.statistics import SampleStatistics, find_duplicates, merge_statistics
 from shards.store import Store
 
-COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 FOREIGN_NOTES = {
     **NOTES,
     "turned": "have an EXIF orientation; they are rotated when decoded",
@@ -158,12 +157,7 @@ def run(config: IndexConfig) -> int:
     if problems:
         raise AggregateDataError(problems, "nothing was written")
     manifest = build_manifest(config, filled, splits, duplicates, total)
-    if store.exists(MANIFEST):
-        if read_manifest(store) != manifest:
-            raise DataError(
-                f"{config.folder} is already a data set, with other contents or settings; remove "
-                f"its {MANIFEST} to index it again"
-            )
+    if is_indexed(store, manifest):
         print(f"{config.folder} is already indexed with these settings; nothing was written")
         return 0
     for shard in filled:
@@ -179,6 +173,18 @@ def run(config: IndexConfig) -> int:
     ]
     print_lines(lines)
     return 0
+
+
+def is_indexed(store: Store, manifest: Manifest) -> bool:
+    """Whether a folder already has this manifest. Raises DataError if it has another."""
+    if not store.exists(MANIFEST):
+        return False
+    if read_manifest(store) != manifest:
+        raise DataError(
+            f"{store} is already a data set, with other contents or settings; remove its "
+            f"{MANIFEST} to index it again"
+        )
+    return True
 
 
 def find_shards(folder: Path) -> list[str]:

@@ -6,7 +6,6 @@ and kills. Until the manifest is written, OUT/.pack holds the plan and a report 
 shard; its plan.json stays, so that a rerun of the same command is recognised.
 """
 
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -25,8 +24,8 @@ from pipelines.packing.propose_layout import propose_layout
 from pipelines.packing.shard_job import EMPTY_SUFFIX, PackRule, pack_shard, read_shard_report
 from pipelines.packing.stored_plan import HEADER, clear_work, encode_header, fix_plan
 from pipelines.runtime.command import run_command
-from pipelines.runtime.errors import INCOMPLETE, RunError, UsageError, parse_part, refuse_url
-from pipelines.runtime.outputs import require_writable
+from pipelines.runtime.errors import INCOMPLETE, RunError, UsageError, parse_part
+from pipelines.runtime.outputs import refuse_bad_output, require_writable
 from pipelines.runtime.processes import num_workers, refuse_negative_workers, run_all
 from pipelines.runtime.progress import progress
 from pipelines.runtime.terminal import print_lines
@@ -38,6 +37,9 @@ from shards.sample import AggregateDataError, DataError
 from shards.statistics import SampleStatistics, find_duplicates, merge_statistics
 from shards.store import Store, is_url
 
+NOTHING_TO_PACK = (
+    "nothing to pack; check --images, --masks and the suffixes, or run unet check FOLDER"
+)
 NUM_MEASURED = 32
 """Images that `--verify headers` decodes nevertheless, to measure mean and standard deviation."""
 
@@ -75,12 +77,8 @@ class PackConfig:
         if self.out is None:
             if not self.source.proposes:
                 raise ValueError("--out is missing: the folder or URL for the shards")
-        elif not is_url(self.out):
-            refuse_url("--out", self.out)
-        elif re.search(r"://$|[?*\[\]]", self.out):
-            raise ValueError(
-                f"--out {self.out}: a URL must name a bucket and contain none of ? * [ ]"
-            )
+        else:
+            refuse_bad_output("--out", self.out)
         if self.job.scheduler is not None and self.workers:
             raise ValueError("--workers has no effect with --scheduler, which has its own workers")
         if not self.source.has_masks:
@@ -128,7 +126,7 @@ def report_finished(config: PackConfig, store: Store) -> int:
     try:
         pairing, _ = find_valid_pairs(config)
         plan, _ = plan_shards(config, pairing)
-        settings = plan_settings(config, make_pack_rule(config, store, pairing))
+        settings = list_settings(config, make_pack_rule(config, store, pairing))
         same = store.exists(HEADER) and store.read(HEADER) == encode_header(settings, plan)
     except DataError:
         same = False
@@ -167,7 +165,7 @@ def pack_into(config: PackConfig, store: Store) -> int:
     rule = make_pack_rule(config, store, pairing)
     plan, left_out = plan_shards(config, pairing)
     with ExitStack() as held:
-        rule = replace(rule, plan=fix_plan(store, plan_settings(config, rule), plan, held))
+        rule = replace(rule, plan=fix_plan(store, list_settings(config, rule), plan, held))
         names = {*store.names(), *store.names(WORK_DIR)}
         done = {s.name for s in plan if s.name in names or f"{s.name}{EMPTY_SUFFIX}" in names}
         if done:
@@ -196,7 +194,7 @@ def find_valid_pairs(config: PackConfig) -> tuple[Pairing, list[str]]:
     pairing = config.source.find_pairs()
     problems = list_refused_files(config, pairing)
     if not pairing.pairs:
-        raise AggregateDataError(problems or ["no pairs found"], "nothing to pack")
+        raise AggregateDataError(problems or ["no image has a mask"], NOTHING_TO_PACK)
     if problems and not config.keep_going:
         skip = "" if pairing.refused else ", skip them with --skip-unpaired"
         raise AggregateDataError(problems, f"fix them{skip}, or pack the rest with --keep-going")
@@ -224,7 +222,7 @@ def make_pack_rule(config: PackConfig, store: Store, pairing: Pairing) -> PackRu
     return PackRule(store, images, masks, sample, decode_every, config.keep_going, plan="")
 
 
-def plan_settings(config: PackConfig, rule: PackRule) -> dict[str, Any]:
+def list_settings(config: PackConfig, rule: PackRule) -> dict[str, Any]:
     """Settings that decide the bytes of a shard, named as in messages to users."""
     classes = config.source.class_names()
     return {
@@ -285,9 +283,9 @@ def finish_data_set(
             tallies.setdefault(report.split, SampleStatistics()).merge(report.tally)
             shards.setdefault(report.split, []).append(report.info(counted))
     if not shards:
-        raise AggregateDataError(problems, "nothing to pack")
+        raise AggregateDataError(problems, NOTHING_TO_PACK)
     total = merge_statistics(tallies.values())
-    notes = refuse_class_problems(config, rule, total)
+    notes = check_classes(config, rule, total)
     manifest = make_manifest(
         classes=classes,
         palette=rule.sample.palette,
@@ -314,7 +312,7 @@ def finish_data_set(
     return INCOMPLETE
 
 
-def refuse_class_problems(config: PackConfig, rule: PackRule, total: SampleStatistics) -> list[str]:
+def check_classes(config: PackConfig, rule: PackRule, total: SampleStatistics) -> list[str]:
     """Return notes on how masks were read.
 
     Raises DataError if masks disagree, or if a class has no pixel and absent classes are not

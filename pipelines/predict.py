@@ -1,4 +1,4 @@
-"""`unet predict`: predict masks for images and write them as shards, resumable on any ranks.
+"""`unet predict`: masks for images as shards, resumable with any number of ranks.
 
     unet predict --checkpoint RUN --input IMAGES --out MASKS
     accelerate launch --config_file accelerate_config.yaml -m pipelines.predict ...
@@ -25,9 +25,8 @@ from itertools import groupby
 import torch
 from accelerate import Accelerator
 
-from pipelines.inference import objects
-from pipelines.inference.decoding import Cutting, DecodedInput, Decoder
-from pipelines.inference.encode import Encoder, ModelOutput
+from pipelines.inference.decoding import DecodedInput, Decoder, ShardLayout
+from pipelines.inference.encode import ModelOutput, ResultEncoder
 from pipelines.inference.engine import (
     BoundedQueue,
     decode_chunks,
@@ -37,7 +36,7 @@ from pipelines.inference.engine import (
     size_in_memory,
     thread_pool,
 )
-from pipelines.inference.input_readers import ShardInputs
+from pipelines.inference.input_readers import Inputs, ShardInputs
 from pipelines.inference.inputs import find_inputs
 from pipelines.inference.job import (
     ERRORS,
@@ -52,9 +51,9 @@ from pipelines.inference.job import (
     write_shard,
 )
 from pipelines.inference.leases import Lease, wait_for_ranks
+from pipelines.inference.objects import OBJECTS_CSV, OBJECTS_FOLDER
 from pipelines.inference.options import WORK_DIR, PredictConfig
 from pipelines.inference.reading import describe_changes
-from pipelines.inference.specks import NEEDS_SCIPY
 from pipelines.inference.tiles import predictor
 from pipelines.inference.wandb_job import record_job
 from pipelines.loading.dataset import MAX_WORKERS, rank_cpus
@@ -63,13 +62,14 @@ from pipelines.model.temperature import apply_calibration
 from pipelines.runtime.command import run_command
 from pipelines.runtime.devices import start
 from pipelines.runtime.errors import INCOMPLETE, RunError, UsageError
-from pipelines.runtime.failures import out_of_memory, summary
+from pipelines.runtime.failures import is_out_of_memory, summarise_error
 from pipelines.runtime.outputs import require_writable
 from pipelines.runtime.progress import progress
 from pipelines.runtime.terminal import print_lines
 from pipelines.runtime.verification import verify_shards
+from shards.images.files import ImageFormat
 from shards.manifest import MANIFEST
-from shards.masks.borders import has_scipy
+from shards.masks.borders import has_scipy, needs_scipy
 from shards.sample import DataError
 from shards.store import Store
 
@@ -79,16 +79,57 @@ MAX_PENDING_BYTES = 512 * 2**20
 
 def run(config: PredictConfig) -> int:
     """Make the missing shards; returns 3 if some of their inputs could not be read."""
-    if config.results.min_area > 1 and not has_scipy():
-        raise UsageError(NEEDS_SCIPY)
-    if config.results.objects and not has_scipy():
-        raise UsageError(objects.NEEDS_SCIPY)
     inputs = find_inputs(config.input, config.input_rule())
+    loaded, image_format, notes = load_for(config, inputs)
+    store = Store(config.out)
+    store.create_folder()
+    if store.local is not None and not store.exists(MANIFEST):
+        require_writable("--out", store.local)
+    accelerator = start(trackers=["wandb"] if config.wandb_project else ())
+    if accelerator.is_main_process and notes:
+        print_lines(notes, sys.stderr)
+    if isinstance(inputs, ShardInputs) and config.verify_shards:
+        rank, world = accelerator.process_index, accelerator.num_processes
+        verify_shards(inputs.reader.store, inputs.reader.shards, rank=rank, world=world)
+    started = read_job(store)
+    config = config.resolve_defaults(started or {}, accelerator.device)
+    start_job(config, store, started, inputs, loaded, accelerator.mixed_precision)
+    layout = ShardLayout(
+        len(inputs), config.results.samples_per_shard, config.tiles.effective_batch_size
+    )
+    prints = accelerator.is_main_process
+    if not store.exists(MANIFEST):
+        longest_key = config.results.longest_key(len(loaded.spec.classes))
+        decode = Decoder(inputs, image_format, config.results.include_image, longest_key)
+        # The last rank to finish prints the result.
+        prints = make_all(config, store, decode, loaded, layout, accelerator)
+    else:
+        # Left over if the job was killed after writing the manifest.
+        store.remove(WORK_DIR)
+        if prints:
+            print(f"{store} is already predicted with these settings; nothing to do")
+    if config.wandb_project and accelerator.is_main_process and store.exists(MANIFEST):
+        record_job(config.wandb_project, config, store, inputs, loaded, accelerator)
+    accelerator.end_training()
+    alone = accelerator.num_processes == 1
+    return print_result(config, store, layout.num_shards, alone=alone, prints=prints)
+
+
+def load_for(config: PredictConfig, inputs: Inputs) -> tuple[LoadedModel, ImageFormat, list[str]]:
+    """Load the model for some inputs; returns also how they are decoded, and notes to print.
+
+    Raises UsageError or DataError for flags that do not apply to the model or the inputs.
+    """
+    results, notes = config.results, [*inputs.notes]
+    if results.min_area > 1 and not has_scipy():
+        raise UsageError(needs_scipy("--min-area"))
+    if results.objects and not has_scipy():
+        raise UsageError(needs_scipy("--objects"))
     trained = load_models(config.checkpoint, on_host=config.ensemble_on == "host")
     trained.refuse_unused(config.tiles)
     loaded = config.reading.apply(trained)
-    notes = [*inputs.notes, *describe_changes(loaded, trained)]
-    if config.results.calibrated:
+    notes += describe_changes(loaded, trained)
+    if results.calibrated:
         loaded, about = apply_calibration(loaded, config.checkpoint, config.tiles)
         notes += about
     image_format = loaded.image_format
@@ -101,76 +142,59 @@ def run(config: PredictConfig) -> int:
             f"--verify-shards: --input {config.input} is not a data set (it has no {MANIFEST})"
         )
     classes = loaded.spec.classes
-    results = config.results
     of_two = {"--threshold": results.threshold is not None, "--objects": results.objects}
     if (flags := [flag for flag, used in of_two.items() if used]) and len(classes) != 2:
         raise UsageError(
             f"{flags[0]} is for models of two classes; {config.checkpoint[0]} has {len(classes)}: "
             f"{', '.join(classes)}"
         )
-    store = Store(config.out)
-    store.create_folder()
-    if store.local is not None and not store.exists(MANIFEST):
-        require_writable("--out", store.local)
-    accelerator = start(trackers=["wandb"] if config.wandb_project else ())
-    if accelerator.is_main_process and notes:
-        print_lines(notes, sys.stderr)
-    if isinstance(inputs, ShardInputs) and config.verify_shards:
-        rank, world = accelerator.process_index, accelerator.num_processes
-        verify_shards(inputs.reader.store, inputs.reader.shards, rank=rank, world=world)
-    started = read_job(store)
-    config = config.settle(started or {}, accelerator.device)
-    start_job(config, store, started, inputs, loaded, accelerator.mixed_precision)
-    cutting = Cutting(
-        len(inputs), config.results.samples_per_shard, config.tiles.effective_batch_size
-    )
-    prints = accelerator.is_main_process
-    if not store.exists(MANIFEST):
-        rank, world = accelerator.process_index, accelerator.num_processes
-        mine = {
-            config.results.shard_name(number): number
-            for number in config.shards_of(cutting.num_shards, rank, world)
-        }
-        longest_key = config.results.longest_key(len(classes))
-        decode = Decoder(inputs, image_format, config.results.include_image, longest_key)
-        make = partial(predict_shards, config, store, decode, loaded, cutting, accelerator)
-        try:
-            make_missing(store, mine, make)
-            still = take_over(config, store, cutting.num_shards, accelerator, make)
-        except BaseException as error:
-            if store.exists(MANIFEST):
-                # The others completed the job, while this rank was stopped: nothing reads its work.
-                store.remove(WORK_DIR)
-            if not isinstance(error, RuntimeError) or not out_of_memory(error):
-                raise
-            raise RunError(
-                f"the GPU ({accelerator.device}) is out of memory ({summary(error)}); lower "
-                "--batch-size or --tile, into another --out, since they change the masks"
-                + ", or use --ensemble-on host"
-                * (len(loaded.members) > 1)
-            ) from error
-        # The last rank to finish prints the result.
-        prints = finish_job(config.results, store, loaded.spec, cutting.num_shards)
-        if still:
-            # The launcher ends stalled ranks only if another one fails.
-            raise RunError(
-                f"{still} made no progress for --rank-timeout {config.rank_timeout:g} minutes; the "
-                f"other ranks took over the shards, and {store} is complete"
-                if prints
-                else f"{still} made no progress; rerun the same command to resume"
-            )
-    else:
-        # Left over if the job was killed after writing the manifest.
-        store.remove(WORK_DIR)
-        if prints:
-            print(f"{store} is already predicted with these settings; nothing to do")
-    if config.wandb_project and accelerator.is_main_process and store.exists(MANIFEST):
-        record_job(config.wandb_project, config, store, inputs, loaded, accelerator)
-    accelerator.end_training()
-    part = [
-        config.results.shard_name(number) for number in config.shards_of(cutting.num_shards, 0, 1)
-    ]
-    return print_result(config, store, part, alone=accelerator.num_processes == 1, prints=prints)
+    return loaded, image_format, notes
+
+
+def make_all(
+    config: PredictConfig,
+    store: Store,
+    decode: Decoder,
+    loaded: LoadedModel,
+    layout: ShardLayout,
+    accelerator: Accelerator,
+) -> bool:
+    """Make the shards of this rank and of stalled ones; returns whether the job is complete.
+
+    Raises:
+        RunError: the GPU is out of memory, or a rank stalled.
+    """
+    rank, world = accelerator.process_index, accelerator.num_processes
+    mine = {
+        config.results.shard_name(number): number
+        for number in config.shards_of(layout.num_shards, rank, world)
+    }
+    make = partial(predict_shards, config, store, decode, loaded, layout, accelerator)
+    try:
+        make_missing(store, mine, make)
+        stalled = take_over(config, store, layout.num_shards, accelerator, make)
+    except BaseException as error:
+        if store.exists(MANIFEST):
+            # The others completed the job while this rank was stopped: its files are unused.
+            store.remove(WORK_DIR)
+        if not isinstance(error, RuntimeError) or not is_out_of_memory(error):
+            raise
+        raise RunError(
+            f"the GPU ({accelerator.device}) is out of memory ({summarise_error(error)}); lower "
+            "--batch-size or --tile and choose another --out, since both change the masks"
+            + ", or use --ensemble-on host"
+            * (len(loaded.members) > 1)
+        ) from error
+    complete = finish_job(config.results, store, loaded.spec, layout.num_shards)
+    if stalled:
+        # The launcher ends stalled ranks only if another one fails.
+        raise RunError(
+            f"{stalled} made no progress for --rank-timeout {config.rank_timeout:g} minutes; the "
+            f"other ranks took over the shards, and {store} is complete"
+            if complete
+            else f"{stalled} made no progress; rerun the same command to resume"
+        )
+    return complete
 
 
 @torch.inference_mode()
@@ -179,7 +203,7 @@ def predict_shards(
     store: Store,
     decode: Decoder,
     loaded: LoadedModel,
-    cutting: Cutting,
+    layout: ShardLayout,
     accelerator: Accelerator,
     shards: Sequence[int],
     within: str,
@@ -189,11 +213,11 @@ def predict_shards(
     Raises DataError with `fail_fast` for an input that cannot be read.
     """
     results, inputs = config.results, decode.inputs
-    encode = Encoder(results, store, loaded, len(inputs) == 1, config.fail_fast)
+    encode = ResultEncoder(results, store, loaded, len(inputs) == 1, config.fail_fast)
     workers = min(MAX_WORKERS, rank_cpus()) if config.workers is None else config.workers
     remote = store.local is None or inputs.remote
-    decoded = decode_chunks(decode, cutting, shards, workers, remote=remote)
-    total = sum(cutting.size(shard) for shard in shards)
+    decoded = decode_chunks(decode, layout, shards, workers, remote=remote)
+    total = sum(layout.size(shard) for shard in shards)
     pending = BoundedQueue(MAX_PENDING_BYTES)
     lease = Lease(store, accelerator.process_index, config.rank_timeout * 60)
     with (
@@ -203,8 +227,8 @@ def predict_shards(
         thread_pool(1) as writer,
         ProgressLine(total, accelerator) as line,
     ):
-        launched = delay_by_one(predict_chunks(cutting.chunks(shards), decoded, predict))
-        for shard, group in groupby(launched, key=lambda item: item.shard):
+        in_flight = delay_by_one(predict_chunks(layout.chunks(shards), decoded, predict))
+        for shard, group in groupby(in_flight, key=lambda item: item.shard):
             writing = write_shard(results, store, shard, loaded.spec, within)
             # Closed after the threads have ended; an unfinished shard leaves nothing behind.
             stack.callback(writing.close)
@@ -255,9 +279,9 @@ def take_over(
     }
     names = [*numbers]
     others = {other: names[other::world] for other in range(world) if other != rank}
-    still = wait_for_ranks(store, others, config.rank_timeout * 60)
-    left = ", ".join(f"rank {other}" for other in still)
-    for other, missing in still.items():
+    stalled = wait_for_ranks(store, others, config.rank_timeout * 60)
+    names_of_stalled = ", ".join(f"rank {other}" for other in stalled)
+    for other, missing in stalled.items():
         print(
             f"warning: rank {other} has made no progress for {config.rank_timeout:g} minutes; rank "
             f"{rank} takes over its {len(missing)} shards",
@@ -272,7 +296,7 @@ def take_over(
                 # Of a rank that may be stopped or killed.
                 for part in (name, f"{name.removesuffix('.tar')}.idx"):
                     store.remove(f".{part}.tmp")
-    return left
+    return names_of_stalled
 
 
 def num_encoders(cpus: int) -> int:
@@ -317,13 +341,14 @@ class ProgressLine:
 
 
 def print_result(
-    config: PredictConfig, store: Store, part: Sequence[str], *, alone: bool, prints: bool
+    config: PredictConfig, store: Store, num_shards: int, *, alone: bool, prints: bool
 ) -> int:
     """Print where the results are and return the exit code: 3 if inputs were left out.
 
     With several ranks it is 0, since a launcher would take 3 for a failure. The code of a part is
     about its own shards: other parts may still be running.
     """
+    part = [config.results.shard_name(number) for number in config.shards_of(num_shards, 0, 1)]
     present = {*store.names()}
     if STATE in present and prints:
         state = read_state(store)
@@ -331,7 +356,7 @@ def print_result(
         results = config.results
         for kind, wanted in (
             *(("png", results.png), ("overlay", results.overlay)),
-            *((objects.FOLDER, results.objects), (objects.OBJECTS_CSV, results.objects)),
+            *((OBJECTS_FOLDER, results.objects), (OBJECTS_CSV, results.objects)),
         ):
             if wanted:
                 print(f"  {kind}: {store.path(kind)}")

@@ -21,6 +21,8 @@ from shards.tar_headers import TarMember, iter_members
 
 Role = Literal["image", "mask", "json", "border"]
 
+COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+"""Extensions of compressed tars, which have no random access."""
 COMPRESSED_MAGIC = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
 """First bytes of gzip, bzip2, xz and zstd files."""
 

@@ -27,6 +27,13 @@ def refuse_kind(path: Path | str, mode: int) -> None:
         raise DataError(f"{path} is {kind}, not a file; remove it")
 
 
+def describe_no_directory(path: Path) -> str:
+    """Return problem and remedy of a path that should be a directory and is not."""
+    if path.exists():
+        return f"is a file, not a directory; use its directory {path.parent}"
+    return "does not exist; check the path"
+
+
 def open_file(path: Path | str, buffering: int = -1) -> io.BufferedReader | io.FileIO:
     """Open a file for reading. Raises OSError, and DataError for a pipe, socket or device."""
     refuse_special(path)

@@ -14,6 +14,7 @@ import numpy as np
 
 from shards.documents import MAX_INTEGER, Byte, Count, Name, Positive, Sha256, convert, parse_json
 from shards.images.files import ImageFormat
+from shards.local_files import describe_no_directory
 from shards.sample import DataError, is_safe_path
 from shards.store import Store
 
@@ -134,12 +135,12 @@ def write_manifest(store: Store, manifest: Manifest, within: str | None = None) 
             del plain["image_format"][name]
     for info in plain["splits"].values():
         info["samples"] = sum(shard["samples"] for shard in info["shards"])
-        info["shards"] = [drop_missing_sum(shard) for shard in info["shards"]]
+        info["shards"] = [drop_unknown_digest(shard) for shard in info["shards"]]
     text = json.dumps({"format": FORMAT, "version": VERSION, **plain}, indent=1) + "\n"
     store.write(MANIFEST, text.encode(), within)
 
 
-def drop_missing_sum(shard: dict[str, Any]) -> dict[str, Any]:
+def drop_unknown_digest(shard: dict[str, Any]) -> dict[str, Any]:
     """Return the entry of a shard, without the sha256 of its `.idx` if that is unknown."""
     return {k: v for k, v in shard.items() if k != "idx_sha256" or v is not None}
 
@@ -151,15 +152,16 @@ def read_manifest(place: Store | Path | str, flag: str = "") -> Manifest:
     manifest, or of another version.
     """
     store = Store(place)
+    where = f"{flag} {store}:" if flag else str(store)
     if store.local is not None and not store.local.is_dir():
-        where = f"{flag} {store}:" if flag else str(store)
-        raise DataError(f"{where} does not exist or is not a directory; check the path")
+        raise DataError(f"{where} {describe_no_directory(store.local)}")
     path = store.path(MANIFEST)
     try:
         data = store.read(MANIFEST)
     except FileNotFoundError as error:
         raise DataError(
-            f"{store} is not a data set: {MANIFEST} is missing (unet pack writes it last)"
+            f"{where} is not a data set (it has no {MANIFEST}); pack the images with unet pack, or "
+            "rerun a pack that was interrupted"
         ) from error
     try:
         plain = parse_json(data)

@@ -84,7 +84,7 @@ MAX_LISTED, MAX_NAMED = 20, 3
 """Lines of problems in one message, and names in a line that stands for several."""
 VARIABLE = re.compile(
     r"(?<!\w)'[^']*'(?!\w)|(?<=lists )\S.*(?=, which)|\S*/\S*[^\s),.:;]"
-    r"|\S+\.[A-Za-z]\w{1,4}\b[^\s),:;]*|[\w.%-]*\d[\w%-]*"
+    r"|\S+\.[A-Za-z]\w{1,4}\b[^\s),:;]*|[\w.%-]*\d(?:,\d{3})*[\w%-]*"
 )
 """What differs between near-equal problems: a quoted name, a path, a file name, a key or number."""
 
@@ -110,8 +110,8 @@ def format_problems(problems: Sequence[str], remedy: str) -> str:
 def list_problems(problems: Sequence[str]) -> list[str]:
     """Return the first 20 lines of problems.
 
-    Those that differ only in names and numbers are one line: their number, the first of them, and
-    what differs in the next two.
+    Those that differ only in names and numbers are one line: the first of them, how many more there
+    are, and what differs in the next two.
     """
     groups: dict[str, list[str]] = {}
     for problem in map(escape_line, problems):
@@ -131,6 +131,9 @@ def join_similar(problems: Sequence[str]) -> str:
         )
         for text in problems[1:MAX_NAMED]
     ]
+    if not any(others):
+        return f"{problems[0]} ({len(problems)} times)"
     more = ", ..." if len(problems) > MAX_NAMED else ""
-    also = f" (also {', '.join(others)}{more})" if any(others) else ""
-    return f"{len(problems)} times: {problems[0]}{also}"
+    also = f"(and {len(problems) - 1} more: {', '.join(others)}{more})"
+    problem, semicolon, remedy = problems[0].partition("; ")
+    return f"{problem} {also}{semicolon}{remedy}"

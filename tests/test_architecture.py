@@ -106,6 +106,27 @@ def test_no_module_has_a_catch_all_name(word: str) -> None:
     assert not [name for name in MODULES if word in name.split(".")]
 
 
+def code_lines(function: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) -> int:
+    """Count the lines of a function without its docstring, comments and blank lines."""
+    documented = ast.get_docstring(function) is not None
+    first = function.body[0].end_lineno if documented else function.lineno
+    assert first is not None
+    rest = lines[first : function.end_lineno]
+    return sum(not re.match(r"\s*(#|$)", line) for line in rest)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(REPO)))
+def test_no_function_has_more_than_50_lines_of_code(path: Path) -> None:
+    lines = path.read_text().splitlines()
+    long = {
+        node.name: number
+        for node in ast.walk(SOURCES[path])
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and (number := code_lines(node, lines)) > 50
+    }
+    assert not long
+
+
 @pytest.mark.parametrize("module", [name for name in MODULES if name.split(".")[0] == "unet"])
 def test_unet_imports_neither_data_nor_launchers(module: str) -> None:
     forbidden = {"shards", "pipelines", "launch", "accelerate", "webdataset", "wandb"}

@@ -166,8 +166,10 @@ class SegmentationLoss(nn.Module):
                 values = focal_loss(logits, mask, weight, gamma=c.focal_gamma)
             case "dice":
                 values = dice_loss(logits, mask, self.counted)
-            case _:
+            case "tversky":
                 values = tversky_loss(logits, mask, self.counted, fp=c.tversky_fp, fn=c.tversky_fn)
+            case _:
+                raise ValueError(f"unknown loss {name!r}")
         return values.mean()
 
     def weigh_pixels(self, mask: Tensor, border: Tensor | None) -> Tensor | None:
@@ -259,8 +261,7 @@ def dice_loss(logits: Tensor, mask: Tensor, counted: Tensor) -> Tensor:
     an object of a few pixels too cheap; cross-entropy compensates for that.
     """
     overlap, predicted, true = sum_regions(logits, mask, counted)
-    score = (2 * overlap + 1) / (predicted + true + 1)
-    return (1 - score).mean(dim=1) * (mask != IGNORE).flatten(1).any(dim=1)
+    return average_regions((2 * overlap + 1) / (predicted + true + 1), mask)
 
 
 def tversky_loss(logits: Tensor, mask: Tensor, counted: Tensor, *, fp: float, fn: float) -> Tensor:
@@ -271,7 +272,11 @@ def tversky_loss(logits: Tensor, mask: Tensor, counted: Tensor, *, fp: float, fn
     """
     overlap, predicted, true = sum_regions(logits, mask, counted)
     wrong = fp * (predicted - overlap) + fn * (true - overlap)
-    score = (overlap + 1) / (overlap + wrong + 1)
+    return average_regions((overlap + 1) / (overlap + wrong + 1), mask)
+
+
+def average_regions(score: Tensor, mask: Tensor) -> Tensor:
+    """Compute 1 - the mean over classes, 0 for a sample without a valid pixel: [B, C] -> [B]."""
     return (1 - score).mean(dim=1) * (mask != IGNORE).flatten(1).any(dim=1)
 
 

@@ -194,7 +194,7 @@ class SegmentationScores(Metric):
             )
             for c, name in enumerate(self.names)
         )
-        pooled = [sum(values[c] for c in self.counted) for values in (tp, fp, fn)]
+        pooled_tp, *wrong = (sum(values[c] for c in self.counted) for values in (tp, fp, fn))
         counted = [classes[c] for c in self.counted]
         return Scores(
             empty_policy=self.empty,
@@ -203,8 +203,8 @@ class SegmentationScores(Metric):
             counted=self.counted,
             macro=MeanScores(mean([s.dice for s in counted]), mean([s.iou for s in counted])),
             micro=MeanScores(
-                divide(2 * pooled[0], 2 * pooled[0] + pooled[1] + pooled[2], absent),
-                divide(pooled[0], sum(pooled), absent),
+                divide(2 * pooled_tp, 2 * pooled_tp + sum(wrong), absent),
+                divide(pooled_tp, pooled_tp + sum(wrong), absent),
             ),
             per_image=MeanScores(
                 mean([s.image_dice for s in counted]), mean([s.image_iou for s in counted])

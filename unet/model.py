@@ -65,7 +65,7 @@ class UNet(nn.Module, ModelHubMixin):
         )
         self.head = nn.Conv2d(channels[0], config.num_classes, 1)
         self.apply(he_init)
-        # After it, so that the other weights do not depend on them. Level 1 first.
+        # Initialised last: deep supervision does not change the other weights. Level 1 first.
         self.level_heads = nn.ModuleList(
             nn.Conv2d(width, config.num_classes, 1)
             for width in (channels[1:-1] if config.deep_supervision else [])
@@ -83,7 +83,10 @@ class UNet(nn.Module, ModelHubMixin):
         spec: DataSpec | None = None,
         **changes: Any,
     ) -> "UNet":
-        """Build the preset `name`; `changes` are fields of `UNetConfig`."""
+        """Build the preset `name`; `changes` are fields of `UNetConfig`.
+
+        Raises ValueError for an unknown preset or a value out of its range.
+        """
         if name not in PRESETS:
             raise ValueError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}")
         config = replace(PRESETS[name], in_channels=in_channels, num_classes=num_classes, **changes)
@@ -103,7 +106,7 @@ class UNet(nn.Module, ModelHubMixin):
         *skips, x = self.contract(x)
         maps: list[Tensor] = []
         for up in self.ups:
-            x = self.run(up, x, skips.pop())
+            x = self.run_block(up, x, skips.pop())
             maps.append(x)
         logits = self.head(x)
         if self.config.padding == "same":
@@ -144,18 +147,20 @@ class UNet(nn.Module, ModelHubMixin):
         return self.spec
 
     def contract(self, image: Tensor) -> list[Tensor]:
-        """Compute the map of each level of the contracting path, finest first."""
+        """Compute the maps of the contracting path, finest first: [B, C, H / 2^l, W / 2^l]."""
         maps: list[Tensor] = []
         x = image
         for down in self.downs:
-            skip, x = self.run(down, x)
+            skip, x = self.run_block(down, x)
             maps.append(skip)
         deeper = (
-            [self.run(self.bottom, x)] if self.encoder is None else self.run(self.encoder, image)
+            [self.run_block(self.bottom, x)]
+            if self.encoder is None
+            else self.run_block(self.encoder, image)
         )
         return [*maps, *deeper]
 
-    def run(self, block: nn.Module, *maps: Tensor) -> Any:
+    def run_block(self, block: nn.Module, *maps: Tensor) -> Any:
         """Run a block, with gradient checkpointing if enabled."""
         if self.gradient_checkpointing and self.training:
             return checkpoint(block, *maps, use_reentrant=False)
@@ -202,7 +207,7 @@ class UNet(nn.Module, ModelHubMixin):
         with torch.device("meta"):
             model = cls(config, spec)
         weights.check_weights(model.state_dict(), folder)
-        # A backbone computes some of its buffers, which no file has.
+        # A backbone computes some of its buffers, which no file stores.
         model = model.to_empty(device="cpu") if config.encoder is None else cls(config, spec)
         weights.load_weights(model, folder)
         return model.eval()
@@ -261,9 +266,9 @@ class UNet(nn.Module, ModelHubMixin):
         return mask[0].cpu().numpy()
 
     def header(self) -> dict[str, Any]:
-        """Return the content of `config.json`: model config and data description."""
+        """Return the content of `config.json`: model config and data spec."""
         model, data = asdict(self.config), asdict(self.spec) if self.spec else None
-        # Versions that lack one of these read such a file.
+        # Without these defaults, versions that lack the settings can read the file.
         if self.config.encoder is None:
             del model["encoder"]
         if not self.config.deep_supervision:

@@ -31,7 +31,7 @@ BATCH_SIZE = 4
 
 
 class NetworkGeometry(Protocol):
-    """What tiling depends on; `UNet` and `Ensemble` have it, and `UNetConfig` with all flips."""
+    """Geometry that tiling needs, of `UNet`, `Ensemble` or `UNetConfig`, which allows all flips."""
 
     @property
     def margin(self) -> int:
@@ -129,7 +129,7 @@ def predict_blocks(
         some = places[first : first + config.effective_batch_size]
         tiles = stack_tiles([read_tile(images[n], rows, columns, i, j) for n, i, j in some])
         probability = predict_tiles(forward, tiles, network.mirrors if config.tta else ())
-        count = len(some) if one_tile_each and takes_batches(probability.device) else 1
+        count = len(some) if one_tile_each and prefers_batches(probability.device) else 1
         for place, (n, i, j) in enumerate(some[:1] if count > 1 else some):
             if blend is not None:
                 blend.add(probability[place], i, j)
@@ -141,7 +141,7 @@ def predict_blocks(
         del probability
 
 
-def takes_batches(device: torch.device) -> bool:
+def prefers_batches(device: torch.device) -> bool:
     """Return whether the probabilities of several images are best processed together.
 
     On a GPU, kernel launches dominate. On a CPU, the data of one image may fit into the cache.

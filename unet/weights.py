@@ -47,7 +47,10 @@ def read_header(folder: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(header, dict) or "model" not in header:
-        raise ValueError(f"{path} does not describe a U-Net: it has no 'model'")
+        raise ValueError(
+            f"{path} does not describe a U-Net: it has no 'model'; use a run folder, or a "
+            "folder written by save_pretrained"
+        )
     return header
 
 

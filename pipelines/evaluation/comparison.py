@@ -45,7 +45,7 @@ MAX_NAMED = 3
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """The difference of one score: second less first; None if undefined."""
+    """The difference of one score: second minus first; None if undefined."""
 
     first: float | None
     second: float | None
@@ -74,7 +74,7 @@ class ImageChange:
 
     @property
     def difference(self) -> float:
-        """Second less first."""
+        """Second minus first."""
         return self.second - self.first
 
     def to_plain(self) -> dict[str, Any]:

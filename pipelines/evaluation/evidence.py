@@ -1,7 +1,6 @@
 """What `unet evaluate` measures on request, besides the scores: calibration, objects."""
 
 from dataclasses import dataclass
-from importlib.util import find_spec
 
 from accelerate import Accelerator
 from torch import Tensor
@@ -9,7 +8,6 @@ from torch import Tensor
 from pipelines.evaluation.calibration import find_calibration
 from pipelines.evaluation.findings import Finding
 from pipelines.evaluation.objects import (
-    NEEDS_SCIPY,
     ImageObjects,
     find_objects,
     refuse_other_classes,
@@ -21,6 +19,7 @@ from pipelines.model.load import LoadedModel
 from pipelines.model.temperature import find_temperature_folder, write_temperature
 from pipelines.runtime.errors import UsageError
 from pipelines.runtime.outputs import require_writable
+from shards.masks.borders import has_scipy, needs_scipy
 from unet import BlockCounts, CalibrationCounts, TemperatureCounts, TileConfig
 from unet.metrics import sum_over_ranks
 
@@ -123,8 +122,8 @@ def refuse_impossible(
     Objects require SciPy and two classes; a temperature one checkpoint in a writable folder.
     """
     if options.objects:
-        if find_spec("scipy") is None:
-            raise UsageError(NEEDS_SCIPY)
+        if not has_scipy():
+            raise UsageError(needs_scipy("--objects"))
         refuse_other_classes(classes)
     if options.fit_temperature:
         folder = find_temperature_folder(checkpoints, "--fit-temperature")

@@ -20,7 +20,6 @@ from unet.metrics import divide
 from unet.objects import ObjectCounts, count_objects
 
 OBJECTS_CSV = "objects.csv"
-NEEDS_SCIPY = "--objects requires SciPy: pip install 'unet-shards[scipy]'"
 
 
 @dataclass(frozen=True, slots=True)

@@ -66,8 +66,8 @@ def describe_unscored(place: Path, error: MissingScoresError) -> Unscored:
     if (place / MANIFEST).is_file():
         return Unscored(place, str(error), "--predictions", None)
     raise DataError(
-        f"{place} is neither a run, a checkpoint, the output of unet predict nor that of unet "
-        "evaluate"
+        f"{place} holds no run, checkpoint, predictions or scores; name a folder that unet train, "
+        "predict or evaluate has written"
     ) from error
 
 

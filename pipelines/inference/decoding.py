@@ -46,8 +46,8 @@ class DecodedInput:
 
 
 @dataclass(frozen=True, slots=True)
-class Cutting:
-    """Cuts the inputs into output shards, and these into chunks."""
+class ShardLayout:
+    """Which inputs are in which output shard, and in which of its chunks."""
 
     num_inputs: int
     samples_per_shard: int
@@ -154,12 +154,12 @@ class DecodeSource(IterableDataset[list[DecodedInput] | SharedChunk]):
     def __init__(
         self,
         decode: Decoder,
-        cutting: Cutting,
+        layout: ShardLayout,
         shards: Sequence[int],
         buffers: Buffers | None = None,
     ) -> None:
         """`buffers`: shared memory for the images of chunks that fit into it."""
-        self.decode, self.cutting, self.shards = decode, cutting, shards
+        self.decode, self.layout, self.shards = decode, layout, shards
         self.buffers = buffers
 
     def __iter__(self) -> Iterator[list[DecodedInput] | SharedChunk]:
@@ -167,7 +167,7 @@ class DecodeSource(IterableDataset[list[DecodedInput] | SharedChunk]):
         worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
         if info is not None:
             keep_freed_memory()
-        for chunk in islice(self.cutting.chunks(self.shards), worker, None, num_workers):
+        for chunk in islice(self.layout.chunks(self.shards), worker, None, num_workers):
             items = [self.decode(number) for number in range(chunk.first, chunk.last)]
             yield items if self.buffers is None else share_images(items, self.buffers, worker)
 

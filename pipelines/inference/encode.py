@@ -15,7 +15,7 @@ from PIL import Image
 from pipelines.drawing.overlay import draw_overlay
 from pipelines.drawing.panels import side_by_side
 from pipelines.inference.decoding import DecodedInput
-from pipelines.inference.objects import FOLDER, MaskObjects, describe_objects
+from pipelines.inference.objects import OBJECTS_FOLDER, MaskObjects, describe_objects
 from pipelines.inference.options import (
     PROBABILITIES_EXTENSION,
     WORK_DIR,
@@ -77,7 +77,7 @@ class EncodedPrediction:
 
 
 @dataclass(frozen=True, slots=True)
-class Encoder:
+class ResultEncoder:
     """Encodes masks as members of a shard and, on request, as files beside it.
 
     Shared by threads, not processes: of a mask of 512 x 512 with two classes, a PNG takes 0.07 ms,
@@ -156,7 +156,7 @@ class Encoder:
         """Write the files beside the shards: PNG, outlines, overlay and figure, as requested."""
         name = PurePosixPath(item.source).with_suffix(".png")
         if objects is not None:
-            self.write(f"{FOLDER}/{name.with_suffix('.geojson')}", objects.outlines)
+            self.write(f"{OBJECTS_FOLDER}/{name.with_suffix('.geojson')}", objects.outlines)
         if self.options.png:
             self.write(f"png/{name}", png)
         if item.image is None:

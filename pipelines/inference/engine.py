@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, islice
 from typing import Any, TypeVar
 
 import torch
@@ -15,10 +15,10 @@ from torch.utils.data import DataLoader
 
 from pipelines.inference.decoding import (
     Chunk,
-    Cutting,
     DecodedInput,
     Decoder,
     DecodeSource,
+    ShardLayout,
     restore_chunks,
 )
 from pipelines.inference.encode import ModelOutput
@@ -43,13 +43,13 @@ T = TypeVar("T")
 
 
 def decode_chunks(
-    decode: Decoder, cutting: Cutting, shards: Sequence[int], workers: int, *, remote: bool
+    decode: Decoder, layout: ShardLayout, shards: Sequence[int], workers: int, *, remote: bool
 ) -> Iterator[list[DecodedInput]]:
     """Yield the decoded chunks of some shards, in order.
 
     Args:
         decode: decodes one input.
-        cutting: how the inputs are cut into shards and chunks.
+        layout: how the inputs are cut into shards and chunks.
         shards: numbers of the shards to make.
         workers: decoding processes; 0: decode in this process.
         remote: inputs or results are at a URL: threads and connections of remote clients do not
@@ -63,7 +63,7 @@ def decode_chunks(
     elif workers and sys.platform == "linux":
         method, buffers = "fork", Buffers(workers, CHUNK_BYTES)
     loader = DataLoader(
-        DecodeSource(decode, cutting, shards, buffers),
+        DecodeSource(decode, layout, shards, buffers),
         batch_size=None,
         num_workers=workers,
         prefetch_factor=2 if workers else None,
@@ -142,7 +142,7 @@ def send_back(masks: PredictedMasks) -> tuple[PredictedMasks, torch.cuda.Event |
 
 def delay_by_one(items: Iterator[T]) -> Iterator[T]:
     """Delay items by one, so that the device computes one while the previous is processed."""
-    held = [item for _, item in zip(range(1), items, strict=False)]
+    held = [*islice(items, 1)]
     for item in items:
         yield held.pop()
         held.append(item)
@@ -150,7 +150,7 @@ def delay_by_one(items: Iterator[T]) -> Iterator[T]:
 
 
 @contextmanager
-def threads_for(
+def limit_threads(
     forward: Callable[[Tensor], Tensor], device: torch.device
 ) -> Iterator[Callable[[Tensor], Tensor]]:
     """On a CPU, use PyTorch's threads for the network only, and one thread for everything else.

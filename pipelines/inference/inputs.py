@@ -32,7 +32,7 @@ from pipelines.inference.input_rules import (
 from pipelines.inference.input_tars import tar_inputs
 from pipelines.runtime.errors import UsageError
 from shards.folders.walk import walk_files
-from shards.foreign import DECOMPRESS_REMEDY
+from shards.foreign import COMPRESSED, DECOMPRESS_REMEDY
 from shards.local_files import open_file
 from shards.manifest import MANIFEST
 from shards.sample import AggregateDataError, DataError
@@ -40,7 +40,6 @@ from shards.store import Store, is_url
 
 LIST_EXTENSIONS = (".txt", ".lst", ".list")
 TAR = ".tar"
-COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 WILDCARD = re.compile(r"[*?[]|\{.*(?:\.\.|,).*\}")
 
 
@@ -115,9 +114,10 @@ def find_remote(search: Search) -> Inputs:
 
 def no_match(given: str) -> UsageError:
     """Make the error for an `--input` that matches nothing."""
-    return UsageError(
-        f"--input {given}: matches no image, folder, list (.txt), pattern or folder of shards"
-    )
+    if glob.has_magic(given) or "{" in given:
+        return UsageError(f"--input {given}: matches no file; check the pattern")
+    kinds = "an image, a folder, a list (.txt), a pattern or a data set"
+    return UsageError(f"--input {given}: does not exist; use {kinds}")
 
 
 def prefix(folder: Path) -> str:

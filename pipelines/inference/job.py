@@ -120,7 +120,7 @@ def write_shard(
     errors: list[str] = []
     rows: list[tuple[object, ...]] = []
     with store.staging(within) as folder:
-        with yield_to_others(store, name), ShardWriter(folder / name) as writer:
+        with detect_finished_elsewhere(store, name), ShardWriter(folder / name) as writer:
             while (result := (yield)) is not None:
                 if isinstance(result, DecodedInput):
                     line = InputError(result.source, result.error or "")
@@ -147,7 +147,7 @@ def write_shard(
 
 
 @contextmanager
-def yield_to_others(store: Store, name: str) -> Iterator[None]:
+def detect_finished_elsewhere(store: Store, name: str) -> Iterator[None]:
     """Raise ShardExistsError if another rank made the shard and removed our temporary files."""
     try:
         yield
@@ -229,7 +229,7 @@ def finish_job(results: ResultOptions, store: Store, spec: DataSpec, num_shards:
             return False
         if isinstance(error, FileNotFoundError):
             raise DataError(
-                f"{store} has shards without reports: was its {MANIFEST} removed? Predict into "
+                f"{store} has shards without reports (was {MANIFEST} removed?); predict into "
                 "another --out"
             ) from error
         raise

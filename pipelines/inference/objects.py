@@ -13,7 +13,7 @@ from unet import DataSpec
 from unet.objects import label_objects, measure_areas
 
 OBJECTS_CSV = "objects.csv"
-FOLDER = "objects"
+OBJECTS_FOLDER = "objects"
 """Folder of the outlines, GeoJSON."""
 COLUMNS = (
     "key",
@@ -26,7 +26,6 @@ COLUMNS = (
     "smallest",
     "largest",
 )
-NEEDS_SCIPY = "--objects requires SciPy: pip install 'unet-shards[scipy]'"
 
 
 @dataclass(frozen=True, slots=True)

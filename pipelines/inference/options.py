@@ -13,12 +13,13 @@ from pipelines.inference.input_rules import InputRule
 from pipelines.inference.reading import ReadingOptions
 from pipelines.model.load import EnsemblePlace, refuse_no_checkpoint
 from pipelines.runtime.devices import choose_batch_size, choose_channels_last, refuse_rank_timeout
-from pipelines.runtime.errors import parse_part, refuse_url
+from pipelines.runtime.errors import parse_part
+from pipelines.runtime.outputs import refuse_bad_output
+from pipelines.runtime.processes import refuse_negative_workers
 from pipelines.runtime.yaml_flags import Flat, plain_type, setting_types, settings_of
 from shards.documents import convert
 from shards.requests import REMOTE_TIMEOUT
 from shards.sample import MASK_EXTENSION
-from shards.store import is_url
 from unet import MaskRule, TileConfig
 
 PROBABILITIES_EXTENSION = "probabilities.npy"
@@ -165,14 +166,8 @@ class PredictConfig:
         refuse_no_checkpoint(self.checkpoint)
         if self.compile and self.ensemble_on == "host":
             raise ValueError("--compile requires --ensemble-on device")
-        if not is_url(self.out):
-            refuse_url("--out", self.out)
-        elif re.search(r"://$|[?*\[\]]", self.out):
-            raise ValueError(
-                f"--out {self.out}: a URL must name a bucket and contain none of ? * [ ]"
-            )
-        if self.workers is not None and self.workers < 0:
-            raise ValueError(f"--workers must be >= 0, got {self.workers}")
+        refuse_bad_output("--out", self.out)
+        refuse_negative_workers(self.workers or 0)
         refuse_rank_timeout(self.rank_timeout)
         if self.part is not None:
             parse_part("--part", self.part)
@@ -194,7 +189,7 @@ class PredictConfig:
         values["split"] = values.pop("out_split")
         return {**values, **{name: getattr(self, name) for name in FLAGS}}
 
-    def settle(self, started: Mapping[str, Any], device: torch.device) -> "PredictConfig":
+    def resolve_defaults(self, started: Mapping[str, Any], device: torch.device) -> "PredictConfig":
         """Resolve unset settings: as the job in the output folder was started, else by device."""
         size, last = self.tiles.batch_size, self.channels_last
         size = started.get("batch_size") if size is None else size

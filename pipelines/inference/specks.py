@@ -7,7 +7,6 @@ from numpy.typing import NDArray
 
 from shards.sample import Uint8
 
-NEEDS_SCIPY = "--min-area needs SciPy: pip install 'unet-shards[scipy]'"
 AROUND = [step for step in product((-1, 0, 1), repeat=2) if step != (0, 0)]
 """Steps (down, right) to the 8 neighbours of a pixel."""
 TOGETHER = 2**18

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from pipelines.inference.compiled import CompiledForward, first_tile
 from pipelines.inference.decoding import Decoder
-from pipelines.inference.engine import Predict, threads_for
+from pipelines.inference.engine import Predict, limit_threads
 from pipelines.inference.options import PredictConfig
 from pipelines.model.forward import TileTooLargeError, make_forward, place_model
 from pipelines.model.load import LoadedModel
@@ -39,7 +39,7 @@ def predictor(
             member.forward = CompiledForward(member.forward, shape)
             compiled.append(member.forward)
     halving = make_forward(model, accelerator, compiled=bool(compiled))
-    with threads_for(halving, accelerator.device) as forward:
+    with limit_threads(halving, accelerator.device) as forward:
         yield make_predict(config, forward, loaded, accelerator.device)
     if compiled:
         # All members ran the same tiles.

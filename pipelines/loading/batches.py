@@ -113,7 +113,16 @@ def eval_batches(
 ) -> Iterator[Batch]:
     """Yield the whole images of one rank, unpadded; each sample is on exactly one rank.
 
-    `num_images`: number of images of all ranks, evenly spread over the split; None: all.
+    Args:
+        data: the data set.
+        split: name of the split.
+        batch_size: images per batch, at most; a batch holds images of one size.
+        rank: rank of this process.
+        world: number of ranks.
+        num_images: number of images of all ranks, evenly spread over the split; None: all.
+        pin: whether to copy batches to pinned memory.
+
+    Raises DataError naming an image or mask that cannot be decoded.
     """
     reader = data.reader(split)
     plan = EvalPlan(tuple(s.samples for s in reader.shards), batch_size, rank, world, num_images)

@@ -58,7 +58,9 @@ class Cropper:
         side = self.choose_side(draws[2:4], min(height, width) + 2 * self.margin)
         margin = self.scale_margin(side)
         limits = [length - (side - 2 * margin) for length in mask.shape]
-        corner = [int(draw * (max(0, end) + 1)) for draw, end in zip(draws, limits, strict=False)]
+        corner = [
+            int(draw * (max(0, end) + 1)) for draw, end in zip(draws[:2], limits, strict=True)
+        ]
         if draws[4] < self.config.foreground_share and max(limits) > 0:
             centre = self.draw_rare_pixel(mask, position)
             if centre is not None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from pipelines.loading.stages import require_mask
-from pipelines.runtime.processes import num_workers
+from pipelines.runtime.processes import num_workers, refuse_negative_workers
 from pipelines.runtime.verification import verify_shards
 from pipelines.runtime.yaml_flags import refuse_unused
 from shards.cache import ShardCache
@@ -45,8 +45,7 @@ class LoadingOptions:
     """First read every shard and compare its sha256 with the manifest."""
 
     def __post_init__(self) -> None:
-        if self.workers is not None and self.workers < 0:
-            raise ValueError(f"--workers must be >= 0, got {self.workers}")
+        refuse_negative_workers(self.workers or 0)
         if self.cache_bytes < 1:
             raise ValueError(f"--cache-bytes must be >= 1, got {self.cache_bytes}")
         if self.cache_dir is None:
@@ -112,7 +111,7 @@ def open_data(
         accelerator: rank and number of ranks.
         in_use: bytes of shards that the ranks of this machine read concurrently; a smaller
             cache would fetch the same shards repeatedly and is not used.
-        remedy: end of the message about a cache that is too small.
+        remedy: what to change if the cache is too small, for the message.
 
     Raises:
         DataError: a shard does not match the manifest.
@@ -141,7 +140,7 @@ def choose_cache(
     """Return the cache for remote data; if None, also the reason in one line."""
     ranges = f"{place} is read by range requests"
     if options.cache_dir is None:
-        return None, f"{ranges}; --cache-dir DIR caches shards locally ({in_use:,} bytes in use)"
+        return None, f"{ranges}; --cache-dir DIR keeps its shards on disk ({in_use:,} bytes)"
     if options.cache_bytes < in_use:
         return None, (
             f"{ranges}: --cache-bytes {options.cache_bytes} is less than the {in_use:,} bytes of "

@@ -154,7 +154,7 @@ class CropStage:
                     raise
                 skipped.append(str(error))
                 raw = self.substitutes.read(raw.position, attempt)
-        raise DataError(f"{skipped[0]} (and so are {MAX_ATTEMPTS - 1} substitutes)")
+        raise DataError(f"{skipped[0]} (nor can {MAX_ATTEMPTS - 1} substitutes be decoded)")
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pipelines.runtime.errors import RunError
-from pipelines.runtime.failures import out_of_memory, summary
+from pipelines.runtime.failures import is_out_of_memory, summarise_error
 from unet import Ensemble, UNet
 
 Forward = Callable[[Tensor], Tensor]
@@ -51,10 +51,10 @@ def make_forward(
             parts = [compute(part) for part in image.split(min(max_batch, len(image)))]
             return parts[0] if len(parts) == 1 else torch.cat(parts)
         except RuntimeError as error:
-            if not out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             # Only the text is kept: the traceback would keep the allocated tensors alive.
-            reason = summary(error)
+            reason = summarise_error(error)
             return None
 
     def compute(image: Tensor) -> Tensor:

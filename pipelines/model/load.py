@@ -237,15 +237,20 @@ def find_checkpoint(checkpoint: str, flag: str = "--checkpoint") -> Path | str:
                 return link.resolve()
         if newest := list_checkpoints(run):
             return find_best(run) or newest[0]
-        raise DataError(f"{flag} {checkpoint}: this run has not saved a checkpoint yet")
+        raise DataError(
+            f"{flag} {checkpoint}: this run has not saved a checkpoint yet; rerun unet train"
+        )
     if folder.is_dir():
         return folder
     if folder.exists():
         raise DataError(f"{flag} {checkpoint}: {explain_file(folder)}")
     if folder.is_absolute() or checkpoint.startswith(".") or checkpoint.count("/") > 1:
-        raise DataError(f"{flag} {checkpoint}: does not exist")
+        raise DataError(f"{flag} {checkpoint}: does not exist; check the path")
     if "/" not in checkpoint:
-        raise DataError(f"{flag} {checkpoint}: is neither a local folder nor a hub id (owner/name)")
+        raise DataError(
+            f"{flag} {checkpoint}: is neither a local folder nor a hub id (owner/name); check "
+            "the spelling"
+        )
     return checkpoint
 
 

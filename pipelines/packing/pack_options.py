@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pipelines.packing.plan import ShardRule
 from pipelines.runtime.errors import parse_part
 from pipelines.runtime.yaml_flags import refuse_unused
-from shards.masks.borders import NEEDS_SCIPY, BorderRule, has_scipy
+from shards.masks.borders import BorderRule, has_scipy, needs_scipy
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,7 +47,7 @@ class BorderOptions:
     def __post_init__(self) -> None:
         if self.border_sigma is not None:
             if not has_scipy():
-                raise ValueError(NEEDS_SCIPY)
+                raise ValueError(needs_scipy("--border-sigma"))
             BorderRule(self.border_sigma, ())
 
     def class_names(self, names: tuple[str, ...]) -> tuple[str, ...]:

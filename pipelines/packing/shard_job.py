@@ -14,7 +14,7 @@ from shards.annotations.scan import Spans, read_spans
 from shards.documents import Name, Sha256, convert, parse_names
 from shards.local_files import open_file
 from shards.manifest import ShardInfo
-from shards.masks.borders import NEEDS_SCIPY, has_scipy
+from shards.masks.borders import has_scipy, needs_scipy
 from shards.sample import BORDER_EXTENSION, INFO_EXTENSION, MASK_EXTENSION, DataError
 from shards.statistics import SampleRule, SampleStatistics, StoredSample, read_sample
 from shards.store import Store
@@ -111,7 +111,9 @@ def pack_shard(
         DataError: another process is writing the shard, or the store refuses it.
     """
     if rule.sample.border is not None and not has_scipy():
-        raise RunError(f"a worker of the cluster cannot make border maps: {NEEDS_SCIPY}")
+        raise RunError(
+            f"a worker of the cluster cannot make border maps: {needs_scipy('--border-sigma')}"
+        )
     problems: list[str] = []
     tally = SampleStatistics()
     try:
@@ -238,8 +240,8 @@ def read_shard_report(store: Store, planned: PlannedShard, plan: str) -> ShardRe
         data = store.read(name)
     except FileNotFoundError as error:
         raise DataError(
-            f"{store.path(planned.name)} has no report in {WORK_DIR}: did another command pack "
-            "here? Remove the shard and rerun"
+            f"{store.path(planned.name)} has no report in {WORK_DIR} (packed by another command?); "
+            "remove the shard and rerun"
         ) from error
     damage = f"{path} is damaged"
     try:

@@ -123,18 +123,10 @@ def label(value: float, *, whole: bool = False) -> str:
     return f"{value:.6g}"
 
 
-def draw_chart(chart: Chart) -> Markup:
-    """Draw a chart with axes, ticks and labels; the template adds title and legend."""
-    across = step_axis(chart.last)
-    values = [y for series in chart.series for y in series.y]
-    up = value_axis(values, from_zero=chart.from_zero)
-
-    def left(x: float) -> float:
-        return LEFT + across.share(x) * (WIDTH - LEFT - RIGHT)
-
-    def top(y: float) -> float:
-        return HEIGHT - BOTTOM - up.share(y) * (HEIGHT - TOP - BOTTOM)
-
+def draw_axes(
+    across: Axis, up: Axis, left: Callable[[float], float], top: Callable[[float], float]
+) -> list[Markup]:
+    """Draw grid lines, ticks and labels; `left` and `top` place a value on the page."""
     parts = [
         Markup('<line class="grid" x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"/>').format(
             LEFT, WIDTH - RIGHT, top(y), top(y)
@@ -154,9 +146,23 @@ def draw_chart(chart: Chart) -> Markup:
                 min(left(x), WIDTH - 3.4 * len(text)), HEIGHT - BOTTOM + 15, text
             )
         )
-    parts.append(
-        Markup('<text class="up" x="{}" y="{}">step</text>').format(WIDTH - RIGHT, HEIGHT - 4)
-    )
+    step = Markup('<text class="up" x="{}" y="{}">step</text>')
+    return [*parts, step.format(WIDTH - RIGHT, HEIGHT - 4)]
+
+
+def draw_chart(chart: Chart) -> Markup:
+    """Draw a chart with axes, ticks and labels; the template adds title and legend."""
+    across = step_axis(chart.last)
+    values = [y for series in chart.series for y in series.y]
+    up = value_axis(values, from_zero=chart.from_zero)
+
+    def left(x: float) -> float:
+        return LEFT + across.share(x) * (WIDTH - LEFT - RIGHT)
+
+    def top(y: float) -> float:
+        return HEIGHT - BOTTOM - up.share(y) * (HEIGHT - TOP - BOTTOM)
+
+    parts = draw_axes(across, up, left, top)
     # In reverse, so that the first curve is on top.
     for number, series in reversed([*enumerate(chart.series)]):
         points = [(left(x), top(y)) for x, y in zip(series.x, series.y, strict=True)]

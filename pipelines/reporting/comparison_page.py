@@ -20,8 +20,9 @@ METHOD = (
     "Scores are those of all pixels of the split. Intervals come from a paired bootstrap: both are "
     "scored on the same resamples of images (of groups, where the data set has them). p is the "
     "share of sign flips, which swap the two results of an image, that give a difference at least "
-    "as large; it is not corrected for the number of classes. The images show which is better "
-    "where the interval does not hold 0 and p is at most 0.05."
+    "as large; it is not corrected for the number of classes. A verdict is given where the "
+    "interval does not hold 0 and p is at most 0.05. It is about these two models, not about the "
+    "settings that they were trained with: two seeds of the same settings may differ as clearly."
 )
 
 

@@ -120,7 +120,7 @@ def read_record(run_dir: Path) -> RunRecord:
     if not folder.config.exists() and not folder.metrics.exists():
         raise DataError(
             f"--run-dir {run_dir} is not a run folder: it has neither {folder.config.name} nor "
-            f"{folder.metrics.name}"
+            f"{folder.metrics.name}; use the --run-dir of unet train"
         )
     notes: list[str] = []
     config, text = read_config(folder.config, notes)

@@ -109,7 +109,9 @@ WRITE_REMEDIES = {
 
 def suggest_write_remedy(error: OSError) -> str:
     """Return a remedy for a failed write."""
-    return WRITE_REMEDIES.get(error.errno or 0, "fix that, then rerun the same command to resume")
+    return WRITE_REMEDIES.get(
+        error.errno or 0, "correct the cause, then rerun the same command to resume"
+    )
 
 
 def describe_os_error(error: OSError, place: object = None) -> str:
@@ -134,7 +136,7 @@ def parse_part(flag: str, text: str) -> tuple[int, int]:
     """Parse `2/5` into (2, 5). Raises ValueError for anything else."""
     number, slash, count = text.partition("/")
     if not slash or not re.fullmatch("[0-9]+/[0-9]+", text):
-        raise ValueError(f"{flag} must be i/n, such as 2/5, got {text!r}")
+        raise ValueError(f"{flag} must be like 2/5, got {text!r}")
     if not 1 <= int(number) <= int(count):
-        raise ValueError(f"{flag} must be i/n with i from 1 to n, got {text!r}")
+        raise ValueError(f"{flag} {text}: the first number must be from 1 to the second")
     return int(number), int(count)

@@ -35,7 +35,7 @@ LEAVE_SECONDS = 5.0
 """Seconds that a failed rank waits for its process group to be destroyed."""
 
 
-def out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Return whether a device ran out of memory.
 
     cuDNN also reports "unable to find an engine" for other reasons: callers that retry with less
@@ -107,24 +107,24 @@ def describe(error: RuntimeError) -> str | None:
         return describe_worker(error)
     if is_distributed_error(error):
         return describe_distributed(error)
-    if out_of_memory(error):
+    if is_out_of_memory(error):
         return (
-            f"the GPU is out of memory ({summary(error)}); end other processes that use it (see "
-            "nvidia-smi), or use a larger GPU"
+            f"the GPU is out of memory ({summarise_error(error)}); end other processes that use it "
+            "(see nvidia-smi), or use a larger GPU"
         )
     if is_compile_error(error) and os.environ.get("TORCHDYNAMO_VERBOSE") != "1":
         return (
-            f"--compile: torch.compile failed ({summary(error)}); install a C++ compiler and the "
-            "Python headers (apt-get install g++ python3-dev), or run without --compile; set "
-            "TORCHDYNAMO_VERBOSE=1 for the traceback"
+            f"--compile: torch.compile failed ({summarise_error(error)}); install a C++ compiler "
+            "and the Python headers (apt-get install g++ python3-dev), or run without --compile; "
+            "set TORCHDYNAMO_VERBOSE=1 for the traceback"
         )
     if is_device_error(error) and os.environ.get("CUDA_LAUNCH_BLOCKING") != "1":
         return (
-            f"the GPU failed ({summary(error)}); rerun the same command; set "
+            f"the GPU failed ({summarise_error(error)}); rerun the same command; set "
             "CUDA_LAUNCH_BLOCKING=1 for the traceback of the failed operation"
         )
     if "does not have a deterministic implementation" in str(error):
-        return f"--deterministic: {summary(error)}; run without it, or change the settings"
+        return f"--deterministic: {summarise_error(error)}; run without it, or change the settings"
     return None
 
 
@@ -136,14 +136,14 @@ def describe_worker(error: RuntimeError) -> str:
             "run --shm-size 8g) or lower --workers, then rerun the same command"
         )
     return (
-        f"a data loading worker died ({summary(error)}); if memory ran out, lower --workers or "
-        "raise the job's memory limit, then rerun the same command"
+        f"a data loading worker died ({summarise_error(error)}); if memory ran out, lower "
+        "--workers or raise the job's memory limit, then rerun the same command"
     )
 
 
 def describe_distributed(error: RuntimeError) -> str:
     """Describe a failed collective in one line."""
-    what, text = summary(error), str(error).lower()
+    what, text = summarise_error(error), str(error).lower()
     if "duplicate gpu" in text:
         return (
             f"two ranks use the same GPU ({what}); launch at most one process per GPU (accelerate "
@@ -161,7 +161,7 @@ def describe_distributed(error: RuntimeError) -> str:
     )
 
 
-def summary(error: BaseException) -> str:
+def summarise_error(error: BaseException) -> str:
     """Return the start of an error message, in one line of at most 200 characters.
 
     For NCCL, the line after `Last error:`, which follows source lines and versions.

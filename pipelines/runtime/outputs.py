@@ -1,13 +1,15 @@
 """Outputs of a verb: checked before its work starts, compared with those of the previous run."""
 
 import errno
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pipelines.runtime.errors import RunError, UsageError
+from pipelines.runtime.errors import RunError, UsageError, refuse_url
 from shards.sample import DataError
+from shards.store import is_url
 from shards.writer import write_atomically
 
 ANOTHER = "choose another"
@@ -88,3 +90,11 @@ def write_result(file: Path, data: bytes) -> str:
     file.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(file, data)
     return compare(previous, data)
+
+
+def refuse_bad_output(flag: str, place: str) -> None:
+    """Raise ValueError for an output that is a URL of another protocol, or names no folder."""
+    if not is_url(place):
+        refuse_url(flag, place)
+    elif re.search(r"://$|[?*\[\]]", place):
+        raise ValueError(f"{flag} {place}: a URL must name a bucket and contain none of ? * [ ]")

@@ -80,8 +80,9 @@ class RunLock:
             folder.path.mkdir(parents=True, exist_ok=True)
             self.file = os.fdopen(open_lock_file(folder.path / ".lock"), "w")
         except OSError as error:
+            reason = "it is a file" if folder.path.is_file() else error.strerror
             raise RunError(
-                f"--run-dir {folder.path} cannot be written to: {error.strerror}; choose another"
+                f"--run-dir {folder.path} cannot be written to: {reason}; choose another --run-dir"
             ) from error
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -35,7 +35,7 @@ from pipelines.model.checkpoint_files import (
 )
 from pipelines.runtime.command import launched_rank
 from pipelines.runtime.errors import RunError, UsageError, refuse_changed_settings
-from pipelines.runtime.failures import is_device_error, is_killed_worker, out_of_memory
+from pipelines.runtime.failures import is_device_error, is_killed_worker, is_out_of_memory
 from pipelines.runtime.run_folder import RunFolder
 from pipelines.training.optim import Learner
 from pipelines.training.other_data import describe_other_data
@@ -339,7 +339,7 @@ def is_disk_error(error: Exception) -> bool:
     torch raises a bare RuntimeError if the disk is full. Copying weights from a device raises its
     earlier asynchronous errors, and the signal handler of a killed worker may raise at any time.
     """
-    return not (out_of_memory(error) or is_device_error(error) or is_killed_worker(error))
+    return not (is_out_of_memory(error) or is_device_error(error) or is_killed_worker(error))
 
 
 def replace_link(link: Path, target: str) -> None:

@@ -15,7 +15,7 @@ from torch.optim import AdamW, Optimizer
 from pipelines.loading.augment import Augment
 from pipelines.model.load import require_spec
 from pipelines.runtime.errors import RunError
-from pipelines.runtime.failures import out_of_memory, summary
+from pipelines.runtime.failures import is_out_of_memory, summarise_error
 from pipelines.training.optim import Learner
 from unet import SegmentationLoss
 
@@ -98,10 +98,10 @@ class Probe:
                 self.make_pass(batch_size)
             del reserve
         except RuntimeError as error:
-            if not out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             # Only the text is kept: the traceback would keep the tensors alive.
-            return summary(error)
+            return summarise_error(error)
         finally:
             torch.backends.cudnn.benchmark = False
         return None

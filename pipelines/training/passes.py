@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from pipelines.runtime.errors import RunError, UsageError
-from pipelines.runtime.failures import out_of_memory, summary
+from pipelines.runtime.failures import is_out_of_memory, summarise_error
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +35,9 @@ class TrainingPass:
         try:
             yield
         except RuntimeError as error:
-            if not out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
-            raise RunError(self.describe(step, summary(error))) from error
+            raise RunError(self.describe(step, summarise_error(error))) from error
         finally:
             torch.backends.cudnn.benchmark = False
 

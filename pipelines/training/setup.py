@@ -338,13 +338,9 @@ def open_training(
     )
     model.train()
     criterion = build_loss(config.loss, manifest).to(device)
+    names, due = ("loss", *criterion.names, "gradient"), config.schedule.checkpoint_due
     budget = Budget(
-        accelerator,
-        setup.limits,
-        watched=("loss", *criterion.names, "gradient"),
-        saves=config.schedule.checkpoint_due,
-        step=state.step,
-        seconds=state.seconds,
+        accelerator, setup.limits, watched=names, saves=due, step=state.step, seconds=state.seconds
     )
     if accelerator.is_main_process:
         write_environment(setup.folder, accelerator)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipelines.runtime.failures import is_device_error, out_of_memory
+from pipelines.runtime.failures import is_device_error, is_out_of_memory
 from pipelines.training.optim import Learner
 from shards.local_files import refuse_special
 from shards.sample import DataError
@@ -22,7 +22,7 @@ def read_training(path: Path, learner: Learner) -> dict[str, Any]:
     except (PermissionError, MemoryError, DataError):
         raise
     except Exception as error:  # torch's reader raises whatever the bytes provoke
-        if out_of_memory(error) or is_device_error(error):
+        if is_out_of_memory(error) or is_device_error(error):
             raise
         what = " ".join(str(error).split())[:200]
         raise DataError(f"{path} is damaged ({what})") from error

@@ -80,7 +80,7 @@ class CvatScanner:
         self.close_image(parser.CurrentByteIndex)
         if not self.tags and tag != "annotations":
             raise DataError(
-                f"{self.path} is not of CVAT: its first element is <{tag}>, not <annotations>"
+                f"{self.path} is not a CVAT file: its first element is <{tag}>, not <annotations>"
             )
         if tag == "track":
             raise DataError(

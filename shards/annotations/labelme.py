@@ -53,7 +53,7 @@ def load_labelme(data: bytes, path: Path | None = None) -> dict[str, Any]:
         ) from error
     if not isinstance(plain, dict) or not isinstance(plain.get("shapes"), list):
         other = "" if path is None else name_other_format(path, "labelme")
-        raise DataError(f"it is not of LabelMe: it has no list 'shapes'{other}")
+        raise DataError(f"it is not a LabelMe file: it has no list 'shapes'{other}")
     return plain
 
 

@@ -12,6 +12,7 @@ from shards.folders.split_names import SPLIT_NAMES, SPLITS, find_named_split
 from shards.folders.suffixes import Fit, find_fit
 from shards.folders.walk import walk_files
 from shards.images.files import IMAGE_EXTENSIONS
+from shards.local_files import describe_no_directory
 from shards.sample import DataError
 
 MAX_DEPTH, MAX_FOLDERS = 3, 40
@@ -76,7 +77,7 @@ def find_layouts(root: Path) -> FolderContent:
     Raises DataError if the folder is missing or contains no images.
     """
     if not root.is_dir():
-        raise DataError(f"FOLDER {root}: does not exist or is not a directory; check the path")
+        raise DataError(f"FOLDER {root}: {describe_no_directory(root)}")
     files = sorted(walk_files(str(root)))
     images = [name for name in files if os.path.splitext(name.lower())[1] in IMAGE_EXTENSIONS]
     folders, num_folders = group_by_folder(images)

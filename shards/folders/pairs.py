@@ -3,7 +3,7 @@
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -112,6 +112,14 @@ def normalise_extension(extension: str | None) -> str | None:
     return None if extension is None else "." + extension.lower().lstrip(".")
 
 
+def list_missing(
+    folder: Path, names: Mapping[str, str], others: Path, other_names: Mapping[str, str], what: str
+) -> list[str]:
+    """List the files of a folder, by stem, that have no mask or image in the other folder."""
+    alone = sorted(names.keys() - other_names.keys())
+    return [f"{folder / names[stem]} has no {what} in {others}" for stem in alone]
+
+
 def find_pairs(images: Path, masks: Path | None, rule: PairRule) -> Pairing:
     """Pair the files of two folders, searched recursively; both may be the same folder.
 
@@ -148,14 +156,8 @@ def find_pairs(images: Path, masks: Path | None, rule: PairRule) -> Pairing:
         names = list_images(masks, refused, notes, flag="--masks")
         mask_names, rest = group_by_stem(names, rule, masks, refused, mask=True)
         unpaired += [f"{masks / name} does not match the rule for masks" for name in rest]
-    unpaired += [
-        f"{images / image_names[stem]} has no mask in {masks}"
-        for stem in sorted(image_names.keys() - mask_names.keys())
-    ]
-    unpaired += [
-        f"{masks / mask_names[stem]} has no image in {images}"
-        for stem in sorted(mask_names.keys() - image_names.keys())
-    ]
+    unpaired += list_missing(images, image_names, masks, mask_names, "mask")
+    unpaired += list_missing(masks, mask_names, images, image_names, "image")
     common = image_names.keys() & mask_names.keys()
     if not common and not refused:
         raise DataError(

@@ -67,7 +67,7 @@ def plan_separation(
     problems += [f"{images[stem]} has no mask" for stem in without_mask]
     problems += [f"{masks[stem]} has no image" for stem in without_image]
     if problems:
-        raise AggregateDataError(problems, f"correct the rule or the folder {folder}")
+        raise AggregateDataError(problems, f"check --mask-suffix and the files in {folder}")
     return plan
 
 

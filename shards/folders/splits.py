@@ -138,8 +138,8 @@ class SplitRule:
             splits[i] = "val"
         what = chosen if len(moved) == 1 else f"{chosen} ({len(moved)} samples)"
         return (
-            f"no sample hashes into val: {what}, the next by hash, is val instead of train "
-            "(--val-fraction 0: no val)"
+            f"no sample hashes into val: {what}, of the lowest hash, is val; --val-fraction 0 "
+            "leaves it empty"
         )
 
     def hash_split(self, name: str) -> Split:

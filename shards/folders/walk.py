@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from shards.images.files import IMAGE_EXTENSIONS, UNSUPPORTED_EXTENSIONS
-from shards.local_files import read_text
+from shards.local_files import describe_no_directory, read_text
 from shards.sample import DataError
 
 ANNOTATIONS = frozenset({".json", ".xml", ".npy", ".npz", ".mat", ".svg", ".yaml", ".yml", ".h5"})
@@ -64,7 +64,7 @@ def list_images(
     """
     if not folder.is_dir():
         where = f"{flag} {folder}:" if flag else str(folder)
-        raise DataError(f"{where} does not exist or is not a directory; check the path")
+        raise DataError(f"{where} {describe_no_directory(folder)}")
     names, others = [], []
     for name in walk_files(str(folder)):
         lower = name.lower()

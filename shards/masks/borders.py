@@ -16,8 +16,6 @@ from PIL import Image
 from shards.images.files import ImageRule, encode_png, load_pixels, open_image
 from shards.sample import DataError, Uint8
 
-NEEDS_SCIPY = "--border-sigma needs SciPy: pip install 'unet-shards[scipy]'"
-
 
 @dataclass(frozen=True, slots=True)
 class BorderRule:
@@ -37,6 +35,11 @@ class BorderRule:
     def encode(self, mask: Uint8) -> bytes:
         """Compute the border map of class indices uint8 [H, W] and encode it as PNG of mode L."""
         return encode_png(Image.fromarray(compute_border_map(mask, self.classes, self.sigma)))
+
+
+def needs_scipy(flag: str) -> str:
+    """Return the error for a flag that requires SciPy where it is not installed."""
+    return f"{flag} requires SciPy: pip install 'unet-shards[scipy]'"
 
 
 def has_scipy() -> bool:

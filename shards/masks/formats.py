@@ -54,7 +54,7 @@ class MaskFormat:
         if not 2 <= self.num_classes <= 255:
             raise ValueError(f"--classes: there must be 2 to 255 classes, got {self.num_classes}")
         if self.kind == "binary" and self.num_classes != 2:
-            raise ValueError(f"--classes: binary masks have 2, got {self.num_classes} names")
+            raise ValueError(f"--classes: a binary mask has 2 classes, got {self.num_classes}")
         if self.kind in ("palette", "rgb") and len(self.colours) != self.num_classes:
             raise ValueError(
                 f"{'--colours: ' * (self.kind == 'rgb')}{len(self.colours)} colours for "
@@ -98,7 +98,7 @@ class MaskFormat:
                 self.ignore_value is not None,
                 ("binary", "index", "values", "palette"),
             ),
-            "--unknown does not apply to two classes": (
+            "--unknown does not apply to binary masks": (
                 self.unknown == "ignore",
                 ("index", "values", "palette", "rgb"),
             ),

@@ -210,8 +210,8 @@ def test_all_kinds_of_problems_are_reported_at_once(draw, call, tmp_path: Path) 
     first, *shown = ended.err.splitlines()
     assert first == f"27 problems: {tmp_path / 'out' / 'problems.txt'}"
     images = folder / "images"
-    assert f"  25 times: {images}/p000.png is empty; repair or remove it" in shown[0]
-    assert shown[0].endswith(f"(also {images}/p001.png, {images}/p002.png, ...)")
+    more = f"(and 24 more: {images}/p001.png, {images}/p002.png, ...)"
+    assert f"  {images}/p000.png is empty {more}; repair or remove it" in shown[0]
     assert len(shown) == 3
     assert [line for line in lines if "p031.png (val) = p032.png (train) are the same" in line]
 
@@ -329,12 +329,12 @@ BAD_DATA: dict[str, tuple[Callable[[Folder], object], tuple[object, ...], str]] 
     "no folder": (
         lambda f: shutil.rmtree(f / "images"),
         (),
-        "images: does not exist or is not a directory; check the path",
+        "images: does not exist; check the path",
     ),
     "no folder of masks": (
         lambda f: shutil.rmtree(f / "masks"),
         (),
-        "masks: does not exist or is not a directory; check the path",
+        "masks: does not exist; check the path",
     ),
     "no images": (
         lambda f: (f / "images" / "a.png").unlink(),
@@ -621,7 +621,7 @@ BAD_RULES: dict[str, tuple[tuple[object, ...], str]] = {
     "one name twice": (("index", "--classes", "a", "a"), "--classes: duplicate name in a a"),
     "three for two": (
         ("binary", "--classes", "a", "b", "c"),
-        "--classes: binary masks have 2",
+        "--classes: a binary mask has 2 classes",
     ),
     "values of another": (
         ("binary", "--mask-values", 0, 1),
@@ -647,7 +647,7 @@ BAD_RULES: dict[str, tuple[tuple[object, ...], str]] = {
     "inverted index": (("index", *AB, "--invert"), "--invert applies to `binary` only"),
     "unknown of two": (
         ("binary", "--unknown", "ignore"),
-        "--unknown does not apply to two classes",
+        "--unknown does not apply to binary masks",
     ),
     "tolerance of indices": (
         ("index", *AB, "--tolerance", 2),
@@ -675,9 +675,12 @@ BAD_RULES: dict[str, tuple[tuple[object, ...], str]] = {
         ("binary", "--split-file", "s.csv", "--split-folders"),
         "--split-file and --split-folders both define the splits; use one of them",
     ),
-    "fold 0": (("binary", "--fold", "0/5"), "--fold must be i/n with i from 1 to n, got '0/5'"),
+    "fold 0": (
+        ("binary", "--fold", "0/5"),
+        "--fold 0/5: the first number must be from 1 to the second",
+    ),
     "one fold": (("binary", "--fold", "1/1"), "--fold must be i/k with i from 1 to k"),
-    "half a fold": (("binary", "--fold", "2"), "--fold must be i/n, such as 2/5, got '2'"),
+    "half a fold": (("binary", "--fold", "2"), "--fold must be like 2/5, got '2'"),
     "shares": (("binary", "--val-fraction", 1.5), "must be between 0 and 1"),
     "no training": (
         ("binary", "--val-fraction", 0.6, "--test-fraction", 0.4),

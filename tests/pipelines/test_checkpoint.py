@@ -329,7 +329,10 @@ def test_a_run_means_its_best_else_its_last(learner: Learner, tmp_path: Path) ->
         ("/nowhere/at/all", "/nowhere/at/all: does not exist"),
         ("./nowhere", "./nowhere: does not exist"),
         ("runs/one/two", "runs/one/two: does not exist"),
-        ("nowhere", "nowhere: is neither a local folder nor a hub id (owner/name)"),
+        (
+            "nowhere",
+            "nowhere: is neither a local folder nor a hub id (owner/name); check the spelling",
+        ),
     ],
 )
 def test_a_checkpoint_that_is_missing_is_reported(given: str, message: str) -> None:
@@ -397,7 +400,9 @@ def test_a_checkpoint_that_is_damaged_is_refused_by_name(
 
 def test_a_run_that_has_saved_nothing_yet_is_reported(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
-    with pytest.raises(DataError, match="this run has not saved a checkpoint yet"):
+    with pytest.raises(
+        DataError, match="this run has not saved a checkpoint yet; rerun unet train"
+    ):
         load_model(str(tmp_path))
 
 

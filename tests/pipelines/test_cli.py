@@ -67,8 +67,7 @@ def test_the_exit_code_is_that_of_the_verb(tmp_path: Path) -> None:
     ended = unet("pack", *folders)
     assert ended.returncode == 1
     assert ended.stderr == (
-        f"unet pack: --images {tmp_path / 'nowhere'}: does not exist or is not a directory; check "
-        "the path\n"
+        f"unet pack: --images {tmp_path / 'nowhere'}: does not exist; check the path\n"
     )
 
 

@@ -337,7 +337,7 @@ def test_other_splits_are_refused_before_anything_is_scored(
 def test_other_folders_are_refused(scored, shards: Path, call, tmp_path: Path) -> None:
     ended = call("compare", scored[0], tmp_path, "--data", shards, "--out", tmp_path / "out")
     assert ended.code == 1
-    assert f"{tmp_path} is neither a run, a checkpoint, the output of unet predict" in ended.err
+    assert f"{tmp_path} holds no run, checkpoint, predictions or scores; name a folder" in ended.err
 
 
 def test_hostile_names_stay_text_on_the_page() -> None:

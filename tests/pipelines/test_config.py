@@ -538,6 +538,5 @@ def test_a_positional_argument_can_be_set_in_a_file(file, call, tmp_path: Path) 
     ended = call("separate", "--config", path)
     assert ended.code == 1
     assert ended.err == (
-        f"unet separate: FOLDER {tmp_path / 'nowhere'}: does not exist or is not a directory; "
-        "check the path\n"
+        f"unet separate: FOLDER {tmp_path / 'nowhere'}: does not exist; check the path\n"
     )

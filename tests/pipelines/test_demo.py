@@ -54,6 +54,14 @@ def test_only_missing_images_are_drawn(tmp_path: Path, content) -> None:
     assert (tmp_path / "images" / "008.png").stat().st_mtime_ns == before
 
 
+def test_a_folder_with_other_files_is_refused(call, tmp_path: Path) -> None:
+    (tmp_path / "mine.png").write_bytes(b"")
+    ended = call("demo", "--out", tmp_path)
+    assert ended.code == 2
+    assert ended.err == f"unet demo: --out {tmp_path}: holds other files; choose another --out\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.png"]
+
+
 def test_without_a_gpu_two_ranks_join_one_job(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -20,7 +20,12 @@ from torch._dynamo.exc import TorchDynamoException
 from pipelines.runtime import failures
 from pipelines.runtime.command import run_command
 from pipelines.runtime.errors import REFUSED, RunError
-from pipelines.runtime.failures import describe, leave_process_group, out_of_memory, summary
+from pipelines.runtime.failures import (
+    describe,
+    is_out_of_memory,
+    leave_process_group,
+    summarise_error,
+)
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -60,7 +65,7 @@ ASSERTED = (
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=str)
 def test_out_of_memory_is_recognised_in_all_its_words(error: RuntimeError) -> None:
-    assert out_of_memory(error)
+    assert is_out_of_memory(error)
     assert describe(error).startswith("the GPU is out of memory (")
 
 
@@ -77,7 +82,7 @@ def test_out_of_memory_is_recognised_in_all_its_words(error: RuntimeError) -> No
     ids=str,
 )
 def test_other_errors_are_not_taken_for_it(error: Exception) -> None:
-    assert not out_of_memory(error)
+    assert not is_out_of_memory(error)
 
 
 @pytest.mark.parametrize(
@@ -189,11 +194,11 @@ def test_who_asked_torch_for_the_traceback_gets_it(
 
 
 def test_a_long_message_is_cut_and_an_empty_one_has_a_name() -> None:
-    assert summary(RuntimeError("one\ntwo")) == "one"
-    assert summary(RuntimeError("\none raised:\n  two\nthree")) == "one raised: two"
-    assert summary(RuntimeError("one:")) == "one:"
-    assert summary(RuntimeError("x" * 1000)) == "x" * 200
-    assert summary(torch.OutOfMemoryError()) == "OutOfMemoryError"
+    assert summarise_error(RuntimeError("one\ntwo")) == "one"
+    assert summarise_error(RuntimeError("\none raised:\n  two\nthree")) == "one raised: two"
+    assert summarise_error(RuntimeError("one:")) == "one:"
+    assert summarise_error(RuntimeError("x" * 1000)) == "x" * 200
+    assert summarise_error(torch.OutOfMemoryError()) == "OutOfMemoryError"
 
 
 @dataclass(frozen=True)

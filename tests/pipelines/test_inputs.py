@@ -294,13 +294,21 @@ def test_a_folder_without_images_is_refused(tmp_path):
         find_inputs(str(tmp_path))
 
 
-@pytest.mark.parametrize("given", ["nothing", "nothing.png", "nothing.txt", "pics/*.webp"])
-def test_what_means_nothing_is_refused_naming_what_it_could_be(tree, given):
+@pytest.mark.parametrize("given", ["nothing", "nothing.png", "nothing.txt"])
+def test_what_does_not_exist_is_refused_naming_what_it_could_be(tree, given):
     with pytest.raises(UsageError) as caught:
         find_inputs(given)
     assert str(caught.value) == (
-        f"--input {given}: matches no image, folder, list (.txt), pattern or folder of shards"
+        f"--input {given}: does not exist; use an image, a folder, a list (.txt), a pattern or a "
+        "data set"
     )
+
+
+@pytest.mark.parametrize("given", ["pics/*.webp", "pics/{x,y}.webp"])
+def test_a_pattern_without_a_match_is_refused(tree, given):
+    with pytest.raises(UsageError) as caught:
+        find_inputs(given)
+    assert str(caught.value) == f"--input {given}: matches no file; check the pattern"
 
 
 def test_a_damaged_manifest_is_named_and_not_taken_for_a_folder_of_images(tree):

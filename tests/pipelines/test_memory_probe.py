@@ -15,7 +15,7 @@ from torch import Tensor
 from pipelines.loading.augment import Augment, AugmentConfig
 from pipelines.runtime.devices import start
 from pipelines.runtime.errors import RunError
-from pipelines.runtime.failures import out_of_memory
+from pipelines.runtime.failures import is_out_of_memory
 from pipelines.training import memory_probe
 from pipelines.training.memory_probe import MARGIN, Probe, num_moments, reserve_memory
 from pipelines.training.optim import Learner, OptimConfig, build_learner
@@ -117,7 +117,7 @@ def test_another_error_than_a_full_memory_is_not_swallowed(limit) -> None:
 def test_a_full_memory_is_known_by_what_torch_and_its_libraries_raise(
     error: Exception, full: bool
 ) -> None:
-    assert out_of_memory(error) == full
+    assert is_out_of_memory(error) == full
 
 
 # ---- no trace

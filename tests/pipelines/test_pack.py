@@ -837,7 +837,7 @@ def test_only_bad_samples_are_refused(draw, call, tmp_path: Path) -> None:
         (folder / "images" / f"p{number:03d}.png").write_bytes(b"")
     ended = call("pack", *flags(folder, tmp_path / "out", "--keep-going"))
     assert ended.code == 1
-    assert "2 problems (nothing to pack)" in ended.err
+    assert "2 problems (nothing to pack; check --images," in ended.err
     assert not (tmp_path / "out" / "index.json").exists()
 
 
@@ -863,8 +863,9 @@ def test_stderr_shows_similar_problems_as_one_and_the_file_all(
     assert ended.code == 1
     first, shown, last = ended.err.splitlines()
     assert "25 problems (" in first
-    assert shown.startswith(f"  25 times: {folder}/images/p000.png ")
-    assert shown.endswith(f"(also {folder}/images/p001.png, {folder}/images/p002.png, ...)")
+    assert shown.startswith(f"  {folder}/images/p000.png ")
+    images = folder / "images"
+    assert f"(and 24 more: {images}/p001.png, {images}/p002.png, ...)" in shown
     assert last.strip() == f"all problems: {tmp_path / 'out' / 'problems.txt'}"
     lines = (tmp_path / "out" / "problems.txt").read_text().splitlines()
     assert len(lines) == 25
@@ -1216,8 +1217,7 @@ def test_all_bad_files_are_named_at_once(draw, call, tmp_path: Path) -> None:
     assert ended.code == 1
     assert "2 problems" in ended.err
     first, second = (f"{folder}/images/p{number:03d}.png" for number in (1, 3))
-    assert f"\n  2 times: {first} is empty" in ended.err
-    assert f"(also {second})\n" in ended.err
+    assert f"\n  {first} is empty (and 1 more: {second}); " in ended.err
 
 
 @pytest.mark.parametrize(
@@ -1248,7 +1248,7 @@ def test_a_value_without_a_class_is_named_with_its_pixel_count(
         (("--samples-per-shard", 0), "--samples-per-shard must be >= 1, got 0"),
         (("--workers", -1), "--workers must be >= 0, got -1"),
         (("--mask-format", "index"), "--mask-format index needs --classes"),
-        (("--classes", "a", "b", "c"), "--classes: binary masks have 2, got 3 names"),
+        (("--classes", "a", "b", "c"), "--classes: a binary mask has 2 classes, got 3"),
         (("--classes", "a", "a"), "--classes: duplicate name in a a"),
         (("--mask-values", 0, 1), "--mask-values applies to `values` only"),
         (("--ignore-value", 65536), "mask values must be 0 to 65535, got 65536"),

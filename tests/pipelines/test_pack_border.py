@@ -256,7 +256,7 @@ def test_without_scipy_nothing_is_started(dots: Path, call, tmp_path: Path, monk
     monkeypatch.setitem(sys.modules, "scipy", None)
     ended = call("pack", *border_flags(dots, tmp_path / "out"))
     assert ended.code == 2
-    assert "--border-sigma needs SciPy: pip install 'unet-shards[scipy]'" in ended.message
+    assert "--border-sigma requires SciPy: pip install 'unet-shards[scipy]'" in ended.message
     assert not (tmp_path / "out").exists()
     # Packing without maps does not need it.
     ended = call("pack", *flags(dots, tmp_path / "out", *THREE, mask_format="index"))

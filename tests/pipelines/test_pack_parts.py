@@ -234,10 +234,16 @@ def test_bad_samples_of_all_parts_are_listed_at_the_end(draw, call, content, tmp
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--part", "4/3"), "--part must be i/n with i from 1 to n, got '4/3'"),
-        (("--part", "0/3"), "--part must be i/n with i from 1 to n, got '0/3'"),
-        (("--part", "3"), "--part must be i/n, such as 2/5, got '3'"),
-        (("--part", "a/b"), "--part must be i/n, such as 2/5, got 'a/b'"),
+        (
+            ("--part", "4/3"),
+            "--part 4/3: the first number must be from 1 to the second",
+        ),
+        (
+            ("--part", "0/3"),
+            "--part 0/3: the first number must be from 1 to the second",
+        ),
+        (("--part", "3"), "--part must be like 2/5, got '3'"),
+        (("--part", "a/b"), "--part must be like 2/5, got 'a/b'"),
         (("--part", "1/2", "--finish"), "--part and --finish exclude each other"),
         (("--scheduler", "tcp://h:1", "--workers", 2), "--workers has no effect with --scheduler"),
     ],

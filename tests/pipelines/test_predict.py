@@ -554,8 +554,8 @@ def test_a_damaged_description_is_an_error_of_its_own(
 @pytest.mark.parametrize(
     ("given", "code", "message"),
     [
-        ("nowhere", 2, "matches no image, folder, list (.txt), pattern or folder of shards"),
-        ("nothing*.png", 2, "no image, folder, list"),
+        ("nowhere", 2, "nowhere: does not exist; use an image, a folder, a list (.txt)"),
+        ("nothing*.png", 2, "matches no file; check the pattern"),
         ("empty", 1, "contains no images"),
         ("twice", 1, "would write the same output; rename one of each"),
         ("empty.txt", 1, "lists no images"),

@@ -196,7 +196,7 @@ def test_memory_that_runs_out_elsewhere_is_reported_in_a_line(
     assert line.startswith(
         f"unet {verb}: the GPU (cpu) is out of memory ({message}); lower --batch-size or --tile"
     )
-    assert ("into another --out" in line) == (verb == "predict")
+    assert ("choose another --out" in line) == (verb == "predict")
 
 
 @pytest.mark.parametrize("message", WORDS)

@@ -163,9 +163,9 @@ def test_a_part_with_other_settings_is_refused(argv, call, content, tmp_path: Pa
 @pytest.mark.parametrize(
     ("part", "message"),
     [
-        ("4/3", "--part must be i/n with i from 1 to n, got '4/3'"),
-        ("0/3", "--part must be i/n with i from 1 to n, got '0/3'"),
-        ("3", "--part must be i/n, such as 2/5, got '3'"),
+        ("4/3", "--part 4/3: the first number must be from 1 to the second"),
+        ("0/3", "--part 0/3: the first number must be from 1 to the second"),
+        ("3", "--part must be like 2/5, got '3'"),
     ],
 )
 def test_parts_that_make_no_sense_are_refused(

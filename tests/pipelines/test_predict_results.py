@@ -130,7 +130,9 @@ def test_without_scipy_min_area_is_refused_in_one_line(
     monkeypatch.setattr(predict, "has_scipy", lambda: False)
     ended = call("predict", *argv(bright, images, tmp_path / "out", "--min-area", 5))
     assert ended.code == 2
-    assert ended.err == ("unet predict: --min-area needs SciPy: pip install 'unet-shards[scipy]'\n")
+    assert ended.err == (
+        "unet predict: --min-area requires SciPy: pip install 'unet-shards[scipy]'\n"
+    )
     # No area is below one pixel.
     assert call("predict", *argv(bright, images, tmp_path, "--min-area", 1)).code == 0
 

@@ -231,9 +231,9 @@ def test_a_rerun_takes_the_batch_size_that_the_job_was_started_with(
     assert (ended.code, "created with --no-compile; keep that" in ended.err) == (2, True)
     assert job(tmp_path)["batch_size"] == 4
     config = options.PredictConfig(checkpoint=("run",), input="", out="o")
-    settled = config.settle(job(tmp_path), torch.device("cuda"))
+    settled = config.resolve_defaults(job(tmp_path), torch.device("cuda"))
     assert (settled.tiles.batch_size, settled.channels_last) == (4, False)
-    assert config.settle({}, torch.device("cpu")).tiles.batch_size == 7
+    assert config.resolve_defaults({}, torch.device("cpu")).tiles.batch_size == 7
     assert content(tmp_path).items() <= before.items()
 
 
@@ -305,7 +305,7 @@ def test_on_a_cpu_the_network_has_all_threads_and_the_rest_has_one() -> None:
 
     torch.set_num_threads(3)
     try:
-        with engine.threads_for(forward, torch.device("cpu")) as wrapped:
+        with engine.limit_threads(forward, torch.device("cpu")) as wrapped:
             wrapped(torch.zeros(1))
             seen.append(torch.get_num_threads())
         assert torch.get_num_threads() == 3
@@ -313,11 +313,11 @@ def test_on_a_cpu_the_network_has_all_threads_and_the_rest_has_one() -> None:
         seen.pop()
         with (
             pytest.raises(ValueError, match="in the network"),
-            engine.threads_for(forward, torch.device("cpu")) as wrapped,
+            engine.limit_threads(forward, torch.device("cpu")) as wrapped,
         ):
             wrapped(torch.zeros(1))
         assert torch.get_num_threads() == 3
-        with engine.threads_for(forward, torch.device("cuda")) as wrapped:
+        with engine.limit_threads(forward, torch.device("cuda")) as wrapped:
             assert wrapped is forward
     finally:
         torch.set_num_threads(before)

@@ -334,7 +334,7 @@ def test_missing_data_are_reported_and_left_out(
     gone = tmp_path / "gone"
     (run_dir / "config.yaml").write_text(yaml.safe_dump({**config, "data": str(gone)}))
     made = report()
-    assert f"No images: {gone} does not exist or is not a directory; check the path." in made.text
+    assert f"No images: {gone} does not exist; check the path." in made.text
     assert (made.images, "Confusion" in made.text) == (0, False)
     # The scores of the classes are in metrics.jsonl all the same.
     best = max(
@@ -641,7 +641,7 @@ def test_a_folder_that_is_no_run_is_refused(call, tmp_path: Path) -> None:
     ended = call("report", "--run-dir", tmp_path)
     expected = (
         f"unet report: --run-dir {tmp_path} is not a run folder: it has neither "
-        "config.yaml nor metrics.jsonl"
+        "config.yaml nor metrics.jsonl; use the --run-dir of unet train"
     )
     assert (ended.code, ended.err.strip()) == (1, expected)
     assert not (tmp_path / "report.html").exists()

@@ -227,4 +227,4 @@ def test_a_folder_without_images_is_refused(there: bool, call, tmp_path: Path) -
         (tmp_path / "in").mkdir()
     ended = call("separate", tmp_path / "in", "--out", tmp_path / "out", *BY_EXTENSION)
     assert ended.code == 1
-    assert ("contains no images" if there else "is not a directory") in ended.err
+    assert ("contains no images" if there else "does not exist") in ended.err

@@ -649,7 +649,7 @@ def test_data_of_which_nothing_decodes_end_the_run_all_the_same(
     assert ended.code == 1
     last = ended.err.strip().splitlines()[-1]
     assert any(name in last for name in names)
-    assert "(and so are 15 substitutes)" in last
+    assert "(nor can 15 substitutes be decoded)" in last
     assert "Traceback" not in ended.err
 
 

@@ -36,7 +36,9 @@ def test_a_resumed_fold_equals_an_uninterrupted_one(shards, tiny, call, tmp_path
         assert (ended.code, "was created with --fold 2/3" in ended.err) == (2, True)
 
 
-@pytest.mark.parametrize(("fold", "message"), [("1/1", "at least 2 folds"), ("3", "must be i/n")])
+@pytest.mark.parametrize(
+    ("fold", "message"), [("1/1", "at least 2 folds"), ("3", "must be like 2/5")]
+)
 def test_a_wrong_fold_is_refused(fold: str, message: str, shards, tiny, call, tmp_path) -> None:
     ended = train(call, shards, tmp_path, tiny, "--fold", fold)
     assert (ended.code, message in ended.message) == (2, True)

@@ -213,7 +213,7 @@ def test_a_single_split_can_be_unpacked(shards: Path, call, tmp_path: Path) -> N
             lambda data: "--split=test",
             "has no samples in the split 'test'; splits with samples: train, val",
         ),
-        (lambda data: (data / "index.json").unlink(), "index.json is missing"),
+        (lambda data: (data / "index.json").unlink(), "is not a data set (it has no index.json)"),
         (lambda data: (data / "index.json").write_text("{"), "index.json is damaged"),
         (
             lambda data: (data / "index.json").write_text('{"format": "x"}'),

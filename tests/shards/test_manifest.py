@@ -112,10 +112,11 @@ def test_a_split_without_samples_is_refused_naming_the_others(tmp_path):
 
 def test_a_missing_folder_or_manifest_is_named(tmp_path):
     assert refusal(read_manifest, tmp_path / "x") == (
-        f"{tmp_path / 'x'} does not exist or is not a directory; check the path"
+        f"{tmp_path / 'x'} does not exist; check the path"
     )
     assert refusal(read_manifest, tmp_path) == (
-        f"{tmp_path} is not a data set: index.json is missing (unet pack writes it last)"
+        f"{tmp_path} is not a data set (it has no index.json); pack the images with unet pack, or "
+        "rerun a pack that was interrupted"
     )
 
 

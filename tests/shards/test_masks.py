@@ -692,7 +692,7 @@ def test_a_mask_is_resized_by_nearest_neighbour():
             {"kind": "index", "num_classes": 256},
             "there must be 2 to 255 classes, got 256",
         ),
-        ({"kind": "binary", "num_classes": 3}, "--classes: binary masks have 2, got 3 names"),
+        ({"kind": "binary", "num_classes": 3}, "--classes: a binary mask has 2 classes, got 3"),
         (
             {"kind": "values", "num_classes": 3, "values": (0, 255)},
             "--mask-values: 2 mask values for 3 classes; give one per class",
@@ -745,7 +745,7 @@ def test_a_mask_is_resized_by_nearest_neighbour():
         ),
         (
             {"kind": "binary", "num_classes": 2, "unknown": "ignore"},
-            "--unknown does not apply to two classes; the format is `binary`",
+            "--unknown does not apply to binary masks; the format is `binary`",
         ),
         (
             {"kind": "index", "num_classes": 2, "tolerance": 1},

@@ -278,14 +278,14 @@ def test_problems_that_differ_only_in_names_and_numbers_are_one_line():
     assert list_problems(
         [*empty, *lines, *values, *classes, *keys, *listed, *alone, "same", "same"]
     ) == [
-        "9 times: /my data/0.png is empty; repair it (also data/1.png, data/2.png, ...)",
-        "4 times: l.txt, line 0: 0.png is listed twice (also 1 1.png, 2 2.png, ...)",
-        "3 times: m/0.png has values without a class: 0: 5 px (also m/1.png 1, m/2.png 2)",
-        "2 times: class 'cell' has no pixel in 12 masks (also 'nerve root')",
-        "3 times: 0000 is in train-0.tar and in train-1.tar (also 0001, 0002)",
-        "2 times: l.txt, line 1 lists a b, which is not one of the images (also c)",
+        "/my data/0.png is empty (and 8 more: data/1.png, data/2.png, ...); repair it",
+        "l.txt, line 0: 0.png is listed twice (and 3 more: 1 1.png, 2 2.png, ...)",
+        "m/0.png has values without a class: 0: 5 px (and 2 more: m/1.png 1, m/2.png 2)",
+        "class 'cell' has no pixel in 12 masks (and 1 more: 'nerve root')",
+        "0000 is in train-0.tar and in train-1.tar (and 2 more: 0001, 0002)",
+        "l.txt, line 1 lists a b, which is not one of the images (and 1 more: c)",
         *alone,
-        "2 times: same",
+        "same (2 times)",
     ]
 
 
@@ -304,7 +304,12 @@ def test_a_missing_or_empty_folder_is_named(tree, tmp_path):
     missing = tmp_path / "none"
     assert (
         refusal(find_pairs, missing, None, PLAIN)
-        == f"--images {missing}: does not exist or is not a directory; check the path"
+        == f"--images {missing}: does not exist; check the path"
+    )
+    file = tree("files", "a.png") / "a.png"
+    assert (
+        refusal(find_pairs, file, None, PLAIN)
+        == f"--images {file}: is a file, not a directory; use its directory {file.parent}"
     )
     empty = tree("empty", "notes.txt")
     line = f"{empty} contains no images (.bmp .gif .jfif .jpe .jpeg .jpg .png .tif .tiff .webp)"
@@ -908,7 +913,7 @@ def test_a_mixed_folder_that_does_not_match_the_rule_is_refused(
 ):
     mixed = tree("mixed", *names)
     assert refusal(plan_separation, mixed, tmp_path, **rule) == (
-        f"{message}; correct the rule or the folder {mixed}"
+        f"{message}; check --mask-suffix and the files in {mixed}"
     )
 
 
@@ -1019,7 +1024,9 @@ def test_an_empty_val_takes_the_next_sample_by_hash(count):
             continue
         first = min((p.key for p in pairs), key=hash_fraction)
         assert [p.key for p, s in zip(pairs, splits, strict=True) if s == "val"] == [first]
-        assert [note.partition(",")[0] for note in notes] == [f"no sample hashes into val: {first}"]
+        assert [note.partition(";")[0] for note in notes] == [
+            f"no sample hashes into val: {first}, of the lowest hash, is val"
+        ]
         sizes.append(count)
     assert sizes
 

@@ -550,7 +550,10 @@ def test_weights_of_another_model_are_refused_by_tensor(saved):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda h: {"architectures": ["Bert"]}, "does not describe a U-Net: it has no 'model'"),
+        (
+            lambda h: {"architectures": ["Bert"]},
+            "does not describe a U-Net: it has no 'model'; use a run folder",
+        ),
         (
             lambda h: {**h, "model": {**h["model"], "heads": 8}},
             r"UNetConfig has no field 'heads' \(written by a newer version\?\)",

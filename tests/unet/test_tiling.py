@@ -142,8 +142,8 @@ def test_there_may_be_255_classes():
     ("device", "expected"), [("cpu", [1] * 5), ("cuda", [3, 2]), ("mps", [3, 2])]
 )
 def test_images_of_one_tile_are_yielded_in_batches_on_a_gpu(device, expected, monkeypatch):
-    takes_batches = tiling.takes_batches(torch.device(device))
-    monkeypatch.setattr(tiling, "takes_batches", lambda _: takes_batches)
+    prefers_batches = tiling.prefers_batches(torch.device(device))
+    monkeypatch.setattr(tiling, "prefers_batches", lambda _: prefers_batches)
     config, images = TileConfig(tile=32, batch_size=3), random_images(20, 30, batch=5)
     blocks = [*predict_blocks(pointwise, images, config, PADDED)]
     assert [block.images.stop - block.images.start for block in blocks] == expected

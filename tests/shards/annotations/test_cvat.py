@@ -135,7 +135,7 @@ BOMB = '<!DOCTYPE a [<!ENTITY x "ha"><!ENTITY y "&x;&x;&x;">]>'
         (cvat(head=BOMB), "annotations.xml: it declares a DTD, which could expand without limit; remove <!DOCTYPE>"),
         (cvat(head='<!DOCTYPE a SYSTEM "file:///etc/passwd">'), "annotations.xml: it declares a DTD, which could expand without limit; remove <!DOCTYPE>"),
         (cvat()[:-30], "annotations.xml: it is not valid XML: unclosed token: line 4, column 0; export it again"),
-        ("<html/>", "annotations.xml is not of CVAT: its first element is <html>, not <annotations>"),
+        ("<html/>", "annotations.xml is not a CVAT file: its first element is <html>, not <annotations>"),
         ('<annotations><track id="0" label="cat"/></annotations>', "annotations.xml is `CVAT for video`; export it as `CVAT for images 1.1`, with images"),
         (cvat(head='<?xml version="1.0" encoding="iso-8859-1"?>'), "annotations.xml: it is encoded in iso-8859-1; save it as UTF-8"),
         (cvat('<points label="cat" points="1,1" z_order="0"/>'), "annotations.xml (ä.png): points 0 (cat): it is a points, which cannot be drawn as a region; correct or remove it"),

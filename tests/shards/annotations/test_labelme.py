@@ -144,7 +144,7 @@ def test_shapes_that_cannot_be_drawn_are_named(draw, plain, message):
     ("content", "message"),
     [
         ('{"shapes": [', "a.json: it is not valid JSON in UTF-8; it may be cut off: export it again"),
-        ({"images": [], "categories": [], "annotations": []}, "a.json: it is not of LabelMe: it has no list 'shapes'; it is coco: use --annotation-format coco; correct it"),
+        ({"images": [], "categories": [], "annotations": []}, "a.json: it is not a LabelMe file: it has no list 'shapes'; it is coco: use --annotation-format coco; correct it"),
         (labelme(shape(label="")), "a.json: shape 0 has no label; add it"),
         (labelme("x"), "a.json: shape 0 has no label; add it"),
         ("[" * 100_000, "a.json: it is not valid JSON in UTF-8; it may be cut off: export it again"),
