@@ -2,7 +2,7 @@
 
     python -m venv VENV && VENV/bin/pip install -e . 'monai==1.6.*'
     VENV/bin/python tests/benchmarks/predicting.py --work DIR
-    VENV/bin/python tests/benchmarks/predicting.py --work DIR --parts pipeline --pictures 2000
+    VENV/bin/python tests/benchmarks/predicting.py --work DIR --parts pipeline --images 2000
     VENV/bin/python tests/benchmarks/predicting.py --work DIR --parts memory list
 
 JPEG images of 512 x 512, generated once in DIR; two classes; float32. Every round runs each
@@ -591,7 +591,7 @@ def main() -> None:
     parts = ("forward", "pipeline", "memory", "list")
     parser.add_argument("--work", type=Path, required=True, help="folder for images and results")
     parser.add_argument("--parts", nargs="+", choices=parts, default=["forward", "pipeline"])
-    parser.add_argument("--pictures", type=int, default=400, help="number of images of 512 x 512")
+    parser.add_argument("--images", type=int, default=400, help="number of images of 512 x 512")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument(
@@ -602,8 +602,8 @@ def main() -> None:
         help="numbers of inputs for --parts memory",
     )
     arguments = parser.parse_args()
-    if arguments.pictures < 16 or arguments.rounds < 1:
-        parser.error("--pictures must be >= 16, --rounds >= 1")
+    if arguments.images < 16 or arguments.rounds < 1:
+        parser.error("--images must be >= 16, --rounds >= 1")
     work: Path = arguments.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     names = [name for name in CONTENDERS if name in arguments.only]
@@ -613,7 +613,7 @@ def main() -> None:
     checkpoint = save_model(work / "checkpoint", base_channels=4, depth=2)
     packages = ["torch", "pillow", *["monai"] * ("monai" in names)]
     print(
-        f"{date.today()}, {arguments.pictures:,} images, {len(os.sched_getaffinity(0))} cores, "
+        f"{date.today()}, {arguments.images:,} images, {len(os.sched_getaffinity(0))} cores, "
         f"Python {platform.python_version()}, "
         + ", ".join(f"{package} {version(package)}" for package in packages)
     )
@@ -624,7 +624,7 @@ def main() -> None:
         elif part == "list":
             tables = [list_table(checkpoint, work, arguments.rounds)]
         else:
-            images = prepare(work, arguments.pictures, SIDE)
+            images = prepare(work, arguments.images, SIDE)
             rates = measure_part(
                 part, Job(checkpoint, images, work / "out"), some, arguments.rounds
             )
