@@ -1,7 +1,6 @@
-"""Runs a verb on several CPU ranks: `python fork_ranks.py RANKS PORT VERB FLAGS`.
+"""Runs a verb on several CPU ranks that are forked, where `accelerate launch` starts interpreters.
 
-Ranks are forked after one import of torch and the verb, where `accelerate launch` imports them once
-per rank and once more for itself. As there, the first failure ends the other ranks.
+Code of a `ForkServer`. As in a launcher, the first failure ends the other ranks.
 """
 
 import os
@@ -11,10 +10,14 @@ from importlib import import_module
 
 KILL_SECONDS = 30
 """Seconds between SIGTERM and SIGKILL, as in torch.distributed.elastic."""
+CODE = "from tests.fork_ranks import main; main()"
 
 
-def main() -> int:
-    """Fork the ranks and wait for them; returns 0 if all of them did, else 1."""
+def main() -> None:
+    """Fork the ranks and wait for them; exits with 0 if all of them did, else 1.
+
+    Arguments: number of ranks, port, verb and flags.
+    """
     ranks, port, verb, *flags = sys.argv[1:]
     os.environ.update(
         WORLD_SIZE=ranks,
@@ -46,8 +49,4 @@ def main() -> int:
             failed = True
             end_all(signal.SIGTERM)
             signal.alarm(KILL_SECONDS)
-    return int(failed)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(int(failed))
