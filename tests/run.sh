@@ -11,6 +11,6 @@ cd "$(dirname "$0")/.."
 ruff check .
 ruff format --check .
 pyright
-# One thread each: the test processes share the cores with the ranks that they start. Files in order:
+# One thread each, and three processes for two cores: tests also wait, for ranks and disks. Files in order:
 # the longest, the rehearsal of the GPU benchmark, is among the first, so that no worker ends alone.
-OMP_NUM_THREADS=1 exec python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
+OMP_NUM_THREADS=1 exec python -m pytest -n 3 --dist loadfile --no-loadscope-reorder "$@"

@@ -49,6 +49,22 @@ def initialise_encoder(model: UNet, backbone: Backbone, *, frozen: bool) -> None
         model.encoder.set_frozen(True)
 
 
+def describe_network(model: UNet) -> dict[str, int | str | None]:
+    """Return the parameters of a model and the origin of its encoder, for the tracker."""
+    facts: dict[str, int | str | None] = {"network.parameters": count_parameters(model)}
+    encoder = model.config.encoder
+    if encoder is None or model.encoder is None:
+        return facts
+    names = ("architecture", "source", "weights", "revision", "sha256", "licence")
+    facts |= {f"network.encoder.{name}": getattr(encoder, name) for name in names}
+    return {**facts, "network.encoder.parameters": count_parameters(model.encoder)}
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Count the parameters of a module."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
 def synchronise_batch_norm(model: UNet) -> None:
     """Replace batch norm by SyncBatchNorm, in place."""
     encoder = model.config.encoder

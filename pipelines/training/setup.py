@@ -38,6 +38,7 @@ from pipelines.runtime.yaml_flags import to_plain
 from pipelines.training.budget import Budget, Limits
 from pipelines.training.checkpoints import Checkpoints, TrainState
 from pipelines.training.encoders import (
+    describe_network,
     initialise_encoder,
     prepare_backbone,
     refuse_encoder_batch_norm,
@@ -361,7 +362,8 @@ def open_training(
         criterion=criterion,
         augment=Augment(config.augment, config.order.seed),
         tracker=Tracker(
-            accelerator, config.tracking, setup.folder, to_plain(config), manifest, state
+            *(accelerator, config.tracking, setup.folder, to_plain(config)),
+            *(describe_network(learner.model), manifest, state),
         ),
         batches=open_batches(setup, data, device, state.position),
         training_pass=TrainingPass(

@@ -90,12 +90,14 @@ class Tracker:
         config: TrackingConfig,
         folder: RunFolder,
         resolved: dict[str, Any],
+        network: dict[str, int | str | None],
         manifest: Manifest,
         state: TrainState,
     ) -> None:
         """Write RUN/config.yaml, truncate RUN/metrics.jsonl to the step of `state`, start tracking.
 
-        `resolved`: the resolved configuration. `manifest`: of the data.
+        `resolved`: the resolved configuration. `network`: facts about the model, by name, which the
+        tracker shows beside it. `manifest`: of the data.
         """
         self.accelerator, self.config, self.folder = accelerator, config, folder
         self.manifest = manifest
@@ -105,15 +107,16 @@ class Tracker:
             drop_lines_after(folder.metrics, state.step)
         self.alive = bool(config.trackers())
         if self.alive:
-            self.attempt(lambda: self.start(resolved))
+            self.attempt(lambda: self.start(resolved, network))
 
-    def start(self, resolved: dict[str, Any]) -> None:
-        """Start the tracker with the resolved configuration."""
+    def start(self, resolved: dict[str, Any], network: dict[str, int | str | None]) -> None:
+        """Start the tracker with the resolved configuration and facts about the network."""
+        settings = {**flatten(resolved), **network}
         if self.config.backend != "wandb":
             # tensorboard uses the project as a folder, and takes no lists.
             flat = {
                 name: value if isinstance(value, str | int | float | bool) else str(value)
-                for name, value in flatten(resolved).items()
+                for name, value in settings.items()
             }
             self.accelerator.init_trackers("tensorboard", config=flat)
             return
@@ -122,7 +125,7 @@ class Tracker:
         start_wandb(
             self.accelerator,
             self.config.project,
-            flatten(resolved),
+            settings,
             **about,
             id=self.run_id,
             dir=str(run_dir),

@@ -18,7 +18,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from pipelines.training.budget import Budget
-from unet import UNet
+from pipelines.training.encoders import describe_network
+from unet import UNet, UNetConfig, find_stages
 
 transformers = pytest.importorskip("transformers", reason="the extra `encoders` is not installed")
 
@@ -431,6 +432,24 @@ def test_settings_that_contradict_the_encoder_are_refused(
     ended = call("train", *flags(shards, tmp_path, backbones / "resnet", *more))
     assert ended.code == 2
     assert problem in ended.message
+
+
+def test_trackers_get_the_origin_licence_and_size_of_the_encoder() -> None:
+    origin = {"source": "owner/name", "weights": "pretrained", "licence": "apache-2.0"}
+    plain = {"model_type": "resnet", **CONFIGS["resnet"]}
+    encoder = find_stages(plain, 3, **origin, sha256="0" * 64, revision="main")
+    model = UNet(UNetConfig(base_channels=2, depth=encoder.depth, encoder=encoder))
+    assert model.encoder is not None
+    assert describe_network(model) == {
+        "network.parameters": sum(p.numel() for p in model.parameters()),
+        "network.encoder.architecture": "resnet",
+        "network.encoder.source": "owner/name",
+        "network.encoder.weights": "pretrained",
+        "network.encoder.revision": "main",
+        "network.encoder.sha256": "0" * 64,
+        "network.encoder.licence": "apache-2.0",
+        "network.encoder.parameters": sum(p.numel() for p in model.encoder.parameters()),
+    }
 
 
 @pytest.mark.parametrize(

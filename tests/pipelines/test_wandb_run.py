@@ -80,6 +80,7 @@ def test_the_settings_have_the_names_of_their_flags(train_fold: tuple[Path, Stor
         *("2/3", "small", 1.25),
     )
     assert config["tracking.tags"] == ["baseline", "cells"]
+    assert config["network.parameters"] > 1000
     assert not [name for name, value in config.items() if isinstance(value, dict)]
 
 
