@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import (
     AbstractContextManager,
-    closing,
     contextmanager,
     redirect_stderr,
     redirect_stdout,
@@ -30,8 +29,6 @@ import pytest
 from PIL import Image
 
 from pipelines.runtime import progress
-from tests import fork_ranks
-from tests.fork_server import VERB, Command, ForkServer
 
 # Before torch is imported, and inherited by every process that a test starts.
 os.environ.update(
@@ -48,7 +45,6 @@ for launched in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "ACCELERATE_USE_CPU"):
     os.environ.pop(launched, None)
 
 REPO = Path(__file__).resolve().parents[1]
-Process = subprocess.Popen[str] | Command
 TINY_TRAINING = (
     *("--model.preset", "small", "--model.base-channels", "2", "--model.depth", "2"),
     *("--crop-size", "32", "--global-batch-size", "4", "--tracking.backend", "none"),
@@ -185,68 +181,64 @@ def call() -> Callable[..., CommandResult]:
 
 
 @pytest.fixture(scope="session")
-def fork_server() -> Iterator[ForkServer]:
-    """Forks Python code from a process that has imported torch and the verbs."""
-    with closing(ForkServer()) as server:
-        yield server
+def spawn() -> Callable[..., subprocess.Popen[str]]:
+    """Starts `python -m pipelines.VERB ARGUMENTS` in its own process group, without waiting."""
 
-
-@pytest.fixture(scope="session")
-def spawn(fork_server: ForkServer) -> Callable[..., Process]:
-    """Starts `unet VERB ARGUMENTS` in its own process group, without waiting.
-
-    Verbs that import torch are forked; the others start as fast in an interpreter of their own.
-    """
-
-    def start(verb: str, *arguments: object, **environment: str) -> Process:
-        if verb in ("train", "evaluate", "predict"):
-            return fork_server.start(VERB.format(verb), *plain(arguments), **environment)
-        return popen([sys.executable, "-m", f"pipelines.{verb}", *arguments], environment)
+    def start(verb: str, *arguments: object, **environment: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", f"pipelines.{verb}", *plain(arguments)],
+            cwd=REPO,
+            env={**os.environ, **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
 
     return start
 
 
-def popen(command: Sequence[object], environment: dict[str, str]) -> Process:
-    """Start a command in its own process group."""
-    return subprocess.Popen(
-        plain(command),
-        cwd=REPO,
-        env={**os.environ, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-
-
 @pytest.fixture(scope="session")
-def spawn_ranks(fork_server: ForkServer) -> Callable[..., Process]:
+def spawn_ranks() -> Callable[..., subprocess.Popen[str]]:
     """Starts a verb on several CPU ranks in its own process group.
 
     The ranks are forked, which saves their imports, or started by `accelerate launch`.
     """
 
-    def start(ranks: int, verb: str, *arguments: object, accelerate: bool = False) -> Process:
+    def start(
+        ranks: int, verb: str, *arguments: object, accelerate: bool = False, use_cpu: bool = True
+    ) -> subprocess.Popen[str]:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        if not accelerate:
-            return fork_server.start(fork_ranks.CODE, *plain([ranks, port, verb, *arguments]))
         command = [
             *(sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"),
             *("--multi_gpu", "--num_processes", ranks, "--num_machines", 1),
             *("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", port),
             *("-m", f"pipelines.{verb}", *arguments),
         ]
-        paths = filter(None, (str(REPO), os.environ.get("PYTHONPATH")))
-        environment = {"PYTHONPATH": os.pathsep.join(paths), "ACCELERATE_USE_CPU": "true"}
-        return popen(command, environment)
+        if not accelerate:
+            command = [sys.executable, REPO / "tests" / "fork_ranks.py", ranks, port, verb]
+            command += arguments
+        return subprocess.Popen(
+            plain(command),
+            cwd=REPO,
+            env={
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join([str(REPO), os.environ.get("PYTHONPATH", "")]),
+                **({"ACCELERATE_USE_CPU": "true"} if use_cpu else {}),
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
 
     return start
 
 
 @pytest.fixture(scope="session")
-def launch(spawn_ranks: Callable[..., Process]) -> Callable[..., CommandResult]:
+def launch(spawn_ranks: Callable[..., subprocess.Popen[str]]) -> Callable[..., CommandResult]:
     """Runs a verb on several CPU ranks; arguments as those of `spawn_ranks`."""
 
     def run(*arguments: Any, **named: Any) -> CommandResult:
@@ -273,10 +265,10 @@ def wait_for() -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session")
-def kill() -> Callable[[Process], None]:
+def kill() -> Callable[[subprocess.Popen[str]], None]:
     """Kills a spawned command and all its descendants, as a power cut would."""
 
-    def kill_all(process: Process) -> None:
+    def kill_all(process: subprocess.Popen[str]) -> None:
         started = []
         with suppress(psutil.NoSuchProcess):
             # A launcher puts each rank into its own process group.

@@ -1,6 +1,7 @@
-"""Runs a verb on several CPU ranks that are forked, where `accelerate launch` starts interpreters.
+"""Runs a verb on several CPU ranks: `python fork_ranks.py RANKS PORT VERB FLAGS`.
 
-Code of a `ForkServer`. As in a launcher, the first failure ends the other ranks.
+Ranks are forked after one import of torch and the verb, where `accelerate launch` imports them once
+per rank and once more for itself. As there, the first failure ends the other ranks.
 """
 
 import os
@@ -10,14 +11,10 @@ from importlib import import_module
 
 KILL_SECONDS = 30
 """Seconds between SIGTERM and SIGKILL, as in torch.distributed.elastic."""
-CODE = "from tests.fork_ranks import main; main()"
 
 
-def main() -> None:
-    """Fork the ranks and wait for them; exits with 0 if all of them did, else 1.
-
-    Arguments: number of ranks, port, verb and flags.
-    """
+def main() -> int:
+    """Fork the ranks and wait for them; returns 0 if all of them did, else 1."""
     ranks, port, verb, *flags = sys.argv[1:]
     os.environ.update(
         WORLD_SIZE=ranks,
@@ -49,4 +46,8 @@ def main() -> None:
             failed = True
             end_all(signal.SIGTERM)
             signal.alarm(KILL_SECONDS)
-    sys.exit(int(failed))
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -131,9 +131,8 @@ def test_the_configuration_for_cpus_without_its_variable_is_refused(
     process = launch("--config_file", CPU, "--main_process_port", port, *training)
     _, err = process.communicate(timeout=200)
     assert process.returncode != 0
-    assert "2 processes were launched, but each would run a job of its own" in err
     assert "set ACCELERATE_USE_CPU=true" in err
-    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "run" / "state.json").exists()
 
 
 @pytest.mark.ranks

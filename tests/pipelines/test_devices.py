@@ -65,14 +65,25 @@ print(group.options._timeout.total_seconds())
 
 @pytest.mark.ranks
 @pytest.mark.parametrize("minutes", [0.5, 10])
-def test_ranks_wait_for_each_other_for_the_given_minutes(minutes: float, fork_server) -> None:
+def test_ranks_wait_for_each_other_for_the_given_minutes(minutes: float) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    world["ACCELERATE_USE_CPU"] = "true"
-    command = (TIMEOUT, str(minutes))
-    ranks = [fork_server.start(*command, RANK=n, LOCAL_RANK=n, **world) for n in ("0", "1")]
+    about = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": 2}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", TIMEOUT, str(minutes)],
+            env={
+                **os.environ,
+                "ACCELERATE_USE_CPU": "true",
+                **{name: str(value) for name, value in about.items()},
+                **{"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            },
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
     outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
     assert [round(float(text)) for text in outputs] == [60 * minutes] * 2
 

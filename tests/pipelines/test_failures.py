@@ -315,13 +315,24 @@ sys.exit(code)
 
 
 @pytest.mark.ranks
-def test_a_rank_that_fails_leaves_one_that_hangs(fork_server) -> None:
+def test_a_rank_that_fails_leaves_one_that_hangs() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    world["ACCELERATE_USE_CPU"] = "true"
-    ranks = [fork_server.start(FAILING_RANK, RANK=n, LOCAL_RANK=n, **world) for n in ("0", "1")]
+    about = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": 2}
+
+    def rank(number: int) -> subprocess.Popen[str]:
+        environment = {**about, "RANK": number, "LOCAL_RANK": number, "ACCELERATE_USE_CPU": "true"}
+        return subprocess.Popen(
+            [sys.executable, "-c", FAILING_RANK],
+            cwd=REPO,
+            env={**os.environ, **{name: str(value) for name, value in environment.items()}},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    ranks = [rank(0), rank(1)]
     try:
         out, err = ranks[0].communicate(timeout=60)
         assert ranks[1].poll() is None

@@ -1,6 +1,9 @@
 """`runtime.loader_workers`: a killed worker ends the command with one line, at any moment."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -72,15 +75,21 @@ def commands(
     [("train", "no"), ("train", "prefetch"), ("evaluate", "no"), ("predict", "no")],
 )
 def test_a_killed_worker_is_reported_in_one_line(
-    verb: str, prefetch: str, commands: dict[str, list[str]], fork_server
+    verb: str, prefetch: str, commands: dict[str, list[str]]
 ) -> None:
-    ended = fork_server.start(KILLED, prefetch, verb, *commands[verb])
-    stdout, stderr = ended.communicate(timeout=200)
-    assert ended.returncode == 1, stderr
-    assert stdout == "forward\n", stderr
+    ended = subprocess.run(
+        [sys.executable, "-c", KILLED, prefetch, verb, *commands[verb]],
+        cwd=REPO,
+        env=os.environ,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert ended.returncode == 1, ended.stderr
+    assert ended.stdout == "forward\n", ended.stderr
     assert re.fullmatch(
         rf"unet {verb}: a data loading worker died \(DataLoader worker \(pid \d+\) is killed "
         r"by signal: Killed\.\); if memory ran out, lower --workers or raise the job's memory "
         r"limit, then rerun the same command\n",
-        stderr,
-    ), stderr
+        ended.stderr,
+    ), ended.stderr

@@ -1,6 +1,9 @@
 """`--accumulate auto`: the fewest passes that fit, equal on all ranks, without side effects."""
 
+import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -291,7 +294,7 @@ sys.exit(train.main(sys.argv[1:]))
 
 @pytest.mark.ranks
 def test_two_ranks_with_different_memory_take_the_larger_number_of_passes(
-    shards: Path, tiny, launch, fork_server, metrics, tmp_path: Path
+    shards: Path, tiny, launch, metrics, tmp_path: Path
 ) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -299,10 +302,19 @@ def test_two_ranks_with_different_memory_take_the_larger_number_of_passes(
     more = ("--global-batch-size", 8)
     arguments = args(shards, tmp_path / "found", tiny, *more, "--accumulate", "auto")
 
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    world |= {"ACCELERATE_USE_CPU": "true", "ACCELERATE_MIXED_PRECISION": "no"}
-    command = (LIMITED, *map(str, arguments))
-    ranks = [fork_server.start(*command, RANK=n, LOCAL_RANK=n, **world) for n in ("0", "1")]
+    def rank(number: int) -> subprocess.Popen[str]:
+        about = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": 2, "MASTER_PORT": port}
+        environment = {name: str(value) for name, value in about.items()}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "true"}
+        return subprocess.Popen(
+            [sys.executable, "-c", LIMITED, *map(str, arguments)],
+            cwd=REPO,
+            env={**os.environ, **environment, "ACCELERATE_MIXED_PRECISION": "no"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    ranks = [rank(0), rank(1)]
     message = [process.communicate(timeout=300)[1] for process in ranks]
     assert [process.returncode for process in ranks] == [0, 0], message
     # Rank 0 alone would have taken one pass of four samples.

@@ -179,15 +179,14 @@ def test_worker_processes_predict_from_a_url_what_they_do_from_a_copy(
 ) -> None:
     # The command has listed with a client of its own before it starts its workers.
     argv = ("--checkpoint", make_checkpoint(), "--samples-per-shard", 4)
-    copy, out = tmp_path / "here", tmp_path / "there"
-    ended = call("predict", *argv, "--input", folder / given, "--out", copy, "--workers", 0)
-    assert ended.code == 0, ended.err
-    more = ("--input", f"{URL}/in/{given}", "--out", out, "--workers", 2)
-    process = spawn("predict", *argv, *more)
-    printed, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    assert f" masks in {out}" in printed
-    here, there = content(copy), content(out)
+    where = {"here": folder / given, "there": f"{URL}/in/{given}"}
+    for name, place in where.items():
+        more = ("--input", place, "--out", tmp_path / name, "--workers", 2)
+        process = spawn("predict", *argv, *more)
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+        assert f" masks in {tmp_path / name}" in out
+    here, there = (content(tmp_path / name) for name in where)
     assert here.keys() == there.keys()
     assert sum(name.endswith(".tar") for name in here) > 0
     for name in here:

@@ -6,6 +6,7 @@ Any number of ranks: the same batches, the same scores, the same files, printed 
 import csv
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -191,9 +192,21 @@ def test_predictions_resume_with_another_number_of_ranks_after_a_kill(
     assert content(out) == content(tmp_path / "whole")
 
 
+def test_processes_that_do_not_know_of_each_other_are_refused(
+    uneven: Path, tiny, launch: Callable, tmp_path: Path
+) -> None:
+    ended = launch(
+        2, "train", *training(uneven, tmp_path / "run", tiny), accelerate=True, use_cpu=False
+    )
+    assert ended.code != 0
+    assert "2 processes were launched, but each would run a job of its own" in ended.err
+    assert "ACCELERATE_USE_CPU=true" in ended.err
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_usage_error_is_reported_once(uneven: Path, tiny, launch, tmp_path: Path) -> None:
     given = training(uneven, tmp_path / "run", tiny)
-    ended = launch(2, "train", *given, "--stepz", 3)
+    ended = launch(2, "train", *given, "--stepz", 3, accelerate=True)
     assert ended.code != 0
     assert ended.err.count("--stepz: unknown flag; did you mean --steps?") == 1
 

@@ -149,7 +149,7 @@ def test_two_ranks_killed_in_an_epoch_resume_bit_for_bit_with_accumulation(
     ("lost", "how"), [(0, signal.SIGKILL), (1, signal.SIGKILL), (1, signal.SIGSTOP)]
 )
 def test_where_one_rank_dies_or_hangs_the_other_ends_and_records_why(
-    lost: int, how: signal.Signals, shards: Path, tiny, spawn, wait_for, tmp_path: Path
+    lost: int, how: signal.Signals, shards: Path, tiny, wait_for, tmp_path: Path
 ) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -158,9 +158,19 @@ def test_where_one_rank_dies_or_hangs_the_other_ends_and_records_why(
     # Minutes. It is also how long ranks wait for each other at the start.
     arguments = argv(shards, tmp_path, tiny, *endless, "--rank-timeout", 0.3)
 
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    world |= {"ACCELERATE_USE_CPU": "true", "ACCELERATE_MIXED_PRECISION": "no"}
-    ranks = [spawn("train", *arguments, RANK=n, LOCAL_RANK=n, **world) for n in ("0", "1")]
+    def rank(number: int) -> subprocess.Popen[str]:
+        about = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": 2, "MASTER_PORT": port}
+        environment = {name: str(value) for name, value in about.items()}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "true"}
+        return subprocess.Popen(
+            [sys.executable, "-m", "pipelines.train", *arguments],
+            cwd=REPO,
+            env={**os.environ, **environment, "ACCELERATE_MIXED_PRECISION": "no"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    ranks = [rank(0), rank(1)]
     log = tmp_path / "metrics.jsonl"
     wait_for(lambda: log.exists() and log.read_text().count("\n") > 3, "the fourth step")
     ranks[lost].send_signal(how)
