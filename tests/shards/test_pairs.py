@@ -300,6 +300,13 @@ def test_folders_without_any_pair_are_refused_with_examples(tree):
     )
 
 
+def test_a_count_with_thousands_separators_is_one_number() -> None:
+    counts = ("204,652", "652", "1,202,509")
+    assert list_problems([f"d/{n}.png has 255: {count} px" for n, count in enumerate(counts)]) == [
+        "d/0.png has 255: 204,652 px (and 2 more: d/1.png 652, d/2.png 1,202,509)"
+    ]
+
+
 def test_a_missing_or_empty_folder_is_named(tree, tmp_path):
     missing = tmp_path / "none"
     assert (
