@@ -48,8 +48,10 @@ from shards.manifest import Manifest, read_manifest
 from shards.masks.borders import has_scipy, needs_scipy
 from shards.sample import DataError
 from shards.store import is_url
-from unet import DataSpec, Empty, MaskRule, SurfaceScores, TileConfig
+from unet import DataSpec, MaskRule, TileConfig
+from unet.metrics import Empty
 from unet.spec import counted_classes
+from unet.surface import SurfaceScores
 
 SURFACE_TOLERANCE = 2.0
 

@@ -58,7 +58,8 @@ from pipelines.training.validation import (
 )
 from shards.manifest import read_manifest
 from shards.writer import write_json
-from unet import Scores, metrics
+from unet import metrics
+from unet.metrics import Scores
 
 End = Literal["finished", "interrupted", "already finished"]
 """How a run ends."""

@@ -21,7 +21,8 @@ from shards.order import Address
 from shards.reader import ShardReader
 from shards.sample import DataError
 from shards.writer import ShardWriter
-from unet import SegmentationScores, UNet, UNetConfig
+from unet import UNet, UNetConfig
+from unet.metrics import SegmentationScores
 
 
 def png():

@@ -2,15 +2,9 @@
 
 A probability is calibrated if, of the pixels to which it is given, that share is of the class. All
 counts are int64 sums that stay on the device: exact in any order, over any number of ranks.
-
-A temperature T replaces the probabilities p of a pixel by p^(1 / T), normalised (Guo et al., "On
-calibration of modern neural networks", ICML 2017). For one forward pass that is the softmax of the
-logits divided by T; averages over tiles, mirrored images and members of an ensemble are replaced
-after averaging. It changes no argmax.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -19,6 +13,7 @@ from torch.nn import functional as F
 from torchmetrics import Metric
 
 from unet.losses import IGNORE
+from unet.temperature import TEMPERATURES
 from unet.tiling import Block
 
 LEVELS = 1000
@@ -27,8 +22,6 @@ UNIT = 2**24
 """Probabilities and losses are summed in int64, in units of 2^-24: enough for 10^11 pixels."""
 SMALLEST = 2**-24
 """Probabilities are at least this in the negative log-likelihood; it is the precision near 1."""
-TEMPERATURES = tuple(2 ** (n / 8) for n in range(-16, 33))
-"""Temperatures whose likelihood is computed: 1/4 to 16, 9 % apart."""
 
 
 class BlockCounts(Protocol):
@@ -144,29 +137,3 @@ class TemperatureCounts(Metric):
     def compute(self) -> tuple[Tensor, Tensor]:
         """Return the sums; torchmetrics reduces them over ranks first."""
         return self.losses, self.num_pixels
-
-
-def temper_blocks(
-    blocks: Iterator[Block], temperature: float, observe: Callable[[Block], None] | None
-) -> Iterator[Block]:
-    """Yield blocks at a temperature, each after `observe` has seen it."""
-    for block in blocks:
-        if temperature != 1:
-            probability = apply_temperature(block.probability, temperature)
-            block = replace(block, probability=probability)
-        if observe is not None:
-            observe(block)
-        yield block
-        # Frees its batch of probabilities before the next forward pass.
-        del block
-
-
-def apply_temperature(probability: Tensor, temperature: float) -> Tensor:
-    """Replace probabilities p by p^(1 / temperature), normalised.
-
-    Takes and returns `Block.probability`, float32 [N, K, h, w], or [N, 1, h, w] with two classes.
-    """
-    if probability.shape[1] == 1:
-        # Rounding can push sums of weighted tiles above 1.
-        return (torch.logit(probability.clamp(max=1)) / temperature).sigmoid_()
-    return (probability.log() / temperature).softmax(dim=1)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unet.calibration import temper_blocks
+from unet.temperature import temper_blocks
 from unet.tiling import Block, Forward, NetworkGeometry, TileConfig, predict_blocks
 
 FEW_CLASSES = 12
@@ -34,7 +34,7 @@ class MaskRule:
     count: bool = False
     """Count the pixels of each class."""
     temperature: float = 1.0
-    """Probabilities are first replaced by `unet.calibration.apply_temperature`."""
+    """Probabilities are first replaced by `unet.temperature.apply_temperature`."""
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:

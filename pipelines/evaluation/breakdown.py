@@ -25,8 +25,7 @@ from pipelines.runtime.errors import describe_read_error
 from shards.documents import Count, Positive, convert
 from shards.sample import AggregateDataError, DataError, encode_key
 from shards.writer import name_path
-from unet import Empty
-from unet.metrics import MeanScores
+from unet.metrics import Empty, MeanScores
 
 PARTS_CSV = "groups.csv"
 NO_GROUP = "(no group)"

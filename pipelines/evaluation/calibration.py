@@ -24,8 +24,7 @@ from pipelines.evaluation.intervals import Integers
 from pipelines.evaluation.per_image import Floats
 from pipelines.evaluation.table import show
 from shards.documents import Count, Positive, convert
-from unet import CalibrationCounts, Histograms
-from unet.calibration import LEVELS, UNIT
+from unet.calibration import LEVELS, UNIT, CalibrationCounts, Histograms
 from unet.metrics import sum_over_ranks
 
 CALIBRATION_CSV = "calibration.csv"

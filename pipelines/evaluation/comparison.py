@@ -34,7 +34,7 @@ from pipelines.evaluation.per_image import Floats, ImageScores, image_scores
 from pipelines.evaluation.stored_scores import StoredScores
 from pipelines.evaluation.table import show
 from shards.sample import DataError
-from unet import Empty
+from unet.metrics import Empty
 
 TOLERANCE = 1e-12
 """Differences of scores that are closer are equal: the error of a division is 1e-16."""

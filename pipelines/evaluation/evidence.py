@@ -20,7 +20,8 @@ from pipelines.model.temperature import find_temperature_folder, write_temperatu
 from pipelines.runtime.errors import UsageError
 from pipelines.runtime.outputs import require_writable
 from shards.masks.borders import has_scipy, needs_scipy
-from unet import BlockCounts, CalibrationCounts, TemperatureCounts, TileConfig
+from unet import TileConfig
+from unet.calibration import BlockCounts, CalibrationCounts, TemperatureCounts
 from unet.metrics import sum_over_ranks
 
 OF_MODEL = ("calibration", "fit_temperature", "calibrated")

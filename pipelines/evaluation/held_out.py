@@ -25,7 +25,8 @@ from pipelines.runtime.errors import UsageError
 from shards.folds import CUT, assign_folds
 from shards.manifest import Manifest, read_manifest
 from shards.sample import DataError
-from unet import BlockCounts, TileConfig, UNet, observe_blocks, predict_mask
+from unet import TileConfig, UNet, predict_mask
+from unet.calibration import BlockCounts, observe_blocks
 
 CROSS_VALIDATED = "cross-validated"
 """Split of all samples of train and val: those that fold 1 held out, then those of fold 2, ..."""

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from pipelines.evaluation.per_image import Floats, ImageScores, divide_counts
 from shards.documents import Count, convert
-from unet import Empty
+from unet.metrics import Empty
 
 LEVEL = 0.95
 RESAMPLES = 10_000

@@ -16,7 +16,8 @@ from torch import Tensor
 from pipelines.loading.dataset import DataSet
 from shards.order import EvalPlan
 from shards.writer import name_path
-from unet import Empty, TileConfig
+from unet import TileConfig
+from unet.metrics import Empty
 
 SCORES_CSV = "scores.csv"
 FIRST_COLUMNS = ("key", "width", "height", "group", "dice", "iou")
@@ -69,7 +70,7 @@ class ImageCounts:
         Their counts are copied while the device computes, and stored at the next call or read.
 
         Args:
-            confusion: int64 [B, K, K], from `unet.confusion_per_image`.
+            confusion: int64 [B, K, K], from `unet.metrics.confusion_per_image`.
             position: int64 [B], on the CPU: positions of the images in the split.
             size: height and width.
         """

@@ -23,8 +23,10 @@ from pipelines.runtime.run_folder import SCORES
 from shards.images.files import encode_png
 from shards.sample import Palette
 from shards.writer import write_atomically, write_json
-from unet import Empty, Scores, Surface, TileConfig
+from unet import TileConfig
+from unet.metrics import Empty, Scores
 from unet.spec import counted_classes
+from unet.surface import Surface
 
 TILES = ("tile", "overlap", "tta")
 """Settings of prediction that scores.json records."""

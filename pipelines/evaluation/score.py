@@ -16,22 +16,12 @@ from pipelines.model.forward import make_forward
 from pipelines.model.load import require_spec
 from pipelines.runtime.progress import progress
 from shards.sample import DataError
-from unet import (
-    BlockCounts,
-    Empty,
-    Ensemble,
-    MaskRule,
-    Scores,
-    SegmentationScores,
-    SurfaceScores,
-    TileConfig,
-    UNet,
-    confusion_per_image,
-    observe_blocks,
-    predict_mask,
-)
+from unet import Ensemble, MaskRule, TileConfig, UNet, predict_mask
+from unet.calibration import BlockCounts, observe_blocks
 from unet.masks import ARGMAX
+from unet.metrics import Empty, Scores, SegmentationScores, confusion_per_image
 from unet.spec import counted_classes
+from unet.surface import SurfaceScores
 
 Predict = Callable[[Iterator[Batch]], Iterator[tuple[Batch, Tensor]]]
 """Batches -> each batch with its predicted class indices, uint8 [B, H, W]."""
@@ -58,7 +48,7 @@ class Metrics:
         Args:
             prediction: class indices uint8 [B, H, W].
             batch: the images with their masks.
-            confusion: int64 [B, K, K], from `unet.confusion_per_image`.
+            confusion: int64 [B, K, K], from `unet.metrics.confusion_per_image`.
         """
         if self.surface is not None:
             self.surface.update(prediction, batch.mask)

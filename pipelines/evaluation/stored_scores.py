@@ -17,7 +17,7 @@ from pipelines.runtime.run_folder import SCORES, RunFolder
 from shards.documents import Count, convert, parse_json
 from shards.manifest import MANIFEST, read_manifest
 from shards.sample import DataError
-from unet import Empty
+from unet.metrics import Empty
 from unet.weights import WEIGHTS
 
 MAX_PIXELS = 2**32

@@ -4,7 +4,8 @@ from dataclasses import asdict
 from typing import Any
 
 from pipelines.evaluation.intervals import Bounds, Intervals, describe_intervals
-from unet import Scores, Surface
+from unet.metrics import Scores
+from unet.surface import Surface
 
 
 def show(value: float | None) -> str:

@@ -8,7 +8,8 @@ from torch import Tensor
 from pipelines.model.temperature import Temperature
 from shards.sample import DataError
 from unet import TileConfig
-from unet.calibration import TEMPERATURES, UNIT
+from unet.calibration import UNIT
+from unet.temperature import TEMPERATURES
 
 
 def fit_temperature(

@@ -12,7 +12,7 @@ from pipelines.evaluation.groups import read_groups
 from pipelines.evaluation.per_image import ImageCounts, image_scores, open_counts, split_keys
 from pipelines.training.passes import uncompiled
 from pipelines.training.setup import Training
-from unet import Scores
+from unet.metrics import Scores
 from unet.spec import counted_classes
 
 

@@ -14,7 +14,7 @@ from shards.local_files import read_file
 from shards.sample import DataError
 from shards.writer import write_json
 from unet import TileConfig, weights
-from unet.calibration import TEMPERATURES
+from unet.temperature import TEMPERATURES
 
 FILE = "temperature.json"
 REMEDY = "fit it again (unet evaluate --fit-temperature)"

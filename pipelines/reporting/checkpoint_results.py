@@ -33,7 +33,8 @@ from shards.folds import assign_folds
 from shards.manifest import Manifest, SplitInfo, read_manifest
 from shards.sample import DataError
 from shards.store import Store
-from unet import SegmentationScores, TileConfig, UNet, confusion_per_image
+from unet import TileConfig, UNet
+from unet.metrics import SegmentationScores, confusion_per_image
 
 MAX_SCORED = 64
 """Images that are scored if `unet evaluate` has not scored them all."""

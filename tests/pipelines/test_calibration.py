@@ -16,8 +16,8 @@ import torch
 from pipelines.evaluation.calibration import average_precision, describe_histograms
 from pipelines.evaluation.temperature import fit_temperature
 from shards.manifest import read_manifest
-from unet import CalibrationCounts, TemperatureCounts, TileConfig
-from unet.calibration import LEVELS
+from unet import TileConfig
+from unet.calibration import LEVELS, CalibrationCounts, TemperatureCounts
 
 
 def evaluate(call, data: Path, *argv: object):

@@ -21,7 +21,7 @@ from pipelines.evaluation import per_image
 from pipelines.evaluation.per_image import ImageCounts, PendingCounts
 from pipelines.model.load import load_model
 from shards.offsets import read_offsets
-from unet import confusion_per_image
+from unet.metrics import confusion_per_image
 
 
 @pytest.fixture

@@ -12,7 +12,8 @@ from torchmetrics.classification import (
     MulticlassRecall,
 )
 
-from unet import SegmentationScores, confusion_per_image, metrics
+from unet import metrics
+from unet.metrics import SegmentationScores, confusion_per_image
 
 CLASSES = ("background", "cell", "wall")
 

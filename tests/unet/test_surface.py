@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unet import SurfaceScores
+from unet.surface import SurfaceScores
 
 
 def metric(classes=("background", "cell"), counted=(1,), tolerance=2.0):
