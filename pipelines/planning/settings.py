@@ -35,7 +35,9 @@ def choose_settings(
     steps = count_steps(chosen, minutes)
     passes = steps * chosen.global_batch_size / facts.train
     yield Setting(
-        "minutes", minutes, f"the budget: about {steps:,} steps of {chosen.seconds:.3g} s"
+        "minutes",
+        minutes,
+        f"at most {steps:,} steps of {chosen.seconds:.3g} s: validation and loading take a part",
     )
     yield from choose_network(timings, chosen, minutes)
     yield Setting(
@@ -46,7 +48,7 @@ def choose_settings(
     yield Setting(
         "global_batch_size",
         chosen.global_batch_size,
-        f"about {passes:,.0f} passes over {facts.train:,} images",
+        f"at most {passes:,.0f} passes over {facts.train:,} images",
     )
     yield Setting("accumulate", chosen.accumulate, explain_passes(chosen))
     yield choose_class_weights(facts)
@@ -61,7 +63,7 @@ def choose_timing(timings: Sequence[Timing], minutes: float) -> Timing:
 
 
 def count_steps(timing: Timing, minutes: float) -> int:
-    """Return how many steps fit into the budget."""
+    """Return how many steps fit into the budget if nothing else takes time."""
     return int(60 * minutes / timing.seconds)
 
 
