@@ -1,4 +1,4 @@
-"""What a plan depends on besides timings: the manifest, and where in the images the classes lie."""
+"""What a plan depends on besides timings: the manifest, and where classes and masks lie."""
 
 from collections import defaultdict
 from collections.abc import Iterable
@@ -9,12 +9,13 @@ import numpy as np
 
 from pipelines.loading.dataset import DataSet
 from pipelines.model.build import class_pixels
+from pipelines.planning.displacement import Displacement, compare_positions, find_displacement
 from shards.manifest import Manifest, common_side
 from shards.sample import Uint8
 from shards.store import Store
 
 MASKS = 64
-"""Number of training masks that are read, evenly spread."""
+"""Number of training images and masks that are read, evenly spread."""
 MIN_MASKS = 8
 """Number of masks that must contain a class before its place means anything."""
 MIN_OFFSET = 0.1
@@ -51,17 +52,23 @@ class DataFacts:
     """Masks that were read for `upright`."""
     upright: Upright | None
     """None if no class lies clearly above or below the middle of the images."""
+    displaced: Displacement | None
+    """None if the masks lie where the images show their borders."""
 
 
 def gather_facts(place: str, manifest: Manifest) -> DataFacts:
-    """Read the facts from the manifest and from at most `MASKS` training masks.
+    """Read the facts from the manifest and from at most `MASKS` training images and masks.
 
     Raises DataError if there are no training samples, or if one cannot be read or has no mask.
     """
     train = manifest.split("train", place)
     data = DataSet(Store(place), manifest, None, workers=0)
     positions = sorted({i * train.samples // MASKS for i in range(MASKS)})
-    upright = find_upright((mask for _, mask in data.samples("train", positions)), manifest.classes)
+    places, ratios = [], []
+    for sample, mask in data.samples("train", positions):
+        places.append(locate_classes(mask, len(manifest.classes)))
+        of_image = compare_positions(sample.image, mask)
+        ratios += [] if of_image is None else [of_image]
     pixels = class_pixels(manifest)
     val = manifest.splits.get("val")
     return DataFacts(
@@ -71,23 +78,28 @@ def gather_facts(place: str, manifest: Manifest) -> DataFacts:
         classes=manifest.classes,
         shares=tuple(count / max(1, sum(pixels)) for count in pixels),
         masks=len(positions),
-        upright=upright,
+        upright=find_upright(places, manifest.classes),
+        displaced=find_displacement(ratios),
     )
 
 
-def find_upright(masks: Iterable[Uint8], classes: tuple[str, ...]) -> Upright | None:
+def locate_classes(mask: Uint8, num_classes: int) -> dict[int, float]:
+    """Compute how far from the middle the classes of a mask [H, W] lie on average, in heights."""
+    centres = (np.arange(len(mask)) + 0.5) / len(mask) - 0.5
+    rows = [np.count_nonzero(mask == index, axis=1) for index in range(num_classes)]
+    return {i: float(np.average(centres, weights=n)) for i, n in enumerate(rows) if n.any()}
+
+
+def find_upright(places: Iterable[dict[int, float]], classes: tuple[str, ...]) -> Upright | None:
     """Find the class that lies furthest above or below the middle, if one does so reliably.
 
     Flipping images with an upper side upside down would teach the network what it never sees.
-    `masks`: uint8 [H, W] each.
+    `places`: of each mask, as `locate_classes` computes them.
     """
     offsets: defaultdict[int, list[float]] = defaultdict(list)
-    for mask in masks:
-        centres = (np.arange(len(mask)) + 0.5) / len(mask) - 0.5
-        for index in range(len(classes)):
-            rows = np.count_nonzero(mask == index, axis=1)
-            if rows.any():
-                offsets[index].append(float(np.average(centres, weights=rows)))
+    for of_mask in places:
+        for index, offset in of_mask.items():
+            offsets[index].append(offset)
     found = [
         Upright(classes[index], float(np.mean(of_class)), len(of_class))
         for index, of_class in offsets.items()

@@ -5,7 +5,7 @@
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +15,8 @@ import torch
 
 from pipelines import plan
 from pipelines.planning import trial
-from pipelines.planning.facts import DataFacts, Upright, find_upright
+from pipelines.planning.displacement import Displacement
+from pipelines.planning.facts import DataFacts, Upright, find_upright, locate_classes
 from pipelines.planning.settings import MIN_STEPS, choose_settings
 from pipelines.planning.trial import Timing, count_saved_bytes
 from pipelines.runtime import command
@@ -30,6 +31,7 @@ FACTS = DataFacts(
     shares=(0.5, 0.4, 0.1),
     masks=64,
     upright=None,
+    displaced=None,
 )
 WIDTHS = (Timing(8, 256, 2, 1, 0.1, 2**29), Timing(16, 256, 2, 1, 0.3, 2**30),
           Timing(32, 256, 2, 2, 1.0, 2**31))  # fmt: skip
@@ -44,6 +46,10 @@ def blob(top: int, height: int = 40) -> Uint8:
     mask = np.zeros((height, 24), np.uint8)
     mask[top : top + 10] = 1
     return mask
+
+
+def find(masks: Iterable[Uint8]) -> Upright | None:
+    return find_upright([locate_classes(mask, 2) for mask in masks], ("ground", "sky"))
 
 
 def test_the_widest_network_with_enough_steps_is_planned() -> None:
@@ -84,25 +90,43 @@ def test_a_data_set_without_val_is_trained_without_validation() -> None:
 def test_a_class_that_lies_above_the_middle_makes_images_upright() -> None:
     rng = np.random.default_rng(0)
     above = [blob(int(top)) for top in rng.integers(0, 10, 20)]
-    found = find_upright(above, ("ground", "sky"))
+    found = find(above)
     assert found is not None
     assert (found.name, found.masks) == ("sky", 20)
     # Centres are rows 5 to 14 of 40: between 0.375 and 0.15 above the middle.
     assert -0.375 < found.offset < -0.15
     facts = replace(FACTS, upright=found)
     assert settings(facts)["augment.orientation"] == "upright"
-    below = find_upright([mask[::-1] for mask in above], ("ground", "sky"))
+    below = find(mask[::-1] for mask in above)
     assert below is not None
     assert below.offset == pytest.approx(-found.offset)
 
 
 def test_classes_in_any_place_or_in_few_masks_leave_every_orientation() -> None:
     tops = range(31)
-    assert find_upright([blob(top) for top in tops], ("ground", "sky")) is None
-    assert find_upright([blob(0)] * 7, ("ground", "sky")) is None
-    assert find_upright([blob(0)] * 8, ("ground", "sky")) == Upright("sky", -0.375, 8)
-    assert find_upright([], ("ground", "sky")) is None
+    assert find(blob(top) for top in tops) is None
+    assert find([blob(0)] * 7) is None
+    assert find([blob(0)] * 8) == Upright("sky", -0.375, 8)
+    assert find([]) is None
     assert settings()["augment.orientation"] == "any"
+
+
+@pytest.mark.parametrize(
+    ("down", "right", "value", "where"),
+    [
+        (-0.6, 0, "upright", "masks lie 0.6 pixels above the borders in 9 images; vertical flips"),
+        (0, 1.25, "fixed", "masks lie 1.2 pixels to the right of the borders in 9 images; flips"),
+        (0.5, -2, "fixed", "0.5 pixels below and 2.0 pixels to the left of the borders"),
+    ],
+)
+def test_displaced_masks_are_not_flipped_to_the_other_side(
+    down: float, right: float, value: str, where: str
+) -> None:
+    upright = Upright("sky", -0.375, 8)
+    facts = replace(FACTS, displaced=Displacement(down, right, 9), upright=upright)
+    (found,) = [s for s in choose_settings(facts, WIDTHS, 4) if s.key == "augment.orientation"]
+    assert found.value == value
+    assert where in found.reason
 
 
 def test_saved_bytes_are_those_of_feature_maps() -> None:
