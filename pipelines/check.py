@@ -33,6 +33,7 @@ from shards.folders.pairs import Pair, Pairing
 from shards.folders.splits import SplitRule
 from shards.images.files import NOTES, ImageFormat, encode_png
 from shards.images.pixels import to_array
+from shards.masks.displacement import Displacement, compare_positions, find_displacement
 from shards.sample import AggregateDataError, DataError, list_problems
 from shards.statistics import SampleRule, SampleStatistics, compute_mean_std, find_duplicates
 from shards.store import Store
@@ -116,15 +117,19 @@ def run(config: CheckConfig) -> int:
     store.create_folder()
     form = source.make_image_format(pairs.tally)
     report = make_report(source.class_names(), form, pairing, pairs, splits, problems)
+    cells = [] if rule is None else read_cells(pairing, rule, form, pairs, report["outliers"])
+    displaced = measure_displacement(cells)
+    report["displacement"] = None if displaced is None else asdict(displaced)
     # Of the previous run, which may have read other files.
     store.remove(SHEET_NAME)
     data = (json.dumps(report, indent=1) + "\n").encode()
     done = write_result(config.out / REPORT_NAME, data)
     path = save_problems(problems, store)
     table = format_table(report, "pairs" if source.has_masks else "images")
-    print_lines([*table, *(f"  {note}" for note in notes)])
+    print_lines([*table, *(f"  {note}" for note in notes), *warn_of_displacement(displaced)])
     print(f"report: {store.path(REPORT_NAME)}{done}")
-    if rule is not None and draw_sheet(pairing, rule, form, pairs, report, config.out / SHEET_NAME):
+    if rule is not None and cells:
+        draw_sheet(cells, rule, report, config.out / SHEET_NAME)
         print(f"contact sheet: {store.path(SHEET_NAME)}")
     if not problems:
         print("no problems found; pack with: unet pack, the same flags and --out SHARDS")
@@ -299,39 +304,54 @@ def format_table(report: dict[str, Any], unit: str) -> list[str]:
     return lines
 
 
-def draw_sheet(
+def read_cells(
     pairing: Pairing,
     rule: SampleRule,
     form: ImageFormat,
     pairs: PairReport,
-    report: dict[str, Any],
-    path: Path,
-) -> bool:
-    """Draw valid pairs, spread over the data set, on a contact sheet.
+    outliers: Sequence[dict[str, Any]],
+) -> list[Cell]:
+    """Read the pairs on the contact sheet: valid ones, spread over the data set.
 
     Args:
         pairing: all pairs.
         rule: how pairs are read.
         form: how images are decoded.
         pairs: contents of the pairs.
-        report: content of check.json, for the legend.
-        path: file to write.
-
-    Returns:
-        Whether there was a valid pair.
+        outliers: those of check.json.
     """
-    chosen = choose_cells(pairing, pairs, [outlier["name"] for outlier in report["outliers"]])
     form = replace(form, channels="RGB")
     cells = []
-    for pair in chosen:
+    for pair in choose_cells(pairing, pairs, [outlier["name"] for outlier in outliers]):
         sample = read_pair(pair, str(pairing.images), str(pairing.masks), rule)
         mask = None
         if sample.mask is not None and sample.mask.class_map is not None:
             mask = sample.mask.class_map.index
         assert sample.image.image is not None
         cells.append(Cell(pair.source, Image.fromarray(to_array(sample.image.image, form)), mask))
-    if not cells:
-        return False
+    return cells
+
+
+def measure_displacement(cells: Sequence[Cell]) -> Displacement | None:
+    """Measure whether masks lie beside what their images show."""
+    masked = [(np.asarray(cell.image), cell.mask) for cell in cells if cell.mask is not None]
+    ratios = [compare_positions(image, mask) for image, mask in masked]
+    return find_displacement([of_image for of_image in ratios if of_image is not None])
+
+
+def warn_of_displacement(displaced: Displacement | None) -> list[str]:
+    """Format the warning that masks are displaced."""
+    if displaced is None:
+        return []
+    flag = f"--augment.orientation {displaced.orientation}"
+    return [
+        f"  warning: masks lie {displaced}; correct them, or train with {flag}, since other flips "
+        "and turns would hide that from the network"
+    ]
+
+
+def draw_sheet(cells: Sequence[Cell], rule: SampleRule, report: dict[str, Any], path: Path) -> None:
+    """Draw images and masks on a contact sheet, with the legend of a report, and write it."""
     shares = {
         name: f"{name} {counts['share']:.1%}"
         for name, counts in report["classes"].items()
@@ -340,7 +360,6 @@ def draw_sheet(
     palette = choose_overlay_colours([np.asarray(cell.image) for cell in cells], rule.palette)
     sheet = draw_contact_sheet(cells, palette, list(shares.values()))
     write_atomically(path, encode_png(sheet), durable=False)
-    return True
 
 
 def choose_cells(pairing: Pairing, pairs: PairReport, outliers: Sequence[str]) -> list[Pair]:

@@ -9,8 +9,8 @@ import numpy as np
 
 from pipelines.loading.dataset import DataSet
 from pipelines.model.build import class_pixels
-from pipelines.planning.displacement import Displacement, compare_positions, find_displacement
 from shards.manifest import Manifest, common_side
+from shards.masks.displacement import Displacement, compare_positions, find_displacement
 from shards.sample import Uint8
 from shards.store import Store
 

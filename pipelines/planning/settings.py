@@ -4,7 +4,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipelines.planning.displacement import Displacement
 from pipelines.planning.facts import DataFacts
 from pipelines.planning.trial import WIDTHS, Timing, choose_depth
 from pipelines.training.options import GLOBAL_BATCH_SIZE
@@ -110,14 +109,11 @@ def choose_class_weights(facts: DataFacts) -> Setting:
 
 def choose_orientation(facts: DataFacts) -> Setting:
     """Leave out the flips that would hide a displacement, or turn an upper side down."""
-    displaced = facts.displaced
-    if displaced is not None:
-        flips = "flips" if displaced.right else "vertical flips"
+    if facts.displaced is not None:
         return Setting(
             "augment.orientation",
-            "fixed" if displaced.right else "upright",
-            f"masks lie {describe_displacement(displaced)} the borders in {displaced.images} "
-            f"images; {flips} and turns would hide that from the network",
+            facts.displaced.orientation,
+            f"masks lie {facts.displaced}; other flips and turns would hide that from the network",
         )
     if facts.upright is None:
         reason = f"no class lies clearly above or below the middle, in {facts.masks} masks"
@@ -129,18 +125,6 @@ def choose_orientation(facts: DataFacts) -> Setting:
         f"{facts.upright.name} lies {abs(facts.upright.offset):.0%} of the height {where} the "
         f"middle, in {facts.upright.masks} masks",
     )
-
-
-def describe_displacement(displaced: Displacement) -> str:
-    """Say by how many pixels masks are displaced, and to which side: `0.6 pixels above`."""
-    parts = []
-    if displaced.down:
-        side = "below" if displaced.down > 0 else "above"
-        parts.append(f"{abs(displaced.down):.1f} pixels {side}")
-    if displaced.right:
-        side = "to the right of" if displaced.right > 0 else "to the left of"
-        parts.append(f"{abs(displaced.right):.1f} pixels {side}")
-    return " and ".join(parts)
 
 
 def choose_validation(facts: DataFacts, steps: int) -> Iterator[Setting]:

@@ -77,6 +77,39 @@ def test_the_report_agrees_with_the_packed_manifest(draw, call, tmp_path: Path) 
     assert found["std"] == [pytest.approx(np.std(images), abs=1e-6)]
 
 
+@pytest.mark.parametrize(
+    ("up", "left", "line"),
+    [
+        (1, 0, "masks lie 1.0 pixels above the borders in 9 images; correct them, or train with "
+               "--augment.orientation upright"),
+        (0, -2, "masks lie 2.0 pixels to the right of the borders in 9 images; correct them, or "
+                "train with --augment.orientation fixed"),
+        (0, 0, None),
+    ],
+)  # fmt: skip
+def test_masks_that_are_displaced_against_their_images_are_reported(
+    up: int, left: int, line: str | None, call, tmp_path: Path
+) -> None:
+    folder, rng = tmp_path / "in", np.random.default_rng(0)
+    for name in ("images", "masks"):
+        (folder / name).mkdir(parents=True)
+    for i in range(9):
+        cells = np.kron(rng.random((12, 12)) < 0.4, np.ones((4, 4)))
+        noisy = 80 + 90 * cells + rng.normal(0, 8, cells.shape)
+        Image.fromarray(noisy.round().astype(np.uint8)).save(folder / "images" / f"{i}.png")
+        mask = (255 * np.roll(cells, (-up, -left), (0, 1))).astype(np.uint8)
+        Image.fromarray(mask).save(folder / "masks" / f"{i}.png")
+    ended = call("check", *flags(folder, tmp_path / "out"))
+    assert ended.code == 0, ended.err
+    found = report(tmp_path / "out")["displacement"]
+    if line is None:
+        assert found is None
+        assert "masks lie" not in ended.out
+    else:
+        assert (found["down"], found["right"]) == pytest.approx((-up, -left), abs=0.05)
+        assert f"  warning: {line}" in ended.out
+
+
 def test_the_contact_sheet_shows_the_colours_of_the_mask(pair: Path, call) -> None:
     (pair / "colours.yaml").write_text("ground: [0, 0, 0]\ncell: [0, 250, 10]\n")
     mask = np.zeros((16, 20, 3), np.uint8)

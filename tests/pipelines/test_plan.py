@@ -15,12 +15,12 @@ import torch
 
 from pipelines import plan
 from pipelines.planning import trial
-from pipelines.planning.displacement import Displacement
 from pipelines.planning.facts import DataFacts, Upright, find_upright, locate_classes
 from pipelines.planning.settings import MIN_STEPS, choose_settings
 from pipelines.planning.trial import Timing, count_saved_bytes
 from pipelines.runtime import command
 from pipelines.training.options import TrainConfig
+from shards.masks.displacement import Displacement
 from shards.sample import Uint8
 
 FACTS = DataFacts(
@@ -114,8 +114,8 @@ def test_classes_in_any_place_or_in_few_masks_leave_every_orientation() -> None:
 @pytest.mark.parametrize(
     ("down", "right", "value", "where"),
     [
-        (-0.6, 0, "upright", "masks lie 0.6 pixels above the borders in 9 images; vertical flips"),
-        (0, 1.25, "fixed", "masks lie 1.2 pixels to the right of the borders in 9 images; flips"),
+        (-0.6, 0, "upright", "masks lie 0.6 pixels above the borders in 9 images; other flips"),
+        (0, 1.25, "fixed", "masks lie 1.2 pixels to the right of the borders in 9 images; "),
         (0.5, -2, "fixed", "0.5 pixels below and 2.0 pixels to the left of the borders"),
     ],
 )

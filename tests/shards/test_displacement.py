@@ -1,4 +1,4 @@
-"""`planning.displacement`: an offset between masks and images is measured, and only a real one."""
+"""`masks.displacement`: an offset between masks and images is measured, and only a real one."""
 
 from functools import cache
 
@@ -7,7 +7,7 @@ import pytest
 from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 
-from pipelines.planning.displacement import (
+from shards.masks.displacement import (
     MIN_IMAGES,
     SIDE,
     Displacement,

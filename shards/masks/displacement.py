@@ -12,10 +12,9 @@ the best position and its neighbours is the displacement.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from shards.sample import IGNORE, Uint8
@@ -33,6 +32,7 @@ MIN_PIXELS = 0.5
 MIN_ERRORS = 5.0
 """Minimum of the displacement, in standard errors over the images."""
 
+Floats = NDArray[np.float64]
 Ratios = NDArray[np.float64]
 """Correlation ratios [2, 2 * REACH + 1] of an image: the mask moved down, and moved right."""
 
@@ -48,6 +48,21 @@ class Displacement:
     images: int
     """Images that were compared."""
 
+    def __str__(self) -> str:
+        """The place, as in `0.6 pixels above the borders in 24 images`."""
+        parts = []
+        if self.down:
+            parts.append(f"{abs(self.down):.1f} pixels {'below' if self.down > 0 else 'above'}")
+        if self.right:
+            side = "right" if self.right > 0 else "left"
+            parts.append(f"{abs(self.right):.1f} pixels to the {side} of")
+        return f"{' and '.join(parts)} the borders in {self.images} images"
+
+    @property
+    def orientation(self) -> Literal["upright", "fixed"]:
+        """Augmentation that keeps it: flips left to right, or none."""
+        return "fixed" if self.right else "upright"
+
 
 def compare_positions(image: Uint8, mask: Uint8) -> Ratios | None:
     """Compute the correlation ratios of an image [H, W, C] and its mask [H, W] at all positions.
@@ -60,9 +75,9 @@ def compare_positions(image: Uint8, mask: Uint8) -> Ratios | None:
     height, width = mask.shape
     if min(height, width) <= WINDOW or len(np.unique(mask[mask != IGNORE])) < 2:
         return None
-    grey = torch.from_numpy(image.mean(axis=2, dtype=np.float32))[None]
-    mean = F.avg_pool2d(grey, WINDOW, 1, WINDOW // 2, count_include_pad=False)
-    values = (grey - mean)[0, REACH:-REACH, REACH:-REACH].numpy()
+    grey = image.mean(axis=2)
+    inside = (slice(REACH, -REACH), slice(REACH, -REACH))
+    values = np.ascontiguousarray((grey - average_windows(grey))[inside])
 
     def ratio(down: int, right: int) -> float:
         rows = slice(REACH + down, height - REACH + down)
@@ -74,15 +89,33 @@ def compare_positions(image: Uint8, mask: Uint8) -> Ratios | None:
     return found if np.isfinite(found).all() else None
 
 
-def correlation_ratio(values: NDArray[np.float32], mask: Uint8) -> float:
+def average_windows(grey: Floats) -> Floats:
+    """Average the values [H, W] in a window around each, as far as it is in the image."""
+    half = WINDOW // 2
+    for axis in (0, 1):
+        length = grey.shape[axis]
+        first = np.zeros_like(grey.take([0], axis))
+        sums = np.concatenate([first, grey.cumsum(axis)], axis)
+        end = np.minimum(np.arange(length) + half + 1, length)
+        start = np.maximum(np.arange(length) - half, 0)
+        count = (end - start).reshape((-1, 1) if axis == 0 else (1, -1))
+        grey = (sums.take(end, axis) - sums.take(start, axis)) / count
+    return grey
+
+
+def correlation_ratio(values: Floats, mask: Uint8) -> float:
     """Share of the variance of values [H, W] that the classes of a mask [H, W] explain; or NaN."""
-    valid = mask != IGNORE
-    x, classes = values[valid].astype(np.float64), mask[valid]
-    if x.size == 0 or np.ptp(x) == 0:
-        return float("nan")
-    x -= x.mean()
-    counts, sums = np.bincount(classes, minlength=IGNORE), np.bincount(classes, x, IGNORE)
-    return float((sums**2 / np.maximum(1, counts)).sum() / (x**2).sum())
+    counts = np.bincount(mask.ravel(), minlength=256)
+    sums = np.bincount(mask.ravel(), values.ravel(), 256)
+    squares = float(np.vdot(values, values))
+    if counts[IGNORE]:
+        ignored = values[mask == IGNORE]
+        squares -= float(np.vdot(ignored, ignored))
+    counts, sums = counts[:IGNORE], sums[:IGNORE]
+    total = int(counts.sum())
+    between = float((sums**2 / np.maximum(1, counts)).sum())
+    mean = float(sums.sum()) ** 2 / max(1, total)
+    return (between - mean) / (squares - mean) if squares - mean > 1e-6 * total else float("nan")
 
 
 def find_displacement(ratios: Sequence[Ratios]) -> Displacement | None:
@@ -93,7 +126,7 @@ def find_displacement(ratios: Sequence[Ratios]) -> Displacement | None:
     return Displacement(down, right, len(ratios)) if down or right else None
 
 
-def find_peak(curves: NDArray[np.float64]) -> float:
+def find_peak(curves: Floats) -> float:
     """Return the position of the peak of the mean of curves [images, positions]; 0 if unclear."""
     mean = curves.mean(axis=0)
     best = int(mean.argmax())
@@ -112,7 +145,7 @@ def find_peak(curves: NDArray[np.float64]) -> float:
     return round(pixels, 2) if clear else 0.0
 
 
-def vertex(points: NDArray[np.float64]) -> NDArray[np.float64]:
+def vertex(points: Floats) -> Floats:
     """Return where parabolas through points [..., 3] at -1, 0 and 1 have their vertex."""
     before, middle, after = np.moveaxis(points, -1, 0)
     curvature = before - 2 * middle + after
