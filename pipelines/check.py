@@ -118,15 +118,14 @@ def run(config: CheckConfig) -> int:
     form = source.make_image_format(pairs.tally)
     report = make_report(source.class_names(), form, pairing, pairs, splits, problems)
     cells = [] if rule is None else read_cells(pairing, rule, form, pairs, report["outliers"])
-    displaced = measure_displacement(cells)
-    report["displacement"] = None if displaced is None else asdict(displaced)
+    report["displacement"] = measure_displacement(cells)
     # Of the previous run, which may have read other files.
     store.remove(SHEET_NAME)
     data = (json.dumps(report, indent=1) + "\n").encode()
     done = write_result(config.out / REPORT_NAME, data)
     path = save_problems(problems, store)
     table = format_table(report, "pairs" if source.has_masks else "images")
-    print_lines([*table, *(f"  {note}" for note in notes), *warn_of_displacement(displaced)])
+    print_lines([*table, *(f"  {note}" for note in notes)])
     print(f"report: {store.path(REPORT_NAME)}{done}")
     if rule is not None and cells:
         draw_sheet(cells, rule, report, config.out / SHEET_NAME)
@@ -301,6 +300,12 @@ def format_table(report: dict[str, Any], unit: str) -> list[str]:
             f"  warning: {len(duplicates)} groups of identical images, the first: "
             f"{' = '.join(duplicates[0][:5])}"
         )
+    if displacement := report["displacement"]:
+        displaced = Displacement(**displacement)
+        lines.append(
+            f"  warning: masks lie {displaced}; correct them, or train with --augment.orientation "
+            f"{displaced.orientation}, since other flips and turns would hide that from the network"
+        )
     return lines
 
 
@@ -332,22 +337,12 @@ def read_cells(
     return cells
 
 
-def measure_displacement(cells: Sequence[Cell]) -> Displacement | None:
-    """Measure whether masks lie beside what their images show."""
+def measure_displacement(cells: Sequence[Cell]) -> dict[str, Any] | None:
+    """Measure how far masks lie beside what their images show; None if they do not."""
     masked = [(np.asarray(cell.image), cell.mask) for cell in cells if cell.mask is not None]
     ratios = [compare_positions(image, mask) for image, mask in masked]
-    return find_displacement([of_image for of_image in ratios if of_image is not None])
-
-
-def warn_of_displacement(displaced: Displacement | None) -> list[str]:
-    """Format the warning that masks are displaced."""
-    if displaced is None:
-        return []
-    flag = f"--augment.orientation {displaced.orientation}"
-    return [
-        f"  warning: masks lie {displaced}; correct them, or train with {flag}, since other flips "
-        "and turns would hide that from the network"
-    ]
+    displaced = find_displacement([of_image for of_image in ratios if of_image is not None])
+    return None if displaced is None else asdict(displaced)
 
 
 def draw_sheet(cells: Sequence[Cell], rule: SampleRule, report: dict[str, Any], path: Path) -> None:
