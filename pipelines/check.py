@@ -33,7 +33,7 @@ from shards.folders.pairs import Pair, Pairing
 from shards.folders.splits import SplitRule
 from shards.images.files import NOTES, ImageFormat, encode_png
 from shards.images.pixels import to_array
-from shards.masks.displacement import Displacement, compare_positions, find_displacement
+from shards.masks.shift import Shift, choose_images, find_shift
 from shards.sample import AggregateDataError, DataError, list_problems
 from shards.statistics import SampleRule, SampleStatistics, compute_mean_std, find_duplicates
 from shards.store import Store
@@ -117,8 +117,6 @@ def run(config: CheckConfig) -> int:
     store.create_folder()
     form = source.make_image_format(pairs.tally)
     report = make_report(source.class_names(), form, pairing, pairs, splits, problems)
-    cells = [] if rule is None else read_cells(pairing, rule, form, pairs, report["outliers"])
-    report["displacement"] = measure_displacement(cells)
     # Of the previous run, which may have read other files.
     store.remove(SHEET_NAME)
     data = (json.dumps(report, indent=1) + "\n").encode()
@@ -127,8 +125,7 @@ def run(config: CheckConfig) -> int:
     table = format_table(report, "pairs" if source.has_masks else "images")
     print_lines([*table, *(f"  {note}" for note in notes)])
     print(f"report: {store.path(REPORT_NAME)}{done}")
-    if rule is not None and cells:
-        draw_sheet(cells, rule, report, config.out / SHEET_NAME)
+    if rule is not None and draw_sheet(pairing, rule, form, pairs, report, config.out / SHEET_NAME):
         print(f"contact sheet: {store.path(SHEET_NAME)}")
     if not problems:
         print("no problems found; pack with: unet pack, the same flags and --out SHARDS")
@@ -174,7 +171,11 @@ def inspect_all(pairing: Pairing, rule: SampleRule, workers: int, report: PairRe
     workers = num_workers(workers, total)
     with progress(total=total, desc="check", unit="pair") as bar:
         task = partial(
-            inspect_pairs, images=str(pairing.images), masks=str(pairing.masks), rule=rule
+            inspect_pairs,
+            images=str(pairing.images),
+            masks=str(pairing.masks),
+            rule=rule,
+            compared=frozenset(pairing.pairs[i].source for i in choose_images(total)),
         )
         for chunk, part in run_all(task, chunks(pairing.pairs, workers), workers):
             # In no particular order; whatever is reported is sorted.
@@ -183,6 +184,7 @@ def inspect_all(pairing: Pairing, rule: SampleRule, workers: int, report: PairRe
             report.problems += part.problems
             report.empty += part.empty
             report.bad |= part.bad
+            report.ratios |= part.ratios
             bar.update(len(chunk))
 
 
@@ -229,6 +231,7 @@ def make_report(
     total = max(1, sum(pixels))
     mean, std = compute_mean_std(tally.levels, form) if tally.channels else ((), ())
     duplicates = find_duplicates(tally.digests, pairs.sources)
+    shift = find_shift([ratios for _, ratios in sorted(pairs.ratios.items())])
     return {
         "pairs": len(pairing.pairs),
         "bad_pairs": len(pairs.bad),
@@ -262,6 +265,7 @@ def make_report(
         "duplicates": sorted(sorted(names) for names in duplicates.values()),
         "notes": dict(sorted(tally.notes.items())),
         "outliers": [asdict(outlier) for outlier in tally.find_outliers(names)],
+        "shift": None if shift is None else asdict(shift),
     }
 
 
@@ -300,53 +304,49 @@ def format_table(report: dict[str, Any], unit: str) -> list[str]:
             f"  warning: {len(duplicates)} groups of identical images, the first: "
             f"{' = '.join(duplicates[0][:5])}"
         )
-    if displacement := report["displacement"]:
-        displaced = Displacement(**displacement)
+    shift = None if report["shift"] is None else Shift(**report["shift"])
+    if shift is not None and (shift.vertical or shift.horizontal):
         lines.append(
-            f"  warning: masks lie {displaced}; correct them, or train with --augment.orientation "
-            f"{displaced.orientation}, since other flips and turns would hide that from the network"
+            f"  warning: masks are shifted {shift} against their images (mean of {shift.images} "
+            "images), or shadows look like that; correct them, or let unet plan leave out the "
+            "flips that would average it out"
         )
     return lines
 
 
-def read_cells(
+def draw_sheet(
     pairing: Pairing,
     rule: SampleRule,
     form: ImageFormat,
     pairs: PairReport,
-    outliers: Sequence[dict[str, Any]],
-) -> list[Cell]:
-    """Read the pairs on the contact sheet: valid ones, spread over the data set.
+    report: dict[str, Any],
+    path: Path,
+) -> bool:
+    """Draw valid pairs, spread over the data set, on a contact sheet.
 
     Args:
         pairing: all pairs.
         rule: how pairs are read.
         form: how images are decoded.
         pairs: contents of the pairs.
-        outliers: those of check.json.
+        report: content of check.json, for the legend.
+        path: file to write.
+
+    Returns:
+        Whether there was a valid pair.
     """
+    chosen = choose_cells(pairing, pairs, [outlier["name"] for outlier in report["outliers"]])
     form = replace(form, channels="RGB")
     cells = []
-    for pair in choose_cells(pairing, pairs, [outlier["name"] for outlier in outliers]):
+    for pair in chosen:
         sample = read_pair(pair, str(pairing.images), str(pairing.masks), rule)
         mask = None
         if sample.mask is not None and sample.mask.class_map is not None:
             mask = sample.mask.class_map.index
         assert sample.image.image is not None
         cells.append(Cell(pair.source, Image.fromarray(to_array(sample.image.image, form)), mask))
-    return cells
-
-
-def measure_displacement(cells: Sequence[Cell]) -> dict[str, Any] | None:
-    """Measure how far masks lie beside what their images show; None if they do not."""
-    masked = [(np.asarray(cell.image), cell.mask) for cell in cells if cell.mask is not None]
-    ratios = [compare_positions(image, mask) for image, mask in masked]
-    displaced = find_displacement([of_image for of_image in ratios if of_image is not None])
-    return None if displaced is None else asdict(displaced)
-
-
-def draw_sheet(cells: Sequence[Cell], rule: SampleRule, report: dict[str, Any], path: Path) -> None:
-    """Draw images and masks on a contact sheet, with the legend of a report, and write it."""
+    if not cells:
+        return False
     shares = {
         name: f"{name} {counts['share']:.1%}"
         for name, counts in report["classes"].items()
@@ -355,6 +355,7 @@ def draw_sheet(cells: Sequence[Cell], rule: SampleRule, report: dict[str, Any], 
     palette = choose_overlay_colours([np.asarray(cell.image) for cell in cells], rule.palette)
     sheet = draw_contact_sheet(cells, palette, list(shares.values()))
     write_atomically(path, encode_png(sheet), durable=False)
+    return True
 
 
 def choose_cells(pairing: Pairing, pairs: PairReport, outliers: Sequence[str]) -> list[Pair]:

@@ -32,8 +32,9 @@ FEWEST_STEPS = MIN_STEPS / 2
 class PlanConfig:
     """Choose the settings of a run for a data set, this device and a number of minutes.
 
-    Reads the manifest and some masks, times a few steps of networks of increasing width, and writes
-    the settings as YAML, with a reason on every line. Then: unet train --config plan.yaml
+    Reads the manifest and up to 64 images and masks, times a few steps of networks of increasing
+    width, and writes the settings as YAML, with a reason on every line. Then: unet train --config
+    plan.yaml
     """
 
     data: str

@@ -79,6 +79,20 @@ def solid_image(
     return Image.new(mode, size, colour if mode != "RGB" else (colour,) * 3)
 
 
+def save_cells(folder: Path, count: int = 9, *, up: int = 0, left: int = 0) -> Path:
+    """Save images of bright squares and their binary masks, which are shifted by some pixels."""
+    rng = np.random.default_rng(0)
+    for name in ("images", "masks"):
+        (folder / name).mkdir(parents=True)
+    for i in range(count):
+        cells = np.kron(rng.random((12, 12)) < 0.4, np.ones((4, 4)))
+        noisy = 80 + 90 * cells + rng.normal(0, 8, cells.shape)
+        Image.fromarray(noisy.round().astype(np.uint8)).save(folder / "images" / f"{i}.png")
+        mask = (255 * np.roll(cells, (-up, -left), (0, 1))).astype(np.uint8)
+        Image.fromarray(mask).save(folder / "masks" / f"{i}.png")
+    return folder
+
+
 def levels(*values: int, like: type = np.uint8) -> np.ndarray:
     """Make a mask of zeros that starts with these values."""
     pixels = np.zeros((16, 20), like)

@@ -1,8 +1,7 @@
 """The U-Net and the mathematics around it: torch in, torch out.
 
 Nothing here knows shards or ranks, or opens files other than weights. Metrics are imported from
-`unet.metrics`, `unet.surface` and `unet.calibration`: they import torchmetrics, which takes longer
-than torch itself.
+`unet.metrics`, `unet.surface` and `unet.calibration`, because torchmetrics takes long to import.
 """
 
 from unet.config import PRESETS, UNetConfig, valid_input

@@ -1,9 +1,9 @@
-"""Temperature: probabilities that are less, or more, certain.
+"""Temperature scaling of predicted probabilities.
 
 A temperature T replaces the probabilities p of a pixel by p^(1 / T), normalised (Guo et al., "On
 calibration of modern neural networks", ICML 2017). For one forward pass that is the softmax of the
 logits divided by T; averages over tiles, mirrored images and members of an ensemble are replaced
-after averaging. It changes no argmax. `unet.calibration` finds the one that fits best.
+after averaging. It changes no argmax.
 """
 
 from collections.abc import Callable, Iterator

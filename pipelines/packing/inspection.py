@@ -1,12 +1,17 @@
 """One pair of image and mask, inspected."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from PIL import Image
 
 from pipelines.runtime.errors import describe_read_error
 from shards.annotations.scan import read_spans
 from shards.folders.pairs import Pair
+from shards.images.tiff import GREY16_MODES
 from shards.local_files import open_file
+from shards.masks.shift import SIDE, Ratios, compare_positions
 from shards.sample import DataError
 from shards.statistics import (
     SampleRule,
@@ -29,10 +34,17 @@ class PairReport:
     """Sources of images whose mask contains only class 0 and ignored pixels."""
     bad: set[str]
     """Sources of pairs with a problem."""
+    ratios: dict[str, Ratios] = field(default_factory=dict)
+    """By source, of the pairs whose mask is compared with its image at other positions."""
 
 
-def inspect_pairs(pairs: Sequence[Pair], images: str, masks: str, rule: SampleRule) -> PairReport:
-    """Read some pairs; problems are listed, not raised."""
+def inspect_pairs(
+    pairs: Sequence[Pair], images: str, masks: str, rule: SampleRule, compared: Container[str] = ()
+) -> PairReport:
+    """Read some pairs; problems are listed, not raised.
+
+    Masks of the sources in `compared` are compared with their images at other positions.
+    """
     report = PairReport(SampleStatistics(), [pair.source for pair in pairs], [], [], set())
     for pair in pairs:
         try:
@@ -49,7 +61,20 @@ def inspect_pairs(pairs: Sequence[Pair], images: str, masks: str, rule: SampleRu
         classes = sample.mask.class_map if sample.mask is not None else None
         if classes is not None and not classes.pixels[1:255].any():
             report.empty.append(pair.source)
+        if classes is not None and pair.source in compared:
+            assert sample.image.image is not None
+            ratios = compare_positions(to_middle(sample.image.image), classes.index)
+            if ratios is not None:
+                report.ratios[pair.source] = ratios
     return report
+
+
+def to_middle(image: Image.Image) -> np.ndarray:
+    """Convert the middle of an image, as far as it is compared with its mask, to grey [H, W]."""
+    width, height = image.size
+    left, top = max(0, width - SIDE) // 2, max(0, height - SIDE) // 2
+    middle = image.crop((left, top, min(width, left + SIDE), min(height, top + SIDE)))
+    return np.asarray(middle if middle.mode in GREY16_MODES else middle.convert("L"))
 
 
 def read_pair(pair: Pair, images: str, masks: str, rule: SampleRule) -> StoredSample:

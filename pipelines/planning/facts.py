@@ -10,12 +10,10 @@ import numpy as np
 from pipelines.loading.dataset import DataSet
 from pipelines.model.build import class_pixels
 from shards.manifest import Manifest, common_side
-from shards.masks.displacement import Displacement, compare_positions, find_displacement
+from shards.masks.shift import Shift, choose_images, compare_positions, find_shift
 from shards.sample import Uint8
 from shards.store import Store
 
-MASKS = 64
-"""Number of training images and masks that are read, evenly spread."""
 MIN_MASKS = 8
 """Number of masks that must contain a class before its place means anything."""
 MIN_OFFSET = 0.1
@@ -52,18 +50,18 @@ class DataFacts:
     """Masks that were read for `upright`."""
     upright: Upright | None
     """None if no class lies clearly above or below the middle of the images."""
-    displaced: Displacement | None
-    """None if the masks lie where the images show their borders."""
+    shift: Shift | None
+    """Of the masks against the images; None if it is unclear, or too few could be compared."""
 
 
 def gather_facts(place: str, manifest: Manifest) -> DataFacts:
-    """Read the facts from the manifest and from at most `MASKS` training images and masks.
+    """Read the facts from the manifest and from at most 64 training images and masks.
 
     Raises DataError if there are no training samples, or if one cannot be read or has no mask.
     """
     train = manifest.split("train", place)
     data = DataSet(Store(place), manifest, None, workers=0)
-    positions = sorted({i * train.samples // MASKS for i in range(MASKS)})
+    positions = choose_images(train.samples)
     places, ratios = [], []
     for sample, mask in data.samples("train", positions):
         places.append(locate_classes(mask, len(manifest.classes)))
@@ -79,7 +77,7 @@ def gather_facts(place: str, manifest: Manifest) -> DataFacts:
         shares=tuple(count / max(1, sum(pixels)) for count in pixels),
         masks=len(positions),
         upright=find_upright(places, manifest.classes),
-        displaced=find_displacement(ratios),
+        shift=find_shift(ratios),
     )
 
 

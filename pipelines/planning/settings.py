@@ -37,7 +37,7 @@ def choose_settings(
     yield Setting(
         "minutes",
         minutes,
-        f"at most {steps:,} steps of {chosen.seconds:.3g} s: validation and loading take a part",
+        f"at most {steps:,} steps of {chosen.seconds:.3g} s; validation and loading are included",
     )
     yield from choose_network(timings, chosen, minutes)
     yield Setting(
@@ -108,12 +108,14 @@ def choose_class_weights(facts: DataFacts) -> Setting:
 
 
 def choose_orientation(facts: DataFacts) -> Setting:
-    """Leave out the flips that would hide a displacement, or turn an upper side down."""
-    if facts.displaced is not None:
+    """Leave out flips that would average a shift of the masks out, or turn images upside down."""
+    shift = facts.shift
+    if shift is not None and (shift.vertical or shift.horizontal):
         return Setting(
             "augment.orientation",
-            facts.displaced.orientation,
-            f"masks lie {facts.displaced}; other flips and turns would hide that from the network",
+            "fixed" if shift.horizontal else "upright",
+            f"masks are shifted {shift} (mean of {shift.images} images); other flips and turns "
+            "would average that out",
         )
     if facts.upright is None:
         reason = f"no class lies clearly above or below the middle, in {facts.masks} masks"

@@ -7,10 +7,13 @@
 
 Packs the data set into DIR once and trains every contender on its training split, one after the
 other, seed by seed, each in a process of its own with all cores. Minutes are those of training:
-imports, and what is read before the first step, do not count. All are scored on the same split at
-the size of the images, by counts that are pooled over its images. A rerun continues after the runs
-that DIR/results.jsonl holds. Where other work disturbs the machine, --steps gives one arm of `unet
-train` the steps that these minutes make on a quiet one.
+imports, what is read before the first step, and the trial of `unet plan` do not count; validations
+during training do. All are scored on the same split at the size of the images, by counts that are
+pooled over its images, with their last weights; only on camvid_small, whose test split is scored,
+`unet` takes the checkpoint that is best on val. On a CPU that computes in bf16, `unet` does, as it
+does by default; the loops and nnU-Net compute in float32. A rerun continues after the runs that
+DIR/results.jsonl holds. Where other work disturbs the machine, --steps gives one arm of `unet
+train` the steps that these minutes make on a quiet one; such runs are listed apart.
 
     unet      `unet train --model.preset small` with the defaults; `unet evaluate`, also with --tta
     encoder   the same with --model.encoder and the folder of --encoder
@@ -18,6 +21,7 @@ train` the steps that these minutes make on a quiet one.
     plan      `unet plan` for the minutes, `unet train --config plan.yaml`; scored as `unet`
     common, careful, smp    the loops of learning_loops.py; smp requires --smp-python, the Python of
               an environment with segmentation_models_pytorch
+    careful-upright    `careful` without quarter turns, as a plan may leave them out
     nnunet    nnU-Net 2-D with its own plan and trainer, cut to the minutes (learning_nnunet.py);
               requires --nnunet-python
 
@@ -96,7 +100,7 @@ SETS = {
     ),
 }
 OURS = ("unet", "encoder", "random", "plan")
-ARMS = (*OURS, "common", "careful", "smp", "nnunet")
+ARMS = (*OURS, "common", "careful", "careful-upright", "smp", "nnunet")
 
 
 def run(command: Sequence[object], log: Path) -> str:
@@ -141,12 +145,18 @@ def score_confusion(confusion: Sequence[Sequence[int]]) -> list[dict[str, float]
     ]
 
 
+def name_run(arm: str, options: argparse.Namespace, seed: int) -> str:
+    """Name the files and folders of a run by all that distinguishes it."""
+    length = f"{options.steps}steps" if options.steps else f"{options.minutes:g}min"
+    return f"{options.set}-{length}-{arm}-{seed}"
+
+
 def train_unet(arm: str, options: argparse.Namespace, data: Path, seed: int) -> dict[str, Any]:
     """Train, evaluate without and with --tta; returns both scores."""
-    test, place = SETS[options.set], options.work / f"{options.set}-{arm}-{seed}"
+    test, place = SETS[options.set], options.work / name_run(arm, options, seed)
     flags = ["--data", data, "--run-dir", place, "--tracking.backend", "none", "--seed", seed]
     if arm == "plan":
-        plan = options.work / f"{options.set}-plan.yaml"
+        plan = options.work / f"{options.set}-{options.minutes:g}min-plan.yaml"
         if not plan.exists():
             flags_of_plan = ("--data", data, "--minutes", options.minutes, "--out", plan)
             run(unet("plan", *flags_of_plan), plan.with_suffix(".log"))
@@ -157,12 +167,14 @@ def train_unet(arm: str, options: argparse.Namespace, data: Path, seed: int) -> 
         flags += ["--model.encoder", options.encoder] if arm in ("encoder", "random") else []
         flags += ["--model.encoder-weights", "none"] if arm == "random" else []
         flags += ["--augment.orientation", "upright"] if test.upright else []
-    run(unet("train", *flags), place.with_suffix(".log"))
+    run(unet("train", *flags), options.work / f"{place.name}.log")
     found: dict[str, Any] = {"steps": json.loads((place / "state.json").read_text())["step"]}
+    # The best checkpoint was chosen on val.
+    checkpoint = place / "checkpoints" / "last" if test.split == "val" else place
     for name, more in (("scores", ()), ("tta", ("--tta",))):
         out = place / name
-        scored = ("--checkpoint", place, "--data", data, "--split", test.split, "--out", out)
-        run(unet("evaluate", *scored, *more), place.with_suffix(f".{name}.log"))
+        scored = ("--checkpoint", checkpoint, "--data", data, "--split", test.split, "--out", out)
+        run(unet("evaluate", *scored, *more), options.work / f"{place.name}.{name}.log")
         stored = json.loads((out / "scores.json").read_text())["classes"]
         found[name] = [{k: c[k] for k in ("dice", "iou")} for c in stored.values()]
     return found
@@ -173,13 +185,15 @@ def train_peer(arm: str, options: argparse.Namespace, arrays: Path, seed: int) -
     test, manifest = SETS[options.set], read_manifest(options.work / options.set)
     flags: list[object] = ["--arrays", arrays, "--minutes", options.minutes, "--seed", seed]
     flags += ["--split", test.split, "--classes", len(manifest.classes)]
-    log = options.work / f"{options.set}-{arm}-{seed}.log"
+    log = options.work / f"{name_run(arm, options, seed)}.log"
     if arm == "nnunet":
-        work = options.work / f"{options.set}-nnunet-{seed}"
+        work = options.work / name_run(arm, options, seed)
         command = [options.nnunet_python, HERE / "learning_nnunet.py", *flags, "--work", work]
     else:
         python = options.smp_python if arm == "smp" else sys.executable
-        flags += ["--recipe", arm, "--crop", test.crop, *(["--upright"] if test.upright else [])]
+        recipe, _, variant = arm.partition("-")
+        flags += ["--recipe", recipe, "--crop", test.crop]
+        flags += ["--upright"] if test.upright or variant == "upright" else []
         command = [python, HERE / "learning_loops.py", *flags]
     found = json.loads(run(command, log).strip().splitlines()[-1])
     return {"steps": found["steps"], "scores": score_confusion(found["confusion"])}
@@ -189,8 +203,8 @@ def print_table(rows: Sequence[dict[str, Any]], options: argparse.Namespace) -> 
     """Print the mean and the range over seeds of each contender."""
     test = SETS[options.set]
     print(f"\n{date.today()}, {platform.processor() or platform.machine()}, {os.cpu_count()} CPUs")
-    print(f"\n| contender | steps | {test.metric}, mean of {options.seeds} seeds | range |")
-    print("| --- | --- | --- | --- |")
+    print(f"\n| contender | seeds | steps | {test.metric}, mean | range |")
+    print("| --- | --- | --- | --- | --- |")
     for arm in options.arms:
         mine = [row for row in rows if row["arm"] == arm]
         for kind in ("scores", "tta"):
@@ -200,9 +214,10 @@ def print_table(rows: Sequence[dict[str, Any]], options: argparse.Namespace) -> 
             steps = statistics.mean(row["steps"] for row in mine)
             label = arm if kind == "scores" else f"{arm} --tta"
             spread = f"{min(values):.4f}-{max(values):.4f}"
-            print(f"| {label} | {steps:,.0f} | {statistics.mean(values):.4f} | {spread} |")
+            mean = statistics.mean(values)
+            print(f"| {label} | {len(values)} | {steps:,.0f} | {mean:.4f} | {spread} |")
         if not mine:
-            print(f"| {arm} | | not run | |")
+            print(f"| {arm} | 0 | | not run | |")
 
 
 def main() -> None:
@@ -229,7 +244,8 @@ def main() -> None:
         export_arrays(data, arrays)
     file = options.work / "results.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    rows = [r for r in rows if (r["set"], r["minutes"]) == (options.set, options.minutes)]
+    limits = {"set": options.set, "minutes": options.minutes, "limit": options.steps}
+    rows = [row for row in rows if limits.items() <= row.items()]
     done = {(row["arm"], row["seed"]) for row in rows}
     required = {"smp": options.smp_python, "nnunet": options.nnunet_python}
     required |= dict.fromkeys(("encoder", "random"), options.encoder)
@@ -241,8 +257,7 @@ def main() -> None:
                 found = train_unet(arm, options, data, seed)
             else:
                 found = train_peer(arm, options, arrays, seed)
-            row = {"set": options.set, "minutes": options.minutes, "arm": arm, "seed": seed}
-            rows.append({**row, **found})
+            rows.append({**limits, "arm": arm, "seed": seed, **found})
             with file.open("a") as out:
                 out.write(json.dumps(rows[-1]) + "\n")
             score = mean_score(found["scores"], SETS[options.set])

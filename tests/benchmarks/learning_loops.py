@@ -5,9 +5,9 @@
 Loops without workers, shards or weight averaging, on arrays that are in memory from the start.
 Needs torch and numpy only, so that it runs in the environment of a peer. Recipes:
 
-    common    a padded U-Net with batch norm, with the settings of public single-file repositories:
-              RMSprop 1e-5 with momentum 0.999, batch 1, images at half size, cross-entropy + Dice,
-              no augmentation
+    common    a padded U-Net with batch norm, with the settings of milesial/Pytorch-UNet except its
+              plateau scheduler: RMSprop 1e-5 with momentum 0.999, batch 1, images at half size,
+              cross-entropy + Dice, no augmentation; 16 base channels instead of 64
     careful   the same network and a quarter of an hour of tuning: AdamW 2e-3 with cosine decay over
               the minutes, batch 4, random crops at full size, flips, quarter turns, brightness
     smp       segmentation_models_pytorch's Unet (resnet18, random weights) and its DiceLoss, with

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from shards.manifest import read_manifest
-from tests.conftest import flags, levels, solid_image
+from tests.conftest import flags, levels, save_cells, solid_image
 
 Folder = Path
 
@@ -78,36 +78,26 @@ def test_the_report_agrees_with_the_packed_manifest(draw, call, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("up", "left", "line"),
+    ("up", "left", "text"),
     [
-        (1, 0, "masks lie 1.0 pixels above the borders in 9 images; correct them, or train with "
-               "--augment.orientation upright"),
-        (0, -2, "masks lie 2.0 pixels to the right of the borders in 9 images; correct them, or "
-                "train with --augment.orientation fixed"),
+        (1, 0, "masks are shifted up by 1.0 pixels against their images (mean of 9 images)"),
+        (0, -2, "masks are shifted to the right by 2.0 pixels against their images (mean of 9"),
         (0, 0, None),
     ],
-)  # fmt: skip
-def test_masks_that_are_displaced_against_their_images_are_reported(
-    up: int, left: int, line: str | None, call, tmp_path: Path
+)
+def test_masks_that_are_shifted_against_their_images_are_reported(
+    up: int, left: int, text: str | None, call, tmp_path: Path
 ) -> None:
-    folder, rng = tmp_path / "in", np.random.default_rng(0)
-    for name in ("images", "masks"):
-        (folder / name).mkdir(parents=True)
-    for i in range(9):
-        cells = np.kron(rng.random((12, 12)) < 0.4, np.ones((4, 4)))
-        noisy = 80 + 90 * cells + rng.normal(0, 8, cells.shape)
-        Image.fromarray(noisy.round().astype(np.uint8)).save(folder / "images" / f"{i}.png")
-        mask = (255 * np.roll(cells, (-up, -left), (0, 1))).astype(np.uint8)
-        Image.fromarray(mask).save(folder / "masks" / f"{i}.png")
+    folder = save_cells(tmp_path / "in", up=up, left=left)
     ended = call("check", *flags(folder, tmp_path / "out"))
     assert ended.code == 0, ended.err
-    found = report(tmp_path / "out")["displacement"]
-    if line is None:
-        assert found is None
-        assert "masks lie" not in ended.out
+    found = report(tmp_path / "out")["shift"]
+    assert (found["down"], found["right"]) == pytest.approx((-up, -left), abs=0.1)
+    assert found["images"] == 9
+    if text is None:
+        assert "masks are shifted" not in ended.out
     else:
-        assert (found["down"], found["right"]) == pytest.approx((-up, -left), abs=0.05)
-        assert f"  warning: {line}" in ended.out
+        assert f"  warning: {text}" in ended.out
 
 
 def test_the_contact_sheet_shows_the_colours_of_the_mask(pair: Path, call) -> None:

@@ -15,13 +15,21 @@ import torch
 
 from pipelines import plan
 from pipelines.planning import trial
-from pipelines.planning.facts import DataFacts, Upright, find_upright, locate_classes
+from pipelines.planning.facts import (
+    DataFacts,
+    Upright,
+    find_upright,
+    gather_facts,
+    locate_classes,
+)
 from pipelines.planning.settings import MIN_STEPS, choose_settings
 from pipelines.planning.trial import Timing, count_saved_bytes
 from pipelines.runtime import command
 from pipelines.training.options import TrainConfig
-from shards.masks.displacement import Displacement
+from shards.manifest import read_manifest
+from shards.masks.shift import Shift
 from shards.sample import Uint8
+from tests.conftest import flags, save_cells
 
 FACTS = DataFacts(
     train=80,
@@ -31,7 +39,7 @@ FACTS = DataFacts(
     shares=(0.5, 0.4, 0.1),
     masks=64,
     upright=None,
-    displaced=None,
+    shift=None,
 )
 WIDTHS = (Timing(8, 256, 2, 1, 0.1, 2**29), Timing(16, 256, 2, 1, 0.3, 2**30),
           Timing(32, 256, 2, 2, 1.0, 2**31))  # fmt: skip
@@ -112,21 +120,31 @@ def test_classes_in_any_place_or_in_few_masks_leave_every_orientation() -> None:
 
 
 @pytest.mark.parametrize(
-    ("down", "right", "value", "where"),
+    ("down", "right", "value", "reason"),
     [
-        (-0.6, 0, "upright", "masks lie 0.6 pixels above the borders in 9 images; other flips"),
-        (0, 1.25, "fixed", "masks lie 1.2 pixels to the right of the borders in 9 images; "),
-        (0.5, -2, "fixed", "0.5 pixels below and 2.0 pixels to the left of the borders"),
+        (-0.6, 0.2, "upright", "masks are shifted up by 0.6 pixels (mean of 9 images); other"),
+        (0, 1.25, "fixed", "masks are shifted to the right by 1.2 pixels (mean of 9 images); "),
+        (0.5, -2, "fixed", "masks are shifted down by 0.5 and to the left by 2.0 pixels (mean"),
+        (0.4, -0.4, "any", "no class lies clearly above or below the middle"),
     ],
 )
-def test_displaced_masks_are_not_flipped_to_the_other_side(
-    down: float, right: float, value: str, where: str
+def test_flips_that_would_average_a_shift_out_are_left_out(
+    down: float, right: float, value: str, reason: str
 ) -> None:
-    upright = Upright("sky", -0.375, 8)
-    facts = replace(FACTS, displaced=Displacement(down, right, 9), upright=upright)
+    facts = replace(FACTS, shift=Shift(down, right, error=0.02, images=9))
     (found,) = [s for s in choose_settings(facts, WIDTHS, 4) if s.key == "augment.orientation"]
     assert found.value == value
-    assert where in found.reason
+    assert reason in found.reason
+
+
+@pytest.mark.parametrize("up", [0, 1])
+def test_the_shift_of_packed_masks_is_measured(up: int, call, tmp_path: Path) -> None:
+    folder = save_cells(tmp_path / "in", 14, up=up)
+    assert call("pack", *flags(folder, tmp_path / "out")).code == 0
+    shift = gather_facts(str(tmp_path / "out"), read_manifest(tmp_path / "out")).shift
+    assert shift is not None
+    assert (shift.down, shift.right) == pytest.approx((-up, 0), abs=0.1)
+    assert shift.vertical == bool(up)
 
 
 def test_saved_bytes_are_those_of_feature_maps() -> None:
