@@ -3,7 +3,7 @@
 #
 #   ./tests/run.sh [FLAGS OF pytest]
 #
-# Expect: about sixteen minutes on two cores, installation included; tests marked gpu are skipped without a GPU.
+# Expect: about twelve minutes on two cores, installation included; tests marked gpu are skipped without a GPU.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=launch/install.sh
