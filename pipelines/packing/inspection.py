@@ -11,7 +11,7 @@ from shards.annotations.scan import read_spans
 from shards.folders.pairs import Pair
 from shards.images.tiff import GREY16_MODES
 from shards.local_files import open_file
-from shards.masks.shift import SIDE, Ratios, compare_positions
+from shards.masks.shift import Ratios, compare_positions, find_middle
 from shards.sample import DataError
 from shards.statistics import (
     SampleRule,
@@ -71,9 +71,8 @@ def inspect_pairs(
 
 def to_middle(image: Image.Image) -> np.ndarray:
     """Convert the middle of an image, as far as it is compared with its mask, to grey [H, W]."""
-    width, height = image.size
-    left, top = max(0, width - SIDE) // 2, max(0, height - SIDE) // 2
-    middle = image.crop((left, top, min(width, left + SIDE), min(height, top + SIDE)))
+    # Before the conversion, which would copy a large image.
+    middle = image.crop(find_middle(*image.size))
     return np.asarray(middle if middle.mode in GREY16_MODES else middle.convert("L"))
 
 

@@ -37,7 +37,7 @@ def choose_settings(
     yield Setting(
         "minutes",
         minutes,
-        f"at most {steps:,} steps of {chosen.seconds:.3g} s; validation and loading are included",
+        f"at most {steps:,} steps of {chosen.seconds:.3g} s, less what validation and loading take",
     )
     yield from choose_network(timings, chosen, minutes)
     yield Setting(

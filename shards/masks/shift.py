@@ -121,9 +121,16 @@ def compare_positions(image: NDArray[Any], mask: Uint8) -> Ratios | None:
 
 
 def crop_middle(array: NDArray[Any]) -> NDArray[Any]:
-    """Crop [H, W, ...] to at most SIDE x SIDE, around the middle."""
-    top, left = (max(0, side - SIDE) // 2 for side in array.shape[:2])
-    return array[top : top + SIDE, left : left + SIDE]
+    """Crop [H, W, ...] to the part that is compared."""
+    height, width = array.shape[:2]
+    left, top, right, bottom = find_middle(width, height)
+    return array[top:bottom, left:right]
+
+
+def find_middle(width: int, height: int) -> tuple[int, int, int, int]:
+    """Return left, top, right and bottom of the middle of an image, at most SIDE x SIDE."""
+    left, top = max(0, width - SIDE) // 2, max(0, height - SIDE) // 2
+    return left, top, min(width, left + SIDE), min(height, top + SIDE)
 
 
 def average_windows(values: Floats) -> Floats:
